@@ -1,0 +1,7 @@
+"""Configuration: dataclass schema, YAML files with a base chain, overrides, checks."""
+
+from megatron_rl.config.load import dump_config, load_config
+from megatron_rl.config.schema import RunConfig
+from megatron_rl.config.validate import validate
+
+__all__ = ["RunConfig", "dump_config", "load_config", "validate"]

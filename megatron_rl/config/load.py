@@ -1,0 +1,136 @@
+"""Read a configuration: defaults < YAML files (one ``base:`` chain) < ``key=value`` overrides."""
+
+import dataclasses
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from megatron_rl.config.names import suggest
+from megatron_rl.config.schema import RunConfig
+from megatron_rl.errors import ConfigError
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The frozen configuration of a YAML file with its bases and overrides.
+
+    Raises:
+        ConfigError: a file is missing or not YAML, a base chain loops, a key is unknown,
+            a required key is absent, or a value has the wrong type or range.
+    """
+    layers = [*_read_chain(Path(path)), *(_parse_override(text) for text in overrides)]
+    known = sorted(_dotted_keys(RunConfig))
+    for origin, layer in layers:
+        _check_keys(layer, RunConfig, "", known, origin)
+    try:
+        merged = OmegaConf.structured(RunConfig)
+        for origin, layer in layers:
+            merged = _merge(merged, layer, origin)
+        missing = sorted(OmegaConf.missing_keys(merged))
+        if missing:
+            raise ConfigError(f"{path}: required keys are not set: {', '.join(missing)}. Set them in the file or as key=value.")
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: {error.full_key or ''}: {str(error).splitlines()[0]}") from error
+    assert isinstance(config, RunConfig)
+    return config
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved configuration as YAML that ``load_config`` reads back to an equal one."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value of every leaf of a (section of a) configuration."""
+    leaves: dict[str, Any] = {}
+    for item in dataclasses.fields(config):
+        value, key = getattr(config, item.name), prefix + item.name
+        leaves |= flatten(value, key + ".") if dataclasses.is_dataclass(value) else {key: value}
+    return leaves
+
+
+def _merge(merged: Any, layer: dict[str, Any], origin: str) -> Any:
+    try:
+        return OmegaConf.merge(merged, layer)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{origin}: {error.full_key}: {str(error).splitlines()[0]}") from error
+
+
+def _read_chain(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """The file and its bases, the innermost base first."""
+    chain: list[tuple[str, dict[str, Any]]] = []
+    seen: list[Path] = []
+    while True:
+        resolved = path.resolve()
+        if resolved in seen:
+            raise ConfigError(f"base chain loops: {' -> '.join(str(p) for p in [*seen, resolved])}. Remove one base.")
+        seen.append(resolved)
+        content = _read_yaml(path)
+        base = content.pop("base", None)
+        chain.insert(0, (str(path), content))
+        if base is None:
+            return chain
+        path = path.parent / str(base)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"config file {path}: {error.strerror or error}. Give the path of a YAML file to --config.") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config file {path} is not YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"config file {path} holds {type(content).__name__}: expected sections such as run:, model:, data:.")
+    return content
+
+
+def _parse_override(text: str) -> tuple[str, dict[str, Any]]:
+    key, separator, _ = text.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"override {text!r}: expected key=value, for instance optimizer.lr=1e-6.")
+    try:
+        layer = OmegaConf.to_container(OmegaConf.from_dotlist([text]))
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ConfigError(f"override {text!r}: {str(error).splitlines()[0]}") from error
+    assert isinstance(layer, dict)
+    return f"override {text!r}", {str(k): v for k, v in layer.items()}
+
+
+def _section_type(annotation: Any) -> type | None:
+    """The dataclass inside an annotation such as ``SourceSection | None`` or ``list[Section]``."""
+    candidates = [annotation, *typing.get_args(annotation)]
+    return next((c for c in candidates if isinstance(c, type) and dataclasses.is_dataclass(c)), None)
+
+
+def _dotted_keys(section: type, prefix: str = "") -> Iterator[str]:
+    hints = typing.get_type_hints(section)
+    for item in dataclasses.fields(section):
+        yield prefix + item.name
+        inner = _section_type(hints[item.name])
+        if inner is not None:
+            yield from _dotted_keys(inner, f"{prefix}{item.name}.")
+
+
+def _check_keys(layer: Any, section: type, prefix: str, known: list[str], origin: str) -> None:
+    hints = typing.get_type_hints(section)
+    if not isinstance(layer, dict | DictConfig):
+        if layer is None:
+            return
+        raise ConfigError(f"{origin}: {prefix.rstrip('.')} is {layer!r}: expected a section with keys {', '.join(hints)}.")
+    for key, value in layer.items():
+        dotted = f"{prefix}{key}"
+        if key not in hints:
+            meant = suggest(dotted, known)
+            hint = f" Did you mean {meant}?" if meant else f" Known keys here: {', '.join(hints)}."
+            raise ConfigError(f"{origin}: unknown key {dotted}.{hint}")
+        inner = _section_type(hints[key])
+        if inner is None:
+            continue
+        for part in value if isinstance(value, list) else [value]:
+            _check_keys(part, inner, f"{dotted}.", known, origin)

@@ -1,0 +1,377 @@
+"""The whole configuration as frozen dataclasses.
+
+A field without a default is required. The text under a field says what it means and its unit.
+Checks inside one section live in its ``__post_init__``; checks across sections in validate.py.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from megatron_rl.errors import ConfigError
+
+
+def _require(holds: bool, key: str, value: object, expected: str, change: str = "") -> None:
+    if not holds:
+        raise ConfigError(f"{key}={value}: expected {expected}." + (f" {change}" if change else ""))
+
+
+def _positive(section: str, config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(value is None or value >= 1, f"{section}.{name}", value, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSection:
+    """What this run is called, where it writes and how long it goes on."""
+
+    name: str
+    """Name of the run; shown in the console, the report and wandb."""
+    output_dir: str
+    """Run folder; metrics, checkpoints, samples and the report go here."""
+    num_steps: int
+    """Rollout-and-update steps in total, resumed ones counted in."""
+    seed: int = 0
+    """Seed of data order, sampling and every other random choice."""
+
+    def __post_init__(self) -> None:
+        _require(self.num_steps >= 0, "run.num_steps", self.num_steps, "0 or more")
+        _require(bool(self.output_dir), "run.output_dir", repr(self.output_dir), "a folder name")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSection:
+    """The policy's model."""
+
+    path: str
+    """Hugging Face checkpoint folder (config.json, safetensors, tokenizer)."""
+    dtype: Literal["fp32", "bf16"] = "bf16"
+    """Compute type of the policy; bf16 keeps fp32 master weights in the optimizer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelSection:
+    """How the policy is split over ranks; the rest of the world is data parallel."""
+
+    tensor_parallel_size: int = 1
+    """Ranks that share each matrix (TP)."""
+    pipeline_parallel_size: int = 1
+    """Ranks that share the stack of layers (PP)."""
+    sequence_parallel: bool = False
+    """Split norms and residuals along the sequence over the TP ranks."""
+    distributed_optimizer: bool = True
+    """Shard optimizer states over the data-parallel ranks (ZeRO-1)."""
+    timeout_minutes: float = 30.0
+    """How long a collective may wait for a missing rank, in minutes."""
+
+    def __post_init__(self) -> None:
+        _positive("parallel", self, "tensor_parallel_size", "pipeline_parallel_size")
+        _require(self.timeout_minutes > 0, "parallel.timeout_minutes", self.timeout_minutes, "more than 0")
+        _require(
+            not self.sequence_parallel or self.tensor_parallel_size > 1,
+            "parallel.sequence_parallel",
+            self.sequence_parallel,
+            "tensor_parallel_size above 1 with sequence parallelism",
+            "Set parallel.sequence_parallel=false.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceSection:
+    """Where prompts come from and which columns hold what."""
+
+    kind: str
+    """jsonl | parquet | datasets | task, or package.module:symbol of a prompt source."""
+    path: str | None = None
+    """File, folder or hub id; for kind=task the task's name."""
+    name: str | None = None
+    """Configuration of a hub data set, for instance "main" of openai/gsm8k."""
+    split: str = "train"
+    """Split of a data set or of a generated task."""
+    prompt_field: str = "prompt"
+    """Column of the prompt: a string, or a list of {role, content} messages."""
+    answer_field: str | None = "answer"
+    """Column of the reference answer; null when the reward needs none."""
+    answer_pattern: str | None = None
+    """Regular expression whose first group is the answer inside the answer column."""
+    demonstration_field: str | None = None
+    """Column of the demonstration to imitate (supervised fine-tuning)."""
+    limit: int | None = None
+    """Use only the first so many rows."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of a generated task or of an own prompt source."""
+
+    def __post_init__(self) -> None:
+        _positive("data source", self, "limit")
+        _require(
+            self.path is not None or ":" in self.kind,
+            "data source path",
+            self.path,
+            f"a path for kind={self.kind}",
+            "Set data.train.path (and data.evaluation.path).",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSection:
+    """Prompts for training and evaluation."""
+
+    train: SourceSection
+    """Training prompts."""
+    evaluation: SourceSection | None = None
+    """Held-out prompts for evaluation during the run."""
+    max_prompt_tokens: int = 1024
+    """Longest prompt in tokens."""
+    on_overlong_prompt: Literal["drop", "error"] = "drop"
+    """Drop longer prompts (counted and reported) or stop."""
+    chat_template: Literal["auto", "none"] = "auto"
+    """auto: the tokenizer's chat template when it has one; none: prompts are plain text."""
+    system_prompt: str | None = None
+    """System message put before every prompt; needs a chat template."""
+    shuffle: bool = True
+    """New order every epoch, from the run's seed."""
+
+    def __post_init__(self) -> None:
+        _positive("data", self, "max_prompt_tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutSection:
+    """How training sequences come into being."""
+
+    source: Literal["engine", "demonstrations"] = "engine"
+    """engine: the policy's own samples; demonstrations: supervised fine-tuning."""
+    engine: Literal["embedded"] = "embedded"
+    """Inference engine; embedded needs nothing but torch."""
+    num_prompts_per_step: int = 16
+    """Prompts in each step."""
+    group_size: int = 8
+    """Samples of each prompt (n, num_generations)."""
+    temperature: float = 1.0
+    """Sampling temperature; log-probabilities are those of the tempered distribution."""
+    top_p: float = 1.0
+    """Nucleus sampling; 1.0 is off."""
+    top_k: int = 0
+    """Sample among the k most likely tokens; 0 is off."""
+    max_new_tokens: int = 1024
+    """Longest response in tokens."""
+    stop_token_ids: list[int] = field(default_factory=list)
+    """Token ids that end a response, besides the tokenizer's end token."""
+    schedule: Literal["dynamic", "static"] = "dynamic"
+    """dynamic: engines take prompts as they get free; static: a fixed split, repeatable bit for bit."""
+    max_num_sequences: int = 256
+    """Sequences that one engine decodes at a time."""
+
+    def __post_init__(self) -> None:
+        _positive("rollout", self, "num_prompts_per_step", "group_size", "max_new_tokens", "max_num_sequences")
+        _require(self.temperature > 0, "rollout.temperature", self.temperature, "more than 0 for training rollouts")
+        _require(0 < self.top_p <= 1, "rollout.top_p", self.top_p, "above 0 and at most 1")
+        _require(self.top_k >= 0, "rollout.top_k", self.top_k, "0 (off) or more")
+        _require(
+            self.max_num_sequences >= self.group_size,
+            "rollout.max_num_sequences",
+            self.max_num_sequences,
+            f"at least rollout.group_size={self.group_size}, as a group is decoded together",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardFunctionSection:
+    """One reward function and its weight in the sum."""
+
+    name: str
+    """A registered name, or package.module:symbol."""
+    weight: float = 1.0
+    """Factor in the total reward."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the function."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardSection:
+    """What a response is worth."""
+
+    functions: list[RewardFunctionSection] = field(default_factory=list)
+    """The total reward is the weighted sum of these."""
+    num_workers: int = 1
+    """Worker processes on each rank."""
+    timeout_s: float = 10.0
+    """Hard limit for the reward of one response, in seconds; the worker is killed beyond it."""
+    memory_limit_gb: float = 4.0
+    """Address-space limit of a worker, in GiB."""
+    max_failure_fraction: float = 0.1
+    """Stop the run when a larger share of one step's rewards raise or time out."""
+
+    def __post_init__(self) -> None:
+        _positive("reward", self, "num_workers")
+        _require(self.timeout_s > 0, "reward.timeout_s", self.timeout_s, "more than 0 seconds")
+        _require(self.memory_limit_gb > 0, "reward.memory_limit_gb", self.memory_limit_gb, "more than 0")
+        _require(
+            0 <= self.max_failure_fraction <= 1, "reward.max_failure_fraction", self.max_failure_fraction, "0 to 1"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlgorithmSection:
+    """Advantages, loss and regularisation."""
+
+    advantage: str = "group"
+    """group: reward minus the group's mean (GRPO); or package.module:symbol."""
+    normalize_by_std: bool = True
+    """Divide group advantages by the group's standard deviation (off in Dr. GRPO)."""
+    std_epsilon: float = 1e-4
+    """Added to that standard deviation."""
+    loss: str = "clipped"
+    """clipped: the PPO/GRPO surrogate; nll: supervised fine-tuning; or package.module:symbol."""
+    clip_ratio_low: float = 0.2
+    """The ratio is clipped below 1 - clip_ratio_low."""
+    clip_ratio_high: float = 0.2
+    """The ratio is clipped above 1 + clip_ratio_high (0.28 in DAPO)."""
+    aggregation: Literal["token_mean", "sequence_mean", "constant_length"] = "token_mean"
+    """token_mean (DAPO), sequence_mean (GRPO paper), constant_length (Dr. GRPO)."""
+    constant_length: int | None = None
+    """Divisor of constant_length in tokens; null: rollout.max_new_tokens."""
+    kl_coef: float = 0.0
+    """Weight of the KL divergence to the reference in the loss; 0 builds no reference model."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """Estimator of that divergence."""
+    reference_path: str | None = None
+    """Hugging Face folder of the reference model; null: the starting model."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.clip_ratio_low <= 1, "algorithm.clip_ratio_low", self.clip_ratio_low, "0 to 1")
+        _require(self.clip_ratio_high >= 0, "algorithm.clip_ratio_high", self.clip_ratio_high, "0 or more")
+        _require(self.std_epsilon >= 0, "algorithm.std_epsilon", self.std_epsilon, "0 or more")
+        _require(self.kl_coef >= 0, "algorithm.kl_coef", self.kl_coef, "0 or more")
+        _positive("algorithm", self, "constant_length")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchingSection:
+    """How a batch of sequences becomes optimizer updates and micro-batches."""
+
+    num_updates: int = 1
+    """Optimizer updates for each batch of rollouts (mini-batches)."""
+    num_epochs: int = 1
+    """Passes over each batch of rollouts."""
+    micro_batch_size: int | None = None
+    """Sequences in one forward pass of one rank; null: bounded by tokens alone."""
+    max_tokens_per_micro_batch: int = 16384
+    """Tokens in one forward pass of one rank, padding counted in."""
+    packed: bool = True
+    """true: sequences one behind the other (THD); false: padded to the longest."""
+
+    def __post_init__(self) -> None:
+        _positive("batching", self, "num_updates", "num_epochs", "micro_batch_size", "max_tokens_per_micro_batch")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerSection:
+    """AdamW and its learning-rate schedule, counted in optimizer updates."""
+
+    lr: float = 1e-6
+    """Peak learning rate."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the decay."""
+    lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape of the decay after warm-up."""
+    lr_warmup_updates: int = 0
+    """Updates over which the rate rises linearly from 0."""
+    lr_decay_updates: int | None = None
+    """Update at which min_lr is reached; null: the end of the run."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay; not applied to norms and biases."""
+    adam_beta1: float = 0.9
+    """Decay of the first moment."""
+    adam_beta2: float = 0.999
+    """Decay of the second moment."""
+    adam_eps: float = 1e-8
+    """Added to the root of the second moment."""
+    clip_grad: float = 1.0
+    """Largest global gradient norm; 0 is off."""
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0, "optimizer.lr", self.lr, "more than 0")
+        _require(0 <= self.min_lr <= self.lr, "optimizer.min_lr", self.min_lr, f"0 to optimizer.lr={self.lr}")
+        _require(self.lr_warmup_updates >= 0, "optimizer.lr_warmup_updates", self.lr_warmup_updates, "0 or more")
+        _positive("optimizer", self, "lr_decay_updates")
+        _require(0 <= self.adam_beta1 < 1, "optimizer.adam_beta1", self.adam_beta1, "0 to below 1")
+        _require(0 <= self.adam_beta2 < 1, "optimizer.adam_beta2", self.adam_beta2, "0 to below 1")
+        _require(self.clip_grad >= 0, "optimizer.clip_grad", self.clip_grad, "0 (off) or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSection:
+    """Evaluation on data.evaluation during the run."""
+
+    every: int = 0
+    """Evaluate after every so many steps; 0: only before the first and after the last."""
+    num_prompts: int | None = None
+    """Use the first so many held-out prompts; null: all."""
+    temperature: float = 0.0
+    """0 is greedy decoding."""
+    max_new_tokens: int | None = None
+    """Longest response; null: rollout.max_new_tokens."""
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 0, "evaluation.every", self.every, "0 (off) or more")
+        _require(self.temperature >= 0, "evaluation.temperature", self.temperature, "0 (greedy) or more")
+        _positive("evaluation", self, "num_prompts", "max_new_tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSection:
+    """Saving; resuming is asked for by --resume on the command line."""
+
+    every: int = 0
+    """Save after every so many steps; 0: only after the last."""
+    keep_last: int = 2
+    """Older checkpoints are removed beyond so many."""
+    save_hf: bool = False
+    """Also write the weights as a Hugging Face folder into each checkpoint."""
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 0, "checkpoint.every", self.every, "0 (off) or more")
+        _positive("checkpoint", self, "keep_last")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricsSection:
+    """Where metrics go; metrics.jsonl in the run folder is always written."""
+
+    console: Literal["auto", "live", "plain", "off"] = "auto"
+    """auto: live on a terminal, plain lines elsewhere."""
+    tensorboard: bool = True
+    """Write tensorboard events into the run folder."""
+    wandb: Literal["auto", "online", "offline", "off"] = "auto"
+    """auto: online when a key is set, offline otherwise."""
+    wandb_project: str = "megatron_rl"
+    """Project on wandb."""
+    log_every: int = 1
+    """Print a console line every so many steps; files get every step."""
+    num_samples: int = 4
+    """Rollouts kept for the report at each evaluation."""
+
+    def __post_init__(self) -> None:
+        _positive("metrics", self, "log_every")
+        _require(self.num_samples >= 0, "metrics.num_samples", self.num_samples, "0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything a run needs to know."""
+
+    run: RunSection
+    model: ModelSection
+    data: DataSection
+    parallel: ParallelSection = field(default_factory=ParallelSection)
+    rollout: RolloutSection = field(default_factory=RolloutSection)
+    reward: RewardSection = field(default_factory=RewardSection)
+    algorithm: AlgorithmSection = field(default_factory=AlgorithmSection)
+    batching: BatchingSection = field(default_factory=BatchingSection)
+    optimizer: OptimizerSection = field(default_factory=OptimizerSection)
+    evaluation: EvaluationSection = field(default_factory=EvaluationSection)
+    checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
+    metrics: MetricsSection = field(default_factory=MetricsSection)

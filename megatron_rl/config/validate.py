@@ -1,0 +1,71 @@
+"""Checks across sections and against the world size, each naming the key to change."""
+
+from megatron_rl.config.schema import RunConfig
+from megatron_rl.errors import ConfigError
+
+
+def validate(config: RunConfig, world_size: int) -> None:
+    """Refuse a configuration whose sections contradict each other or the number of ranks.
+
+    Raises:
+        ConfigError: with the values, what was expected and the key to change.
+    """
+    _check_parallel(config, world_size)
+    _check_batches(config)
+    _check_objective(config)
+    if config.evaluation.every and config.data.evaluation is None:
+        raise ConfigError(
+            f"evaluation.every={config.evaluation.every} needs held-out prompts. Set data.evaluation, or evaluation.every=0."
+        )
+
+
+def sequences_per_step(config: RunConfig) -> int:
+    """Training sequences that one step produces."""
+    group = config.rollout.group_size if config.rollout.source == "engine" else 1
+    return config.rollout.num_prompts_per_step * group
+
+
+def _check_parallel(config: RunConfig, world_size: int) -> None:
+    tp, pp = config.parallel.tensor_parallel_size, config.parallel.pipeline_parallel_size
+    if world_size % (tp * pp):
+        raise ConfigError(
+            f"world size {world_size} does not divide by parallel.tensor_parallel_size={tp} x "
+            f"parallel.pipeline_parallel_size={pp} = {tp * pp}. Start a multiple of {tp * pp} ranks or change these keys."
+        )
+
+
+def _check_batches(config: RunConfig) -> None:
+    sequences, updates = sequences_per_step(config), config.batching.num_updates
+    if sequences % updates:
+        raise ConfigError(
+            f"{sequences} sequences in a step (rollout.num_prompts_per_step x rollout.group_size) do not divide by "
+            f"batching.num_updates={updates}. Change one of the three."
+        )
+    if config.algorithm.advantage == "group" and config.algorithm.loss != "nll" and config.rollout.group_size < 2:
+        raise ConfigError(
+            f"rollout.group_size={config.rollout.group_size}: group advantages need at least 2 samples of each prompt. "
+            "Set rollout.group_size to 8 or so."
+        )
+    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    if config.batching.max_tokens_per_micro_batch < longest:
+        raise ConfigError(
+            f"batching.max_tokens_per_micro_batch={config.batching.max_tokens_per_micro_batch} is below the longest "
+            f"sequence, data.max_prompt_tokens + rollout.max_new_tokens = {longest}. Raise it to at least {longest}."
+        )
+    decay, warmup = config.optimizer.lr_decay_updates, config.optimizer.lr_warmup_updates
+    if decay is not None and decay <= warmup:
+        raise ConfigError(
+            f"optimizer.lr_decay_updates={decay} must be above optimizer.lr_warmup_updates={warmup}. Change one of them."
+        )
+
+
+def _check_objective(config: RunConfig) -> None:
+    source, loss = config.rollout.source, config.algorithm.loss
+    if source == "demonstrations" and loss != "nll":
+        raise ConfigError(f"rollout.source=demonstrations learns by algorithm.loss=nll, not {loss!r}. Set algorithm.loss=nll.")
+    if source == "demonstrations" and config.data.train.demonstration_field is None and config.data.train.kind != "task":
+        raise ConfigError("rollout.source=demonstrations needs data.train.demonstration_field: the column to imitate.")
+    if source == "engine" and not config.reward.functions:
+        raise ConfigError("reward.functions is empty: rollouts need at least one reward, for instance [{name: math}].")
+    if source == "demonstrations" and config.algorithm.kl_coef:
+        raise ConfigError(f"algorithm.kl_coef={config.algorithm.kl_coef} has no meaning for demonstrations. Set it to 0.")
