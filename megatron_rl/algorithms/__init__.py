@@ -1,0 +1,1 @@
+"""Pure functions of reinforcement learning: they see whole sequences and know no ranks."""

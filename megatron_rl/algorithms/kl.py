@@ -1,0 +1,24 @@
+"""Per-token estimators of KL(policy || reference) from samples of the policy."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+
+def k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """log(p/q): unbiased, high variance, may be negative. Shapes: any, equal. Source: Schulman, 2020."""
+    return logprobs - ref_logprobs
+
+
+def k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """log(p/q)^2 / 2: biased, low variance. Shapes: any, equal. Source: Schulman, 2020."""
+    return (logprobs - ref_logprobs).square() / 2
+
+
+def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """q/p - log(q/p) - 1: unbiased, low variance, never negative. Source: Schulman, 2020; GRPO eq. 4."""
+    log_ratio = ref_logprobs - logprobs
+    return log_ratio.exp() - log_ratio - 1
+
+
+KL_ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"k1": k1, "k2": k2, "k3": k3}

@@ -1,0 +1,62 @@
+"""The whole per-token objective: policy loss, KL to the reference, entropy bonus."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from megatron_rl.algorithms.kl import KL_ESTIMATORS
+from megatron_rl.algorithms.losses import LOSSES, LossFunction
+from megatron_rl.config.schema import AlgorithmSection
+from megatron_rl.plugins import load_symbol
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveTerms:
+    """Per-token terms, all of one shape; ``total`` carries the gradient."""
+
+    total: Tensor
+    policy: Tensor
+    clipped: Tensor
+    kl: Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """loss + kl_coef * KL - entropy_coef * entropy, token by token."""
+
+    loss: LossFunction
+    clip_ratio_low: float
+    clip_ratio_high: float
+    kl_coef: float
+    kl_estimator: str
+    entropy_coef: float
+
+    def __call__(
+        self, logprobs: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor, advantages: Tensor, entropy: Tensor
+    ) -> ObjectiveTerms:
+        policy = self.loss(
+            logprobs,
+            old_logprobs,
+            advantages,
+            clip_ratio_low=self.clip_ratio_low,
+            clip_ratio_high=self.clip_ratio_high,
+        )
+        total, kl = policy.loss, None
+        if self.kl_coef:
+            kl = KL_ESTIMATORS[self.kl_estimator](logprobs, ref_logprobs)
+            total = total + self.kl_coef * kl
+        if self.entropy_coef:
+            total = total - self.entropy_coef * entropy
+        return ObjectiveTerms(total=total, policy=policy.loss, clipped=policy.clipped, kl=kl)
+
+
+def build_objective(config: AlgorithmSection) -> Objective:
+    """The objective of a configuration; a loss is a registered name or ``package.module:symbol``."""
+    return Objective(
+        loss=load_symbol(config.loss, LOSSES, "algorithm.loss"),
+        clip_ratio_low=config.clip_ratio_low,
+        clip_ratio_high=config.clip_ratio_high,
+        kl_coef=config.kl_coef,
+        kl_estimator=config.kl_estimator,
+        entropy_coef=config.entropy_coef,
+    )

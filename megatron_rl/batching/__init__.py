@@ -1,0 +1,1 @@
+"""From graded rollouts to the micro-batches of every rank."""

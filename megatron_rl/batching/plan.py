@@ -1,0 +1,106 @@
+"""Share the sequences of a step out over updates, data-parallel ranks and micro-batches."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from megatron_rl.algorithms.loss_weights import Aggregation, sequence_loss_weights
+from megatron_rl.batching.pack import balance, equalise, micro_batches
+from megatron_rl.batching.sequences import flatten_groups, to_sequence
+from megatron_rl.config.schema import BatchingSection
+from megatron_rl.errors import DataError
+from megatron_rl.types import RolloutGroup, TrainBatch, TrainSequence, UpdatePlan
+
+FILLER = -1
+
+
+def plan_batch(
+    groups: Sequence[RolloutGroup],
+    config: BatchingSection,
+    *,
+    dp_rank: int,
+    dp_size: int,
+    aggregation: Aggregation,
+    constant_length: int,
+) -> TrainBatch:
+    """This data-parallel rank's sequences and its updates, with the loss weights set.
+
+    Args:
+        groups: all groups of the step, the same on every rank and in the same order.
+
+    Raises:
+        DataError: an update has no token with loss.
+    """
+    rollouts, rewards, group_of = flatten_groups(groups)
+    sequences = [to_sequence(rollout) for rollout in rollouts]
+    lengths = [sequence.token_ids.numel() for sequence in sequences]
+    loss_lengths = torch.tensor([int(sequence.loss_mask.sum()) for sequence in sequences])
+
+    local: dict[int, int] = {}  # global index -> place in this rank's list
+    chosen: list[TrainSequence] = []
+    global_index: list[int] = []
+    plans: list[UpdatePlan] = []
+    per_update = len(sequences) // config.num_updates
+    for update in range(config.num_updates):
+        members = list(range(update * per_update, (update + 1) * per_update))
+        weights = sequence_loss_weights(loss_lengths[members], aggregation, constant_length=constant_length)
+        num_tokens = int(loss_lengths[members].sum())
+        if num_tokens == 0:
+            raise DataError(
+                f"update {update} of this step has {len(members)} sequences but no token to learn from. "
+                "Every reward failed or every response is empty; look at the rollouts."
+            )
+        bins = balance([lengths[i] for i in members], dp_size)
+        batches = equalise(
+            [
+                micro_batches(
+                    [members[i] for i in one],
+                    lengths,
+                    max_sequences=config.micro_batch_size,
+                    max_tokens=config.max_tokens_per_micro_batch,
+                    packed=config.packed,
+                )
+                for one in bins
+            ]
+        )
+        mine = []
+        for batch in batches[dp_rank]:
+            places = []
+            for index in batch or [FILLER]:
+                if index == FILLER:
+                    chosen.append(_filler(sequences[members[0]]))
+                    places.append(len(chosen) - 1)
+                else:
+                    weight = float(weights[index - members[0]])
+                    chosen.append(_with_weight(sequences[index], weight))
+                    places.append(local.setdefault(index, len(chosen) - 1))
+                global_index.append(index)
+            mine.append(places)
+        plans.append(
+            UpdatePlan(micro_batches=mine, num_tokens=num_tokens, num_sequences=int((loss_lengths[members] > 0).sum()))
+        )
+    return TrainBatch(
+        sequences=chosen,
+        updates=plans * config.num_epochs,
+        global_index=global_index,
+        rewards=rewards,
+        groups=group_of,
+    )
+
+
+def _with_weight(sequence: TrainSequence, weight: float) -> TrainSequence:
+    return replace(sequence, loss_weights=sequence.loss_mask * weight)
+
+
+def _filler(sequence: TrainSequence) -> TrainSequence:
+    """A short copy without loss, for a rank that has no sequence left."""
+    return TrainSequence(
+        token_ids=sequence.token_ids[:2],
+        loss_mask=torch.zeros(2, dtype=torch.bool),
+        rollout_logprobs=torch.zeros(2),
+        advantages=torch.zeros(2),
+        loss_weights=torch.zeros(2),
+        old_logprobs=torch.zeros(2),
+        ref_logprobs=torch.zeros(2),
+    )

@@ -1,0 +1,201 @@
+"""The records that pass between rooms.
+
+G: siblings of one prompt. R: response tokens. L: tokens of one sequence (prompt and response).
+T: tokens of a micro-batch. S: sequences of a micro-batch. N: sequences of a whole step.
+Stored arrays are token-aligned: index t describes token_ids[t]; only batching/align.py shifts.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+FinishReason = Literal["stop", "length", "abort"]
+RolloutStatus = Literal["ok", "reward_error", "reward_timeout"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How an engine samples."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    max_new_tokens: int
+    stop_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """One question, tokenised, with what is needed to grade an answer to it."""
+
+    prompt_id: str
+    token_ids: Tensor
+    """[P] int64."""
+    text: str
+    answer: str | None
+    demonstration: str | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """What an engine returns for one sample."""
+
+    token_ids: Tensor
+    """[R] int64, the stop token included when there is one."""
+    logprobs: Tensor
+    """[R] float32, of the distribution really sampled."""
+    finish_reason: FinishReason
+    policy_version: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout:
+    """One graded sample."""
+
+    token_ids: Tensor
+    """[L] int64."""
+    loss_mask: Tensor
+    """[L] bool, True where the policy sampled the token."""
+    rollout_logprobs: Tensor
+    """[L] float32, 0 outside the mask."""
+    text: str
+    """The response as text, without special tokens."""
+    finish_reason: FinishReason
+    policy_version: int
+    reward: float
+    """Weighted sum; NaN unless status is "ok"."""
+    reward_parts: Mapping[str, float]
+    status: RolloutStatus
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutGroup:
+    """The siblings of one prompt."""
+
+    index: int
+    """Place of the prompt in the step, the same for every split over engines."""
+    prompt: Prompt
+    rollouts: Sequence[Rollout]
+    """[G]"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSequence:
+    """One sequence as the policy learns from it; all tensors are [L]."""
+
+    token_ids: Tensor
+    """int64."""
+    loss_mask: Tensor
+    """bool."""
+    rollout_logprobs: Tensor
+    """float32."""
+    advantages: Tensor
+    """float32."""
+    loss_weights: Tensor
+    """float32; their meaning is in algorithms/loss_weights.py."""
+    old_logprobs: Tensor
+    """float32, by the trainer before the update."""
+    ref_logprobs: Tensor
+    """float32, by the reference model; zeros without one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdatePlan:
+    """One optimizer update of this rank."""
+
+    micro_batches: Sequence[Sequence[int]]
+    """Indices into TrainBatch.sequences; as many micro-batches on every data-parallel rank."""
+    num_tokens: int
+    """Tokens with loss in this update, over all ranks."""
+    num_sequences: int
+    """Sequences with loss in this update, over all ranks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainBatch:
+    """This data-parallel rank's share of one step."""
+
+    sequences: Sequence[TrainSequence]
+    updates: Sequence[UpdatePlan]
+    """In order; several for mini-batches and epochs."""
+    global_index: Sequence[int]
+    """Place of each local sequence among the N of the step; -1 for a filler without loss."""
+    rewards: Tensor
+    """[N] float32, all sequences of the step; NaN where the reward failed."""
+    groups: Tensor
+    """[N] int64, the group of each."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """What one forward pass reads: packed [1, T] or padded [S, L] rows, already aligned to predict.
+
+    Position t holds what concerns token t + 1, the one that it predicts.
+    """
+
+    tokens: Tensor
+    """int64."""
+    labels: Tensor
+    """int64, the next token."""
+    position_ids: Tensor
+    """int64, from 0 in each sequence."""
+    loss_mask: Tensor
+    """bool."""
+    loss_weights: Tensor
+    """float32."""
+    advantages: Tensor
+    """float32."""
+    rollout_logprobs: Tensor
+    """float32."""
+    old_logprobs: Tensor
+    """float32."""
+    ref_logprobs: Tensor
+    """float32."""
+    cu_seqlens: tuple[int, ...] | None
+    """Starts of the packed sequences and the end, [S + 1]; None when padded."""
+    lengths: tuple[int, ...]
+    """Tokens of each real sequence, [S]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelContext:
+    """Where this rank stands; passed explicitly."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+    dp_rank: int
+    dp_size: int
+    tp_rank: int
+    tp_size: int
+    pp_rank: int
+    pp_size: int
+    groups: Any
+    """Megatron's ProcessGroupCollection."""
+    host_group: Any
+    """gloo group of the whole world, for host tensors and objects."""
+    store: Any
+    """torch.distributed store shared by the world."""
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.pp_size - 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """Where a run stands; saved beside the weights."""
+
+    step: int = 0
+    num_prompts_consumed: int = 0
+    num_updates: int = 0
+    wandb_id: str | None = None
