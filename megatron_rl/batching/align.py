@@ -65,7 +65,8 @@ def unalign(values: Tensor, batch: MicroBatch) -> list[Tensor]:
     if values.shape != batch.tokens.shape:
         raise AssertionError(f"values {tuple(values.shape)} against tokens {tuple(batch.tokens.shape)}")
     if batch.cu_seqlens is not None:
-        rows = [values[0, start : start + length] for start, length in zip(batch.cu_seqlens, batch.lengths, strict=False)]
+        starts = batch.cu_seqlens[: len(batch.lengths)]
+        rows = [values[0, start : start + length] for start, length in zip(starts, batch.lengths, strict=True)]
     else:
         rows = [row[:length] for row, length in zip(values, batch.lengths, strict=True)]
     return [F.pad(row[:-1], (1, 0)) for row in rows]

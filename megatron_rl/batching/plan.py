@@ -37,7 +37,6 @@ def plan_batch(
     lengths = [sequence.token_ids.numel() for sequence in sequences]
     loss_lengths = torch.tensor([int(sequence.loss_mask.sum()) for sequence in sequences])
 
-    local: dict[int, int] = {}  # global index -> place in this rank's list
     chosen: list[TrainSequence] = []
     global_index: list[int] = []
     plans: list[UpdatePlan] = []
@@ -70,11 +69,9 @@ def plan_batch(
             for index in batch or [FILLER]:
                 if index == FILLER:
                     chosen.append(_filler(sequences[members[0]]))
-                    places.append(len(chosen) - 1)
                 else:
-                    weight = float(weights[index - members[0]])
-                    chosen.append(_with_weight(sequences[index], weight))
-                    places.append(local.setdefault(index, len(chosen) - 1))
+                    chosen.append(_with_weight(sequences[index], float(weights[index - members[0]])))
+                places.append(len(chosen) - 1)
                 global_index.append(index)
             mine.append(places)
         plans.append(

@@ -1,0 +1,58 @@
+"""The layout table of a decoder-only model: Megatron parameter name -> slices of Hugging Face tensors."""
+
+from megatron_rl.models.spec import ModelSpec
+from megatron_rl.weights.layout import Layout, gated, grouped_qkv, replicated, row, vocabulary
+
+EMBEDDING = "model.embed_tokens.weight"
+LM_HEAD = "lm_head.weight"
+
+
+def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
+    """The vocabulary rounded up to what the tensor-parallel ranks can share evenly."""
+    return -(-vocab_size // tp_size) * tp_size
+
+
+def layout_table(spec: ModelSpec, tp_size: int) -> dict[str, Layout]:
+    """Every parameter of the model, layers numbered over the whole depth.
+
+    With tied embeddings ``output_layer.weight`` is what a last pipeline stage without the embedding holds.
+    """
+    hidden = spec.hidden_size
+    padded = padded_vocab_size(spec.vocab_size, tp_size)
+    head = EMBEDDING if spec.tied_embeddings else LM_HEAD
+    table = {
+        "embedding.word_embeddings.weight": vocabulary(EMBEDDING, spec.vocab_size, padded, hidden),
+        "output_layer.weight": vocabulary(head, spec.vocab_size, padded, hidden),
+        "decoder.final_layernorm.weight": replicated("model.norm.weight", hidden),
+    }
+    for layer in range(spec.num_layers):
+        table |= _layer(spec, f"decoder.layers.{layer}.", f"model.layers.{layer}.")
+    return table
+
+
+def ignored_names(spec: ModelSpec) -> set[str]:
+    """Tensors a folder may hold although nobody reads them."""
+    buffers = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(spec.num_layers)}
+    return buffers | ({LM_HEAD} if spec.tied_embeddings else set())
+
+
+def _layer(spec: ModelSpec, megatron: str, hf: str) -> dict[str, Layout]:
+    hidden, heads, groups, dim = spec.hidden_size, spec.num_heads, spec.num_query_groups, spec.head_dim
+    q, k, v = (f"{hf}self_attn.{x}_proj." for x in "qkv")
+    attention = f"{megatron}self_attention."
+    table = {
+        f"{megatron}input_layernorm.weight": replicated(f"{hf}input_layernorm.weight", hidden),
+        f"{attention}linear_qkv.weight": grouped_qkv(q + "weight", k + "weight", v + "weight", heads, groups, dim, hidden),
+        f"{attention}linear_proj.weight": row(f"{hf}self_attn.o_proj.weight", hidden, heads * dim),
+        f"{megatron}pre_mlp_layernorm.weight": replicated(f"{hf}post_attention_layernorm.weight", hidden),
+        f"{megatron}mlp.linear_fc1.weight": gated(
+            f"{hf}mlp.gate_proj.weight", f"{hf}mlp.up_proj.weight", spec.ffn_hidden_size, hidden
+        ),
+        f"{megatron}mlp.linear_fc2.weight": row(f"{hf}mlp.down_proj.weight", hidden, spec.ffn_hidden_size),
+    }
+    if spec.qkv_bias:
+        table[f"{attention}linear_qkv.bias"] = grouped_qkv(q + "bias", k + "bias", v + "bias", heads, groups, dim)
+    if spec.qk_norm:
+        table[f"{attention}q_layernorm.weight"] = replicated(f"{hf}self_attn.q_norm.weight", dim)
+        table[f"{attention}k_layernorm.weight"] = replicated(f"{hf}self_attn.k_norm.weight", dim)
+    return table
