@@ -1,0 +1,23 @@
+"""The only importer of Megatron-Core.
+
+Importing this package prepares Megatron-Core for the machine: where there is no CUDA its modules
+are compiled for the CPU. So every module in here may import ``megatron.core`` at its top.
+"""
+
+import importlib.metadata
+
+from megatron_rl.errors import ConfigError
+from megatron_rl.mcore import cpu
+
+OLDEST, FIRST_UNTESTED = (0, 16, 1), (0, 20)
+
+
+def _check_version() -> None:
+    version = importlib.metadata.version("megatron-core")
+    numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:3] if part.isdigit())
+    if not OLDEST <= numbers < FIRST_UNTESTED:
+        raise ConfigError(f"megatron-core {version}: expected at least 0.16.1 and below 0.20. pip install 'megatron-core>=0.16.1,<0.20'")
+
+
+_check_version()
+cpu.install()

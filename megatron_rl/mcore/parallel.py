@@ -1,0 +1,100 @@
+"""The process groups of a run, from the launcher's environment variables."""
+
+import atexit
+import os
+from collections.abc import Mapping
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from megatron_rl.config.schema import ParallelSection
+from megatron_rl.errors import ConfigError
+from megatron_rl.types import ParallelContext
+
+# Megatron seeds its dropout streams; this project trains without dropout, so any value serves.
+DROPOUT_SEED = 1234
+
+
+def launcher_world(environment: Mapping[str, str] | None = None) -> tuple[int, int, int]:
+    """(rank, world size, local rank) as torchrun or srun sets them; (0, 1, 0) when started by hand.
+
+    Raises:
+        ConfigError: only some of the variables are set, or one is not a number.
+    """
+    environment = os.environ if environment is None else environment
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    if "RANK" not in environment and "WORLD_SIZE" not in environment:
+        return 0, 1, 0
+    try:
+        rank, world_size, local_rank = (int(environment[name]) for name in names)
+    except KeyError as error:
+        raise ConfigError(f"environment variable {error} is not set although RANK or WORLD_SIZE is. Start with torchrun.") from error
+    except ValueError as error:
+        raise ConfigError(f"RANK, WORLD_SIZE and LOCAL_RANK must be numbers: {error}. Start with torchrun.") from error
+    return rank, world_size, local_rank
+
+
+def init_parallel(config: ParallelSection) -> ParallelContext:
+    """Join the world and build Megatron's process groups.
+
+    Raises:
+        ConfigError: the launcher's variables are incomplete.
+    """
+    rank, world_size, local_rank = launcher_world()
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    timeout = timedelta(minutes=config.timeout_minutes)
+    if world_size == 1:
+        store: dist.Store = dist.HashStore()
+    else:
+        store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=timeout)))
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if cuda else "gloo",
+        store=dist.PrefixStore("world", store),
+        rank=rank,
+        world_size=world_size,
+        timeout=timeout,
+    )
+    atexit.register(shutdown)
+    return split_world(config, dist.PrefixStore("megatron_rl", store), local_rank, device)
+
+
+def split_world(config: ParallelSection, store: dist.Store, local_rank: int, device: torch.device) -> ParallelContext:
+    """Megatron's groups over an initialised world; an earlier split is undone."""
+    if parallel_state.is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.tensor_parallel_size,
+        pipeline_model_parallel_size=config.pipeline_parallel_size,
+    )
+    model_parallel_cuda_manual_seed(DROPOUT_SEED, force_reset_rng=True)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    return ParallelContext(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        local_rank=local_rank,
+        device=device,
+        dp_rank=groups.dp.rank(),
+        dp_size=groups.dp.size(),
+        tp_rank=groups.tp.rank(),
+        tp_size=groups.tp.size(),
+        pp_rank=groups.pp.rank(),
+        pp_size=groups.pp.size(),
+        groups=groups,
+        host_group=dist.new_group(backend="gloo"),
+        store=store,
+    )
+
+
+def shutdown() -> None:
+    """Leave the world, if it was joined."""
+    if parallel_state.is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
