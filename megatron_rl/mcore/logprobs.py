@@ -10,6 +10,7 @@ from torch import Tensor
 class _VocabParallelLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, group: Any) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
         size = logits.size(-1)
         logits = logits.float()
         peak = logits.amax(-1)
@@ -31,12 +32,15 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         return chosen - log_total, entropy
 
     @staticmethod
-    def backward(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor) -> tuple[Tensor, None, None]:
+    def backward(  # type: ignore[override]
+        ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None
+    ) -> tuple[Tensor, None, None]:
         probabilities, shifted, log_total, entropy, local, mine = ctx.saved_tensors
-        slope = grad_logprobs
-        gradient = probabilities * -slope.unsqueeze(-1)
-        gradient.scatter_add_(-1, local, (slope * mine).unsqueeze(-1))
-        if grad_entropy.any():
+        gradient = torch.zeros_like(probabilities)
+        if grad_logprobs is not None:
+            gradient -= grad_logprobs.unsqueeze(-1) * probabilities
+            gradient.scatter_add_(-1, local, (grad_logprobs * mine).unsqueeze(-1))
+        if grad_entropy is not None:
             surprise = shifted - log_total.unsqueeze(-1) + entropy.unsqueeze(-1)
             gradient -= grad_entropy.unsqueeze(-1) * probabilities * surprise
         return gradient, None, None

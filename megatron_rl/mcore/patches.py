@@ -1,0 +1,85 @@
+"""Everything of Megatron-Core that is worked around, in one place (0.16.1 to 0.19.x).
+
+Without Transformer Engine or Apex the optimizer is torch's AdamW, and resuming Megatron's
+distributed optimizer on top of it has three faults, one of them silent:
+
+1. ``state_dict()`` asserts on an optimizer that has not stepped yet: ``create_adam_state``.
+2. Loading fails with KeyError 'step', as torch keeps a step count for each parameter and Megatron
+   does not save it there: ``keep_step_on_load``.
+3. After a load all parameters share one step tensor, so that bias correction runs away with the
+   number of parameters: ``separate_step_counts``.
+
+And one cost: saving starts a manager process, which imports the main program again, only to hand
+results over inside one process: ``use_plain_results_queue``.
+
+tests/distributed/test_checkpoint.py holds a test for each that fails once it is no longer needed.
+"""
+
+import queue
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch import Tensor
+
+STEP = "step"
+
+
+def inner_optimizers(optimizer: MegatronOptimizer) -> Iterator[Any]:
+    """The optimizers that Megatron chains."""
+    yield from getattr(optimizer, "chained_optimizers", [optimizer])
+
+
+def create_adam_state(optimizer: MegatronOptimizer) -> None:
+    """Give every parameter the state of an AdamW that has made 0 steps, unless it has one."""
+    for inner in inner_optimizers(optimizer):
+        for group in inner.optimizer.param_groups:
+            for parameter in group["params"]:
+                if not inner.optimizer.state[parameter]:
+                    inner.optimizer.state[parameter] = {
+                        STEP: torch.tensor(0.0),
+                        "exp_avg": torch.zeros_like(parameter),
+                        "exp_avg_sq": torch.zeros_like(parameter),
+                    }
+
+
+def separate_step_counts(optimizer: MegatronOptimizer) -> None:
+    """Give every parameter its own step tensor after a load."""
+    for inner in inner_optimizers(optimizer):
+        for state in inner.optimizer.state.values():
+            state[STEP] = state[STEP].clone()
+
+
+@torch.no_grad()
+def _set_keeping_step(self: Any, model_param: Tensor, tensors: dict[str, Tensor]) -> None:
+    group, order = self.model_param_group_index_map[model_param]
+    state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
+    if STEP in state and STEP not in tensors:
+        tensors = {**tensors, STEP: state[STEP]}
+    _set_original(self, model_param, tensors)
+
+
+def _plain_results_queue() -> "queue.Queue[Any]":
+    return queue.Queue()
+
+
+_set_original = DistributedOptimizer._set_main_param_and_optimizer_states
+
+
+def keep_step_on_load() -> None:
+    """Let a load leave torch's step counts to ``separate_step_counts``."""
+    DistributedOptimizer._set_main_param_and_optimizer_states = _set_keeping_step
+
+
+def use_plain_results_queue() -> None:
+    """Hand the results of a synchronous save over without a manager process."""
+    filesystem_async._get_write_results_queue = _plain_results_queue
+
+
+def apply() -> None:
+    """Apply the two that replace functions; the other two are called where they are needed."""
+    keep_step_on_load()
+    use_plain_results_queue()

@@ -1,0 +1,1 @@
+"""Metrics: typed values, reduced once a step, written to several sinks."""

@@ -1,0 +1,95 @@
+"""Typed metrics that reduce over ranks: a name and one of Mean, Sum, Max, Min."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, Self
+
+from torch import Tensor
+
+
+class Reduction(Protocol):
+    """A value that can be merged with another of its kind."""
+
+    def merge(self, other: Self) -> Self: ...
+
+    def result(self) -> float: ...
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A weighted mean, kept as sum and weight until the end."""
+
+    total: float
+    weight: float = 1.0
+
+    def merge(self, other: "Mean") -> "Mean":
+        return Mean(self.total + other.total, self.weight + other.weight)
+
+    def result(self) -> float:
+        return self.total / self.weight if self.weight else float("nan")
+
+
+@dataclass(frozen=True)
+class Sum:
+    value: float
+
+    def merge(self, other: "Sum") -> "Sum":
+        return Sum(self.value + other.value)
+
+    def result(self) -> float:
+        return self.value
+
+
+@dataclass(frozen=True)
+class Max:
+    value: float
+
+    def merge(self, other: "Max") -> "Max":
+        return Max(max(self.value, other.value))
+
+    def result(self) -> float:
+        return self.value
+
+
+@dataclass(frozen=True)
+class Min:
+    value: float
+
+    def merge(self, other: "Min") -> "Min":
+        return Min(min(self.value, other.value))
+
+    def result(self) -> float:
+        return self.value
+
+
+Metrics = Mapping[str, Reduction]
+
+
+def merge(parts: Iterable[Metrics]) -> dict[str, Reduction]:
+    """One mapping of several; equal names must be of equal kind."""
+    merged: dict[str, Reduction] = {}
+    for part in parts:
+        for name, value in part.items():
+            if name in merged and type(merged[name]) is not type(value):
+                raise AssertionError(f"metric {name} is both {type(merged[name]).__name__} and {type(value).__name__}")
+            merged[name] = merged[name].merge(value) if name in merged else value
+    return merged
+
+
+def results(metrics: Metrics) -> dict[str, float]:
+    """Plain numbers."""
+    return {name: value.result() for name, value in metrics.items()}
+
+
+def mean_of(values: Sequence[float] | Tensor) -> Mean:
+    """The mean of some values, each of weight 1."""
+    numbers = [float(value) for value in values]
+    return Mean(sum(numbers), len(numbers))
+
+
+def mean_max_min(name: str, values: Sequence[float] | Tensor) -> dict[str, Reduction]:
+    """``name/mean``, ``name/max`` and ``name/min``; nothing for no values."""
+    numbers = [float(value) for value in values]
+    if not numbers:
+        return {}
+    return {f"{name}/mean": mean_of(numbers), f"{name}/max": Max(max(numbers)), f"{name}/min": Min(min(numbers))}

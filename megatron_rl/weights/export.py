@@ -1,0 +1,121 @@
+"""Shards back to whole Hugging Face tensors, streamed in buckets of one layer.
+
+Every rank of a replica knows from the layout table who holds which box; each box is broadcast once
+by one holder, so that a byte is sent once and the result is bit-exact. Memory is bounded by one
+layer. This full gather is the path that the planned transfers of weight_sync are held against.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_rl.errors import ConversionError
+from megatron_rl.weights.layout import Box, LayoutTable, Slice, box_index, box_shape, box_size, hf_shapes
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One box of one Hugging Face tensor and the parameter that holds it."""
+
+    parameter: str
+    slice: Slice
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Tensors that travel together."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    pieces: Mapping[int, Sequence[Piece]]
+    """Rank in the replica -> what it sends."""
+
+
+ExportPlan = Sequence[Bucket]
+
+
+def plan_export(held: Sequence[tuple[Sequence[str], int]], table: LayoutTable, tp_size: int) -> list[Bucket]:
+    """Who sends which box.
+
+    Args:
+        held: for each rank of the replica its parameters and its tensor-parallel rank.
+        table: layout of every parameter.
+
+    Raises:
+        ConversionError: the boxes do not cover every tensor exactly once.
+    """
+    shapes = hf_shapes(table)
+    pieces: dict[str, dict[int, list[Piece]]] = {name: {} for name in shapes}
+    taken: set[tuple[str, Box]] = set()
+    for rank, (names, tp_rank) in enumerate(held):
+        for parameter in names:
+            for piece in table[parameter].slices(tp_rank, tp_size):
+                if (piece.hf_name, piece.hf_box) not in taken:
+                    taken.add((piece.hf_name, piece.hf_box))
+                    pieces[piece.hf_name].setdefault(rank, []).append(Piece(parameter, piece))
+    for name, shape in shapes.items():
+        covered = sum(box_size(piece.slice.hf_box) for sent in pieces[name].values() for piece in sent)
+        wanted = box_size(tuple((0, n) for n in shape))
+        if covered != wanted:
+            raise ConversionError(f"{name}: the ranks hold {covered} of its {wanted} elements")
+    return [_bucket(names, shapes, pieces) for names in _group_by_layer(shapes)]
+
+
+def export_weights(plan: ExportPlan, parameters: Mapping[str, Tensor], group: Any) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of every Hugging Face tensor, complete on every rank of ``group``.
+
+    Collective: every rank of the group must exhaust the iterator.
+
+    Args:
+        parameters: this rank's shards, under the names of the plan.
+    """
+    example = next(iter(parameters.values()))
+    ranks = dist.get_process_group_ranks(group)
+    for bucket in plan:
+        whole = {name: example.new_empty(shape) for name, shape in bucket.shapes.items()}
+        for owner, pieces in bucket.pieces.items():
+            mine = owner == group.rank()
+            if group.size() == 1:
+                for piece in pieces:
+                    source = parameters[piece.parameter][box_index(piece.slice.shard_box)]
+                    whole[piece.slice.hf_name][box_index(piece.slice.hf_box)] = source
+                continue
+            flat = example.new_empty(sum(box_size(piece.slice.hf_box) for piece in pieces))
+            chunks = flat.split([box_size(piece.slice.hf_box) for piece in pieces])
+            if mine:
+                for piece, chunk in zip(pieces, chunks, strict=True):
+                    source = parameters[piece.parameter][box_index(piece.slice.shard_box)]
+                    chunk.copy_(source.reshape(-1))
+            dist.broadcast(flat, src=ranks[owner], group=group)
+            for piece, chunk in zip(pieces, chunks, strict=True):
+                box = piece.slice.hf_box
+                whole[piece.slice.hf_name][box_index(box)] = chunk.view(box_shape(box))
+        yield from whole.items()
+
+
+def _group_by_layer(shapes: Mapping[str, tuple[int, ...]]) -> list[list[str]]:
+    """Names of one layer together, every other tensor alone."""
+    groups: dict[str, list[str]] = {}
+    for name in shapes:
+        parts = name.split(".")
+        layer = ".".join(parts[: parts.index("layers") + 2]) if "layers" in parts else name
+        groups.setdefault(layer, []).append(name)
+    return list(groups.values())
+
+
+def _bucket(
+    names: Sequence[str], shapes: Mapping[str, tuple[int, ...]], pieces: Mapping[str, Mapping[int, Sequence[Piece]]]
+) -> Bucket:
+    by_owner: dict[int, list[Piece]] = {}
+    for name in names:
+        for rank, sent in pieces[name].items():
+            by_owner.setdefault(rank, []).extend(sent)
+    return Bucket({name: shapes[name] for name in names}, dict(sorted(by_owner.items())))
+
+
+def as_dtype(tensors: Iterator[tuple[str, Tensor]], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """The same tensors in another type."""
+    return ((name, tensor.to(dtype)) for name, tensor in tensors)
