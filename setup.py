@@ -27,6 +27,8 @@ setup(
         "pyyaml>=6,<7",
         "numpy>=1.26,<3",
         "safetensors>=0.5,<1",
+        # megatron-core saves checkpoints with it but does not ask for it
+        "psutil>=5.9",
         "datasets>=3,<6",
         "pyarrow>=17",
         "math-verify[antlr4_13_2]>=0.8,<0.10",

@@ -50,9 +50,11 @@ def transformer_config(spec: ModelSpec, parallel: ParallelSection, dtype: torch.
         add_qkv_bias=spec.qkv_bias,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        # every weight is read from the checkpoint, so none is drawn at random first
-        perform_initialization=False,
-        use_cpu_initialization=not torch.cuda.is_available(),
+        # every weight is read from the checkpoint, so none is drawn at random; skipping initialisation
+        # altogether would also skip the marks by which Megatron knows tensor-parallel parameters
+        init_method=_leave_as_it_is,
+        output_layer_init_method=_leave_as_it_is,
+        use_cpu_initialization=False,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
@@ -71,6 +73,10 @@ def transformer_config(spec: ModelSpec, parallel: ParallelSection, dtype: torch.
         bias_dropout_fusion=False,
         bias_activation_fusion=False,
     )
+
+
+def _leave_as_it_is(weight: torch.Tensor) -> torch.Tensor:
+    return weight
 
 
 def build_model(spec: ModelSpec, config: TransformerConfig, parallel: ParallelContext) -> GPTModel:

@@ -9,8 +9,9 @@ distributed optimizer on top of it has three faults, one of them silent:
 3. After a load all parameters share one step tensor, so that bias correction runs away with the
    number of parameters: ``separate_step_counts``.
 
-And one cost: saving starts a manager process, which imports the main program again, only to hand
-results over inside one process: ``use_plain_results_queue``.
+And one fault of saving: a synchronous save forks writer processes from a process full of threads,
+hangs for ever when one of them dies, and starts a manager process that imports the main program
+again only to hand the results over. ``write_in_process`` writes the same files without any of that.
 
 tests/distributed/test_checkpoint.py holds a test for each that fails once it is no longer needed.
 """
@@ -21,6 +22,7 @@ from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
@@ -62,8 +64,22 @@ def _set_keeping_step(self: Any, model_param: Tensor, tensors: dict[str, Tensor]
     _set_original(self, model_param, tensors)
 
 
-def _plain_results_queue() -> "queue.Queue[Any]":
-    return queue.Queue()
+def _write_buckets(
+    transforms: list[Any], use_msc: bool, rank: int, buckets: list[Any], results_queue: "queue.Queue[Any]"
+) -> None:
+    """What FileSystemWriterAsync.write_preloaded_data_multiproc does, one bucket after the other."""
+    local: queue.Queue[Any] = queue.Queue()
+    results: Any = {}
+    for number, bucket in enumerate(buckets):
+        pending: queue.Queue[int] = queue.Queue()
+        pending.put(number)
+        FileSystemWriterAsync.write_preloaded_data(transforms, number, bucket, local, pending, True)
+        _, outcome = local.get()
+        if isinstance(outcome, Exception):
+            results = outcome
+            break
+        results[number] = outcome
+    results_queue.put(results)
 
 
 _set_original = DistributedOptimizer._set_main_param_and_optimizer_states
@@ -74,12 +90,13 @@ def keep_step_on_load() -> None:
     DistributedOptimizer._set_main_param_and_optimizer_states = _set_keeping_step
 
 
-def use_plain_results_queue() -> None:
-    """Hand the results of a synchronous save over without a manager process."""
-    filesystem_async._get_write_results_queue = _plain_results_queue
+def write_in_process() -> None:
+    """Let a synchronous save write its files itself."""
+    filesystem_async._get_write_results_queue = queue.Queue
+    FileSystemWriterAsync.write_preloaded_data_multiproc = staticmethod(_write_buckets)
 
 
 def apply() -> None:
     """Apply the two that replace functions; the other two are called where they are needed."""
     keep_step_on_load()
-    use_plain_results_queue()
+    write_in_process()

@@ -1,0 +1,85 @@
+"""Policy and optimizer in Megatron's distributed checkpoint format, loadable under another layout."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.serialization import (
+    get_default_load_sharded_strategy,
+    get_default_save_sharded_strategy,
+)
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelLoadStrategyWrapper,
+    FullyParallelSaveStrategyWrapper,
+)
+from megatron.core.dist_checkpointing.validation import StrictHandling
+
+from megatron_rl.errors import CheckpointError
+from megatron_rl.mcore import patches
+from megatron_rl.mcore.policy import Policy
+
+patches.apply()
+
+
+def save_policy(policy: Policy, folder: Path) -> None:
+    """Write weights, optimizer and schedule into an existing empty folder; collective.
+
+    Raises:
+        CheckpointError: the folder cannot be written.
+    """
+    group = policy.parallel.groups.dp_cp
+    strategy = FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy("torch_dist"), group)
+    metadata = _metadata(policy)
+    try:
+        dist_checkpointing.save(
+            _state(policy, metadata, is_loading=False),
+            str(folder),
+            strategy,
+            content_metadata={key: value for key, value in metadata.items() if key != "dp_cp_group"},
+        )
+    except OSError as error:
+        raise CheckpointError(f"cannot write checkpoint {folder}: {error.strerror or error}. Free space and resume.") from error
+
+
+def load_policy(policy: Policy, folder: Path) -> None:
+    """Restore weights, optimizer and schedule, under any layout; collective.
+
+    Raises:
+        CheckpointError: the checkpoint is incomplete, damaged or of another model.
+    """
+    patches.create_adam_state(policy.optimizer)
+    group = policy.parallel.groups.dp_cp
+    try:
+        strategy = FullyParallelLoadStrategyWrapper(get_default_load_sharded_strategy(str(folder)), group)
+        loaded = dist_checkpointing.load(
+            _state(policy, _metadata(policy), is_loading=True), str(folder), strategy, strict=StrictHandling.RAISE_ALL
+        )
+    except (OSError, KeyError, ValueError, RuntimeError, dist_checkpointing.core.CheckpointingException) as error:
+        raise CheckpointError(
+            f"cannot restore checkpoint {folder}: {type(error).__name__}: {str(error)[:500]}. "
+            "Resume from an earlier one with --resume PATH."
+        ) from error
+    policy.model.load_state_dict(loaded["model"])
+    policy.optimizer.load_state_dict(loaded["optimizer"])
+    patches.separate_step_counts(policy.optimizer)
+    policy.scheduler.load_state_dict(loaded["scheduler"])
+
+
+def _metadata(policy: Policy) -> dict[str, Any]:
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "dp_cp_group": policy.parallel.groups.dp_cp,
+        "singleton_local_shards": False,
+        "chained_optim_avoid_prefix": True,
+    }
+
+
+@torch.no_grad()
+def _state(policy: Policy, metadata: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
+    model = policy.model.sharded_state_dict(metadata=metadata)
+    return {
+        "model": model,
+        "optimizer": policy.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata),
+        "scheduler": policy.scheduler.state_dict(),
+    }
