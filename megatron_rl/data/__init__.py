@@ -1,0 +1,1 @@
+"""Prompts: where they come from, how they are worded, in which order they are used."""

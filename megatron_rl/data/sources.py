@@ -1,0 +1,99 @@
+"""Rows from files, data sets, generated tasks and own code."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from megatron_rl.config.schema import SourceSection
+from megatron_rl.errors import DataError
+from megatron_rl.plugins import load_symbol
+from megatron_rl.tasks import TASKS
+
+Row = Mapping[str, Any]
+SourceReader = Callable[[SourceSection], Iterable[Row]]
+
+
+def read_rows(source: SourceSection) -> list[Row]:
+    """All rows of a source, in its order, up to its limit.
+
+    Raises:
+        DataError: the file or data set is missing, damaged or empty.
+    """
+    reader = load_symbol(source.kind, READERS, "data source kind")
+    rows = list(islice(reader(source), source.limit))
+    if not rows:
+        raise DataError(f"data source {source.path or source.kind} (split {source.split!r}) has no rows. Give one that does.")
+    return rows
+
+
+def read_jsonl(source: SourceSection) -> Iterable[Row]:
+    """One JSON object per line; empty lines do not count."""
+    path = _existing_file(source)
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{path}:{number}: not JSON ({error}). Each line must be one object.") from error
+            if not isinstance(row, dict):
+                raise DataError(f"{path}:{number}: {type(row).__name__}, expected an object with columns.")
+            yield row
+
+
+def read_parquet(source: SourceSection) -> Iterable[Row]:
+    """One Parquet file."""
+    import pyarrow
+    import pyarrow.parquet
+
+    path = _existing_file(source)
+    try:
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+            yield from batch.to_pylist()
+    except pyarrow.ArrowInvalid as error:
+        raise DataError(f"{path} is not a Parquet file: {error}") from error
+
+
+def read_datasets(source: SourceSection) -> Iterable[Row]:
+    """A data set of the ``datasets`` library: a hub id, a local folder, or one saved to disk."""
+    import datasets
+
+    assert source.path is not None
+    try:
+        if (Path(source.path) / "dataset_info.json").exists() or (Path(source.path) / "dataset_dict.json").exists():
+            saved = datasets.load_from_disk(source.path)
+            return saved[source.split] if isinstance(saved, datasets.DatasetDict) else saved
+        return datasets.load_dataset(source.path, source.name, split=source.split)
+    except (FileNotFoundError, KeyError, ValueError, ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
+        raise DataError(
+            f"data set {source.path!r} (name {source.name!r}, split {source.split!r}) cannot be loaded: {error}"
+        ) from error
+
+
+def read_task(source: SourceSection) -> Iterable[Row]:
+    """A generated task."""
+    assert source.path is not None
+    task = load_symbol(source.path, TASKS, "data source path (task)")
+    try:
+        return task(**source.options).rows(source.split)
+    except TypeError as error:
+        raise DataError(f"task {source.path}: {error}. Check the data source's options.") from error
+
+
+READERS: dict[str, SourceReader] = {
+    "jsonl": read_jsonl,
+    "parquet": read_parquet,
+    "datasets": read_datasets,
+    "task": read_task,
+}
+
+
+def _existing_file(source: SourceSection) -> Path:
+    assert source.path is not None
+    path = Path(source.path)
+    if not path.is_file():
+        raise DataError(f"data file {path} does not exist. Set the path of data.train or data.evaluation.")
+    return path

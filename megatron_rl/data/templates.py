@@ -1,0 +1,68 @@
+"""Tokenizers and chat templates."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_rl.config.schema import DataSection
+from megatron_rl.data.adapters import Problem
+from megatron_rl.errors import DataError
+
+
+def load_tokenizer(folder: str) -> Any:
+    """The tokenizer of a Hugging Face folder.
+
+    Raises:
+        DataError: there is none, or it has no end token.
+    """
+    from transformers import AutoTokenizer
+
+    if not Path(folder).is_dir():
+        raise DataError(f"tokenizer folder {folder} does not exist. model.path must be a Hugging Face checkpoint folder.")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder} has no usable tokenizer: {str(error).splitlines()[0]}") from error
+    if tokenizer.eos_token_id is None:
+        raise DataError(
+            f"the tokenizer of {folder} has no end token, so responses would never stop. "
+            "Set eos_token in its tokenizer_config.json."
+        )
+    return tokenizer
+
+
+def render_prompts(problems: Sequence[Problem], config: DataSection, tokenizer: Any) -> list[str]:
+    """The text of every prompt, with chat template and system prompt where they apply.
+
+    Raises:
+        DataError: messages or a system prompt without a chat template.
+    """
+    use_template = config.chat_template == "auto" and tokenizer.chat_template is not None
+    if use_template:
+        return [_render_chat(problem, config, tokenizer) for problem in problems]
+    if config.system_prompt is not None:
+        raise DataError("data.system_prompt needs a chat template, and the tokenizer has none (or data.chat_template=none).")
+    texts = []
+    for problem in problems:
+        if not isinstance(problem.prompt, str):
+            raise DataError("prompts are lists of messages, but the tokenizer has no chat template. Use text prompts.")
+        texts.append(problem.prompt)
+    return texts
+
+
+def tokenize(texts: Sequence[str], tokenizer: Any, *, special_tokens: bool) -> list[list[int]]:
+    """Token ids of every text.
+
+    Args:
+        special_tokens: let the tokenizer add its start token; a chat template has written it already.
+    """
+    return tokenizer(list(texts), add_special_tokens=special_tokens)["input_ids"]  # type: ignore[no-any-return]
+
+
+def _render_chat(problem: Problem, config: DataSection, tokenizer: Any) -> str:
+    messages = [{"role": "user", "content": problem.prompt}] if isinstance(problem.prompt, str) else list(problem.prompt)
+    if config.system_prompt is not None and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": config.system_prompt})
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert isinstance(text, str)
+    return text

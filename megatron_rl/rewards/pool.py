@@ -1,0 +1,132 @@
+"""Reward worker processes with hard time limits.
+
+A worker that exceeds the limit of one sample is killed and replaced; the sample is a time-out, the
+samples behind it go to the new worker. Workers are forked from a server that has the reward modules
+loaded, so that replacing one is cheap and no thread or lock of the trainer is copied.
+"""
+
+import multiprocessing
+import queue
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from multiprocessing.connection import Connection
+from typing import Any
+
+from megatron_rl.config.schema import RewardSection
+from megatron_rl.errors import RewardError
+from megatron_rl.rewards.record import RewardInput, RewardResult
+from megatron_rl.rewards.worker import FunctionSets, work
+
+START_LIMIT_S = 120.0
+_Request = tuple[str, Sequence[RewardInput], "Future[list[RewardResult]]"]
+
+
+class RewardPool:
+    """Grades lists of samples; results come as futures."""
+
+    def __init__(self, config: RewardSection, functions: FunctionSets) -> None:
+        """Start the workers.
+
+        Args:
+            functions: named sets of reward functions, for instance "train" and "evaluation".
+
+        Raises:
+            RewardError: a worker does not start.
+        """
+        self._config = config
+        self._functions = functions
+        self._requests: queue.Queue[_Request | None] = queue.Queue()
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["megatron_rl.rewards.worker"])
+        workers = [_Worker(self._context, config, functions) for _ in range(config.num_workers)]
+        self._threads = [threading.Thread(target=self._serve, args=(worker,), daemon=True) for worker in workers]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, functions: str, samples: Sequence[RewardInput]) -> "Future[list[RewardResult]]":
+        """Grade some samples by a named set of functions; the results are in the order of the samples."""
+        future: Future[list[RewardResult]] = Future()
+        self._requests.put((functions, samples, future))
+        return future
+
+    def close(self) -> None:
+        """End the workers."""
+        for _ in self._threads:
+            self._requests.put(None)
+        for thread in self._threads:
+            thread.join(timeout=self._config.timeout_s)
+
+    def _serve(self, worker: "_Worker") -> None:
+        while (request := self._requests.get()) is not None:
+            functions, samples, future = request
+            try:
+                future.set_result(worker.grade(functions, samples))
+            except BaseException as error:
+                future.set_exception(error)
+        worker.kill()
+
+
+class _Worker:
+    """One process and this side of its pipe."""
+
+    def __init__(self, context: Any, config: RewardSection, functions: FunctionSets) -> None:
+        self._context = context
+        self._config = config
+        self._functions = functions
+        self._start()
+
+    def grade(self, functions: str, samples: Sequence[RewardInput]) -> list[RewardResult]:
+        """One result for each sample, whatever happens to the process."""
+        results: list[RewardResult] = []
+        while len(results) < len(samples):
+            try:
+                self._connection.send((functions, samples[len(results) :]))
+                while len(results) < len(samples):
+                    results.append(self._receive())
+                continue
+            except TimeoutError:
+                message = f"no result within reward.timeout_s={self._config.timeout_s}"
+                results.append(_failed("reward_timeout", message))
+            except (EOFError, OSError) as error:
+                results.append(_failed("reward_error", f"the reward worker died ({error!r}), perhaps out of memory"))
+            self.kill()
+            self._start()
+        return results
+
+    def kill(self) -> None:
+        """End the process at once."""
+        self._process.kill()
+        self._process.join()
+        self._connection.close()
+
+    def _receive(self) -> RewardResult:
+        if not self._connection.poll(self._config.timeout_s):
+            raise TimeoutError
+        result = self._connection.recv()
+        assert isinstance(result, RewardResult)
+        return result
+
+    def _start(self) -> None:
+        self._connection: Connection
+        self._connection, theirs = self._context.Pipe()
+        limit = int(self._config.memory_limit_gb * 2**30)
+        self._process = self._context.Process(target=work, args=(theirs, self._functions, limit), daemon=True)
+        self._process.start()
+        theirs.close()
+        deadline = time.monotonic() + START_LIMIT_S
+        try:
+            if self._connection.poll(max(0.0, deadline - time.monotonic())) and self._connection.recv() == "ready":
+                return
+        except EOFError:
+            pass
+        self._process.kill()
+        raise RewardError(
+            f"a reward worker did not start within {START_LIMIT_S:.0f} s. Its error is printed above; "
+            f"is reward.memory_limit_gb={self._config.memory_limit_gb} enough?"
+        )
+
+
+def _failed(status: Any, message: str) -> RewardResult:
+    return RewardResult(status=status, total=float("nan"), parts={}, message=message)

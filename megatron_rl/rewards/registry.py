@@ -1,0 +1,49 @@
+"""Reward functions by name, and the weighted sum of several."""
+
+import functools
+from collections.abc import Callable, Sequence
+
+from megatron_rl.config.schema import RewardFunctionSection
+from megatron_rl.errors import RewardError
+from megatron_rl.plugins import load_symbol
+from megatron_rl.rewards.coin_flip import coin_flip
+from megatron_rl.rewards.countdown import countdown
+from megatron_rl.rewards.exact import exact_match
+from megatron_rl.rewards.format import think_answer_format
+from megatron_rl.rewards.math import math_answer
+from megatron_rl.rewards.record import RewardFunction, RewardInput
+
+REWARDS: dict[str, RewardFunction] = {
+    "exact_match": exact_match,
+    "math": math_answer,
+    "format": think_answer_format,
+    "countdown": countdown,
+    "coin_flip": coin_flip,
+}
+
+Grader = Callable[[RewardInput], tuple[float, dict[str, float]]]
+
+
+def build_grader(functions: Sequence[RewardFunctionSection]) -> Grader:
+    """The weighted sum of some functions and the values of each.
+
+    Raises:
+        ConfigError: a function is unknown or does not import.
+    """
+    loaded = [
+        (section.name, section.weight, functools.partial(load_symbol(section.name, REWARDS, "reward.functions name"), **section.options))
+        for section in functions
+    ]
+
+    def grade(sample: RewardInput) -> tuple[float, dict[str, float]]:
+        parts = {}
+        total = 0.0
+        for name, weight, function in loaded:
+            value = function(sample)
+            if value is None or value != value:
+                raise RewardError(f"reward {name} returned {value!r}: expected a number")
+            parts[name] = float(value)
+            total += weight * float(value)
+        return total, parts
+
+    return grade

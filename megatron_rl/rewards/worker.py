@@ -1,0 +1,36 @@
+"""The loop of a reward worker process."""
+
+import resource
+import signal
+from collections.abc import Mapping, Sequence
+from multiprocessing.connection import Connection
+
+from megatron_rl.config.schema import RewardFunctionSection
+from megatron_rl.rewards.record import RewardInput, RewardResult
+from megatron_rl.rewards.registry import Grader, build_grader
+
+FunctionSets = Mapping[str, Sequence[RewardFunctionSection]]
+
+
+def work(connection: Connection, functions: FunctionSets, memory_limit_bytes: int) -> None:
+    """Answer every sample of every request, one result at a time, until the other side hangs up."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to end
+    resource.setrlimit(resource.RLIMIT_AS, (memory_limit_bytes, memory_limit_bytes))
+    graders = {name: build_grader(sections) for name, sections in functions.items()}
+    connection.send("ready")
+    while True:
+        try:
+            name, samples = connection.recv()
+        except EOFError:
+            return
+        for sample in samples:
+            connection.send(_grade(graders[name], sample))
+
+
+def _grade(grader: Grader, sample: RewardInput) -> RewardResult:
+    try:
+        total, parts = grader(sample)
+    except Exception as error:  # whatever a reward raises is a counted event, never a silent 0
+        message = f"{type(error).__name__}: {error}"[:500]
+        return RewardResult(status="reward_error", total=float("nan"), parts={}, message=message)
+    return RewardResult(status="ok", total=total, parts=parts)

@@ -1,0 +1,9 @@
+"""Generated problem families: endless verifiable data without a download."""
+
+from megatron_rl.tasks.base import Task
+from megatron_rl.tasks.countdown import Countdown
+from megatron_rl.tasks.hasty_addition import HastyAddition
+
+TASKS: dict[str, type[Task]] = {"countdown": Countdown, "hasty_addition": HastyAddition}
+
+__all__ = ["TASKS", "Task"]
