@@ -1,0 +1,1 @@
+"""Rollouts: engines that sample, and the sampler that collects and grades groups."""

@@ -1,0 +1,199 @@
+"""The embedded engine: batched, KV-cached sampling in the trainer's own process, on torch alone.
+
+Rows join as others finish (continuous batching); the samples of a prompt share its prefill.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_rl.errors import EngineError
+from megatron_rl.models import ModelSpec
+from megatron_rl.rollout.engine import Finished, Request
+from megatron_rl.rollout.engines.decoder import Decoder, KVCache
+from megatron_rl.rollout.sampling import choose, uniforms
+from megatron_rl.types import Completion, SamplingParams
+
+# Finished rows are dropped from the batch when they are at least this share of it.
+DROP_SHARE = 0.125
+
+
+@dataclass(kw_only=True)
+class _Rows:
+    """The samples in work; row b of every tensor belongs to one sample."""
+
+    cache: KVCache
+    logits: Tensor
+    """[B, V] float32, for the next token."""
+    draws: Tensor
+    """[B, max_new_tokens] float64."""
+    tokens: Tensor
+    """[B, max_new_tokens] int64."""
+    logprobs: Tensor
+    """[B, max_new_tokens] float32."""
+    counts: Tensor
+    """[B] int64, tokens so far."""
+    working: Tensor
+    """[B] bool; the others are finished and about to be dropped."""
+    owners: list[tuple[int, int]]
+    """(request key, sample) of each row."""
+
+    def select(self, rows: Tensor) -> "_Rows":
+        return _Rows(
+            cache=self.cache.select(rows),
+            logits=self.logits[rows],
+            draws=self.draws[rows],
+            tokens=self.tokens[rows],
+            logprobs=self.logprobs[rows],
+            counts=self.counts[rows],
+            working=self.working[rows],
+            owners=[self.owners[row] for row in rows.tolist()],
+        )
+
+    def join(self, other: "_Rows") -> "_Rows":
+        return _Rows(
+            cache=self.cache.join(other.cache),
+            logits=torch.cat([self.logits, other.logits]),
+            draws=torch.cat([self.draws, other.draws]),
+            tokens=torch.cat([self.tokens, other.tokens]),
+            logprobs=torch.cat([self.logprobs, other.logprobs]),
+            counts=torch.cat([self.counts, other.counts]),
+            working=torch.cat([self.working, other.working]),
+            owners=self.owners + other.owners,
+        )
+
+
+class EmbeddedEngine:
+    """An engine on one rank with the whole model."""
+
+    def __init__(self, spec: ModelSpec, *, device: torch.device, dtype: torch.dtype, max_num_sequences: int) -> None:
+        self._decoder = Decoder(spec, device, dtype)
+        self._spec = spec
+        self._device = device
+        self._max_num_sequences = max_num_sequences
+        self._version = -1
+
+    @property
+    def version(self) -> int:
+        return self._version
+
+    def load_weights(self, tensors: Iterator[tuple[str, Tensor]], version: int) -> None:
+        self._version = -1  # half-loaded weights have no version
+        self._decoder.load(tensors)
+        self._version = version
+
+    def generate(self, requests: Iterator[Request], params: SamplingParams, *, max_requests: int) -> Iterator[Finished]:
+        if self._version < 0:
+            raise EngineError("the embedded engine has no weights yet: push them before generating.")
+        stops = torch.tensor(params.stop_token_ids, dtype=torch.int64, device=self._device)
+        rows: _Rows | None = None
+        in_work: dict[int, int] = {}  # request key -> samples not finished
+        exhausted = False
+        while True:
+            fresh: list[Request] = []
+            while not exhausted and self._has_place(in_work, fresh, max_requests):
+                request = next(requests, None)
+                if request is None:
+                    exhausted = True
+                else:
+                    self._check(request, params)
+                    fresh.append(request)
+                    in_work[request.key] = len(request.seeds)
+            if fresh:
+                admitted = self._admit(fresh, params)
+                rows = admitted if rows is None else rows.join(admitted)
+            if rows is None:
+                return
+            for finished in self._step(rows, stops, params):
+                in_work[finished.key] -= 1
+                if in_work[finished.key] == 0:
+                    del in_work[finished.key]
+                yield finished
+            rows = self._drop_finished(rows)
+            if rows is not None:
+                rows.logits = self._decoder.decode(_last_tokens(rows), rows.cache)
+
+    def _has_place(self, in_work: dict[int, int], fresh: list[Request], max_requests: int) -> bool:
+        if len(in_work) >= max_requests:
+            return False
+        num_sequences = sum(in_work.values())
+        next_size = len(fresh[-1].seeds) if fresh else 1
+        return num_sequences == 0 or num_sequences + next_size <= self._max_num_sequences
+
+    def _check(self, request: Request, params: SamplingParams) -> None:
+        ids, limit = request.token_ids, self._spec.max_position_embeddings
+        if ids.numel() == 0 or not request.seeds:
+            raise EngineError(f"request {request.key}: {ids.numel()} tokens, {len(request.seeds)} samples: expected at least 1 each.")
+        if int(ids.min()) < 0 or int(ids.max()) >= self._spec.vocab_size:
+            raise EngineError(
+                f"request {request.key}: token ids {int(ids.min())} to {int(ids.max())}, expected 0 to "
+                f"{self._spec.vocab_size - 1}. The tokenizer and the model do not belong together."
+            )
+        if ids.numel() + params.max_new_tokens > limit:
+            raise EngineError(
+                f"request {request.key}: {ids.numel()} prompt tokens + rollout.max_new_tokens={params.max_new_tokens} "
+                f"are more than the model's {limit} positions. Lower rollout.max_new_tokens or data.max_prompt_tokens."
+            )
+
+    def _admit(self, requests: list[Request], params: SamplingParams) -> _Rows:
+        """Prefill every prompt once and give each of its samples a row."""
+        lengths = torch.tensor([request.token_ids.numel() for request in requests], device=self._device)
+        width = int(lengths.max())
+        prompts = torch.stack([F.pad(r.token_ids, (0, width - r.token_ids.numel())) for r in requests]).to(self._device)
+        cache = self._decoder.new_cache(len(requests), width + params.max_new_tokens)
+        logits = self._decoder.prefill(prompts, lengths, cache)
+        seeds = [seed for request in requests for seed in request.seeds]
+        repeats = torch.tensor([len(request.seeds) for request in requests], device=self._device)
+        of_request = torch.arange(len(requests), device=self._device).repeat_interleave(repeats)
+        shape = (len(seeds), params.max_new_tokens)
+        return _Rows(
+            cache=cache.select(of_request),
+            logits=logits[of_request],
+            draws=torch.stack([uniforms(seed, params.max_new_tokens) for seed in seeds]).to(self._device),
+            tokens=torch.zeros(shape, dtype=torch.int64, device=self._device),
+            logprobs=torch.zeros(shape, dtype=torch.float32, device=self._device),
+            counts=torch.zeros(len(seeds), dtype=torch.int64, device=self._device),
+            working=torch.ones(len(seeds), dtype=torch.bool, device=self._device),
+            owners=[(request.key, sample) for request in requests for sample in range(len(request.seeds))],
+        )
+
+    def _step(self, rows: _Rows, stops: Tensor, params: SamplingParams) -> list[Finished]:
+        """Choose the next token of every row; what finishes with it."""
+        every = torch.arange(len(rows.owners), device=self._device)
+        # rows that wait to be dropped have no place left for another token and overwrite their last
+        places = rows.counts.clamp(max=params.max_new_tokens - 1)
+        tokens, logprobs = choose(rows.logits, rows.draws[every, places], params)
+        places_of_working = places[rows.working]
+        rows.tokens[every[rows.working], places_of_working] = tokens[rows.working]
+        rows.logprobs[every[rows.working], places_of_working] = logprobs[rows.working]
+        rows.counts += rows.working
+        stopped = torch.isin(tokens, stops)
+        ended = rows.working & (stopped | (rows.counts == params.max_new_tokens))
+        rows.working &= ~ended
+        return [self._finish(rows, row, bool(stopped[row])) for row in ended.nonzero().flatten().tolist()]
+
+    def _finish(self, rows: _Rows, row: int, stopped: bool) -> Finished:
+        key, sample = rows.owners[row]
+        count = int(rows.counts[row])
+        completion = Completion(
+            token_ids=rows.tokens[row, :count].cpu().clone(),
+            logprobs=rows.logprobs[row, :count].cpu().clone(),
+            finish_reason="stop" if stopped else "length",
+            policy_version=self._version,
+        )
+        return Finished(key=key, sample=sample, completion=completion)
+
+    def _drop_finished(self, rows: _Rows) -> _Rows | None:
+        num_working = int(rows.working.sum())
+        if num_working == 0:
+            return None
+        if len(rows.owners) - num_working < DROP_SHARE * len(rows.owners):
+            return rows
+        return rows.select(rows.working.nonzero().flatten())
+
+
+def _last_tokens(rows: _Rows) -> Tensor:
+    return rows.tokens.gather(1, (rows.counts - 1)[:, None])[:, 0]
