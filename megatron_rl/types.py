@@ -70,6 +70,8 @@ class Rollout:
     """Weighted sum; NaN unless status is "ok"."""
     reward_parts: Mapping[str, float]
     status: RolloutStatus
+    failure: str
+    """Why the reward failed; empty when it did not."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -107,11 +107,12 @@ class Decoder:
         return self._logits(hidden[torch.arange(len(lengths), device=self.device), lengths - 1])
 
     @torch.no_grad()
-    def decode(self, tokens: Tensor, cache: KVCache) -> Tensor:
+    def decode(self, tokens: Tensor, cache: KVCache, working: Tensor) -> Tensor:
         """Append one token to every row; [B, V] float32 logits behind it.
 
         Args:
             tokens: [B] int64.
+            working: [B] bool; rows outside it do not grow.
         """
         places = cache.lengths
         longest, shortest = int(places.max()), int(places.min())
@@ -130,7 +131,7 @@ class Decoder:
                 query, keys[:, :, :width], values[:, :, :width], attn_mask=mask, enable_gqa=True
             )
             hidden = self._finish_layer(layer, hidden, attended)
-        cache.lengths += 1
+        cache.lengths += working
         return self._logits(hidden[:, 0])
 
     def _store(self, name: str, tensor: Tensor) -> None:

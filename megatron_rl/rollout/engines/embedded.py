@@ -114,7 +114,7 @@ class EmbeddedEngine:
                 yield finished
             rows = self._drop_finished(rows)
             if rows is not None:
-                rows.logits = self._decoder.decode(_last_tokens(rows), rows.cache)
+                rows.logits = self._decoder.decode(_last_tokens(rows), rows.cache, rows.working)
 
     def _has_place(self, in_work: dict[int, int], fresh: list[Request], max_requests: int) -> bool:
         if len(in_work) >= max_requests:

@@ -1,0 +1,50 @@
+"""Host-side collectives of plain objects, and errors that all ranks raise together."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from megatron_rl.errors import MegatronRLError
+from megatron_rl.types import ParallelContext
+
+T = TypeVar("T")
+
+
+def gather_objects(value: T, parallel: ParallelContext) -> list[T]:
+    """The value of every rank, on every rank, in rank order."""
+    if parallel.world_size == 1:
+        return [value]
+    gathered: list[Any] = [None] * parallel.world_size
+    dist.all_gather_object(gathered, value, group=parallel.host_group)
+    return gathered
+
+
+def any_rank(flag: bool, parallel: ParallelContext) -> bool:
+    """True on every rank when it is true on one."""
+    return any(gather_objects(flag, parallel))
+
+
+def barrier(parallel: ParallelContext) -> None:
+    """Wait for every rank."""
+    gather_objects(None, parallel)
+
+
+@contextmanager
+def raise_together(parallel: ParallelContext) -> Iterator[None]:
+    """Let every rank raise when one does, so that none waits for it in vain.
+
+    The body must contain no collective that a failing rank could leave the others in.
+    """
+    failure: MegatronRLError | None = None
+    try:
+        yield
+    except MegatronRLError as error:
+        failure = error
+    failures: Sequence[MegatronRLError | None] = gather_objects(failure, parallel)
+    for rank, found in enumerate(failures):
+        if found is not None:
+            if rank == parallel.rank:
+                raise found
+            raise type(found)(f"{found} (on rank {rank})")
