@@ -1,0 +1,176 @@
+"""Checkpoints of a run: whole or absent, the last few kept, a pointer to the latest.
+
+checkpoints/step_000020/policy/        Megatron distributed checkpoint (weights, optimizer, schedule)
+checkpoints/step_000020/rng/           random state of every rank
+checkpoints/step_000020/trainer.json   step, data position, wandb id, configuration
+checkpoints/step_000020/hf/            Hugging Face folder, when asked for
+checkpoints/latest                     name of the newest
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_rl.collective import barrier, raise_together
+from megatron_rl.config import RunConfig
+from megatron_rl.config.load import flatten
+from megatron_rl.errors import CheckpointError, ConfigError
+from megatron_rl.mcore.checkpoint import load_policy, save_policy
+from megatron_rl.mcore.policy import Policy
+from megatron_rl.run_folder import LATEST, write_atomically
+from megatron_rl.types import ParallelContext, TrainState
+from megatron_rl.weights.hf_files import write_hf_folder
+
+# What may differ between a run and its continuation: nothing that changes what is learnt.
+FREE_KEYS = (
+    "run.name",
+    "run.output_dir",
+    "run.num_steps",
+    "parallel.",
+    "checkpoint.",
+    "evaluation.",
+    "metrics.",
+    "reward.num_workers",
+    "reward.timeout_s",
+    "reward.memory_limit_gb",
+    "reward.max_failure_fraction",
+    "rollout.schedule",
+    "rollout.max_num_sequences",
+    "batching.micro_batch_size",
+    "batching.max_tokens_per_micro_batch",
+    "batching.packed",
+)
+
+
+class Checkpoints:
+    """Saves and restores policy and trainer state."""
+
+    def __init__(self, folder: Path, config: RunConfig, parallel: ParallelContext) -> None:
+        self._folder = folder
+        self._config = config
+        self._parallel = parallel
+
+    def save(self, state: TrainState, policy: Policy) -> Path:
+        """Write a checkpoint; it appears under its name only when complete; collective.
+
+        Raises:
+            CheckpointError: on every rank, when it cannot be written; earlier checkpoints stay.
+        """
+        final = self._folder / f"step_{state.step:06d}"
+        partial = final.with_name(final.name + ".partial")
+        with raise_together(self._parallel), _as_checkpoint_error(final):
+            if self._parallel.is_main:
+                shutil.rmtree(partial, ignore_errors=True)
+                (partial / "policy").mkdir(parents=True)
+                (partial / "rng").mkdir()
+        save_policy(policy, partial / "policy")
+        self._save_hf(policy, partial)
+        with raise_together(self._parallel), _as_checkpoint_error(final):
+            torch.save(_random_state(), partial / "rng" / f"rank_{self._parallel.rank}.pt")
+        with raise_together(self._parallel), _as_checkpoint_error(final):
+            if self._parallel.is_main:
+                trainer = {"state": asdict(state), "config": flatten_plain(self._config), "world_size": self._parallel.world_size}
+                write_atomically(partial / "trainer.json", json.dumps(trainer, indent=2))
+                shutil.rmtree(final, ignore_errors=True)
+                os.replace(partial, final)
+                write_atomically(self._folder / LATEST, final.name)
+                self._remove_old()
+        return final
+
+    def restore(self, path: Path, policy: Policy) -> TrainState:
+        """Continue from a checkpoint, under this run's layout; collective.
+
+        Raises:
+            CheckpointError: the checkpoint is damaged.
+            ConfigError: it belongs to a run that learns differently.
+        """
+        with raise_together(self._parallel):
+            trainer = _read_trainer(path)
+            check_same_run(trainer["config"], flatten_plain(self._config), path)
+        load_policy(policy, path / "policy")
+        random_state = path / "rng" / f"rank_{self._parallel.rank}.pt"
+        if trainer["world_size"] == self._parallel.world_size and random_state.exists():
+            _set_random_state(torch.load(random_state, weights_only=True))
+        barrier(self._parallel)
+        return TrainState(**trainer["state"])
+
+    def _save_hf(self, policy: Policy, partial: Path) -> None:
+        if not self._config.checkpoint.save_hf:
+            return
+        if self._parallel.is_main:
+            write_hf_folder(partial / "hf", policy.export(), like=self._config.model.path)
+        elif self._parallel.dp_rank == 0:
+            for _ in policy.export():
+                pass
+        barrier(self._parallel)
+
+    def _remove_old(self) -> None:
+        complete = sorted(path for path in self._folder.glob("step_*") if (path / "trainer.json").exists())
+        for path in complete[: -self._config.checkpoint.keep_last]:
+            shutil.rmtree(path)
+
+
+def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any], path: Path) -> None:
+    """Refuse a continuation that would learn something else.
+
+    Raises:
+        ConfigError: naming the keys that differ.
+    """
+    differing = [
+        f"{key}: {saved.get(key)!r} in the checkpoint, {current.get(key)!r} now"
+        for key in sorted({*saved, *current})
+        if saved.get(key) != current.get(key) and not key.startswith(FREE_KEYS)
+    ]
+    if differing:
+        raise ConfigError(
+            f"cannot resume {path} with another configuration. {'; '.join(differing)}. "
+            "Restore these values, or start a new run.output_dir with model.path set to an exported checkpoint."
+        )
+
+
+def flatten_plain(config: RunConfig) -> dict[str, Any]:
+    """The configuration as JSON would give it back."""
+    flat = json.loads(json.dumps(flatten(config), default=lambda section: vars(section)))
+    assert isinstance(flat, dict)
+    return flat
+
+
+class _as_checkpoint_error:
+    """Turns an OSError of the body into a CheckpointError that names the checkpoint."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OSError) and not isinstance(error, CheckpointError):
+            raise CheckpointError(
+                f"cannot write checkpoint {self._path}: {error.strerror or error}. Earlier ones are untouched; free space and resume."
+            ) from error
+
+
+def _read_trainer(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads((path / "trainer.json").read_text())  # type: ignore[no-any-return]
+    except (OSError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path}/trainer.json cannot be read: {error}. Resume from another checkpoint.") from error
+
+
+def _random_state() -> dict[str, torch.Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _set_random_state(state: dict[str, torch.Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

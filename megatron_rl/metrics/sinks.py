@@ -1,0 +1,99 @@
+"""Where metrics are written: metrics.jsonl is the truth, wandb and tensorboard are views of it."""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron_rl.errors import MegatronRLError
+
+
+class Sink(Protocol):
+    """Takes the numbers of one step."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class JsonlSink:
+    """One JSON object per step; rows beyond the resumed step move to another file."""
+
+    def __init__(self, path: Path, resumed_step: int) -> None:
+        self._path = path
+        _set_aside(path, resumed_step)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        row = {"step": step, **{name: value if math.isfinite(value) else None for name, value in values.items()}}
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class TensorboardSink:
+    """Event files."""
+
+    def __init__(self, folder: Path, resumed_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder), purge_step=resumed_step + 1)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandbSink:
+    """Weights & Biases, offline without a key; the run's id survives a resume."""
+
+    def __init__(self, folder: Path, *, mode: str, project: str, name: str, run_id: str, config: dict[str, Any]) -> None:
+        import wandb
+
+        if mode == "auto":
+            mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"
+        try:
+            self._run = wandb.init(
+                project=project, name=name, id=run_id, resume="allow", mode=mode, dir=str(folder), config=config,  # type: ignore[arg-type]
+                settings=wandb.Settings(silent=True),
+            )
+        except wandb.errors.UsageError as error:
+            raise MegatronRLError(f"wandb does not start: {error}. Set metrics.wandb=offline or off.") from error
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """All whole rows of a JSONL file; a last line cut off by a crash does not count."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+def _set_aside(path: Path, resumed_step: int) -> None:
+    if not path.exists():
+        return
+    kept, beyond = [], []
+    for row in read_rows(path):
+        (kept if row["step"] <= resumed_step else beyond).append(json.dumps(row) + "\n")
+    if beyond:
+        with path.with_suffix(".discarded.jsonl").open("a", encoding="utf-8") as discarded:
+            discarded.writelines(beyond)
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(kept), encoding="utf-8")
+    os.replace(partial, path)

@@ -1,0 +1,30 @@
+"""Where the time of a step goes."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from megatron_rl.metrics.metric import Max, Reduction
+
+
+class Stopwatch:
+    """Adds up named spans of one step; ``metrics`` are maxima over the ranks."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._spans: dict[str, float] = {}
+
+    @contextmanager
+    def span(self, name: str) -> Iterator[None]:
+        """Time the body under ``timing_s/<name>``."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._spans[name] = self._spans.get(name, 0.0) + time.perf_counter() - start
+
+    def metrics(self) -> dict[str, Reduction]:
+        """All spans so far and the whole, in seconds."""
+        whole = time.perf_counter() - self._start
+        spans = {f"timing_s/{name}": Max(seconds) for name, seconds in self._spans.items()}
+        return {**spans, "timing_s/step": Max(whole), "perf/time_per_step": Max(whole)}

@@ -1,0 +1,59 @@
+"""What is worth knowing about the rollouts of a step."""
+
+from collections.abc import Sequence
+
+import torch
+
+from megatron_rl.algorithms.advantages import count_zero_variance_groups
+from megatron_rl.algorithms.kl import k3
+from megatron_rl.metrics.metric import Max, Mean, Reduction, Sum, mean_max_min, mean_of
+from megatron_rl.types import RolloutGroup, TrainBatch
+
+
+def length_metrics(groups: Sequence[RolloutGroup]) -> dict[str, Reduction]:
+    """Prompt and response lengths in tokens, and the share of responses cut at the limit."""
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    return {
+        **mean_max_min("response_length", [float(rollout.loss_mask.sum()) for rollout in rollouts]),
+        "response_length/clip_ratio": mean_of([rollout.finish_reason == "length" for rollout in rollouts]),
+        **mean_max_min("prompt_length", [float(group.prompt.token_ids.numel()) for group in groups]),
+        "perf/total_num_tokens": Sum(sum(rollout.token_ids.numel() for rollout in rollouts)),
+    }
+
+
+def reward_metrics(groups: Sequence[RolloutGroup], rewards: torch.Tensor, group_of: torch.Tensor) -> dict[str, Reduction]:
+    """Rewards in sum and by function, failures, and groups that teach nothing.
+
+    Args:
+        rewards: [N] float32, NaN where failed.
+        group_of: [N] int64.
+    """
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    valid = rewards[~rewards.isnan()]
+    metrics: dict[str, Reduction] = {
+        **mean_max_min("critic/score", valid),
+        **mean_max_min("critic/rewards", valid),
+        "rollout/zero_std/count": Sum(count_zero_variance_groups(rewards, group_of)),
+        "rollout/zero_std/fraction": Mean(count_zero_variance_groups(rewards, group_of), len(groups)),
+    }
+    for status in ("reward_error", "reward_timeout"):
+        metrics[f"rollout/{status}/count"] = Sum(sum(rollout.status == status for rollout in rollouts))
+    for name in sorted({name for rollout in rollouts for name in rollout.reward_parts}):
+        values = [rollout.reward_parts[name] for rollout in rollouts if name in rollout.reward_parts]
+        metrics[f"reward/{name}"] = mean_of(values)
+    return metrics
+
+
+def drift_metrics(batch: TrainBatch) -> dict[str, Reduction]:
+    """How far the trainer's log-probabilities are from those the engine sampled with, on this rank."""
+    masks = [sequence.loss_mask for sequence in batch.sequences]
+    trainer = torch.cat([s.old_logprobs[m] for s, m in zip(batch.sequences, masks, strict=True)])
+    engine = torch.cat([s.rollout_logprobs[m] for s, m in zip(batch.sequences, masks, strict=True)])
+    if not trainer.numel():
+        return {}
+    difference = (trainer - engine).abs()
+    return {
+        "train_rollout_logprob_abs_diff/mean": Mean(float(difference.sum()), difference.numel()),
+        "train_rollout_logprob_abs_diff/max": Max(float(difference.max())),
+        "rollout_corr/k3_kl": Mean(float(k3(engine, trainer).sum()), difference.numel()),
+    }
