@@ -130,6 +130,8 @@ class TrainBatch:
     """[N] float32, all sequences of the step; NaN where the reward failed."""
     groups: Tensor
     """[N] int64, the group of each."""
+    advantages: Tensor
+    """[N] float32; zeros until they are computed."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -83,6 +83,7 @@ def plan_batch(
         global_index=global_index,
         rewards=rewards,
         groups=group_of,
+        advantages=torch.zeros_like(rewards),
     )
 
 

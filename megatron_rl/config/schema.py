@@ -314,6 +314,8 @@ class EvaluationSection:
     """0 is greedy decoding."""
     max_new_tokens: int | None = None
     """Longest response; null: rollout.max_new_tokens."""
+    functions: list[RewardFunctionSection] = field(default_factory=list)
+    """Reward functions that grade; empty: reward.functions."""
 
     def __post_init__(self) -> None:
         _require(self.every >= 0, "evaluation.every", self.every, "0 (off) or more")

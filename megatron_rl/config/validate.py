@@ -13,6 +13,8 @@ def validate(config: RunConfig, world_size: int) -> None:
     _check_parallel(config, world_size)
     _check_batches(config)
     _check_objective(config)
+    if config.data.evaluation is not None and not (config.evaluation.functions or config.reward.functions):
+        raise ConfigError("data.evaluation is set but nothing grades it. Set evaluation.functions or reward.functions.")
     if config.evaluation.every and config.data.evaluation is None:
         raise ConfigError(
             f"evaluation.every={config.evaluation.every} needs held-out prompts. Set data.evaluation, or evaluation.every=0."

@@ -1,0 +1,156 @@
+"""Configuration to objects. With loop.py and train.py the only place that sees the whole RunConfig."""
+
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from megatron_rl.algorithms.objective import build_objective
+from megatron_rl.collective import gather_objects, raise_together
+from megatron_rl.config import RunConfig, validate
+from megatron_rl.config.load import flatten
+from megatron_rl.config.schema import RewardFunctionSection
+from megatron_rl.data.prompts import PromptOrder, PromptSet, load_prompts
+from megatron_rl.data.templates import load_tokenizer
+from megatron_rl.mcore.model import transformer_config
+from megatron_rl.mcore.policy import Policy, ScoringModel
+from megatron_rl.metrics.console import Console, SilentConsole, build_console
+from megatron_rl.metrics.sinks import JsonlSink, Sink, TensorboardSink, WandbSink
+from megatron_rl.models import read_model_spec
+from megatron_rl.rewards.pool import RewardPool
+from megatron_rl.rewards.registry import build_grader
+from megatron_rl.rollout.collect import Collector
+from megatron_rl.rollout.engine import Engine
+from megatron_rl.rollout.engines.embedded import EmbeddedEngine
+from megatron_rl.rollout.evaluator import Evaluator
+from megatron_rl.rollout.sampler import DemonstrationSampler, EngineSampler, Sampler
+from megatron_rl.run_folder import RunFolder
+from megatron_rl.types import ParallelContext, SamplingParams, TrainState
+from megatron_rl.weights.hf_files import HFReader, torch_dtype
+
+
+class Inputs:
+    """What a run reads: tokenizer and prompts. Reading it checks everything that needs no model."""
+
+    def __init__(self, config: RunConfig, world_size: int) -> None:
+        """
+        Raises:
+            ConfigError, DataError, ConversionError: whatever is wrong with configuration, data or model files.
+        """
+        validate(config, world_size)
+        spec = read_model_spec(config.model.path)
+        transformer_config(spec, config.parallel, torch_dtype(config.model.dtype))
+        HFReader(config.model.path)
+        for functions in reward_functions(config).values():
+            build_grader(functions)
+        build_objective(config.algorithm)
+        self.tokenizer = load_tokenizer(config.model.path)
+        self.train: PromptSet = load_prompts(config.data.train, config.data, self.tokenizer)
+        self.evaluation: PromptSet | None = None
+        if config.data.evaluation is not None:
+            self.evaluation = load_prompts(config.data.evaluation, config.data, self.tokenizer)
+
+
+def read_inputs(config: RunConfig, parallel: ParallelContext) -> Inputs:
+    """The inputs of a run; every rank raises when one of them finds something wrong."""
+    with raise_together(parallel):
+        return Inputs(config, parallel.world_size)
+
+
+def build_reference(config: RunConfig, parallel: ParallelContext) -> ScoringModel | None:
+    """The model that the KL divergence is taken to; None when its coefficient is 0."""
+    if config.algorithm.kl_coef == 0:
+        return None
+    return ScoringModel(config, parallel, config.algorithm.reference_path or config.model.path)
+
+
+def build_engine(config: RunConfig, policy: Policy) -> Engine:
+    """This rank's rollout engine."""
+    return EmbeddedEngine(
+        policy.spec,
+        device=policy.parallel.device,
+        dtype=torch_dtype(config.model.dtype),
+        max_num_sequences=config.rollout.max_num_sequences,
+    )
+
+
+def build_collector(config: RunConfig, inputs: Inputs, engine: Engine, parallel: ParallelContext) -> Collector:
+    """Engine, reward workers and tokenizer together."""
+    pool = RewardPool(config.reward, reward_functions(config))
+    return Collector(
+        engine, pool, inputs.tokenizer, parallel, max_failure_fraction=config.reward.max_failure_fraction
+    )
+
+
+def build_sampler(config: RunConfig, inputs: Inputs, collector: Collector) -> Sampler:
+    """Where training sequences come from."""
+    order = PromptOrder(inputs.train.prompts, shuffle=config.data.shuffle, seed=config.run.seed)
+    if config.rollout.source == "demonstrations":
+        return DemonstrationSampler(config.rollout, order, inputs.tokenizer)
+    params = SamplingParams(
+        temperature=config.rollout.temperature,
+        top_p=config.rollout.top_p,
+        top_k=config.rollout.top_k,
+        max_new_tokens=config.rollout.max_new_tokens,
+        stop_token_ids=_stop_token_ids(config, inputs.tokenizer),
+    )
+    return EngineSampler(config.rollout, order, collector, params, seed=config.run.seed)
+
+
+def build_evaluator(config: RunConfig, inputs: Inputs, collector: Collector) -> Evaluator | None:
+    """Held-out evaluation; None without held-out prompts."""
+    if inputs.evaluation is None:
+        return None
+    params = SamplingParams(
+        temperature=config.evaluation.temperature,
+        top_p=1.0,
+        top_k=0,
+        max_new_tokens=config.evaluation.max_new_tokens or config.rollout.max_new_tokens,
+        stop_token_ids=_stop_token_ids(config, inputs.tokenizer),
+    )
+    return Evaluator(
+        collector,
+        inputs.evaluation.prompts[: config.evaluation.num_prompts],
+        params,
+        seed=config.run.seed,
+        num_samples=config.metrics.num_samples,
+    )
+
+
+def reward_functions(config: RunConfig) -> dict[str, Sequence[RewardFunctionSection]]:
+    """The named sets of reward functions."""
+    return {"train": config.reward.functions, "evaluation": config.evaluation.functions or config.reward.functions}
+
+
+def fresh_state(parallel: ParallelContext) -> TrainState:
+    """The state of a run that begins; the same on every rank."""
+    return TrainState(wandb_id=gather_objects(uuid.uuid4().hex[:8], parallel)[0])
+
+
+def build_log(config: RunConfig, folder: RunFolder, state: TrainState, parallel: ParallelContext) -> tuple[Console, list[Sink]]:
+    """Console and metric sinks; silent and empty on every rank but the first."""
+    if not parallel.is_main:
+        return SilentConsole(), []
+    sinks: list[Sink] = [JsonlSink(folder.metrics, state.step)]
+    if config.metrics.tensorboard:
+        sinks.append(TensorboardSink(folder.tensorboard, state.step))
+    if config.metrics.wandb != "off":
+        assert state.wandb_id is not None
+        plain: dict[str, Any] = flatten(config)
+        sinks.append(
+            WandbSink(
+                folder.path,
+                mode=config.metrics.wandb,
+                project=config.metrics.wandb_project,
+                name=config.run.name,
+                run_id=state.wandb_id,
+                config=plain,
+            )
+        )
+    console = build_console(
+        config.metrics.console, name=config.run.name, num_steps=config.run.num_steps, every=config.metrics.log_every
+    )
+    return console, sinks
+
+
+def _stop_token_ids(config: RunConfig, tokenizer: Any) -> tuple[int, ...]:
+    return tuple(sorted({tokenizer.eos_token_id, *config.rollout.stop_token_ids}))

@@ -1,0 +1,191 @@
+"""The training loop. Every rank executes these same lines."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from megatron_rl.algorithms.advantages import group_advantages
+from megatron_rl.batching.plan import plan_batch
+from megatron_rl.batching.sequences import flatten_groups
+from megatron_rl.build import (
+    build_collector,
+    build_engine,
+    build_evaluator,
+    build_log,
+    build_reference,
+    build_sampler,
+    fresh_state,
+    read_inputs,
+)
+from megatron_rl.checkpoints import Checkpoints
+from megatron_rl.collective import raise_together
+from megatron_rl.config import RunConfig
+from megatron_rl.mcore.parallel import init_parallel
+from megatron_rl.mcore.policy import Policy, ScoringModel
+from megatron_rl.metrics.metric import Reduction, mean_max_min
+from megatron_rl.metrics.timing import Stopwatch
+from megatron_rl.rollout.evaluator import Evaluator
+from megatron_rl.rollout.statistics import drift_metrics, length_metrics, reward_metrics
+from megatron_rl.run_folder import RunFolder
+from megatron_rl.run_log import RunLog
+from megatron_rl.stop import StopRequest
+from megatron_rl.types import ParallelContext, RolloutGroup, TrainBatch, TrainState
+from megatron_rl.weight_sync import WeightSync
+
+
+def run(config: RunConfig, resume: str) -> None:
+    """Train by reinforcement or on demonstrations, from the beginning or a checkpoint.
+
+    Args:
+        resume: "auto", "never" or the path of a checkpoint.
+
+    Raises:
+        MegatronRLError: on every rank; what is wrong and what to change.
+    """
+    parallel = init_parallel(config.parallel)
+    inputs = read_inputs(config, parallel)
+    folder = RunFolder(config.run.output_dir)
+    with raise_together(parallel):
+        folder.check_writable()
+        checkpoint = folder.find_resume(resume)
+
+    policy = Policy(config, parallel)
+    reference = build_reference(config, parallel)
+    engine = build_engine(config, policy)
+    collector = build_collector(config, inputs, engine, parallel)
+    sampler = build_sampler(config, inputs, collector)
+    evaluator = build_evaluator(config, inputs, collector)
+    sync = WeightSync(policy, engine)
+    checkpoints = Checkpoints(folder.checkpoints, config, parallel)
+    state = checkpoints.restore(checkpoint, policy) if checkpoint else fresh_state(parallel)
+    stop = StopRequest(parallel)
+
+    with raise_together(parallel):
+        if parallel.is_main:
+            folder.create(config)
+    log = RunLog(*build_log(config, folder, state, parallel), folder, parallel)
+    log.note(describe(config, inputs.train.num_overlong, parallel, checkpoint and checkpoint.name))
+
+    if state.step == 0:
+        log.step(0, evaluate(evaluator, sync, log, state, Stopwatch()))
+    while state.step < config.run.num_steps:
+        watch, step = Stopwatch(), state.step + 1
+        if sampler.uses_engine:
+            with watch.span("update_weights"):
+                sync.push(version=state.step)
+        with watch.span("gen"):
+            groups = sampler.collect(step, state.num_prompts_consumed)
+        batch = plan(groups, config, parallel)
+        if sampler.uses_engine:
+            batch = score(batch, policy, reference, watch)
+            batch = add_advantages(batch, config)
+        with watch.span("update_actor"):
+            metrics = policy.update(batch)
+        state = replace(
+            state,
+            step=step,
+            num_prompts_consumed=state.num_prompts_consumed + len(groups),
+            num_updates=state.num_updates + len(batch.updates),
+        )
+        last, stopped = step == config.run.num_steps, stop.agreed()
+        if last or (config.evaluation.every and step % config.evaluation.every == 0):
+            metrics |= evaluate(evaluator, sync, log, state, watch)
+        if last or stopped or (config.checkpoint.every and step % config.checkpoint.every == 0):
+            with watch.span("save_checkpoint"):
+                checkpoints.save(state, policy)
+        metrics |= rollout_metrics(groups, batch, graded=sampler.uses_engine, parallel=parallel)
+        log.step(step, metrics | watch.metrics())
+        if stopped and not last:
+            log.note(f"stopped at step {step} as asked, with a checkpoint; start again to go on.")
+            break
+    log.close()
+
+
+def plan(groups: Sequence[RolloutGroup], config: RunConfig, parallel: ParallelContext) -> TrainBatch:
+    """Share the sequences out over updates, data-parallel ranks and micro-batches."""
+    return plan_batch(
+        groups,
+        config.batching,
+        dp_rank=parallel.dp_rank,
+        dp_size=parallel.dp_size,
+        aggregation=config.algorithm.aggregation,
+        constant_length=config.algorithm.constant_length or config.rollout.max_new_tokens,
+    )
+
+
+def score(batch: TrainBatch, policy: Policy, reference: ScoringModel | None, watch: Stopwatch) -> TrainBatch:
+    """Add the trainer's own log-probabilities before the update, and the reference model's."""
+    with watch.span("old_log_prob"):
+        old = policy.logprobs(batch)
+    sequences = [replace(s, old_logprobs=row) for s, row in zip(batch.sequences, old, strict=True)]
+    if reference is not None:
+        with watch.span("ref"):
+            ref = reference.logprobs(batch)
+        sequences = [replace(s, ref_logprobs=row) for s, row in zip(sequences, ref, strict=True)]
+    return replace(batch, sequences=sequences)
+
+
+def add_advantages(batch: TrainBatch, config: RunConfig) -> TrainBatch:
+    """Give every token its sequence's advantage; siblings may sit on other ranks, so all rewards are used."""
+    advantages = group_advantages(
+        batch.rewards,
+        batch.groups,
+        normalize_by_std=config.algorithm.normalize_by_std,
+        epsilon=config.algorithm.std_epsilon,
+    )
+    return replace(
+        batch,
+        advantages=advantages,
+        sequences=[
+            replace(sequence, advantages=torch.full(sequence.token_ids.shape, float(advantages[index]) if index >= 0 else 0.0))
+            for sequence, index in zip(batch.sequences, batch.global_index, strict=True)
+        ],
+    )
+
+
+def evaluate(
+    evaluator: Evaluator | None, sync: WeightSync, log: RunLog, state: TrainState, watch: Stopwatch
+) -> dict[str, Reduction]:
+    """Held-out metrics, counted once; empty without held-out prompts."""
+    if evaluator is None:
+        return {}
+    with watch.span("testing"):
+        sync.push(version=state.step)
+        metrics, samples = evaluator.evaluate(state.step)
+    log.samples(samples)
+    return metrics
+
+
+def rollout_metrics(
+    groups: Sequence[RolloutGroup], batch: TrainBatch, *, graded: bool, parallel: ParallelContext
+) -> dict[str, Reduction]:
+    """Metrics of the step's rollouts, which every rank knows and the first one counts."""
+    metrics: dict[str, Reduction] = {}
+    if graded and parallel.tp_rank == 0 and parallel.is_last_stage:
+        metrics |= drift_metrics(batch)
+    if not parallel.is_main:
+        return metrics
+    metrics |= length_metrics(groups)
+    if graded:
+        _, rewards, group_of = flatten_groups(groups)
+        metrics |= reward_metrics(groups, rewards, group_of)
+        metrics |= mean_max_min("critic/advantages", batch.advantages)
+    return metrics
+
+
+def describe(config: RunConfig, num_overlong: int, parallel: ParallelContext, resumed: str | None) -> str:
+    """What is about to happen, in a few lines."""
+    rollout, batching = config.rollout, config.batching
+    group = rollout.group_size if rollout.source == "engine" else 1
+    sequences = rollout.num_prompts_per_step * group
+    lines = [
+        f"{config.run.name}: {config.model.path} in {config.model.dtype}, TP{parallel.tp_size} x PP{parallel.pp_size} x "
+        f"DP{parallel.dp_size} on {parallel.device.type}, {config.run.num_steps} steps"
+        + (f", resumed from {resumed}" if resumed else ""),
+        f"each step: {rollout.num_prompts_per_step} prompts x {group} = {sequences} sequences; each optimizer update: "
+        f"{sequences // batching.num_updates} sequences; {batching.num_updates * batching.num_epochs} updates per step",
+    ]
+    if num_overlong:
+        lines.append(f"{num_overlong} prompts are longer than data.max_prompt_tokens={config.data.max_prompt_tokens} and were dropped")
+    return "\n".join(lines)

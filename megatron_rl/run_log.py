@@ -1,0 +1,49 @@
+"""One step's metrics from every rank to console, files and wandb."""
+
+from collections.abc import Sequence
+
+from megatron_rl.collective import gather_objects
+from megatron_rl.metrics.console import Console
+from megatron_rl.metrics.metric import Metrics, merge, results
+from megatron_rl.metrics.sinks import Sink
+from megatron_rl.rollout.evaluator import Sample
+from megatron_rl.run_folder import RunFolder
+from megatron_rl.types import ParallelContext
+
+
+class RunLog:
+    """Reduces over ranks; the first rank writes."""
+
+    def __init__(self, console: Console, sinks: Sequence[Sink], folder: RunFolder, parallel: ParallelContext) -> None:
+        self._console = console
+        self._sinks = sinks
+        self._folder = folder
+        self._parallel = parallel
+
+    def note(self, text: str) -> None:
+        """A line for the person who watches."""
+        self._console.note(text)
+
+    def step(self, step: int, metrics: Metrics) -> None:
+        """Reduce the metrics of a step and write them; collective."""
+        values = results(merge(gather_objects(dict(metrics), self._parallel)))
+        if "perf/total_num_tokens" in values:
+            per_rank = values["perf/total_num_tokens"] / self._parallel.world_size
+            values["perf/throughput"] = per_rank / values["timing_s/step"]
+        for sink in self._sinks:
+            sink.write(step, values)
+        self._console.step(step, values)
+
+    def samples(self, samples: Sequence[Sample]) -> None:
+        """Keep evaluated samples and show the first."""
+        if not self._parallel.is_main or not samples:
+            return
+        self._folder.append_samples(samples)
+        first = samples[0]
+        self._console.sample(first.step, first.prompt, first.response, first.reward)
+
+    def close(self) -> None:
+        """Finish the console and flush every sink."""
+        self._console.close()
+        for sink in self._sinks:
+            sink.close()
