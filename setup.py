@@ -18,7 +18,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_rl", "megatron_rl.*"]),
-    package_data={"megatron_rl": ["py.typed"]},
+    package_data={"megatron_rl": ["py.typed", "analysis/templates/*.html"]},
     install_requires=[
         "torch>=2.11,<2.14",
         "megatron-core>=0.16.1,<0.20",

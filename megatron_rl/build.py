@@ -4,6 +4,7 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
+from megatron_rl.algorithms.advantages import ADVANTAGES
 from megatron_rl.algorithms.objective import build_objective
 from megatron_rl.collective import gather_objects, raise_together
 from megatron_rl.config import RunConfig, validate
@@ -16,6 +17,7 @@ from megatron_rl.mcore.policy import Policy, ScoringModel
 from megatron_rl.metrics.console import Console, SilentConsole, build_console
 from megatron_rl.metrics.sinks import JsonlSink, Sink, TensorboardSink, WandbSink
 from megatron_rl.models import read_model_spec
+from megatron_rl.plugins import load_symbol
 from megatron_rl.rewards.pool import RewardPool
 from megatron_rl.rewards.registry import build_grader
 from megatron_rl.rollout.collect import Collector
@@ -43,6 +45,7 @@ class Inputs:
         for functions in reward_functions(config).values():
             build_grader(functions)
         build_objective(config.algorithm)
+        load_symbol(config.algorithm.advantage, ADVANTAGES, "algorithm.advantage")
         self.tokenizer = load_tokenizer(config.model.path)
         self.train: PromptSet = load_prompts(config.data.train, config.data, self.tokenizer)
         self.evaluation: PromptSet | None = None

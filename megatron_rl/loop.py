@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 
-from megatron_rl.algorithms.advantages import group_advantages
+from megatron_rl.algorithms.advantages import ADVANTAGES
 from megatron_rl.batching.plan import plan_batch
 from megatron_rl.batching.sequences import flatten_groups
 from megatron_rl.build import (
@@ -25,6 +25,7 @@ from megatron_rl.mcore.parallel import init_parallel
 from megatron_rl.mcore.policy import Policy, ScoringModel
 from megatron_rl.metrics.metric import Reduction, mean_max_min
 from megatron_rl.metrics.timing import Stopwatch
+from megatron_rl.plugins import load_symbol
 from megatron_rl.rollout.evaluator import Evaluator
 from megatron_rl.rollout.statistics import drift_metrics, length_metrics, reward_metrics
 from megatron_rl.run_folder import RunFolder
@@ -128,7 +129,8 @@ def score(batch: TrainBatch, policy: Policy, reference: ScoringModel | None, wat
 
 def add_advantages(batch: TrainBatch, config: RunConfig) -> TrainBatch:
     """Give every token its sequence's advantage; siblings may sit on other ranks, so all rewards are used."""
-    advantages = group_advantages(
+    function = load_symbol(config.algorithm.advantage, ADVANTAGES, "algorithm.advantage")
+    advantages = function(
         batch.rewards,
         batch.groups,
         normalize_by_std=config.algorithm.normalize_by_std,

@@ -1,7 +1,12 @@
 """Outcome advantages from the rewards of a step."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+AdvantageFunction = Callable[..., Tensor]
+"""(rewards [N], groups [N], *, normalize_by_std, epsilon) -> advantages [N]."""
 
 
 def group_advantages(rewards: Tensor, groups: Tensor, *, normalize_by_std: bool, epsilon: float) -> Tensor:
@@ -28,6 +33,9 @@ def group_advantages(rewards: Tensor, groups: Tensor, *, normalize_by_std: bool,
         centred = rewards[members] - rewards[members].mean()
         advantages[members] = centred / (rewards[members].std() + epsilon) if normalize_by_std else centred
     return advantages
+
+
+ADVANTAGES: dict[str, AdvantageFunction] = {"group": group_advantages}
 
 
 def count_zero_variance_groups(rewards: Tensor, groups: Tensor) -> int:

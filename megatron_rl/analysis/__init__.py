@@ -1,0 +1,1 @@
+"""What a run taught: reports from its files."""

@@ -1,0 +1,89 @@
+"""Plots of a run's metrics as SVG text."""
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Rows = Sequence[Mapping[str, Any]]
+
+INK, GRID = "#1f2937", "#e5e7eb"
+COLOURS = ("#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed", "#0891b2", "#be185d", "#4b5563")
+
+
+def line_plot(title: str, rows: Rows, metrics: Mapping[str, str], *, smooth: bool = True) -> str | None:
+    """Some metrics over the steps; None when no row has one of them.
+
+    Args:
+        metrics: metric name -> label.
+        smooth: draw the running mean strongly and the values faintly.
+    """
+    series = {label: _points(rows, name) for name, label in metrics.items()}
+    series = {label: points for label, points in series.items() if points}
+    if not series:
+        return None
+    figure, axes = _figure(title)
+    for (label, points), colour in zip(series.items(), COLOURS, strict=False):
+        steps, values = [p[0] for p in points], [p[1] for p in points]
+        if smooth and len(points) > 20:
+            axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
+            axes.plot(steps, _running_mean(values, max(3, len(values) // 20)), color=colour, linewidth=1.8, label=label)
+        else:
+            axes.plot(steps, values, color=colour, linewidth=1.8, marker="o", markersize=4, label=label)
+    return _finish(figure, axes, legend=len(series) > 1)
+
+
+def time_split_plot(title: str, rows: Rows, spans: Sequence[str]) -> str | None:
+    """Mean seconds of a step by span, as one stacked bar."""
+    means = {}
+    for span in spans:
+        points = _points(rows, f"timing_s/{span}")
+        if points:
+            means[span] = sum(value for _, value in points) / max(1, len(_points(rows, "timing_s/step")))
+    if not means:
+        return None
+    figure, axes = _figure(title)
+    left = 0.0
+    for (span, seconds), colour in zip(means.items(), COLOURS, strict=False):
+        axes.barh([0], [seconds], left=left, color=colour, label=f"{span} {seconds:.3f} s")
+        left += seconds
+    axes.set_yticks([])
+    axes.set_xlabel("seconds per step (mean)")
+    axes.set_ylim(-0.5, 1.6)
+    return _finish(figure, axes, legend=True)
+
+
+def _points(rows: Rows, name: str) -> list[tuple[int, float]]:
+    return [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+
+
+def _running_mean(values: Sequence[float], width: int) -> list[float]:
+    means, total = [], 0.0
+    for index, value in enumerate(values):
+        total += value - (values[index - width] if index >= width else 0.0)
+        means.append(total / min(index + 1, width))
+    return means
+
+
+def _figure(title: str) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.2, 3.0), layout="constrained")
+    axes = figure.subplots()
+    axes.set_title(title, loc="left", fontsize=11, color=INK)
+    axes.set_xlabel("step", fontsize=9, color=INK)
+    axes.grid(color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(labelsize=8, colors=INK)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    return figure, axes
+
+
+def _finish(figure: Any, axes: Any, *, legend: bool) -> str:
+    if legend:
+        axes.legend(fontsize=8, frameon=False)
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True)
+    # the XML header has no place inside a page
+    return re.sub(r"^.*?(?=<svg)", "", buffer.getvalue(), count=1, flags=re.DOTALL)

@@ -1,0 +1,85 @@
+"""The report of a run: one self-contained HTML page from metrics.jsonl and samples.jsonl."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader
+
+from megatron_rl.analysis.plots import Rows, line_plot, time_split_plot
+from megatron_rl.config import RunConfig, dump_config
+from megatron_rl.errors import DataError
+from megatron_rl.metrics.sinks import read_rows
+from megatron_rl.run_folder import RunFolder, write_atomically
+
+SPANS = ("gen", "old_log_prob", "ref", "update_actor", "update_weights", "testing", "save_checkpoint")
+NOT_ACCURACY = ("eval/score", "eval/failures", "eval/response_length/mean", "eval/response_length/max", "eval/response_length/min")
+
+
+def conclude(config: RunConfig) -> str:
+    """Write the report of a finished run; the last lines for the console.
+
+    Raises:
+        DataError: the run folder has no metrics.
+    """
+    folder = RunFolder(config.run.output_dir)
+    rows = _rows(folder.metrics)
+    write_atomically(folder.report, render(config, rows, read_rows(folder.samples) if folder.samples.exists() else []))
+    lines = [
+        f"held-out {name.removeprefix('eval/')}: {first:.1%} before, {last:.1%} after {step} steps"
+        for name, (first, last, step) in _held_out(rows).items()
+    ]
+    return "\n".join([*lines, f"report: {folder.report}"])
+
+
+def render(config: RunConfig, rows: Rows, samples: Sequence[Mapping[str, Any]]) -> str:
+    """The page."""
+    accuracy = {name: name.removeprefix("eval/") for name in _held_out(rows)}
+    plots = [
+        line_plot("Reward", rows, {"critic/score/mean": "reward"}),
+        line_plot("Held-out accuracy", rows, accuracy, smooth=False),
+        line_plot("Response length (tokens)", rows, {"response_length/mean": "mean"}),
+        line_plot("Entropy (nats per token)", rows, {"actor/entropy": "entropy"}),
+        line_plot(
+            "KL", rows, {"actor/kl_loss": "to the reference", "actor/ppo_kl": "to the policy before the update"}
+        ),
+        line_plot("Loss", rows, {"actor/loss": "loss"}),
+        line_plot("Gradient norm", rows, {"actor/grad_norm": "norm"}),
+        line_plot("Training against rollout log-probabilities", rows, {"train_rollout_logprob_abs_diff/mean": "mean abs difference"}),
+        line_plot("Groups without a signal", rows, {"rollout/zero_std/fraction": "share of groups"}),
+        time_split_plot("Where a step's time goes", rows, SPANS),
+    ]
+    environment = Environment(loader=PackageLoader("megatron_rl.analysis"), autoescape=True)
+    return environment.get_template("run_report.html").render(
+        name=config.run.name,
+        num_steps=rows[-1]["step"],
+        num_seconds=sum(row.get("timing_s/step") or 0.0 for row in rows),
+        held_out=_held_out(rows),
+        plots=[plot for plot in plots if plot],
+        samples=_paired(samples),
+        config=dump_config(config),
+    )
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    rows = read_rows(path) if path.exists() else []
+    if not rows:
+        raise DataError(f"{path} has no metrics. Give the folder of a run that has made a step.")
+    return rows
+
+
+def _held_out(rows: Rows) -> dict[str, tuple[float, float, int]]:
+    """Metric -> first value, last value, step of the last."""
+    found = {}
+    for name in sorted({name for row in rows for name in row if name.startswith("eval/")} - set(NOT_ACCURACY)):
+        with_value = [row for row in rows if row.get(name) is not None]
+        found[name] = (with_value[0][name], with_value[-1][name], with_value[-1]["step"])
+    return found
+
+
+def _paired(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Each prompt with its first and its last response."""
+    by_prompt: dict[str, list[Mapping[str, Any]]] = {}
+    for sample in samples:
+        by_prompt.setdefault(sample["prompt"], []).append(sample)
+    return [{"prompt": prompt, "before": seen[0], "after": seen[-1]} for prompt, seen in by_prompt.items()]
