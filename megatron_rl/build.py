@@ -136,7 +136,7 @@ def build_log(config: RunConfig, folder: RunFolder, state: TrainState, parallel:
     sinks: list[Sink] = [JsonlSink(folder.metrics, state.step)]
     if config.metrics.tensorboard:
         sinks.append(TensorboardSink(folder.tensorboard, state.step))
-    if config.metrics.wandb != "off":
+    if config.metrics.wandb != "disabled":
         assert state.wandb_id is not None
         plain: dict[str, Any] = flatten(config)
         sinks.append(

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from megatron_rl.errors import MegatronRLError
@@ -23,7 +24,9 @@ def gather_objects(value: T, parallel: ParallelContext) -> list[T]:
 
 def any_rank(flag: bool, parallel: ParallelContext) -> bool:
     """True on every rank when it is true on one."""
-    return any(gather_objects(flag, parallel))
+    raised = torch.tensor(int(flag))
+    dist.all_reduce(raised, op=dist.ReduceOp.MAX, group=parallel.host_group)
+    return bool(raised)
 
 
 def barrier(parallel: ParallelContext) -> None:

@@ -343,11 +343,11 @@ class CheckpointSection:
 class MetricsSection:
     """Where metrics go; metrics.jsonl in the run folder is always written."""
 
-    console: Literal["auto", "live", "plain", "off"] = "auto"
+    console: Literal["auto", "live", "plain", "silent"] = "auto"
     """auto: live on a terminal, plain lines elsewhere."""
     tensorboard: bool = True
     """Write tensorboard events into the run folder."""
-    wandb: Literal["auto", "online", "offline", "off"] = "auto"
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
     """auto: online when a key is set, offline otherwise."""
     wandb_project: str = "megatron_rl"
     """Project on wandb."""

@@ -5,6 +5,7 @@ are compiled for the CPU. So every module in here may import ``megatron.core`` a
 """
 
 import importlib.metadata
+import warnings
 
 from megatron_rl.errors import ConfigError
 from megatron_rl.mcore import cpu
@@ -18,6 +19,10 @@ def _check_version() -> None:
     if not OLDEST <= numbers < FIRST_UNTESTED:
         raise ConfigError(f"megatron-core {version}: expected at least 0.16.1 and below 0.20. pip install 'megatron-core>=0.16.1,<0.20'")
 
+
+# Megatron-Core says these on every start, of its own code; nobody who trains can act on them
+warnings.filterwarnings("ignore", module=r"megatron\..*")
+warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\..*")
 
 _check_version()
 cpu.install()

@@ -12,6 +12,7 @@ from torch import Tensor
 from megatron_rl.algorithms.kl import k1
 from megatron_rl.algorithms.objective import Objective, build_objective
 from megatron_rl.batching.align import unalign
+from megatron_rl.collective import any_rank
 from megatron_rl.config.schema import RunConfig
 from megatron_rl.errors import TrainingDiverged
 from megatron_rl.mcore.forward import ForwardPass
@@ -138,9 +139,7 @@ class Policy(ScoringModel):
         return {**metrics, "actor/grad_norm": Max(norm), "actor/lr": Max(rate)}
 
     def _raise_unless_finite(self, metrics: dict[str, Reduction]) -> None:
-        bad = torch.tensor(float(bool(metrics) and not math.isfinite(metrics["actor/loss"].result())))
-        dist.all_reduce(bad, op=dist.ReduceOp.MAX, group=self.parallel.host_group)
-        if bad:
+        if any_rank(bool(metrics) and not math.isfinite(metrics["actor/loss"].result()), self.parallel):
             raise TrainingDiverged(
                 "the loss is not finite. The weights were left as they were. "
                 "Lower optimizer.lr, or look at the last rollouts."

@@ -42,9 +42,9 @@ class Console(Protocol):
     def close(self) -> None: ...
 
 
-def build_console(mode: Literal["auto", "live", "plain", "off"], *, name: str, num_steps: int, every: int) -> Console:
+def build_console(mode: Literal["auto", "live", "plain", "silent"], *, name: str, num_steps: int, every: int) -> Console:
     """The console of a run; auto is live on a terminal."""
-    if mode == "off":
+    if mode == "silent":
         return SilentConsole()
     if mode == "live" or (mode == "auto" and sys.stdout.isatty()):
         return LiveConsole(name, num_steps)

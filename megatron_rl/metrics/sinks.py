@@ -65,7 +65,7 @@ class WandbSink:
                 settings=wandb.Settings(silent=True),
             )
         except wandb.errors.UsageError as error:
-            raise MegatronRLError(f"wandb does not start: {error}. Set metrics.wandb=offline or off.") from error
+            raise MegatronRLError(f"wandb does not start: {error}. Set metrics.wandb=offline or disabled.") from error
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=step)
