@@ -12,11 +12,12 @@ from megatron_rl.config.load import flatten
 from megatron_rl.config.schema import RewardFunctionSection
 from megatron_rl.data.prompts import PromptOrder, PromptSet, load_prompts
 from megatron_rl.data.templates import load_tokenizer
+from megatron_rl.errors import ConfigError, DataError
 from megatron_rl.mcore.model import transformer_config
 from megatron_rl.mcore.policy import Policy, ScoringModel
 from megatron_rl.metrics.console import Console, SilentConsole, build_console
 from megatron_rl.metrics.sinks import JsonlSink, Sink, TensorboardSink, WandbSink
-from megatron_rl.models import read_model_spec
+from megatron_rl.models import ModelSpec, read_model_spec
 from megatron_rl.plugins import load_symbol
 from megatron_rl.rewards.pool import RewardPool
 from megatron_rl.rewards.registry import build_grader
@@ -51,6 +52,25 @@ class Inputs:
         self.evaluation: PromptSet | None = None
         if config.data.evaluation is not None:
             self.evaluation = load_prompts(config.data.evaluation, config.data, self.tokenizer)
+        for prompts in (self.train, self.evaluation):
+            if prompts is not None:
+                _check_fits(prompts, spec, config)
+
+
+def _check_fits(prompts: PromptSet, spec: ModelSpec, config: RunConfig) -> None:
+    longest = max(prompt.token_ids.numel() for prompt in prompts.prompts)
+    new = max(config.rollout.max_new_tokens, config.evaluation.max_new_tokens or 0)
+    if longest + new > spec.max_position_embeddings:
+        raise ConfigError(
+            f"the longest prompt has {longest} tokens; with rollout.max_new_tokens={new} that is more than the model's "
+            f"{spec.max_position_embeddings} positions. Lower rollout.max_new_tokens or data.max_prompt_tokens."
+        )
+    largest = max(int(prompt.token_ids.max()) for prompt in prompts.prompts)
+    if largest >= spec.vocab_size:
+        raise DataError(
+            f"the tokenizer gives token id {largest}, the model has {spec.vocab_size} tokens. "
+            "Tokenizer and model do not belong together."
+        )
 
 
 def read_inputs(config: RunConfig, parallel: ParallelContext) -> Inputs:

@@ -44,7 +44,11 @@ def run(config: RunConfig, resume: str) -> None:
     Raises:
         MegatronRLError: on every rank; what is wrong and what to change.
     """
-    parallel = init_parallel(config.parallel)
+    train(config, resume, init_parallel(config.parallel))
+
+
+def train(config: RunConfig, resume: str, parallel: ParallelContext) -> None:
+    """``run`` in a world that is joined already."""
     inputs = read_inputs(config, parallel)
     folder = RunFolder(config.run.output_dir)
     with raise_together(parallel):
@@ -101,6 +105,7 @@ def run(config: RunConfig, resume: str) -> None:
             log.note(f"stopped at step {step} as asked, with a checkpoint; start again to go on.")
             break
     log.close()
+    collector.close()
 
 
 def plan(groups: Sequence[RolloutGroup], config: RunConfig, parallel: ParallelContext) -> TrainBatch:
@@ -155,6 +160,8 @@ def evaluate(
     with watch.span("testing"):
         sync.push(version=state.step)
         metrics, samples = evaluator.evaluate(state.step)
+    shown = [f"{name.removeprefix('eval/')} {value.result():.4g}" for name, value in metrics.items() if name in evaluator.headline]
+    log.note(f"held out, step {state.step}: {', '.join(shown)}")
     log.samples(samples)
     return metrics
 

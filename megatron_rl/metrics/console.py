@@ -75,7 +75,7 @@ class PlainConsole:
         print(text, flush=True)
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
-        if step % self._every and step != self._num_steps:
+        if step == 0 or (step % self._every and step != self._num_steps):
             return
         shown = "  ".join(f"{label} {form.format(values[metric])}" for label, metric, form in COLUMNS if metric in values)
         width = len(str(self._num_steps))

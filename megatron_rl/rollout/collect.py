@@ -1,6 +1,6 @@
 """Generate and grade one list of prompts on the engines of all ranks."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -59,6 +59,10 @@ class Collector:
         self._check_failures(groups)
         return groups
 
+    def close(self) -> None:
+        """End the reward workers."""
+        self._pool.close()
+
     def _generate(self, job: Job) -> list[RolloutGroup]:
         requests = [
             Request(key=index, token_ids=prompt.token_ids, seeds=seeds)
@@ -95,11 +99,6 @@ class Collector:
                 f"{self._max_failure_fraction}. First: {failed[0].status}: {failed[0].failure}. "
                 "Mend the reward function, or raise the limit."
             )
-
-
-def sampled_tokens(rollouts: Sequence[Rollout]) -> Iterator[int]:
-    """Number of tokens that the policy sampled in each rollout."""
-    return (int(rollout.loss_mask.sum()) for rollout in rollouts)
 
 
 def _reward_input(job: Job, key: int, sample: int, completion: Completion, text: str) -> RewardInput:

@@ -26,6 +26,9 @@ class Sample:
 class Evaluator:
     """One response to each held-out prompt."""
 
+    headline = ("eval/score", "eval/response_length/mean")
+    """What a person looks at first."""
+
     def __init__(
         self, collector: Collector, prompts: Sequence[Prompt], params: SamplingParams, *, seed: int, num_samples: int
     ) -> None:

@@ -1,0 +1,44 @@
+"""Shared fixtures."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+# Spinning threads on contended cores cost many times their use; set before torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["HF_HUB_OFFLINE"] = "1"  # a test that asks a hub for anything fails
+
+import pytest
+
+from tests.gang import Gang
+from tests.toys import write_model
+
+
+@pytest.fixture(scope="session")
+def toy_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A function from family and options to the folder of such a model, each written once."""
+    made: dict[str, Path] = {}
+
+    def get(family: str = "qwen2", *, tied: bool = True, **sizes: int) -> Path:
+        key = f"{family}-{'tied' if tied else 'untied'}-{'-'.join(f'{k}{v}' for k, v in sizes.items())}"
+        if key not in made:
+            made[key] = write_model(tmp_path_factory.mktemp("models") / key, family, tied=tied, **sizes)
+        return made[key]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def gangs() -> Iterator[Callable[[int], Gang]]:
+    """A function from a number of ranks to a world of that size, each started once."""
+    started: dict[int, Gang] = {}
+
+    def get(world_size: int) -> Gang:
+        if world_size not in started:
+            started[world_size] = Gang(world_size)
+        return started[world_size]
+
+    yield get
+    for gang in started.values():
+        gang.close()

@@ -1,0 +1,82 @@
+"""The loop gives the same numbers however it is split, and goes on where it stopped."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed import cases
+from tests.gang import Gang
+from tests.toys import toy_config
+
+COMPARED = ("actor/loss", "actor/pg_loss", "actor/kl_loss", "actor/entropy", "actor/grad_norm", "critic/score/mean", "eval/score")
+SPLITS = {
+    "1-rank": (1, []),
+    "micro-batch-1": (1, ["batching.micro_batch_size=1"]),
+    "micro-batch-2": (1, ["batching.micro_batch_size=2"]),
+    "micro-batch-4": (1, ["batching.micro_batch_size=4"]),
+    "unpacked": (1, ["batching.packed=false", "batching.micro_batch_size=4"]),
+    "plain-optimizer": (2, ["parallel.distributed_optimizer=false"]),
+    "tp2-pp2": (4, ["parallel.tensor_parallel_size=2", "parallel.pipeline_parallel_size=2"]),
+    "tp2-pp2-sp-micro-batch-2": (
+        4,
+        ["parallel.tensor_parallel_size=2", "parallel.pipeline_parallel_size=2", "parallel.sequence_parallel=true",
+         "batching.micro_batch_size=2"],
+    ),
+    "tp2-pp2-unpacked": (
+        4, ["parallel.tensor_parallel_size=2", "parallel.pipeline_parallel_size=2", "batching.packed=false",
+            "batching.micro_batch_size=1"],
+    ),
+    "tp2-dp2": (4, ["parallel.tensor_parallel_size=2"]),
+    "tp2-dp2-dynamic": (4, ["parallel.tensor_parallel_size=2", "rollout.schedule=dynamic"]),
+    "dp4": (4, []),
+    "dp4-micro-batch-1": (4, ["batching.micro_batch_size=1"]),
+}
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def one_rank(gangs: Callable[[int], Gang], toy_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("one_rank")
+    gangs(1).call(cases.run_training, config=toy_config(folder, toy_model("qwen2", tied=True)))
+    return rows(folder / "run")
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_same_numbers_for_every_split(
+    split: str, one_rank: list[dict[str, Any]], gangs: Callable[[int], Gang], toy_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    world_size, overrides = SPLITS[split]
+    gangs(world_size).call(cases.run_training, config=toy_config(tmp_path, toy_model("qwen2", tied=True), *overrides))
+    found = rows(tmp_path / "run")
+    assert [row["step"] for row in found] == [0, 1, 2, 3]
+    for mine, wanted in zip(found, one_rank, strict=True):
+        for name in COMPARED:
+            assert (name in mine) == (name in wanted)
+            if name in wanted:
+                assert mine[name] == pytest.approx(wanted[name], rel=0, abs=1e-5), (mine["step"], name)
+
+
+def test_resume_repeats_bit_for_bit(gangs: Callable[[int], Gang], toy_model: Callable[..., Path], tmp_path: Path) -> None:
+    model = toy_model("qwen2", tied=True)
+    split = ["parallel.tensor_parallel_size=2", "parallel.pipeline_parallel_size=2", "checkpoint.keep_last=1"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for folder in (whole, parts):
+        folder.mkdir()
+    gangs(4).call(cases.run_training, config=toy_config(whole, model, *split, "run.num_steps=20"))
+    gangs(4).call(cases.run_training, config=toy_config(parts, model, *split, "run.num_steps=7"))
+    assert (parts / "run/checkpoints/latest").read_text() == "step_000007"
+    gangs(4).call(cases.run_training, config=toy_config(parts, model, *split, "run.num_steps=20"))
+    assert [p.name for p in (parts / "run/checkpoints").glob("step_*")] == ["step_000020"]
+
+    def compared(folder: Path) -> list[dict[str, Any]]:
+        timed = ("timing_s", "perf/time", "perf/throughput")
+        return [{k: v for k, v in row.items() if not k.startswith((*timed, "eval/"))} for row in rows(folder / "run")]
+
+    assert compared(parts) == compared(whole)
+    assert rows(parts / "run")[-1]["eval/score"] == rows(whole / "run")[-1]["eval/score"]

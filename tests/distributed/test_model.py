@@ -1,0 +1,83 @@
+"""The Megatron model against transformers, and weights through the layout table."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from tests.distributed import cases
+from tests.gang import Gang
+from tests.toys import VOCAB, sequences, toy_config
+
+LAYOUTS = {"tp1": (1, 1), "tp2": (2, 1), "pp2": (1, 2), "tp2-pp2": (2, 2)}
+
+
+def layout(name: str) -> list[str]:
+    tp, pp = LAYOUTS[name]
+    return [f"parallel.tensor_parallel_size={tp}", f"parallel.pipeline_parallel_size={pp}"]
+
+
+def reference_logits(model: Path) -> torch.Tensor:
+    hf = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    with torch.no_grad():
+        return torch.cat([hf(s.token_ids[None]).logits[0] for s in sequences()])
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
+def test_logits_equal_transformers(
+    family: str, tied: bool, name: str, gangs: Callable[[int], Gang], toy_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = toy_model(family, tied=tied)
+    wanted = reference_logits(model)
+    gang = gangs(LAYOUTS[name][0] * LAYOUTS[name][1])
+    for extra in ([], ["batching.packed=false"], ["parallel.sequence_parallel=true"]):
+        if "sequence_parallel" in "".join(extra) and "tp2" not in name:
+            continue
+        config = toy_config(tmp_path, model, *layout(name), *extra)
+        found = [x for x in gang.call(cases.logits, config=config) if x is not None]
+        assert found
+        for logits in found:
+            assert logits.shape == wanted.shape == (sum(s.token_ids.numel() for s in sequences()), VOCAB)
+            torch.testing.assert_close(logits, wanted, rtol=0, atol=1e-5)
+
+
+def test_logits_with_llama3_rope_scaling(gangs: Callable[[int], Gang], tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from tools.make_toy_model import make_tokenizer
+
+    torch.manual_seed(0)
+    scaling = {
+        "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+    }
+    hf = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCAB, hidden_size=256, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=2, max_position_embeddings=131072, rope_parameters=scaling, tie_word_embeddings=True,
+        )
+    )
+    hf.save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    wanted = reference_logits(tmp_path / "model")
+    (found,) = gangs(1).call(cases.logits, config=toy_config(tmp_path, tmp_path / "model"))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_export_gives_the_checkpoint_back(
+    tied: bool, name: str, gangs: Callable[[int], Gang], toy_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = toy_model("qwen3", tied=tied)
+    wanted = load_file(model / "model.safetensors")
+    gang = gangs(LAYOUTS[name][0] * LAYOUTS[name][1])
+    for tensors in gang.call(cases.exported, config=toy_config(tmp_path, model, *layout(name))):
+        assert set(tensors) == set(wanted)
+        for key, tensor in tensors.items():
+            assert torch.equal(tensor, wanted[key]), key

@@ -1,0 +1,83 @@
+"""Tiny models, configurations and sequences that the tests share."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_rl.config import RunConfig
+from megatron_rl.config.load import load_config
+from megatron_rl.types import TrainSequence
+from tools.make_toy_model import make_model, make_tokenizer
+
+VOCAB = 61  # not divisible by 2: the vocabulary is padded under tensor parallelism
+
+
+def write_model(folder: Path, family: str = "qwen2", *, tied: bool = True, **sizes: int) -> Path:
+    """A random model with tokenizer whose norms and biases are not trivial."""
+    fields = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 64, **sizes}
+    model = make_model(family, tied=tied, **fields)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+            else:
+                parameter.mul_(4)  # far from uniform, so that differences show
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+RUN_YAML = """
+run: {{name: toy, output_dir: {folder}/run, num_steps: 3}}
+model: {{path: {model}, dtype: fp32}}
+data:
+  train: {{kind: task, path: hasty_addition}}
+  evaluation: {{kind: task, path: hasty_addition, split: test}}
+  max_prompt_tokens: 8
+rollout: {{num_prompts_per_step: 4, group_size: 4, max_new_tokens: 8, schedule: static}}
+reward: {{functions: [{{name: tests.toys:digit_share}}], timeout_s: 60}}
+algorithm: {{aggregation: sequence_mean, kl_coef: 0.01, entropy_coef: 0.001}}
+batching: {{num_updates: 2}}
+optimizer: {{lr: 1.0e-3}}
+evaluation: {{num_prompts: 8}}
+metrics: {{console: silent, wandb: disabled, tensorboard: false}}
+"""
+
+
+def digit_share(sample: Any) -> float:
+    """A dense reward: the share of digits in the response."""
+    return sum(c.isdigit() for c in sample.response) / max(1, len(sample.response))
+
+
+def write_config(folder: Path, model: Path) -> Path:
+    """A small run."""
+    path = folder / "toy.yaml"
+    path.write_text(RUN_YAML.format(folder=folder, model=model))
+    return path
+
+
+def toy_config(folder: Path, model: Path, *overrides: str) -> RunConfig:
+    """That run's configuration."""
+    return load_config(write_config(folder, model), overrides)
+
+
+def sequences(lengths: tuple[int, ...] = (9, 17, 6, 30), num_prompt: int = 3) -> list[TrainSequence]:
+    """Sequences with random tokens, advantages and old log-probabilities near those of a random model."""
+    generator = torch.Generator().manual_seed(1)
+    made = []
+    for length in lengths:
+        mask = torch.arange(length) >= num_prompt
+        made.append(
+            TrainSequence(
+                token_ids=torch.randint(0, VOCAB, (length,), generator=generator),
+                loss_mask=mask,
+                rollout_logprobs=torch.zeros(length),
+                advantages=torch.randn(1, generator=generator).expand(length).contiguous(),
+                loss_weights=mask.float(),
+                old_logprobs=-4 + torch.randn(length, generator=generator) * 0.1,
+                ref_logprobs=-4 + torch.randn(length, generator=generator) * 0.1,
+            )
+        )
+    return made
