@@ -9,7 +9,14 @@ distributed optimizer on top of it has three faults, one of them silent:
 3. After a load all parameters share one step tensor, so that bias correction runs away with the
    number of parameters: ``separate_step_counts``.
 
-And one fault of saving: a synchronous save forks writer processes from a process full of threads,
+Saving its state has a fourth fault, with at most a line in the log as sign: parameters are looked
+up by their place in the gradient buffer, in a copy of it that leaves the padding between parameters
+and between buckets out. Where there is such padding (sizes that are not multiples of 64; or tied
+embeddings under pipeline parallelism, which have a bucket of their own, and a size that is not a
+multiple of 128 and of the data-parallel size), parameters are saved shifted and with a tail of
+zeros: ``count_gaps``.
+
+And one fault more: a synchronous save forks writer processes from a process full of threads,
 hangs for ever when one of them dies, and starts a manager process that imports the main program
 again only to hand the results over. ``write_in_process`` writes the same files without any of that.
 
@@ -23,6 +30,7 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
@@ -53,6 +61,20 @@ def separate_step_counts(optimizer: MegatronOptimizer) -> None:
     for inner in inner_optimizers(optimizer):
         for state in inner.optimizer.state.values():
             state[STEP] = state[STEP].clone()
+
+
+def count_gaps(model: DistributedDataParallel) -> None:
+    """Let the sizes of buckets reach over the padding up to the next one, so that nothing is left out.
+
+    Called before the optimizer is built, which copies these sizes.
+    """
+    for buffer in [*model.buffers, *model.expert_parallel_buffers]:
+        buckets = sorted(buffer.buckets, key=lambda bucket: bucket.offset)
+        end = max(buffer.param_index_map[parameter][1] for parameter in buckets[-1].params)
+        ends = [bucket.offset for bucket in buckets[1:]] + [end]
+        for bucket, stop in zip(buckets, ends, strict=True):
+            bucket.numel_unpadded = stop - bucket.offset
+        buffer.numel_unpadded = end
 
 
 @torch.no_grad()
@@ -97,6 +119,6 @@ def write_in_process() -> None:
 
 
 def apply() -> None:
-    """Apply the two that replace functions; the other two are called where they are needed."""
+    """Apply the two that replace functions; the others are called where they are needed."""
     keep_step_on_load()
     write_in_process()

@@ -15,6 +15,7 @@ from megatron_rl.batching.align import unalign
 from megatron_rl.collective import any_rank
 from megatron_rl.config.schema import RunConfig
 from megatron_rl.errors import TrainingDiverged
+from megatron_rl.mcore import patches
 from megatron_rl.mcore.forward import ForwardPass
 from megatron_rl.mcore.model import build_model, global_parameters, load_hf_weights, transformer_config
 from megatron_rl.mcore.optimizer import build_optimizer, build_scheduler, step_if_finite
@@ -104,6 +105,7 @@ class Policy(ScoringModel):
             DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=distributed),
             self.model,
         )
+        patches.count_gaps(self.ddp)
         self.optimizer = build_optimizer(
             config.optimizer, self.ddp, torch_dtype(config.model.dtype), distributed=distributed
         )

@@ -19,16 +19,36 @@ from megatron_rl.types import ParallelContext, TrainBatch, UpdatePlan
 from tests.toys import VOCAB, sequences
 
 # after megatron_rl.mcore, which prepares Megatron-Core for the CPU
-from megatron.core import tensor_parallel  # isort: skip
+from megatron.core import parallel_state, tensor_parallel  # isort: skip
 from megatron.core.pipeline_parallel import get_forward_backward_func  # isort: skip
 
-_worlds = itertools.count()
+_worlds: dict[tuple[int, int], tuple[ParallelContext, dict[str, Any]]] = {}
+_counters = itertools.count()
 
 
 def world(config: RunConfig) -> ParallelContext:
-    """A fresh split of this gang, with counters of its own."""
-    store = dist.PrefixStore(f"world{next(_worlds)}", dist.distributed_c10d._get_default_store())
-    return split_world(config.parallel, store, 0, torch.device("cpu"))
+    """A split of this gang, with counters of its own.
+
+    A process can only open so many groups, and Megatron never closes one; so each split is made
+    once, and Megatron's record of it is put back when it is wanted again.
+    """
+    key = (config.parallel.tensor_parallel_size, config.parallel.pipeline_parallel_size)
+    store = dist.PrefixStore(f"world{next(_counters)}", dist.distributed_c10d._get_default_store())
+    if key not in _worlds:
+        context = split_world(config.parallel, store, 0, torch.device("cpu"))
+        _worlds[key] = (context, _megatron_globals())
+    context, record = _worlds[key]
+    for name, value in record.items():
+        setattr(parallel_state, name, value)
+    return replace(context, store=store)
+
+
+def _megatron_globals() -> dict[str, Any]:
+    return {
+        name: value
+        for name, value in vars(parallel_state).items()
+        if name.startswith("_") and not name.startswith("__") and not callable(value)
+    }
 
 
 def logits(config: RunConfig) -> torch.Tensor | None:
