@@ -126,6 +126,7 @@ def _check_keys(layer: Any, section: type, prefix: str, known: list[str], origin
     for key, value in layer.items():
         dotted = f"{prefix}{key}"
         if key not in hints:
+            dotted = _first_leaf(dotted, value)
             meant = suggest(dotted, known)
             hint = f" Did you mean {meant}?" if meant else f" Known keys here: {', '.join(hints)}."
             raise ConfigError(f"{origin}: unknown key {dotted}.{hint}")
@@ -134,3 +135,11 @@ def _check_keys(layer: Any, section: type, prefix: str, known: list[str], origin
             continue
         for part in value if isinstance(value, list) else [value]:
             _check_keys(part, inner, f"{dotted}.", known, origin)
+
+
+def _first_leaf(dotted: str, value: Any) -> str:
+    """The whole key of the first value inside an unknown section."""
+    while isinstance(value, dict) and value:
+        key, value = next(iter(value.items()))
+        dotted += f".{key}"
+    return dotted

@@ -92,6 +92,6 @@ def suggest(key: str, known: list[str]) -> str | None:
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
     if near:
         return near[0]
-    by_last = {name.rsplit(".", 1)[-1]: name for name in known}
+    by_last = FOREIGN_NAMES | {name.rsplit(".", 1)[-1]: name for name in known}
     near = difflib.get_close_matches(last, list(by_last), n=1, cutoff=0.7)
     return by_last[near[0]] if near else None

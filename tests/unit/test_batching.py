@@ -1,0 +1,98 @@
+"""Sharing out, packing and the one shift."""
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+
+from megatron_rl.batching.align import align, unalign
+from megatron_rl.batching.pack import balance, equalise, micro_batches
+from megatron_rl.batching.plan import plan_batch
+from megatron_rl.config.schema import BatchingSection
+from megatron_rl.errors import DataError
+from megatron_rl.types import Prompt, Rollout, RolloutGroup
+from tests.toys import sequences
+
+
+def group(index: int, lengths: list[int], status: str = "ok") -> RolloutGroup:
+    prompt = Prompt(prompt_id=str(index), token_ids=torch.tensor([1, 2]), text="ab", answer=None)
+    rollouts = [
+        Rollout(
+            token_ids=torch.arange(length + 2), loss_mask=torch.arange(length + 2) >= 2,
+            rollout_logprobs=torch.zeros(length + 2), text="", finish_reason="stop", policy_version=0,
+            reward=float(length), reward_parts={}, status=status, failure="",  # type: ignore[arg-type]
+        )
+        for length in lengths
+    ]
+    return RolloutGroup(index=index, prompt=prompt, rollouts=rollouts)
+
+
+def test_balance_shares_every_index_once_and_evenly() -> None:
+    lengths = torch.randint(1, 1000, (64,), generator=torch.Generator().manual_seed(0)).tolist()
+    bins = balance(lengths, 4)
+    assert sorted(i for one in bins for i in one) == list(range(64))
+    assert {len(one) for one in bins} == {16}
+    sums = [sum(lengths[i] for i in one) for one in bins]
+    assert max(sums) < 1.02 * sum(sums) / 4
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_micro_batches_keep_both_limits(packed: bool) -> None:
+    lengths = [5, 9, 3, 3, 8, 1, 1, 1, 10]
+    found = micro_batches(range(9), lengths, max_sequences=3, max_tokens=12, packed=packed)
+    assert [i for batch in found for i in batch] == list(range(9))
+    for batch in found:
+        rows = [lengths[i] for i in batch]
+        assert len(batch) <= 3
+        assert (sum(rows) if packed else max(rows) * len(rows)) <= 12
+
+
+def test_equalise_gives_every_rank_the_same_number() -> None:
+    found = equalise([[[0, 1, 2, 3]], [[4], [5], [6]], []])
+    assert [len(batches) for batches in found] == [3, 3, 3]
+    assert sorted(i for batch in found[0] for i in batch) == [0, 1, 2, 3]
+    assert found[2] == [[], [], []]
+
+
+def test_plan_covers_every_sequence_once_over_the_ranks() -> None:
+    groups = [group(0, [3, 9, 1]), group(1, [2, 2, 30]), group(2, [5, 5, 5]), group(3, [1, 1, 1])]
+    config = BatchingSection(num_updates=2, max_tokens_per_micro_batch=40, micro_batch_size=2)
+    seen: Counter[int] = Counter()
+    counts = []
+    for rank in range(4):
+        batch = plan_batch(groups, config, dp_rank=rank, dp_size=4, aggregation="token_mean", constant_length=1)
+        seen.update(i for i in batch.global_index if i >= 0)
+        counts.append([len(update.micro_batches) for update in batch.updates])
+        assert [update.num_tokens for update in batch.updates] == [47, 18]
+        for place, index in enumerate(batch.global_index):
+            if index < 0:
+                assert not batch.sequences[place].loss_mask.any()
+    assert seen == Counter(range(12))
+    assert all(count == counts[0] for count in counts)
+
+
+def test_a_failed_reward_keeps_its_tokens_but_has_no_loss() -> None:
+    groups = [group(0, [3, 3]), group(1, [4, 4], status="reward_error")]
+    batch = plan_batch(groups, BatchingSection(), dp_rank=0, dp_size=1, aggregation="sequence_mean", constant_length=1)
+    assert [bool(sequence.loss_mask.any()) for sequence in batch.sequences] == [True, True, False, False]
+    assert batch.updates[0].num_tokens == 6
+    with pytest.raises(DataError, match="no token to learn from"):
+        plan_batch(groups[1:], BatchingSection(), dp_rank=0, dp_size=1, aggregation="token_mean", constant_length=1)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("multiple_of", [1, 4])
+def test_align_shifts_once_and_unalign_undoes_it(packed: bool, multiple_of: int) -> None:
+    made = [replace(s, old_logprobs=s.token_ids.float()) for s in sequences()]
+    batch = align(made, packed=packed, multiple_of=multiple_of)
+    assert batch.tokens.size(1) % multiple_of == 0
+    # position t holds what concerns token t + 1
+    row, length = (batch.tokens[0], made[0].token_ids.numel())
+    assert batch.labels[0, : length - 1].tolist() == row[1:length].tolist()
+    assert batch.old_logprobs[0, : length - 1].tolist() == row[1:length].float().tolist()
+    assert not batch.loss_mask[0, length - 1]
+    assert int(batch.loss_mask.sum()) == sum(int(s.loss_mask.sum()) for s in made)
+    for values, sequence in zip(unalign(batch.old_logprobs, batch), made, strict=True):
+        assert values[0] == 0
+        assert values[1:].tolist() == sequence.token_ids[1:].float().tolist()

@@ -1,0 +1,117 @@
+"""Files, overrides, suggestions and checks."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_rl.config import dump_config, load_config, validate
+from megatron_rl.config.names import FOREIGN_NAMES
+from megatron_rl.config.load import _dotted_keys
+from megatron_rl.config.schema import RunConfig
+from megatron_rl.errors import ConfigError
+from tests.toys import write_config
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    return write_config(tmp_path, tmp_path / "model")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: str(p.relative_to(ROOT / "configs")))
+def test_every_config_of_the_project_loads(path: Path) -> None:
+    loaded = load_config(path)
+    validate(loaded, loaded.parallel.tensor_parallel_size * loaded.parallel.pipeline_parallel_size)
+
+
+def test_precedence_and_round_trip(config: Path, tmp_path: Path) -> None:
+    child = tmp_path / "child.yaml"
+    child.write_text(f"base: {config.name}\noptimizer: {{lr: 5.0e-4}}\nrollout: {{group_size: 2}}\n")
+    loaded = load_config(child, ["optimizer.lr=2e-4", "data.train.split=test", "rollout.stop_token_ids=[3,4]"])
+    assert (loaded.optimizer.lr, loaded.rollout.group_size, loaded.rollout.num_prompts_per_step) == (2e-4, 2, 4)
+    assert loaded.data.train.split == "test"
+    assert loaded.rollout.stop_token_ids == [3, 4]
+    again = tmp_path / "resolved.yaml"
+    again.write_text(dump_config(loaded))
+    assert load_config(again) == loaded
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("optimizer.learning_rte", "optimizer.lr"),
+        ("rollout.group_sise", "rollout.group_size"),
+        ("rollout.temprature", "rollout.temperature"),
+        ("trainer.total_training_steps", "run.num_steps"),
+        ("actor.kl_loss_coef", "algorithm.kl_coef"),
+        ("num_generations", "rollout.group_size"),
+        ("grpo.num_generations_per_prompt", "rollout.group_size"),
+        ("n-samples-per-prompt", "rollout.group_size"),
+        ("beta", "algorithm.kl_coef"),
+        ("lr", "optimizer.lr"),
+    ],
+)
+def test_unknown_keys_get_a_suggestion(config: Path, key: str, meant: str) -> None:
+    with pytest.raises(ConfigError, match=f"unknown key .*Did you mean {meant}"):
+        load_config(config, [f"{key}=1"])
+
+
+def test_every_suggestion_for_a_foreign_name_exists() -> None:
+    assert set(FOREIGN_NAMES.values()) <= set(_dotted_keys(RunConfig))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["optimizer.lr=fast"], r"optimizer\.lr.*fast"),
+        (["optimizer.lr=-1"], r"optimizer\.lr=-1.*more than 0"),
+        (["model.dtype=fp16"], r"dtype.*fp16"),
+        (["rollout.temperature=0"], r"rollout\.temperature=0"),
+        (["parallel.sequence_parallel=true"], r"parallel\.sequence_parallel"),
+        (["nonsense"], "expected key=value"),
+        (["run=3"], "run is 3: expected a section"),
+        (["reward.functions=[{nam: math}]"], r"unknown key reward\.functions\.nam\. Did you mean"),
+    ],
+)
+def test_bad_values(config: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(config, overrides)
+
+
+def test_files_that_are_missing_broken_or_loop(config: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"missing\.yaml"):
+        load_config(tmp_path / "missing.yaml")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("run: [")
+    with pytest.raises(ConfigError, match="not YAML"):
+        load_config(broken)
+    broken.write_text("base: broken.yaml\n")
+    with pytest.raises(ConfigError, match="base chain loops"):
+        load_config(broken)
+    broken.write_text("run: {name: x, output_dir: y, num_steps: 1}\n")
+    with pytest.raises(ConfigError, match=r"required keys are not set.*model"):
+        load_config(broken)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "message"),
+    [
+        (["parallel.tensor_parallel_size=2", "parallel.pipeline_parallel_size=2"], 6, "world size 6 does not divide"),
+        (["batching.num_updates=3"], 1, r"16 sequences .* do not divide by batching\.num_updates=3"),
+        (["rollout.group_size=1"], 1, r"rollout\.group_size=1"),
+        (["batching.max_tokens_per_micro_batch=10"], 1, r"at least 16"),
+        (["reward.functions=[]"], 1, r"reward\.functions is empty"),
+        (["rollout.source=demonstrations"], 1, r"algorithm\.loss=nll"),
+        (["optimizer.lr_warmup_updates=5", "optimizer.lr_decay_updates=5"], 1, r"lr_decay_updates=5"),
+        (["data.evaluation=null", "evaluation.every=1"], 1, r"evaluation\.every=1"),
+    ],
+)
+def test_contradictions(config: Path, overrides: list[str], world_size: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        validate(load_config(config, overrides), world_size)
+
+
+def test_a_config_is_frozen(config: Path) -> None:
+    with pytest.raises(AttributeError):
+        load_config(config).optimizer.lr = 1.0  # type: ignore[misc]
