@@ -1,6 +1,7 @@
 """The training loop. Every rank executes these same lines."""
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 
 import torch
@@ -20,13 +21,14 @@ from megatron_rl.build import (
 )
 from megatron_rl.checkpoints import Checkpoints
 from megatron_rl.collective import raise_together
-from megatron_rl.config import RunConfig
-from megatron_rl.mcore.parallel import init_parallel
+from megatron_rl.config import RunConfig, validate
+from megatron_rl.mcore.parallel import init_parallel, launcher_world, leave_world
 from megatron_rl.mcore.policy import Policy, ScoringModel
 from megatron_rl.metrics.metric import Reduction, mean_max_min
 from megatron_rl.metrics.timing import Stopwatch
 from megatron_rl.plugins import load_symbol
 from megatron_rl.rollout.evaluator import Evaluator
+from megatron_rl.rollout.sampler import Sampler
 from megatron_rl.rollout.statistics import drift_metrics, length_metrics, reward_metrics
 from megatron_rl.run_folder import RunFolder
 from megatron_rl.run_log import RunLog
@@ -44,10 +46,15 @@ def run(config: RunConfig, resume: str) -> None:
     Raises:
         MegatronRLError: on every rank; what is wrong and what to change.
     """
-    train(config, resume, init_parallel(config.parallel))
+    _, world_size, _ = launcher_world()
+    validate(config, world_size)
+    try:
+        run_in(config, resume, init_parallel(config.parallel))
+    finally:
+        leave_world()
 
 
-def train(config: RunConfig, resume: str, parallel: ParallelContext) -> None:
+def run_in(config: RunConfig, resume: str, parallel: ParallelContext) -> None:
     """``run`` in a world that is joined already."""
     inputs = read_inputs(config, parallel)
     folder = RunFolder(config.run.output_dir)
@@ -58,23 +65,37 @@ def train(config: RunConfig, resume: str, parallel: ParallelContext) -> None:
     policy = Policy(config, parallel)
     reference = build_reference(config, parallel)
     engine = build_engine(config, policy)
-    collector = build_collector(config, inputs, engine, parallel)
-    sampler = build_sampler(config, inputs, collector)
-    evaluator = build_evaluator(config, inputs, collector)
-    sync = WeightSync(policy, engine)
     checkpoints = Checkpoints(folder.checkpoints, config, parallel)
     state = checkpoints.restore(checkpoint, policy) if checkpoint else fresh_state(parallel)
+    with closing(build_collector(config, inputs, engine, parallel)) as collector:
+        sampler = build_sampler(config, inputs, collector)
+        evaluator = build_evaluator(config, inputs, collector)
+        with raise_together(parallel):
+            if parallel.is_main:
+                folder.create(config)
+        with closing(RunLog(*build_log(config, folder, state, parallel), folder, parallel)) as log:
+            log.note(describe(config, inputs.train.num_overlong, parallel, checkpoint and checkpoint.name))
+            sync = WeightSync(policy, engine)
+            train(config, state, policy, reference, sampler, evaluator, sync, checkpoints, log, parallel)
+
+
+def train(
+    config: RunConfig,
+    state: TrainState,
+    policy: Policy,
+    reference: ScoringModel | None,
+    sampler: Sampler,
+    evaluator: Evaluator | None,
+    sync: WeightSync,
+    checkpoints: Checkpoints,
+    log: RunLog,
+    parallel: ParallelContext,
+) -> None:
+    """Step after step until the last, or until a signal asks to stop."""
     stop = StopRequest(parallel)
-
-    with raise_together(parallel):
-        if parallel.is_main:
-            folder.create(config)
-    log = RunLog(*build_log(config, folder, state, parallel), folder, parallel)
-    log.note(describe(config, inputs.train.num_overlong, parallel, checkpoint and checkpoint.name))
-
     if state.step == 0:
         log.step(0, evaluate(evaluator, sync, log, state, Stopwatch()))
-    while state.step < config.run.num_steps:
+    while state.step < config.run.num_steps and not stop.agreed():
         watch, step = Stopwatch(), state.step + 1
         if sampler.uses_engine:
             with watch.span("update_weights"):
@@ -87,25 +108,32 @@ def train(config: RunConfig, resume: str, parallel: ParallelContext) -> None:
             batch = add_advantages(batch, config)
         with watch.span("update_actor"):
             metrics = policy.update(batch)
-        state = replace(
-            state,
-            step=step,
-            num_prompts_consumed=state.num_prompts_consumed + len(groups),
-            num_updates=state.num_updates + len(batch.updates),
-        )
-        last, stopped = step == config.run.num_steps, stop.agreed()
-        if last or (config.evaluation.every and step % config.evaluation.every == 0):
+        state = advance(state, groups, batch)
+        if is_due(config.evaluation.every, step, config.run.num_steps):
             metrics |= evaluate(evaluator, sync, log, state, watch)
-        if last or stopped or (config.checkpoint.every and step % config.checkpoint.every == 0):
+        if is_due(config.checkpoint.every, step, config.run.num_steps):
             with watch.span("save_checkpoint"):
                 checkpoints.save(state, policy)
         metrics |= rollout_metrics(groups, batch, graded=sampler.uses_engine, parallel=parallel)
         log.step(step, metrics | watch.metrics())
-        if stopped and not last:
-            log.note(f"stopped at step {step} as asked, with a checkpoint; start again to go on.")
-            break
-    log.close()
-    collector.close()
+    if state.step < config.run.num_steps:
+        path = checkpoints.save(state, policy)
+        log.note(f"stopped as asked after step {state.step}; saved {path}. Start the same command again to go on.")
+
+
+def is_due(every: int, step: int, num_steps: int) -> bool:
+    """After the last step always, otherwise every so many; 0 is never in between."""
+    return step == num_steps or (every > 0 and step % every == 0)
+
+
+def advance(state: TrainState, groups: Sequence[RolloutGroup], batch: TrainBatch) -> TrainState:
+    """The state after a step."""
+    return replace(
+        state,
+        step=state.step + 1,
+        num_prompts_consumed=state.num_prompts_consumed + len(groups),
+        num_updates=state.num_updates + len(batch.updates),
+    )
 
 
 def plan(groups: Sequence[RolloutGroup], config: RunConfig, parallel: ParallelContext) -> TrainBatch:

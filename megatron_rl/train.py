@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if is_main:
             from megatron_rl.analysis.run_report import conclude
 
-            print(conclude(config), flush=True)
+            print(conclude(config), flush=True)  # also after a stop: what there is so far
     except MegatronRLError as error:
         if is_main:
             print(f"error: {error}", file=sys.stderr, flush=True)

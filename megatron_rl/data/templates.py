@@ -1,5 +1,6 @@
 """Tokenizers and chat templates."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,8 @@ from megatron_rl.config.schema import DataSection
 from megatron_rl.data.adapters import Problem
 from megatron_rl.errors import DataError
 
+GENERIC_CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")
+
 
 def load_tokenizer(folder: str) -> Any:
     """The tokenizer of a Hugging Face folder.
@@ -15,12 +18,14 @@ def load_tokenizer(folder: str) -> Any:
     Raises:
         DataError: there is none, or it has no end token.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     if not Path(folder).is_dir():
         raise DataError(f"tokenizer folder {folder} does not exist. model.path must be a Hugging Face checkpoint folder.")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        # AutoTokenizer goes by the model type and would replace such a tokenizer.json by the family's own rules
+        kind = PreTrainedTokenizerFast if _named_class(folder) in GENERIC_CLASSES else AutoTokenizer
+        tokenizer = kind.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise DataError(f"{folder} has no usable tokenizer: {str(error).splitlines()[0]}") from error
     if tokenizer.eos_token_id is None:
@@ -29,6 +34,14 @@ def load_tokenizer(folder: str) -> Any:
             "Set eos_token in its tokenizer_config.json."
         )
     return tokenizer
+
+
+def _named_class(folder: str) -> str | None:
+    path = Path(folder) / "tokenizer_config.json"
+    if not path.exists():
+        return None
+    named = json.loads(path.read_text()).get("tokenizer_class")
+    return str(named) if named else None
 
 
 def render_prompts(problems: Sequence[Problem], config: DataSection, tokenizer: Any) -> list[str]:

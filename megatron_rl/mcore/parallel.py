@@ -1,6 +1,5 @@
 """The process groups of a run, from the launcher's environment variables."""
 
-import atexit
 import os
 from collections.abc import Mapping
 from datetime import timedelta
@@ -61,7 +60,6 @@ def init_parallel(config: ParallelSection) -> ParallelContext:
         world_size=world_size,
         timeout=timeout,
     )
-    atexit.register(shutdown)
     return split_world(config, dist.PrefixStore("megatron_rl", store), local_rank, device)
 
 
@@ -92,8 +90,8 @@ def split_world(config: ParallelSection, store: dist.Store, local_rank: int, dev
     )
 
 
-def shutdown() -> None:
-    """Leave the world, if it was joined."""
+def leave_world() -> None:
+    """Undo ``init_parallel``, as far as it came."""
     if parallel_state.is_initialized():
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():

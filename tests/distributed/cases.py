@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from megatron_rl.batching.align import align
 from megatron_rl.config import RunConfig
-from megatron_rl.loop import train
+from megatron_rl.loop import run_in
 from megatron_rl.mcore.attention import packed_sequences
 from megatron_rl.mcore.checkpoint import load_policy, save_policy
 from megatron_rl.mcore.parallel import split_world
@@ -86,7 +86,7 @@ def exported(config: RunConfig) -> dict[str, torch.Tensor]:
 
 def run_training(config: RunConfig, resume: str = "auto") -> None:
     """The whole loop."""
-    train(config, resume, world(config))
+    run_in(config, resume, world(config))
 
 
 def batch_of(parallel: ParallelContext) -> TrainBatch:

@@ -27,6 +27,10 @@ def tokenizer(toy_model: Callable[..., Path]) -> Any:
     return load_tokenizer(str(toy_model()))
 
 
+def test_a_tokenizer_of_ones_own_is_not_replaced_by_the_familys(tokenizer: Any) -> None:
+    assert tokenizer.convert_ids_to_tokens(tokenizer("1 +Z")["input_ids"]) == ["1", " ", "+", "<unk>"]
+
+
 def jsonl(path: Path, rows: list[dict[str, Any]]) -> SourceSection:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return SourceSection(kind="jsonl", path=str(path))
@@ -93,7 +97,7 @@ def test_overlong_prompts_are_dropped_counted_or_refused(tmp_path: Path, tokeniz
     assert found.num_overlong == 1
     with pytest.raises(DataError, match="prompt 1 of .* has 9 tokens"):
         load_prompts(source, section(source, max_prompt_tokens=4, on_overlong_prompt="error"), tokenizer)
-    with pytest.raises(DataError, match="all 3 prompts .* longest: 9"):
+    with pytest.raises(DataError, match=r"all 3 prompts .*longest: 9"):
         load_prompts(source, section(source, max_prompt_tokens=2), tokenizer)
 
 

@@ -1,0 +1,206 @@
+"""The command as a user meets it: what it prints, what it refuses, what it leaves behind."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.torch import load_file, save_file
+
+from megatron_rl.checkpoints import Checkpoints
+from megatron_rl.errors import CheckpointError
+from megatron_rl.train import main
+from tests.toys import write_config
+
+
+@pytest.fixture
+def model(toy_model: Callable[..., Path], tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(toy_model("qwen2"), tmp_path / "model"))
+
+
+@pytest.fixture
+def config(model: Path, tmp_path: Path) -> Path:
+    return write_config(tmp_path, model)
+
+
+def start(config: Path, *arguments: str) -> int:
+    return main(["--config", str(config), *arguments])
+
+
+def refused(capsys: pytest.CaptureFixture[str], status: int) -> str:
+    """The one message of a refused start."""
+    error = capsys.readouterr().err
+    assert status == 1
+    messages = [line for line in error.splitlines() if line.startswith("error: ")]
+    assert len(messages) == 1, error
+    assert "Traceback" not in error
+    return messages[0]
+
+
+def test_dry_run_says_what_the_config_means_and_writes_nothing(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert start(config, "--dry-run", "optimizer.lr=2e-5") == 0
+    printed = capsys.readouterr().out
+    assert yaml.safe_load(printed)["optimizer"]["lr"] == 2e-5
+    assert "# ok: 1 ranks, 64 training prompts (0 over-long dropped), 8 held-out prompts" in printed
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_leaves_metrics_samples_checkpoint_and_report(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["metrics.console=plain", "metrics.tensorboard=true", "metrics.wandb=offline", "checkpoint.save_hf=true"]
+    assert start(config, *arguments) == 0
+    printed = capsys.readouterr().out
+    assert "each step: 4 prompts x 4 = 16 sequences; each optimizer update: 8 sequences; 2 updates per step" in printed
+    assert "step 3/3" in printed
+    last = printed.strip().splitlines()[-2:]
+    assert "before" in last[0]
+    assert "after 3 steps" in last[0]
+    assert last[1] == f"report: {tmp_path / 'run' / 'report.html'}"
+    run = tmp_path / "run"
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    wanted = (
+        "actor/pg_loss actor/pg_clipfrac actor/ppo_kl actor/kl_loss actor/entropy actor/grad_norm actor/lr "
+        "critic/score/mean critic/rewards/max critic/advantages/min response_length/mean response_length/clip_ratio "
+        "prompt_length/mean timing_s/gen timing_s/old_log_prob timing_s/ref timing_s/update_actor timing_s/step "
+        "perf/throughput perf/total_num_tokens train_rollout_logprob_abs_diff/mean rollout/zero_std/count "
+        "rollout/reward_error/count rollout/reward_timeout/count"
+    ).split()
+    assert set(wanted) <= set(rows[1])
+    # before the first update the trainer agrees with the engine and with itself
+    assert rows[1]["train_rollout_logprob_abs_diff/max"] < 1e-4
+    assert list(run.glob("tensorboard/events*"))
+    assert list(run.glob("wandb/offline-run-*/*.wandb"))
+    page = (run / "report.html").read_text()
+    assert page.count("<svg") >= 8
+    assert "Sample rollouts before and after" in page
+    assert "src=" not in page
+    exported = run / "checkpoints" / "step_000003" / "hf"
+    assert start(config, f"model.path={exported}", f"run.output_dir={tmp_path}/second", "run.num_steps=1") == 0
+
+
+class TestRefusals:
+    """Each bad input: one message, a non-zero exit, no run folder."""
+
+    @pytest.fixture(autouse=True)
+    def _no_run_folder(self, tmp_path: Path) -> Iterator[None]:
+        yield
+        assert not (tmp_path / "run").exists()
+
+    @pytest.mark.parametrize(
+        ("overrides", "message"),
+        [
+            (["rollout.group_sise=4"], "Did you mean rollout.group_size"),
+            (["batching.num_updates=3"], "do not divide by batching.num_updates=3"),
+            (["rollout.group_size=1"], "group advantages need at least 2 samples"),
+            (["parallel.tensor_parallel_size=2"], "world size 1 does not divide"),
+            (["model.path=nowhere"], "nowhere"),
+            (["data.train.path=no_such_task"], "expected one of countdown, hasty_addition"),
+            (["data.max_prompt_tokens=2"], "longer than data.max_prompt_tokens=2"),
+            (["data.on_overlong_prompt=error", "data.max_prompt_tokens=5"], "prompt 0 of hasty_addition has 6 tokens"),
+            (["run.output_dir=/proc/nothing/run"], "run.output_dir=/proc/nothing/run: No such file"),
+            (["run.output_dir=/dev/null/run"], "/dev/null is not a writable folder"),
+            (["reward.functions=[{name: no_such}]"], "expected one of exact_match"),
+            (["rollout.max_new_tokens=510", "data.max_prompt_tokens=600"], "more than the model's 512 positions"),
+            (["--resume", "no/such/folder"], "no checkpoint there"),
+        ],
+    )
+    def test_arguments(self, overrides: list[str], message: str, config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert message in refused(capsys, start(config, *overrides))
+
+    def test_world_size(self, config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "3")):
+            monkeypatch.setenv(name, value)
+        error = refused(capsys, start(config, "--dry-run", "parallel.pipeline_parallel_size=2"))
+        assert "world size 3 does not divide" in error
+        monkeypatch.delenv("LOCAL_RANK")
+        assert "'LOCAL_RANK' is not set" in refused(capsys, start(config, "--dry-run"))
+
+    def test_layers_that_do_not_divide(self, config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "3")):
+            monkeypatch.setenv(name, value)
+        error = refused(capsys, start(config, "--dry-run", "parallel.pipeline_parallel_size=3"))
+        assert "parallel.pipeline_parallel_size=3 does not divide the model's 2 layers" in error
+
+    def test_missing_weights(self, config: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        (model / "model.safetensors").unlink()
+        assert "neither model.safetensors nor" in refused(capsys, start(config))
+
+    def test_truncated_weights(self, config: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        weights = model / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-1000])
+        assert "is truncated" in refused(capsys, start(config))
+
+    def test_a_missing_tensor(self, config: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        tensors = load_file(model / "model.safetensors")
+        del tensors["model.layers.0.mlp.up_proj.weight"]
+        save_file(tensors, model / "model.safetensors")
+        assert "first model.layers.0.mlp.up_proj.weight" in refused(capsys, start(config))
+
+    def test_unsupported_architecture(self, config: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        description = json.loads((model / "config.json").read_text()) | {"architectures": ["MambaForCausalLM"]}
+        (model / "config.json").write_text(json.dumps(description))
+        assert "MambaForCausalLM is not supported" in refused(capsys, start(config))
+
+    def test_tokenizer_without_an_end(self, config: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        path = model / "tokenizer_config.json"
+        description = json.loads(path.read_text())
+        del description["eos_token"]
+        path.write_text(json.dumps(description))
+        assert "has no end token" in refused(capsys, start(config))
+
+    def test_empty_data(self, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        (tmp_path / "empty.jsonl").touch()
+        error = refused(capsys, start(config, "data.train.kind=jsonl", f"data.train.path={tmp_path}/empty.jsonl"))
+        assert "has no rows" in error
+
+
+def test_a_reward_that_raises_stops_the_run(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    error = refused(capsys, start(config, "reward.functions=[{name: 'tests.own_rewards:raises'}]"))
+    assert "8 of 8 rewards failed, more than reward.max_failure_fraction=0.1" in error
+    assert "ZeroDivisionError: this reward is broken" in error
+
+
+def test_resume_refuses_another_config_and_never_refuses_a_used_folder(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert start(config, "run.num_steps=1") == 0
+    capsys.readouterr()
+    error = refused(capsys, start(config, "optimizer.lr=0.5"))
+    assert "optimizer.lr: 0.001 in the checkpoint, 0.5 now" in error
+    assert "holds a run already" in refused(capsys, start(config, "--resume", "never"))
+    # what may differ: length, evaluation, checkpoints, micro-batches
+    assert start(config, "run.num_steps=2", "batching.micro_batch_size=1", "evaluation.num_prompts=4") == 0
+    assert (tmp_path / "run/checkpoints/latest").read_text() == "step_000002"
+    (tmp_path / "run/checkpoints/step_000002/trainer.json").unlink()
+    assert "not there or not complete" in refused(capsys, start(config, "run.num_steps=3"))
+    assert start(config, "run.num_steps=3", "--resume", str(tmp_path / "run/checkpoints/step_000001")) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    discarded = (tmp_path / "run/metrics.discarded.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in discarded] == [2]
+
+
+def test_a_failed_save_leaves_the_earlier_checkpoint(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = Checkpoints._save_hf
+
+    def full(self: Checkpoints, policy: object, partial: Path) -> None:
+        if "000002" in partial.name:
+            raise CheckpointError("cannot write: no space left on device")
+        save(self, policy, partial)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Checkpoints, "_save_hf", full)
+    assert "no space left" in refused(capsys, start(config, "checkpoint.every=1", "checkpoint.keep_last=1"))
+    monkeypatch.undo()
+    assert (tmp_path / "run/checkpoints/latest").read_text() == "step_000001"
+    assert start(config, "checkpoint.every=1", "checkpoint.keep_last=1") == 0
+    left = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
+    assert left == ["latest", "step_000003"]

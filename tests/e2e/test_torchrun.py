@@ -1,0 +1,121 @@
+"""The command under torchrun, with ranks that die."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.toys import write_config
+
+LIMIT_S = 240
+TIMED = ("timing_s", "perf/time", "perf/throughput")
+
+
+def command(world_size: int, config: Path, *overrides: str) -> list[str]:
+    return [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size),
+        "-m", "megatron_rl.train", "--config", str(config), *overrides,
+    ]
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def untimed(run: Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if not k.startswith(TIMED)} for row in rows(run)]
+
+
+def start(world_size: int, config: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(world_size, config, *overrides), capture_output=True, text=True, timeout=LIMIT_S)
+
+
+def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(toy_model: Callable[..., Path], tmp_path: Path) -> None:
+    config = write_config(tmp_path, toy_model("qwen2"))
+    # the folder is named anew, and a checkpoint after step 7 is what the killed run goes on from
+    common = ["run.num_steps=20", "checkpoint.every=7", "checkpoint.save_hf=true"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    done = start(2, config, *common, f"run.output_dir={whole}")
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(
+            command(2, config, *common, f"run.output_dir={killed}"), stdout=log, stderr=log, start_new_session=True
+        )
+        deadline = time.monotonic() + LIMIT_S
+        while not (killed / "metrics.jsonl").exists() or len(rows(killed)) < 10:
+            assert time.monotonic() < deadline and process.poll() is None, (tmp_path / "log").read_text()[-3000:]
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGKILL)
+        for pid in _ranks_of(killed):
+            os.kill(pid, signal.SIGKILL)
+        process.wait()
+    assert 9 <= rows(killed)[-1]["step"] < 20
+    done = start(2, config, *common, f"run.output_dir={killed}")
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    assert untimed(killed) == untimed(whole)
+    weights = [load_file(run / "checkpoints/step_000020/hf/model.safetensors") for run in (whole, killed)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_tp2_pp2_equals_one_rank(toy_model: Callable[..., Path], tmp_path: Path) -> None:
+    config = write_config(tmp_path, toy_model("qwen2"))
+    split = ["parallel.tensor_parallel_size=2", "parallel.pipeline_parallel_size=2"]
+    for world_size, overrides in ((1, []), (4, split)):
+        done = start(world_size, config, *overrides, f"run.output_dir={tmp_path}/{world_size}")
+        assert done.returncode == 0, done.stderr[-3000:]
+    for one, four in zip(rows(tmp_path / "1"), rows(tmp_path / "4"), strict=True):
+        for name in ("actor/loss", "actor/grad_norm", "critic/score/mean", "eval/score"):
+            assert (name in one) == (name in four)
+            if name in one:
+                assert four[name] == pytest.approx(one[name], rel=0, abs=1e-5)
+
+
+def test_every_rank_ends_with_an_error_and_one_message(toy_model: Callable[..., Path], tmp_path: Path) -> None:
+    config = write_config(tmp_path, toy_model("qwen2"))
+    done = start(2, config, "reward.functions=[{name: 'tests.own_rewards:raises'}]")
+    assert done.returncode != 0
+    assert done.stderr.count("rewards failed, more than reward.max_failure_fraction") == 1
+    assert "Traceback" not in done.stderr.split("error: ")[0]
+
+
+def test_a_signal_stops_with_a_checkpoint(toy_model: Callable[..., Path], tmp_path: Path) -> None:
+    config = write_config(tmp_path, toy_model("qwen2"))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "megatron_rl.train", "--config", str(config), "run.num_steps=100000", "metrics.console=plain"],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )
+    deadline = time.monotonic() + LIMIT_S
+    while not (tmp_path / "run/metrics.jsonl").exists() or len(rows(tmp_path / "run")) < 3:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    printed, _ = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == 0, printed
+    step = rows(tmp_path / "run")[-1]["step"]
+    assert f"stopped as asked after step {step}" in printed
+    assert (tmp_path / "run/checkpoints/latest").read_text() == f"step_{step:06d}"
+
+
+def _ranks_of(run: Path) -> list[int]:
+    """Processes whose command line names the run folder: torchrun gives each rank a session of its own."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            try:
+                arguments = (entry / "cmdline").read_bytes()
+            except OSError:
+                continue
+            if str(run).encode() in arguments:
+                found.append(int(entry.name))
+    return found
