@@ -99,9 +99,7 @@ def build_engine(config: RunConfig, policy: Policy) -> Engine:
 def build_collector(config: RunConfig, inputs: Inputs, engine: Engine, parallel: ParallelContext) -> Collector:
     """Engine, reward workers and tokenizer together."""
     pool = RewardPool(config.reward, reward_functions(config))
-    return Collector(
-        engine, pool, inputs.tokenizer, parallel, max_failure_fraction=config.reward.max_failure_fraction
-    )
+    return Collector(engine, pool, inputs.tokenizer, parallel, max_failure_fraction=config.reward.max_failure_fraction)
 
 
 def build_sampler(config: RunConfig, inputs: Inputs, collector: Collector) -> Sampler:
@@ -149,7 +147,9 @@ def fresh_state(parallel: ParallelContext) -> TrainState:
     return TrainState(wandb_id=gather_objects(uuid.uuid4().hex[:8], parallel)[0])
 
 
-def build_log(config: RunConfig, folder: RunFolder, state: TrainState, parallel: ParallelContext) -> tuple[Console, list[Sink]]:
+def build_log(
+    config: RunConfig, folder: RunFolder, state: TrainState, parallel: ParallelContext
+) -> tuple[Console, list[Sink]]:
     """Console and metric sinks; silent and empty on every rank but the first."""
     if not parallel.is_main:
         return SilentConsole(), []

@@ -75,7 +75,11 @@ class Checkpoints:
             torch.save(_random_state(), partial / "rng" / f"rank_{self._parallel.rank}.pt")
         with raise_together(self._parallel), _as_checkpoint_error(final):
             if self._parallel.is_main:
-                trainer = {"state": asdict(state), "config": flatten_plain(self._config), "world_size": self._parallel.world_size}
+                trainer = {
+                    "state": asdict(state),
+                    "config": flatten_plain(self._config),
+                    "world_size": self._parallel.world_size,
+                }
                 write_atomically(partial / "trainer.json", json.dumps(trainer, indent=2))
                 shutil.rmtree(final, ignore_errors=True)
                 os.replace(partial, final)
@@ -160,7 +164,9 @@ def _read_trainer(path: Path) -> dict[str, Any]:
     try:
         return json.loads((path / "trainer.json").read_text())  # type: ignore[no-any-return]
     except (OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path}/trainer.json cannot be read: {error}. Resume from another checkpoint.") from error
+        raise CheckpointError(
+            f"{path}/trainer.json cannot be read: {error}. Resume from another checkpoint."
+        ) from error
 
 
 def _random_state() -> dict[str, torch.Tensor]:

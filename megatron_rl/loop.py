@@ -173,7 +173,10 @@ def add_advantages(batch: TrainBatch, config: RunConfig) -> TrainBatch:
         batch,
         advantages=advantages,
         sequences=[
-            replace(sequence, advantages=torch.full(sequence.token_ids.shape, float(advantages[index]) if index >= 0 else 0.0))
+            replace(
+                sequence,
+                advantages=torch.full(sequence.token_ids.shape, float(advantages[index]) if index >= 0 else 0.0),
+            )
             for sequence, index in zip(batch.sequences, batch.global_index, strict=True)
         ],
     )
@@ -188,7 +191,11 @@ def evaluate(
     with watch.span("testing"):
         sync.push(version=state.step)
         metrics, samples = evaluator.evaluate(state.step)
-    shown = [f"{name.removeprefix('eval/')} {value.result():.4g}" for name, value in metrics.items() if name in evaluator.headline]
+    shown = [
+        f"{name.removeprefix('eval/')} {value.result():.4g}"
+        for name, value in metrics.items()
+        if name in evaluator.headline
+    ]
     log.note(f"held out, step {state.step}: {', '.join(shown)}")
     log.samples(samples)
     return metrics
@@ -224,5 +231,7 @@ def describe(config: RunConfig, num_overlong: int, parallel: ParallelContext, re
         f"{sequences // batching.num_updates} sequences; {batching.num_updates * batching.num_epochs} updates per step",
     ]
     if num_overlong:
-        lines.append(f"{num_overlong} prompts are longer than data.max_prompt_tokens={config.data.max_prompt_tokens} and were dropped")
+        lines.append(
+            f"{num_overlong} prompts are longer than data.max_prompt_tokens={config.data.max_prompt_tokens} and were dropped"
+        )
     return "\n".join(lines)

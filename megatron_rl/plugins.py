@@ -31,7 +31,9 @@ def load_symbol(name: str, registered: Mapping[str, T], key: str) -> T:
     try:
         found = getattr(importlib.import_module(module_name), symbol)
     except ImportError as error:
-        raise ConfigError(f"{key}={name!r}: module {module_name} does not import ({error}). Is it on PYTHONPATH?") from error
+        raise ConfigError(
+            f"{key}={name!r}: module {module_name} does not import ({error}). Is it on PYTHONPATH?"
+        ) from error
     except AttributeError as error:
         raise ConfigError(f"{key}={name!r}: module {module_name} has no {symbol!r}.") from error
     if not callable(found):

@@ -35,7 +35,9 @@ class RunFolder:
         while not ancestor.exists() and ancestor != ancestor.parent:
             ancestor = ancestor.parent
         if not ancestor.is_dir() or not os.access(ancestor, os.W_OK | os.X_OK):
-            raise ConfigError(f"run.output_dir={self.path}: {ancestor} is not a writable folder. Choose another run.output_dir.")
+            raise ConfigError(
+                f"run.output_dir={self.path}: {ancestor} is not a writable folder. Choose another run.output_dir."
+            )
 
     def create(self, config: RunConfig) -> None:
         """Make the folder and write the resolved configuration.
@@ -47,7 +49,9 @@ class RunFolder:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             write_atomically(self.config, dump_config(config))
         except OSError as error:
-            raise ConfigError(f"run.output_dir={self.path}: {error.strerror or error}. Choose another run.output_dir.") from error
+            raise ConfigError(
+                f"run.output_dir={self.path}: {error.strerror or error}. Choose another run.output_dir."
+            ) from error
 
     def find_resume(self, resume: str) -> Path | None:
         """The checkpoint to continue from; None to begin.
@@ -72,7 +76,9 @@ class RunFolder:
         path = Path(resume)
         found = path if (path / "trainer.json").exists() else latest_checkpoint(path / "checkpoints")
         if found is None:
-            raise CheckpointError(f"--resume {resume}: no checkpoint there. Give a run folder or one of its checkpoints/step_N.")
+            raise CheckpointError(
+                f"--resume {resume}: no checkpoint there. Give a run folder or one of its checkpoints/step_N."
+            )
         return found
 
     def append_samples(self, samples: Iterable[Any]) -> None:
@@ -93,7 +99,9 @@ def latest_checkpoint(folder: Path) -> Path | None:
         return None
     found = folder / pointer.read_text().strip()
     if not (found / "trainer.json").exists():
-        raise CheckpointError(f"{pointer} names {found.name}, which is not there or not complete. Resume from another with --resume PATH.")
+        raise CheckpointError(
+            f"{pointer} names {found.name}, which is not there or not complete. Resume from another with --resume PATH."
+        )
     return found
 
 

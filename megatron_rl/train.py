@@ -19,7 +19,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file; may name a base: file")
     parser.add_argument("--dry-run", action="store_true", help="resolve, check and print the configuration, then stop")
     parser.add_argument(
-        "--resume", default="auto", metavar="auto|never|PATH",
+        "--resume",
+        default="auto",
+        metavar="auto|never|PATH",
         help="auto: from the run folder's latest checkpoint, if any (default); never: refuse a used folder; PATH: from there",
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for instance optimizer.lr=1e-6")

@@ -1,7 +1,6 @@
 """Tiny models, configurations and sequences that the tests share."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 

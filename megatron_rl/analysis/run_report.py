@@ -13,7 +13,13 @@ from megatron_rl.metrics.sinks import read_rows
 from megatron_rl.run_folder import RunFolder, write_atomically
 
 SPANS = ("gen", "old_log_prob", "ref", "update_actor", "update_weights", "testing", "save_checkpoint")
-NOT_ACCURACY = ("eval/score", "eval/failures", "eval/response_length/mean", "eval/response_length/max", "eval/response_length/min")
+NOT_ACCURACY = (
+    "eval/score",
+    "eval/failures",
+    "eval/response_length/mean",
+    "eval/response_length/max",
+    "eval/response_length/min",
+)
 
 
 def conclude(config: RunConfig) -> str:
@@ -40,12 +46,14 @@ def render(config: RunConfig, rows: Rows, samples: Sequence[Mapping[str, Any]]) 
         line_plot("Held-out accuracy", rows, accuracy, smooth=False),
         line_plot("Response length (tokens)", rows, {"response_length/mean": "mean"}),
         line_plot("Entropy (nats per token)", rows, {"actor/entropy": "entropy"}),
-        line_plot(
-            "KL", rows, {"actor/kl_loss": "to the reference", "actor/ppo_kl": "to the policy before the update"}
-        ),
+        line_plot("KL", rows, {"actor/kl_loss": "to the reference", "actor/ppo_kl": "to the policy before the update"}),
         line_plot("Loss", rows, {"actor/loss": "loss"}),
         line_plot("Gradient norm", rows, {"actor/grad_norm": "norm"}),
-        line_plot("Training against rollout log-probabilities", rows, {"train_rollout_logprob_abs_diff/mean": "mean abs difference"}),
+        line_plot(
+            "Training against rollout log-probabilities",
+            rows,
+            {"train_rollout_logprob_abs_diff/mean": "mean abs difference"},
+        ),
         line_plot("Groups without a signal", rows, {"rollout/zero_std/fraction": "share of groups"}),
         time_split_plot("Where a step's time goes", rows, SPANS),
     ]

@@ -32,7 +32,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
             merged = _merge(merged, layer, origin)
         missing = sorted(OmegaConf.missing_keys(merged))
         if missing:
-            raise ConfigError(f"{path}: required keys are not set: {', '.join(missing)}. Set them in the file or as key=value.")
+            raise ConfigError(
+                f"{path}: required keys are not set: {', '.join(missing)}. Set them in the file or as key=value."
+            )
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {error.full_key or ''}: {str(error).splitlines()[0]}") from error
@@ -82,11 +84,15 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text())
     except OSError as error:
-        raise ConfigError(f"config file {path}: {error.strerror or error}. Give the path of a YAML file to --config.") from error
+        raise ConfigError(
+            f"config file {path}: {error.strerror or error}. Give the path of a YAML file to --config."
+        ) from error
     except yaml.YAMLError as error:
         raise ConfigError(f"config file {path} is not YAML: {error}") from error
     if not isinstance(content, dict):
-        raise ConfigError(f"config file {path} holds {type(content).__name__}: expected sections such as run:, model:, data:.")
+        raise ConfigError(
+            f"config file {path} holds {type(content).__name__}: expected sections such as run:, model:, data:."
+        )
     return content
 
 
@@ -122,7 +128,9 @@ def _check_keys(layer: Any, section: type, prefix: str, known: list[str], origin
     if not isinstance(layer, dict | DictConfig):
         if layer is None:
             return
-        raise ConfigError(f"{origin}: {prefix.rstrip('.')} is {layer!r}: expected a section with keys {', '.join(hints)}.")
+        raise ConfigError(
+            f"{origin}: {prefix.rstrip('.')} is {layer!r}: expected a section with keys {', '.join(hints)}."
+        )
     for key, value in layer.items():
         dotted = f"{prefix}{key}"
         if key not in hints:

@@ -64,10 +64,18 @@ def _check_batches(config: RunConfig) -> None:
 def _check_objective(config: RunConfig) -> None:
     source, loss = config.rollout.source, config.algorithm.loss
     if source == "demonstrations" and loss != "nll":
-        raise ConfigError(f"rollout.source=demonstrations learns by algorithm.loss=nll, not {loss!r}. Set algorithm.loss=nll.")
-    if source == "demonstrations" and config.data.train.demonstration_field is None and config.data.train.kind != "task":
+        raise ConfigError(
+            f"rollout.source=demonstrations learns by algorithm.loss=nll, not {loss!r}. Set algorithm.loss=nll."
+        )
+    if (
+        source == "demonstrations"
+        and config.data.train.demonstration_field is None
+        and config.data.train.kind != "task"
+    ):
         raise ConfigError("rollout.source=demonstrations needs data.train.demonstration_field: the column to imitate.")
     if source == "engine" and not config.reward.functions:
         raise ConfigError("reward.functions is empty: rollouts need at least one reward, for instance [{name: math}].")
     if source == "demonstrations" and config.algorithm.kl_coef:
-        raise ConfigError(f"algorithm.kl_coef={config.algorithm.kl_coef} has no meaning for demonstrations. Set it to 0.")
+        raise ConfigError(
+            f"algorithm.kl_coef={config.algorithm.kl_coef} has no meaning for demonstrations. Set it to 0."
+        )

@@ -33,7 +33,9 @@ def to_problem(row: Mapping[str, Any], source: SourceSection, number: int) -> Pr
     where = f"row {number} of {source.path or source.kind}"
     prompt = _column(row, source.prompt_field, "prompt_field", where)
     if not isinstance(prompt, str) and not _is_messages(prompt):
-        raise DataError(f"{where}: {source.prompt_field} is {type(prompt).__name__}: expected text or a list of messages.")
+        raise DataError(
+            f"{where}: {source.prompt_field} is {type(prompt).__name__}: expected text or a list of messages."
+        )
     if not prompt:
         raise DataError(f"{where}: {source.prompt_field} is empty.")
     answer = None
@@ -55,7 +57,9 @@ def to_problem(row: Mapping[str, Any], source: SourceSection, number: int) -> Pr
 
 def _column(row: Mapping[str, Any], name: str, key: str, where: str) -> Any:
     if row.get(name) is None:
-        raise DataError(f"{where}: column {name!r} is missing or null. Columns: {', '.join(row)}. Set {key} of the data source.")
+        raise DataError(
+            f"{where}: column {name!r} is missing or null. Columns: {', '.join(row)}. Set {key} of the data source."
+        )
     return row[name]
 
 

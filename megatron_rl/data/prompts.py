@@ -46,7 +46,9 @@ def load_prompts(source: SourceSection, config: DataSection, tokenizer: Any) -> 
                 )
             continue
         if not ids:
-            raise DataError(f"prompt {number} of {source.path} has no tokens: the tokenizer turned {text!r} into nothing.")
+            raise DataError(
+                f"prompt {number} of {source.path} has no tokens: the tokenizer turned {text!r} into nothing."
+            )
         prompts.append(
             Prompt(
                 prompt_id=f"{source.split}/{number}",

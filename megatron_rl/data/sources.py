@@ -24,7 +24,9 @@ def read_rows(source: SourceSection) -> list[Row]:
     reader = load_symbol(source.kind, READERS, "data source kind")
     rows = list(islice(reader(source), source.limit))
     if not rows:
-        raise DataError(f"data source {source.path or source.kind} (split {source.split!r}) has no rows. Give one that does.")
+        raise DataError(
+            f"data source {source.path or source.kind} (split {source.split!r}) has no rows. Give one that does."
+        )
     return rows
 
 
@@ -67,7 +69,13 @@ def read_datasets(source: SourceSection) -> Iterable[Row]:
             saved = datasets.load_from_disk(source.path)
             return saved[source.split] if isinstance(saved, datasets.DatasetDict) else saved
         return datasets.load_dataset(source.path, source.name, split=source.split)
-    except (FileNotFoundError, KeyError, ValueError, ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
+    except (
+        FileNotFoundError,
+        KeyError,
+        ValueError,
+        ConnectionError,
+        datasets.exceptions.DatasetNotFoundError,
+    ) as error:
         raise DataError(
             f"data set {source.path!r} (name {source.name!r}, split {source.split!r}) cannot be loaded: {error}"
         ) from error

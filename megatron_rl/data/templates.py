@@ -21,7 +21,9 @@ def load_tokenizer(folder: str) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     if not Path(folder).is_dir():
-        raise DataError(f"tokenizer folder {folder} does not exist. model.path must be a Hugging Face checkpoint folder.")
+        raise DataError(
+            f"tokenizer folder {folder} does not exist. model.path must be a Hugging Face checkpoint folder."
+        )
     try:
         # AutoTokenizer goes by the model type and would replace such a tokenizer.json by the family's own rules
         kind = PreTrainedTokenizerFast if _named_class(folder) in GENERIC_CLASSES else AutoTokenizer
@@ -54,7 +56,9 @@ def render_prompts(problems: Sequence[Problem], config: DataSection, tokenizer: 
     if use_template:
         return [_render_chat(problem, config, tokenizer) for problem in problems]
     if config.system_prompt is not None:
-        raise DataError("data.system_prompt needs a chat template, and the tokenizer has none (or data.chat_template=none).")
+        raise DataError(
+            "data.system_prompt needs a chat template, and the tokenizer has none (or data.chat_template=none)."
+        )
     texts = []
     for problem in problems:
         if not isinstance(problem.prompt, str):
@@ -73,7 +77,9 @@ def tokenize(texts: Sequence[str], tokenizer: Any, *, special_tokens: bool) -> l
 
 
 def _render_chat(problem: Problem, config: DataSection, tokenizer: Any) -> str:
-    messages = [{"role": "user", "content": problem.prompt}] if isinstance(problem.prompt, str) else list(problem.prompt)
+    messages = (
+        [{"role": "user", "content": problem.prompt}] if isinstance(problem.prompt, str) else list(problem.prompt)
+    )
     if config.system_prompt is not None and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": config.system_prompt})
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)

@@ -17,7 +17,9 @@ def _check_version() -> None:
     version = importlib.metadata.version("megatron-core")
     numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:3] if part.isdigit())
     if not OLDEST <= numbers < FIRST_UNTESTED:
-        raise ConfigError(f"megatron-core {version}: expected at least 0.16.1 and below 0.20. pip install 'megatron-core>=0.16.1,<0.20'")
+        raise ConfigError(
+            f"megatron-core {version}: expected at least 0.16.1 and below 0.20. pip install 'megatron-core>=0.16.1,<0.20'"
+        )
 
 
 # Megatron-Core says these on every start, of its own code; nobody who trains can act on them

@@ -77,9 +77,7 @@ def _length_group(spans: list[tuple[int, int]], total: int, device: torch.device
     offsets = torch.arange(int(lengths.max()), device=device)
     rows = starts[:, None] + offsets  # [n, longest]
     real = (offsets < lengths[:, None]).flatten()
-    return LengthGroup(
-        rows=rows.clamp(max=total - 1), kept=real.nonzero().flatten(), places=rows.flatten()[real]
-    )
+    return LengthGroup(rows=rows.clamp(max=total - 1), kept=real.nonzero().flatten(), places=rows.flatten()[real])
 
 
 class SdpaCoreAttention(MegatronModule):

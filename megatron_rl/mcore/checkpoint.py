@@ -39,7 +39,9 @@ def save_policy(policy: Policy, folder: Path) -> None:
             content_metadata={key: value for key, value in metadata.items() if key != "dp_cp_group"},
         )
     except OSError as error:
-        raise CheckpointError(f"cannot write checkpoint {folder}: {error.strerror or error}. Free space and resume.") from error
+        raise CheckpointError(
+            f"cannot write checkpoint {folder}: {error.strerror or error}. Free space and resume."
+        ) from error
 
 
 def load_policy(policy: Policy, folder: Path) -> None:

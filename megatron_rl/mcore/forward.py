@@ -20,7 +20,13 @@ class ForwardPass:
     """Runs a (wrapped) GPTModel over micro-batches and hands log-probabilities to a loss."""
 
     def __init__(
-        self, model: torch.nn.Module, parallel: ParallelContext, *, vocab_size: int, temperature: float, packed: bool,
+        self,
+        model: torch.nn.Module,
+        parallel: ParallelContext,
+        *,
+        vocab_size: int,
+        temperature: float,
+        packed: bool,
         multiple_of: int,
     ) -> None:
         self._model = model
@@ -30,9 +36,7 @@ class ForwardPass:
         self._packed = packed
         self._multiple_of = multiple_of
 
-    def run(
-        self, batches: Sequence[Sequence[TrainSequence]], loss: LossOfBatch, *, forward_only: bool
-    ) -> list[Any]:
+    def run(self, batches: Sequence[Sequence[TrainSequence]], loss: LossOfBatch, *, forward_only: bool) -> list[Any]:
         """The third result of ``loss`` for every micro-batch; empty except on the last pipeline stage."""
 
         def forward_step(micro_batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[Tensor, Any]:

@@ -33,7 +33,9 @@ def transformer_config(spec: ModelSpec, parallel: ParallelSection, dtype: torch.
         ("feed-forward columns", spec.ffn_hidden_size, tp, "parallel.tensor_parallel_size"),
     ):
         if total % size:
-            raise ConfigError(f"{key}={size} does not divide the model's {total} {what}. Set it to a divisor of {total}.")
+            raise ConfigError(
+                f"{key}={size} does not divide the model's {total} {what}. Set it to a divisor of {total}."
+            )
     return TransformerConfig(
         num_layers=spec.num_layers,
         hidden_size=spec.hidden_size,

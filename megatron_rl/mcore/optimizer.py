@@ -39,7 +39,9 @@ def build_optimizer(
     return optimizer
 
 
-def build_scheduler(config: OptimizerSection, optimizer: MegatronOptimizer, num_updates: int) -> OptimizerParamScheduler:
+def build_scheduler(
+    config: OptimizerSection, optimizer: MegatronOptimizer, num_updates: int
+) -> OptimizerParamScheduler:
     """Linear warm-up, then the decay, counted in optimizer updates.
 
     Args:

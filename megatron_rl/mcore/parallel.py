@@ -31,7 +31,9 @@ def launcher_world(environment: Mapping[str, str] | None = None) -> tuple[int, i
     try:
         rank, world_size, local_rank = (int(environment[name]) for name in names)
     except KeyError as error:
-        raise ConfigError(f"environment variable {error} is not set although RANK or WORLD_SIZE is. Start with torchrun.") from error
+        raise ConfigError(
+            f"environment variable {error} is not set although RANK or WORLD_SIZE is. Start with torchrun."
+        ) from error
     except ValueError as error:
         raise ConfigError(f"RANK, WORLD_SIZE and LOCAL_RANK must be numbers: {error}. Start with torchrun.") from error
     return rank, world_size, local_rank

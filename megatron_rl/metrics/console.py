@@ -42,7 +42,9 @@ class Console(Protocol):
     def close(self) -> None: ...
 
 
-def build_console(mode: Literal["auto", "live", "plain", "silent"], *, name: str, num_steps: int, every: int) -> Console:
+def build_console(
+    mode: Literal["auto", "live", "plain", "silent"], *, name: str, num_steps: int, every: int
+) -> Console:
     """The console of a run; auto is live on a terminal."""
     if mode == "silent":
         return SilentConsole()
@@ -77,12 +79,17 @@ class PlainConsole:
     def step(self, step: int, values: Mapping[str, float]) -> None:
         if step == 0 or (step % self._every and step != self._num_steps):
             return
-        shown = "  ".join(f"{label} {form.format(values[metric])}" for label, metric, form in COLUMNS if metric in values)
+        shown = "  ".join(
+            f"{label} {form.format(values[metric])}" for label, metric, form in COLUMNS if metric in values
+        )
         width = len(str(self._num_steps))
         print(f"{self._name}  step {step:>{width}}/{self._num_steps}  {shown}", flush=True)
 
     def sample(self, step: int, prompt: str, response: str, reward: float) -> None:
-        print(f"{self._name}  sample at step {step}: {_shorten(prompt)!r} -> {_shorten(response)!r}  reward {reward:g}", flush=True)
+        print(
+            f"{self._name}  sample at step {step}: {_shorten(prompt)!r} -> {_shorten(response)!r}  reward {reward:g}",
+            flush=True,
+        )
 
     def close(self) -> None:
         sys.stdout.flush()
@@ -93,8 +100,12 @@ class LiveConsole:
 
     def __init__(self, name: str, num_steps: int) -> None:
         self._progress = Progress(
-            TextColumn("[bold]{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn(),
-            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
         )
         self._task = self._progress.add_task(name, total=num_steps)
         self._values: Mapping[str, float] = {}
@@ -113,7 +124,9 @@ class LiveConsole:
 
     def sample(self, step: int, prompt: str, response: str, reward: float) -> None:
         self._sample = Text.assemble(
-            (f"step {step}, reward {reward:g}\n", "dim"), _shorten(prompt), (_shorten(response), "bold green" if reward > 0 else "bold red")
+            (f"step {step}, reward {reward:g}\n", "dim"),
+            _shorten(prompt),
+            (_shorten(response), "bold green" if reward > 0 else "bold red"),
         )
         self._draw(now=True)
 
@@ -128,7 +141,9 @@ class LiveConsole:
 
     def _render(self) -> Panel:
         numbers = Table.grid(padding=(0, 3))
-        shown = [(label, form.format(self._values[metric])) for label, metric, form in COLUMNS if metric in self._values]
+        shown = [
+            (label, form.format(self._values[metric])) for label, metric, form in COLUMNS if metric in self._values
+        ]
         if shown:
             numbers.add_row(*(Text(label, style="dim") for label, _ in shown))
             numbers.add_row(*(Text(value, style="bold") for _, value in shown))

@@ -54,14 +54,22 @@ class TensorboardSink:
 class WandbSink:
     """Weights & Biases, offline without a key; the run's id survives a resume."""
 
-    def __init__(self, folder: Path, *, mode: str, project: str, name: str, run_id: str, config: dict[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, *, mode: str, project: str, name: str, run_id: str, config: dict[str, Any]
+    ) -> None:
         import wandb
 
         if mode == "auto":
             mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"
         try:
             self._run = wandb.init(
-                project=project, name=name, id=run_id, resume="allow", mode=mode, dir=str(folder), config=config,  # type: ignore[arg-type]
+                project=project,
+                name=name,
+                id=run_id,
+                resume="allow",
+                mode=mode,
+                dir=str(folder),
+                config=config,  # type: ignore[arg-type]
                 settings=wandb.Settings(silent=True),
             )
         except wandb.errors.UsageError as error:

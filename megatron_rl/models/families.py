@@ -50,17 +50,23 @@ def read_model_spec(folder: str | Path) -> ModelSpec:
     try:
         config = json.loads(path.read_text())
     except OSError as error:
-        raise ConversionError(f"{path}: {error.strerror or error}. model.path must be a Hugging Face checkpoint folder.") from error
+        raise ConversionError(
+            f"{path}: {error.strerror or error}. model.path must be a Hugging Face checkpoint folder."
+        ) from error
     except json.JSONDecodeError as error:
         raise ConversionError(f"{path} is not JSON: {error}. Fetch it again.") from error
     architectures = config.get("architectures") or ["none"]
     family = FAMILIES.get(architectures[0])
     if family is None:
-        raise ConversionError(f"{path}: architecture {architectures[0]} is not supported. Supported: {', '.join(FAMILIES)}.")
+        raise ConversionError(
+            f"{path}: architecture {architectures[0]} is not supported. Supported: {', '.join(FAMILIES)}."
+        )
     try:
         return family(config)
     except KeyError as error:
-        raise ConversionError(f"{path}: key {error} is missing. The file does not describe a {architectures[0]}.") from error
+        raise ConversionError(
+            f"{path}: key {error} is missing. The file does not describe a {architectures[0]}."
+        ) from error
 
 
 def _decoder(family: str, config: HFConfig, *, qkv_bias: bool, qk_norm: bool) -> ModelSpec:

@@ -42,7 +42,9 @@ def _layer(spec: ModelSpec, megatron: str, hf: str) -> dict[str, Layout]:
     attention = f"{megatron}self_attention."
     table = {
         f"{megatron}input_layernorm.weight": replicated(f"{hf}input_layernorm.weight", hidden),
-        f"{attention}linear_qkv.weight": grouped_qkv(q + "weight", k + "weight", v + "weight", heads, groups, dim, hidden),
+        f"{attention}linear_qkv.weight": grouped_qkv(
+            q + "weight", k + "weight", v + "weight", heads, groups, dim, hidden
+        ),
         f"{attention}linear_proj.weight": row(f"{hf}self_attn.o_proj.weight", hidden, heads * dim),
         f"{megatron}pre_mlp_layernorm.weight": replicated(f"{hf}post_attention_layernorm.weight", hidden),
         f"{megatron}mlp.linear_fc1.weight": gated(

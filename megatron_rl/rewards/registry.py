@@ -31,7 +31,11 @@ def build_grader(functions: Sequence[RewardFunctionSection]) -> Grader:
         ConfigError: a function is unknown or does not import.
     """
     loaded = [
-        (section.name, section.weight, functools.partial(load_symbol(section.name, REWARDS, "reward.functions name"), **section.options))
+        (
+            section.name,
+            section.weight,
+            functools.partial(load_symbol(section.name, REWARDS, "reward.functions name"), **section.options),
+        )
         for section in functions
     ]
 

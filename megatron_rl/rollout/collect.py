@@ -35,7 +35,13 @@ class Collector:
     """The engine, the reward pool and the tokenizer of this rank at work on jobs of all ranks."""
 
     def __init__(
-        self, engine: Engine, pool: RewardPool, tokenizer: Any, parallel: ParallelContext, *, max_failure_fraction: float
+        self,
+        engine: Engine,
+        pool: RewardPool,
+        tokenizer: Any,
+        parallel: ParallelContext,
+        *,
+        max_failure_fraction: float,
     ) -> None:
         self._engine = engine
         self._pool = pool

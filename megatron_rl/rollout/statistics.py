@@ -21,7 +21,9 @@ def length_metrics(groups: Sequence[RolloutGroup]) -> dict[str, Reduction]:
     }
 
 
-def reward_metrics(groups: Sequence[RolloutGroup], rewards: torch.Tensor, group_of: torch.Tensor) -> dict[str, Reduction]:
+def reward_metrics(
+    groups: Sequence[RolloutGroup], rewards: torch.Tensor, group_of: torch.Tensor
+) -> dict[str, Reduction]:
     """Rewards in sum and by function, failures, and groups that teach nothing.
 
     Args:

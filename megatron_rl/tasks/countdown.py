@@ -36,7 +36,9 @@ class Countdown:
             seed: of the problems.
         """
         if not 2 <= min_numbers <= max_numbers:
-            raise DataError(f"countdown min_numbers={min_numbers}, max_numbers={max_numbers}: expected 2 <= min <= max.")
+            raise DataError(
+                f"countdown min_numbers={min_numbers}, max_numbers={max_numbers}: expected 2 <= min <= max."
+            )
         self._counts = (min_numbers, max_numbers)
         self._largest, self._largest_target = largest, largest_target
         self._sizes = {"train": num_train, "test": num_test}

@@ -51,7 +51,9 @@ class HFReader:
 
     def _find(self, name: str):  # type: ignore[no-untyped-def]
         if name not in self._holder:
-            raise ConversionError(f"{self.folder}: tensor {name} is missing. The checkpoint is incomplete or of another architecture.")
+            raise ConversionError(
+                f"{self.folder}: tensor {name} is missing. The checkpoint is incomplete or of another architecture."
+            )
         return self._files[self._holder[name]]
 
     def _file_names(self) -> list[str]:
@@ -73,7 +75,9 @@ class HFReader:
             return
         for name, file in json.loads(index.read_text())["weight_map"].items():
             if self._holder.get(name) != file:
-                raise ConversionError(f"{index} says that {name} is in {file}, but it is not. Fetch the checkpoint again.")
+                raise ConversionError(
+                    f"{index} says that {name} is in {file}, but it is not. Fetch the checkpoint again."
+                )
 
 
 def _open(path: Path):  # type: ignore[no-untyped-def]
@@ -113,7 +117,9 @@ def write_hf_folder(
         os.replace(partial, target)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise ConversionError(f"cannot write {target}: {error.strerror or error}. Free space or choose another folder.") from error
+        raise ConversionError(
+            f"cannot write {target}: {error.strerror or error}. Free space or choose another folder."
+        ) from error
 
 
 def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int) -> None:
@@ -162,7 +168,9 @@ def check_against_table(reader: HFReader, shapes: Mapping[str, tuple[int, ...]],
     names = reader.names()
     missing = sorted(set(shapes) - names)
     if missing:
-        raise ConversionError(f"{reader.folder}: {len(missing)} tensors are missing, first {missing[0]}. The checkpoint is incomplete.")
+        raise ConversionError(
+            f"{reader.folder}: {len(missing)} tensors are missing, first {missing[0]}. The checkpoint is incomplete."
+        )
     unmapped = sorted(names - set(shapes) - set(ignored))
     if unmapped:
         raise ConversionError(

@@ -64,17 +64,24 @@ def logits(config: RunConfig) -> torch.Tensor | None:
 
         def collect(output: torch.Tensor) -> Any:
             whole = tensor_parallel.gather_from_tensor_model_parallel_region(output)[..., :VOCAB]
-            rows = whole[0].split([*batch.lengths, whole.size(1) - sum(batch.lengths)])[:-1] if packing else [
-                row[:length] for row, length in zip(whole, batch.lengths, strict=True)
-            ]
+            rows = (
+                whole[0].split([*batch.lengths, whole.size(1) - sum(batch.lengths)])[:-1]
+                if packing
+                else [row[:length] for row, length in zip(whole, batch.lengths, strict=True)]
+            )
             return output.sum(), torch.tensor(1, dtype=torch.int), torch.cat(list(rows))
 
         return output, collect
 
     with torch.no_grad():
         results = get_forward_backward_func()(
-            forward_step_func=step, data_iterator=iter([0]), model=scorer.model, num_microbatches=1,
-            seq_length=1, micro_batch_size=1, forward_only=True,
+            forward_step_func=step,
+            data_iterator=iter([0]),
+            model=scorer.model,
+            num_microbatches=1,
+            seq_length=1,
+            micro_batch_size=1,
+            forward_only=True,
         )
     return results[0] if parallel.is_last_stage else None
 

@@ -21,17 +21,23 @@ def test_continues_bit_for_bit(
 ) -> None:
     overrides = [f"model.dtype={dtype}", f"parallel.distributed_optimizer={distributed}"]
     config = toy_config(tmp_path, toy_model("qwen2", tied=True), *overrides)
-    for going_on, resumed in gangs(2).call(cases.checkpoint_round_trip, config=config, folder=str(tmp_path / "ck"), save=True):
+    for going_on, resumed in gangs(2).call(
+        cases.checkpoint_round_trip, config=config, folder=str(tmp_path / "ck"), save=True
+    ):
         assert going_on == resumed
         assert len(set(going_on)) == 3
 
 
-@pytest.mark.parametrize("world_size, overrides", [(1, []), (2, []), (2, TP2_PP2[:1]), (2, TP2_PP2[1:])], ids=["tp1", "dp2", "tp2", "pp2"])
+@pytest.mark.parametrize(
+    "world_size, overrides", [(1, []), (2, []), (2, TP2_PP2[:1]), (2, TP2_PP2[1:])], ids=["tp1", "dp2", "tp2", "pp2"]
+)
 def test_loads_under_another_layout(
     world_size: int, overrides: list[str], gangs: Callable[[int], Gang], toy_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     model, folder = toy_model("qwen2", tied=True, vocab_size=64), str(tmp_path / "ck")
-    saved = gangs(4).call(cases.checkpoint_round_trip, config=toy_config(tmp_path, model, *TP2_PP2), folder=folder, save=True)
+    saved = gangs(4).call(
+        cases.checkpoint_round_trip, config=toy_config(tmp_path, model, *TP2_PP2), folder=folder, save=True
+    )
     config = toy_config(tmp_path, model, *overrides)
     for _, resumed in gangs(world_size).call(cases.checkpoint_round_trip, config=config, folder=folder, save=False):
         assert resumed == pytest.approx(saved[0][0], rel=1e-5)
@@ -81,6 +87,8 @@ def test_each_patch_is_still_needed(fault: str | None, toy_model: Callable[..., 
     sign = UNPATCHED[fault] if fault else ""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(sabotage=sabotage, folder=str(tmp_path), model=str(toy_model("qwen2", tied=True))))
-    done = subprocess.run([sys.executable, "-m", "tests.run_file", str(script)], capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.run_file", str(script)], capture_output=True, text=True, timeout=240
+    )
     assert (done.returncode == 0) == (fault is None), done.stderr[-3000:]
     assert sign in done.stderr

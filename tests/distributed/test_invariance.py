@@ -11,7 +11,15 @@ from tests.distributed import cases
 from tests.gang import Gang
 from tests.toys import toy_config
 
-COMPARED = ("actor/loss", "actor/pg_loss", "actor/kl_loss", "actor/entropy", "actor/grad_norm", "critic/score/mean", "eval/score")
+COMPARED = (
+    "actor/loss",
+    "actor/pg_loss",
+    "actor/kl_loss",
+    "actor/entropy",
+    "actor/grad_norm",
+    "critic/score/mean",
+    "eval/score",
+)
 SPLITS = {
     "1-rank": (1, []),
     "micro-batch-1": (1, ["batching.micro_batch_size=1"]),
@@ -22,12 +30,21 @@ SPLITS = {
     "tp2-pp2": (4, ["parallel.tensor_parallel_size=2", "parallel.pipeline_parallel_size=2"]),
     "tp2-pp2-sp-micro-batch-2": (
         4,
-        ["parallel.tensor_parallel_size=2", "parallel.pipeline_parallel_size=2", "parallel.sequence_parallel=true",
-         "batching.micro_batch_size=2"],
+        [
+            "parallel.tensor_parallel_size=2",
+            "parallel.pipeline_parallel_size=2",
+            "parallel.sequence_parallel=true",
+            "batching.micro_batch_size=2",
+        ],
     ),
     "tp2-pp2-unpacked": (
-        4, ["parallel.tensor_parallel_size=2", "parallel.pipeline_parallel_size=2", "batching.packed=false",
-            "batching.micro_batch_size=1"],
+        4,
+        [
+            "parallel.tensor_parallel_size=2",
+            "parallel.pipeline_parallel_size=2",
+            "batching.packed=false",
+            "batching.micro_batch_size=1",
+        ],
     ),
     "tp2-dp2": (4, ["parallel.tensor_parallel_size=2"]),
     "tp2-dp2-dynamic": (4, ["parallel.tensor_parallel_size=2", "rollout.schedule=dynamic"]),
@@ -41,7 +58,9 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def one_rank(gangs: Callable[[int], Gang], toy_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def one_rank(
+    gangs: Callable[[int], Gang], toy_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("one_rank")
     gangs(1).call(cases.run_training, config=toy_config(folder, toy_model("qwen2", tied=True)))
     return rows(folder / "run")
@@ -49,7 +68,11 @@ def one_rank(gangs: Callable[[int], Gang], toy_model: Callable[..., Path], tmp_p
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_same_numbers_for_every_split(
-    split: str, one_rank: list[dict[str, Any]], gangs: Callable[[int], Gang], toy_model: Callable[..., Path], tmp_path: Path
+    split: str,
+    one_rank: list[dict[str, Any]],
+    gangs: Callable[[int], Gang],
+    toy_model: Callable[..., Path],
+    tmp_path: Path,
 ) -> None:
     world_size, overrides = SPLITS[split]
     gangs(world_size).call(cases.run_training, config=toy_config(tmp_path, toy_model("qwen2", tied=True), *overrides))
@@ -62,7 +85,9 @@ def test_same_numbers_for_every_split(
                 assert mine[name] == pytest.approx(wanted[name], rel=0, abs=1e-5), (mine["step"], name)
 
 
-def test_resume_repeats_bit_for_bit(gangs: Callable[[int], Gang], toy_model: Callable[..., Path], tmp_path: Path) -> None:
+def test_resume_repeats_bit_for_bit(
+    gangs: Callable[[int], Gang], toy_model: Callable[..., Path], tmp_path: Path
+) -> None:
     model = toy_model("qwen2", tied=True)
     split = ["parallel.tensor_parallel_size=2", "parallel.pipeline_parallel_size=2", "checkpoint.keep_last=1"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"

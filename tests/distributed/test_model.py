@@ -53,13 +53,24 @@ def test_logits_with_llama3_rope_scaling(gangs: Callable[[int], Gang], tmp_path:
 
     torch.manual_seed(0)
     scaling = {
-        "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
     }
     hf = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=VOCAB, hidden_size=256, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-            num_key_value_heads=2, max_position_embeddings=131072, rope_parameters=scaling, tie_word_embeddings=True,
+            vocab_size=VOCAB,
+            hidden_size=256,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            max_position_embeddings=131072,
+            rope_parameters=scaling,
+            tie_word_embeddings=True,
         )
     )
     hf.save_pretrained(tmp_path / "model")

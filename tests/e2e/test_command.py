@@ -53,7 +53,12 @@ def test_dry_run_says_what_the_config_means_and_writes_nothing(
 def test_a_run_leaves_metrics_samples_checkpoint_and_report(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["metrics.console=plain", "metrics.tensorboard=true", "metrics.wandb=offline", "checkpoint.save_hf=true"]
+    arguments = [
+        "metrics.console=plain",
+        "metrics.tensorboard=true",
+        "metrics.wandb=offline",
+        "checkpoint.save_hf=true",
+    ]
     assert start(config, *arguments) == 0
     printed = capsys.readouterr().out
     assert "each step: 4 prompts x 4 = 16 sequences; each optimizer update: 8 sequences; 2 updates per step" in printed
@@ -65,13 +70,7 @@ def test_a_run_leaves_metrics_samples_checkpoint_and_report(
     run = tmp_path / "run"
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1, 2, 3]
-    wanted = (
-        "actor/pg_loss actor/pg_clipfrac actor/ppo_kl actor/kl_loss actor/entropy actor/grad_norm actor/lr "
-        "critic/score/mean critic/rewards/max critic/advantages/min response_length/mean response_length/clip_ratio "
-        "prompt_length/mean timing_s/gen timing_s/old_log_prob timing_s/ref timing_s/update_actor timing_s/step "
-        "perf/throughput perf/total_num_tokens train_rollout_logprob_abs_diff/mean rollout/zero_std/count "
-        "rollout/reward_error/count rollout/reward_timeout/count"
-    ).split()
+    wanted = ["actor/pg_loss", "actor/pg_clipfrac", "actor/ppo_kl", "actor/kl_loss", "actor/entropy", "actor/grad_norm", "actor/lr", "critic/score/mean", "critic/rewards/max", "critic/advantages/min", "response_length/mean", "response_length/clip_ratio", "prompt_length/mean", "timing_s/gen", "timing_s/old_log_prob", "timing_s/ref", "timing_s/update_actor", "timing_s/step", "perf/throughput", "perf/total_num_tokens", "train_rollout_logprob_abs_diff/mean", "rollout/zero_std/count", "rollout/reward_error/count", "rollout/reward_timeout/count"]
     assert set(wanted) <= set(rows[1])
     # before the first update the trainer agrees with the engine and with itself
     assert rows[1]["train_rollout_logprob_abs_diff/max"] < 1e-4
@@ -111,10 +110,14 @@ class TestRefusals:
             (["--resume", "no/such/folder"], "no checkpoint there"),
         ],
     )
-    def test_arguments(self, overrides: list[str], message: str, config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_arguments(
+        self, overrides: list[str], message: str, config: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         assert message in refused(capsys, start(config, *overrides))
 
-    def test_world_size(self, config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_world_size(
+        self, config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "3")):
             monkeypatch.setenv(name, value)
         error = refused(capsys, start(config, "--dry-run", "parallel.pipeline_parallel_size=2"))
@@ -122,7 +125,9 @@ class TestRefusals:
         monkeypatch.delenv("LOCAL_RANK")
         assert "'LOCAL_RANK' is not set" in refused(capsys, start(config, "--dry-run"))
 
-    def test_layers_that_do_not_divide(self, config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_layers_that_do_not_divide(
+        self, config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "3")):
             monkeypatch.setenv(name, value)
         error = refused(capsys, start(config, "--dry-run", "parallel.pipeline_parallel_size=3"))

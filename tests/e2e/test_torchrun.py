@@ -22,8 +22,17 @@ TIMED = ("timing_s", "perf/time", "perf/throughput")
 
 def command(world_size: int, config: Path, *overrides: str) -> list[str]:
     return [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size),
-        "-m", "megatron_rl.train", "--config", str(config), *overrides,
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(world_size),
+        "-m",
+        "megatron_rl.train",
+        "--config",
+        str(config),
+        *overrides,
     ]
 
 
@@ -92,8 +101,18 @@ def test_every_rank_ends_with_an_error_and_one_message(toy_model: Callable[..., 
 def test_a_signal_stops_with_a_checkpoint(toy_model: Callable[..., Path], tmp_path: Path) -> None:
     config = write_config(tmp_path, toy_model("qwen2"))
     process = subprocess.Popen(
-        [sys.executable, "-m", "megatron_rl.train", "--config", str(config), "run.num_steps=100000", "metrics.console=plain"],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        [
+            sys.executable,
+            "-m",
+            "megatron_rl.train",
+            "--config",
+            str(config),
+            "run.num_steps=100000",
+            "metrics.console=plain",
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     deadline = time.monotonic() + LIMIT_S
     while not (tmp_path / "run/metrics.jsonl").exists() or len(rows(tmp_path / "run")) < 3:

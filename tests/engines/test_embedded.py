@@ -68,8 +68,12 @@ def test_greedy_tokens_equal_transformers(family: str, tied: bool, toy_model: Ca
         assert completion.finish_reason == ("stop" if wanted[-1] == 1 else "length")
 
 
-@pytest.mark.parametrize("changes", [{}, {"temperature": 0.7}, {"temperature": 1.5, "top_k": 5}, {"top_p": 0.6}], ids=str)
-def test_logprobs_are_those_of_the_distribution_really_sampled(changes: dict[str, float], toy_model: Callable[..., Path]) -> None:
+@pytest.mark.parametrize(
+    "changes", [{}, {"temperature": 0.7}, {"temperature": 1.5, "top_k": 5}, {"top_p": 0.6}], ids=str
+)
+def test_logprobs_are_those_of_the_distribution_really_sampled(
+    changes: dict[str, float], toy_model: Callable[..., Path]
+) -> None:
     folder = toy_model("qwen2")
     hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     asked, asked_params = requests(), params(**changes)
@@ -83,7 +87,9 @@ def test_logprobs_are_those_of_the_distribution_really_sampled(changes: dict[str
             logits = logits.masked_fill(logits < logits.topk(asked_params.top_k).values[:, -1:], float("-inf"))
         if asked_params.top_p < 1:
             values, order = logits.softmax(-1).sort(descending=True)
-            outside = torch.zeros_like(logits, dtype=torch.bool).scatter(1, order, values.cumsum(-1) - values >= asked_params.top_p)
+            outside = torch.zeros_like(logits, dtype=torch.bool).scatter(
+                1, order, values.cumsum(-1) - values >= asked_params.top_p
+            )
             logits = logits.masked_fill(outside, float("-inf"))
         wanted = logits.log_softmax(-1).gather(1, completion.token_ids[:, None])[:, 0]
         torch.testing.assert_close(completion.logprobs, wanted, rtol=0, atol=1e-5)
@@ -136,7 +142,9 @@ def test_frequencies_match_the_distribution(temperature: float) -> None:
 
 
 def test_seeds_of_neighbours_are_unrelated() -> None:
-    draws = torch.stack([uniforms(sample_seed(0, step, prompt, k), 1) for step in range(10) for prompt in range(10) for k in range(10)])
+    draws = torch.stack(
+        [uniforms(sample_seed(0, step, prompt, k), 1) for step in range(10) for prompt in range(10) for k in range(10)]
+    )
     lagged = torch.corrcoef(torch.stack([draws[:-1, 0], draws[1:, 0]]))[0, 1]
     assert abs(float(lagged)) < 0.1
     assert 0.45 < float(draws.mean()) < 0.55
@@ -144,7 +152,12 @@ def test_seeds_of_neighbours_are_unrelated() -> None:
 
 @pytest.mark.parametrize(
     ("ids", "message"),
-    [([], "0 tokens"), ([VOCAB], f"token ids {VOCAB} to {VOCAB}"), ([-1], "token ids -1"), ([5] * 510, "more than the model's 512")],
+    [
+        ([], "0 tokens"),
+        ([VOCAB], f"token ids {VOCAB} to {VOCAB}"),
+        ([-1], "token ids -1"),
+        ([5] * 510, "more than the model's 512"),
+    ],
 )
 def test_bad_requests_are_refused(ids: list[int], message: str, toy_model: Callable[..., Path]) -> None:
     request = Request(key=0, token_ids=torch.tensor(ids, dtype=torch.int64), seeds=(1,))

@@ -101,7 +101,11 @@ def test_kl_estimators_and_clip_fraction() -> None:
 def test_entropy_bonus_and_nll() -> None:
     objective = Objective(
         loss=build_objective(AlgorithmSection(loss="nll")).loss,
-        clip_ratio_low=0.2, clip_ratio_high=0.2, kl_coef=0.0, kl_estimator="k3", entropy_coef=0.5,
+        clip_ratio_low=0.2,
+        clip_ratio_high=0.2,
+        kl_coef=0.0,
+        kl_estimator="k3",
+        entropy_coef=0.5,
     )
     logprobs, entropy = torch.tensor([-1.0, -2.0]), torch.tensor([0.4, 0.6])
     total = objective(logprobs, torch.zeros(2), torch.zeros(2), torch.zeros(2), entropy).total

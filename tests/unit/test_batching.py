@@ -19,9 +19,16 @@ def group(index: int, lengths: list[int], status: str = "ok") -> RolloutGroup:
     prompt = Prompt(prompt_id=str(index), token_ids=torch.tensor([1, 2]), text="ab", answer=None)
     rollouts = [
         Rollout(
-            token_ids=torch.arange(length + 2), loss_mask=torch.arange(length + 2) >= 2,
-            rollout_logprobs=torch.zeros(length + 2), text="", finish_reason="stop", policy_version=0,
-            reward=float(length), reward_parts={}, status=status, failure="",  # type: ignore[arg-type]
+            token_ids=torch.arange(length + 2),
+            loss_mask=torch.arange(length + 2) >= 2,
+            rollout_logprobs=torch.zeros(length + 2),
+            text="",
+            finish_reason="stop",
+            policy_version=0,
+            reward=float(length),
+            reward_parts={},
+            status=status,
+            failure="",  # type: ignore[arg-type]
         )
         for length in lengths
     ]

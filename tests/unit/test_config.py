@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from megatron_rl.config import dump_config, load_config, validate
-from megatron_rl.config.names import FOREIGN_NAMES
 from megatron_rl.config.load import _dotted_keys
+from megatron_rl.config.names import FOREIGN_NAMES
 from megatron_rl.config.schema import RunConfig
 from megatron_rl.errors import ConfigError
 from tests.toys import write_config
@@ -19,7 +19,9 @@ def config(tmp_path: Path) -> Path:
     return write_config(tmp_path, tmp_path / "model")
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: str(p.relative_to(ROOT / "configs")))
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: str(p.relative_to(ROOT / "configs"))
+)
 def test_every_config_of_the_project_loads(path: Path) -> None:
     loaded = load_config(path)
     validate(loaded, loaded.parallel.tensor_parallel_size * loaded.parallel.pipeline_parallel_size)

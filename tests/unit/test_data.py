@@ -74,13 +74,14 @@ def test_own_source_by_name() -> None:
 
 
 def test_chat_template_system_prompt_and_messages(tmp_path: Path, tokenizer: Any) -> None:
-    tokenizer.chat_template = (
-        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    source = jsonl(
+        tmp_path / "x.jsonl",
+        [
+            {"prompt": "1+1", "answer": "2"},
+            {"prompt": [{"role": "user", "content": "2+2"}], "answer": "4"},
+        ],
     )
-    source = jsonl(tmp_path / "x.jsonl", [
-        {"prompt": "1+1", "answer": "2"},
-        {"prompt": [{"role": "user", "content": "2+2"}], "answer": "4"},
-    ])
     prompts = load_prompts(source, section(source, system_prompt="add"), tokenizer).prompts
     assert [p.text for p in prompts] == ["<system>add<user>1+1<assistant>", "<system>add<user>2+2<assistant>"]
     plain = replace(section(source), chat_template="none")

@@ -15,7 +15,12 @@ from megatron_rl.rewards.registry import REWARDS, build_grader
 
 def sample(response: str, answer: str | None = "42", finish_reason: str = "stop", **metadata: object) -> RewardInput:
     return RewardInput(
-        prompt="", response=response, answer=answer, finish_reason=finish_reason, num_tokens=len(response), seed=1,
+        prompt="",
+        response=response,
+        answer=answer,
+        finish_reason=finish_reason,
+        num_tokens=len(response),
+        seed=1,
         metadata=metadata,
     )
 
@@ -130,7 +135,9 @@ class TestPool:
         assert result.status == "reward_error"
 
     def test_a_hanging_sample_is_killed_and_the_others_are_graded(self, pool: RewardPool) -> None:
-        found = pool.submit("hangs_on", [sample("a"), sample("hang"), sample("b"), sample("hang"), sample("c")]).result(60)
+        found = pool.submit("hangs_on", [sample("a"), sample("hang"), sample("b"), sample("hang"), sample("c")]).result(
+            60
+        )
         assert [r.status for r in found] == ["ok", "reward_timeout", "ok", "reward_timeout", "ok"]
 
     def test_a_dying_worker_is_replaced(self, pool: RewardPool) -> None:

@@ -97,7 +97,9 @@ class TestFolders:
             self.check(folder)
 
     @pytest.mark.parametrize("fault", ["missing", "unmapped", "misshapen"])
-    def test_tensors_that_do_not_fit_the_config(self, fault: str, toy_model: Callable[..., Path], tmp_path: Path) -> None:
+    def test_tensors_that_do_not_fit_the_config(
+        self, fault: str, toy_model: Callable[..., Path], tmp_path: Path
+    ) -> None:
         source = toy_model("qwen2")
         tensors = load_file(source / "model.safetensors")
         name = "model.layers.1.mlp.up_proj.weight"
@@ -132,7 +134,9 @@ class TestFolders:
         ({"hidden_size": None}, "hidden_size"),
     ],
 )
-def test_configs_that_are_refused(change: dict[str, object], message: str, toy_model: Callable[..., Path], tmp_path: Path) -> None:
+def test_configs_that_are_refused(
+    change: dict[str, object], message: str, toy_model: Callable[..., Path], tmp_path: Path
+) -> None:
     config = json.loads((toy_model("qwen2") / "config.json").read_text()) | change
     if change.get("hidden_size", 0) is None:
         del config["hidden_size"]

@@ -68,9 +68,13 @@ class Decoder:
         seen: set[str] = set()
         for name, tensor in tensors:
             if name not in self._shapes or name in seen:
-                raise WeightSyncError(f"weights for the engine: {name} came {'twice' if name in seen else 'unexpectedly'}.")
+                raise WeightSyncError(
+                    f"weights for the engine: {name} came {'twice' if name in seen else 'unexpectedly'}."
+                )
             if tuple(tensor.shape) != self._shapes[name]:
-                raise WeightSyncError(f"weights for the engine: {name} is {tuple(tensor.shape)}, expected {self._shapes[name]}.")
+                raise WeightSyncError(
+                    f"weights for the engine: {name} is {tuple(tensor.shape)}, expected {self._shapes[name]}."
+                )
             seen.add(name)
             self._store(name, tensor)
         missing = sorted(set(self._shapes) - seen)

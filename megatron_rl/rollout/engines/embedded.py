@@ -126,7 +126,9 @@ class EmbeddedEngine:
     def _check(self, request: Request, params: SamplingParams) -> None:
         ids, limit = request.token_ids, self._spec.max_position_embeddings
         if ids.numel() == 0 or not request.seeds:
-            raise EngineError(f"request {request.key}: {ids.numel()} tokens, {len(request.seeds)} samples: expected at least 1 each.")
+            raise EngineError(
+                f"request {request.key}: {ids.numel()} tokens, {len(request.seeds)} samples: expected at least 1 each."
+            )
         if int(ids.min()) < 0 or int(ids.max()) >= self._spec.vocab_size:
             raise EngineError(
                 f"request {request.key}: token ids {int(ids.min())} to {int(ids.max())}, expected 0 to "

@@ -1,0 +1,68 @@
+"""Run the quickstart and its coin-flip control over several seeds and print the table of the docs.
+
+python tools/bench_quickstart.py --seeds 0 1 2       all of it
+python tools/bench_quickstart.py --seeds 0 --check   also fail unless GRPO learns and the control does not
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+METRIC = "eval/exact_match"
+LEARNT, NOT_LEARNT = 0.85, 0.10
+"""Held-out accuracy that GRPO must exceed; gain that the control must stay below."""
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="The quickstart over several seeds, with its control.")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--check", action="store_true", help="exit with 1 unless every seed learns and no control does")
+    arguments = parser.parse_args()
+    print(
+        "| seed | after fine-tuning | after GRPO | after coin-flip rewards | minutes, quickstart alone |\n|---|---|---|---|---|"
+    )
+    failed = False
+    for seed in arguments.seeds:
+        folder = ROOT / "runs" / "quickstart" / f"seed_{seed}"
+        start = time.monotonic()
+        _run([str(ROOT / "tools" / "quickstart.sh"), str(seed)], folder.with_name(f"seed_{seed}.log"))
+        minutes = (time.monotonic() - start) / 60
+        _run(_control(folder, seed), folder.with_name(f"seed_{seed}_coin_flip.log"))
+        before, after = accuracy(folder / "grpo")
+        _, control = accuracy(folder / "coin_flip")
+        print(f"| {seed} | {before:.1%} | {after:.1%} | {control:.1%} | {minutes:.1f} |", flush=True)
+        failed |= after <= LEARNT or control - before >= NOT_LEARNT
+    if arguments.check and failed:
+        sys.exit(f"expected above {LEARNT:.0%} after GRPO and a gain below {NOT_LEARNT:.0%} after coin-flip rewards")
+
+
+def accuracy(run: Path) -> tuple[float, float]:
+    """First and last held-out accuracy of a run."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    values = [row[METRIC] for row in rows if METRIC in row]
+    return values[0], values[-1]
+
+
+def _control(folder: Path, seed: int) -> list[str]:
+    return [
+        "torchrun", "--standalone", "--nproc-per-node", "2", "-m", "megatron_rl.train",
+        "--config", str(ROOT / "configs/quickstart/grpo_coin_flip.yaml"),
+        f"model.path={folder}/sft/checkpoints/step_001800/hf", f"run.output_dir={folder}/coin_flip", f"run.seed={seed}",
+    ]  # fmt: skip
+
+
+def _run(command: list[str], log: Path) -> None:
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as output:
+        status = subprocess.run(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT).returncode
+    if status:
+        sys.exit(f"{' '.join(command)} ended with {status}; see {log}")
+
+
+if __name__ == "__main__":
+    main()

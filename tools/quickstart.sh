@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# The quickstart: a tiny random model, fine-tuned on the demonstrations, then trained by GRPO, on 2 ranks.
+# Usage: tools/quickstart.sh [SEED]   with torchrun and python of the environment on PATH
+set -euo pipefail
+cd "$(dirname "$0")/.."
+seed=${1:-0}
+run=runs/quickstart/seed_$seed
+
+train() { torchrun --standalone --nproc-per-node 2 -m megatron_rl.train "$@" run.seed="$seed"; }
+
+test -e "$run/init/config.json" || python tools/make_toy_model.py --output "$run/init" --seed "$seed"
+train --config configs/quickstart/sft.yaml model.path="$run/init" run.output_dir="$run/sft"
+train --config configs/quickstart/grpo.yaml model.path="$run/sft/checkpoints/step_001800/hf" run.output_dir="$run/grpo"
