@@ -10,7 +10,8 @@ checkpoints/latest                     name of the newest
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -64,16 +65,16 @@ class Checkpoints:
         """
         final = self._folder / f"step_{state.step:06d}"
         partial = final.with_name(final.name + ".partial")
-        with raise_together(self._parallel), _as_checkpoint_error(final):
+        with raise_together(self._parallel), _checkpoint_errors(final):
             if self._parallel.is_main:
                 shutil.rmtree(partial, ignore_errors=True)
                 (partial / "policy").mkdir(parents=True)
                 (partial / "rng").mkdir()
         save_policy(policy, partial / "policy")
         self._save_hf(policy, partial)
-        with raise_together(self._parallel), _as_checkpoint_error(final):
+        with raise_together(self._parallel), _checkpoint_errors(final):
             torch.save(_random_state(), partial / "rng" / f"rank_{self._parallel.rank}.pt")
-        with raise_together(self._parallel), _as_checkpoint_error(final):
+        with raise_together(self._parallel), _checkpoint_errors(final):
             if self._parallel.is_main:
                 trainer = {
                     "state": asdict(state),
@@ -145,24 +146,23 @@ def flatten_plain(config: RunConfig) -> dict[str, Any]:
     return flat
 
 
-class _as_checkpoint_error:
-    """Turns an OSError of the body into a CheckpointError that names the checkpoint."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError) and not isinstance(error, CheckpointError):
-            raise CheckpointError(
-                f"cannot write checkpoint {self._path}: {error.strerror or error}. Earlier ones are untouched; free space and resume."
-            ) from error
+@contextmanager
+def _checkpoint_errors(path: Path) -> Iterator[None]:
+    """Turn an OSError of the body into a CheckpointError that names the checkpoint."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, CheckpointError):
+            raise
+        reason = error.strerror or error
+        raise CheckpointError(
+            f"cannot write checkpoint {path}: {reason}. Earlier ones are untouched; free space and resume."
+        ) from error
 
 
 def _read_trainer(path: Path) -> dict[str, Any]:
     try:
-        return json.loads((path / "trainer.json").read_text())  # type: ignore[no-any-return]
+        return json.loads((path / "trainer.json").read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise CheckpointError(
             f"{path}/trainer.json cannot be read: {error}. Resume from another checkpoint."

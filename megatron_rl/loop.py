@@ -67,14 +67,16 @@ def run_in(config: RunConfig, resume: str, parallel: ParallelContext) -> None:
     engine = build_engine(config, policy)
     checkpoints = Checkpoints(folder.checkpoints, config, parallel)
     state = checkpoints.restore(checkpoint, policy) if checkpoint else fresh_state(parallel)
-    with closing(build_collector(config, inputs, engine, parallel)) as collector:
+    with raise_together(parallel):
+        collector = build_collector(config, inputs, engine, parallel)
+    with closing(collector):
         sampler = build_sampler(config, inputs, collector)
         evaluator = build_evaluator(config, inputs, collector)
         with raise_together(parallel):
             if parallel.is_main:
                 folder.create(config)
         with closing(RunLog(*build_log(config, folder, state, parallel), folder, parallel)) as log:
-            log.note(describe(config, inputs.train.num_overlong, parallel, checkpoint and checkpoint.name))
+            log.note(describe(config, inputs.train.num_overlong, parallel, checkpoint.name if checkpoint else None))
             sync = WeightSync(policy, engine)
             train(config, state, policy, reference, sampler, evaluator, sync, checkpoints, log, parallel)
 
@@ -191,11 +193,8 @@ def evaluate(
     with watch.span("testing"):
         sync.push(version=state.step)
         metrics, samples = evaluator.evaluate(state.step)
-    shown = [
-        f"{name.removeprefix('eval/')} {value.result():.4g}"
-        for name, value in metrics.items()
-        if name in evaluator.headline
-    ]
+    headline = {name.removeprefix("eval/"): metrics[name].result() for name in evaluator.headline}
+    shown = [f"{name} {value:.4g}" for name, value in headline.items()]
     log.note(f"held out, step {state.step}: {', '.join(shown)}")
     log.samples(samples)
     return metrics
@@ -224,14 +223,14 @@ def describe(config: RunConfig, num_overlong: int, parallel: ParallelContext, re
     group = rollout.group_size if rollout.source == "engine" else 1
     sequences = rollout.num_prompts_per_step * group
     lines = [
-        f"{config.run.name}: {config.model.path} in {config.model.dtype}, TP{parallel.tp_size} x PP{parallel.pp_size} x "
-        f"DP{parallel.dp_size} on {parallel.device.type}, {config.run.num_steps} steps"
-        + (f", resumed from {resumed}" if resumed else ""),
+        f"{config.run.name}: {config.model.path} in {config.model.dtype}, "
+        f"TP{parallel.tp_size} x PP{parallel.pp_size} x DP{parallel.dp_size} on {parallel.device.type}, "
+        f"{config.run.num_steps} steps" + (f", resumed from {resumed}" if resumed else ""),
         f"each step: {rollout.num_prompts_per_step} prompts x {group} = {sequences} sequences; each optimizer update: "
         f"{sequences // batching.num_updates} sequences; {batching.num_updates * batching.num_epochs} updates per step",
     ]
     if num_overlong:
         lines.append(
-            f"{num_overlong} prompts are longer than data.max_prompt_tokens={config.data.max_prompt_tokens} and were dropped"
+            f"{num_overlong} prompts were dropped: longer than data.max_prompt_tokens={config.data.max_prompt_tokens}"
         )
     return "\n".join(lines)

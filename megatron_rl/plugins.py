@@ -38,4 +38,4 @@ def load_symbol(name: str, registered: Mapping[str, T], key: str) -> T:
         raise ConfigError(f"{key}={name!r}: module {module_name} has no {symbol!r}.") from error
     if not callable(found):
         raise ConfigError(f"{key}={name!r}: {symbol} is a {type(found).__name__}, expected something callable.")
-    return found  # type: ignore[no-any-return]
+    return found

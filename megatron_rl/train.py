@@ -22,7 +22,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--resume",
         default="auto",
         metavar="auto|never|PATH",
-        help="auto: from the run folder's latest checkpoint, if any (default); never: refuse a used folder; PATH: from there",
+        help="auto (default): from the run folder's latest checkpoint; never: refuse a used folder; PATH: from there",
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for instance optimizer.lr=1e-6")
     return parser.parse_intermixed_args(arguments)

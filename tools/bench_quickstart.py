@@ -23,9 +23,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--check", action="store_true", help="exit with 1 unless every seed learns and no control does")
     arguments = parser.parse_args()
-    print(
-        "| seed | after fine-tuning | after GRPO | after coin-flip rewards | minutes, quickstart alone |\n|---|---|---|---|---|"
-    )
+    print("| seed | after fine-tuning | after GRPO | after coin-flip rewards | minutes, quickstart alone |")
+    print("|---|---|---|---|---|")
     failed = False
     for seed in arguments.seeds:
         folder = ROOT / "runs" / "quickstart" / f"seed_{seed}"

@@ -105,7 +105,7 @@ def _parse_override(text: str) -> tuple[str, dict[str, Any]]:
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise ConfigError(f"override {text!r}: {str(error).splitlines()[0]}") from error
     assert isinstance(layer, dict)
-    return f"override {text!r}", {str(k): v for k, v in layer.items()}
+    return f"override {text!r}", typing.cast(dict[str, Any], layer)
 
 
 def _section_type(annotation: Any) -> type | None:
@@ -129,10 +129,10 @@ def _check_keys(layer: Any, section: type, prefix: str, known: list[str], origin
         if layer is None:
             return
         raise ConfigError(
-            f"{origin}: {prefix.rstrip('.')} is {layer!r}: expected a section with keys {', '.join(hints)}."
+            f"{origin}: {prefix.rstrip('.')} is {layer!r}: expected a section with keys {', '.join(map(str, hints))}."
         )
     for key, value in layer.items():
-        dotted = f"{prefix}{key}"
+        dotted = prefix + str(key)
         if key not in hints:
             dotted = _first_leaf(dotted, value)
             meant = suggest(dotted, known)

@@ -17,7 +17,8 @@ def validate(config: RunConfig, world_size: int) -> None:
         raise ConfigError("data.evaluation is set but nothing grades it. Set evaluation.functions or reward.functions.")
     if config.evaluation.every and config.data.evaluation is None:
         raise ConfigError(
-            f"evaluation.every={config.evaluation.every} needs held-out prompts. Set data.evaluation, or evaluation.every=0."
+            f"evaluation.every={config.evaluation.every} needs held-out prompts. "
+            "Set data.evaluation, or evaluation.every=0."
         )
 
 
@@ -32,7 +33,8 @@ def _check_parallel(config: RunConfig, world_size: int) -> None:
     if world_size % (tp * pp):
         raise ConfigError(
             f"world size {world_size} does not divide by parallel.tensor_parallel_size={tp} x "
-            f"parallel.pipeline_parallel_size={pp} = {tp * pp}. Start a multiple of {tp * pp} ranks or change these keys."
+            f"parallel.pipeline_parallel_size={pp} = {tp * pp}. "
+            f"Start a multiple of {tp * pp} ranks or change these keys."
         )
 
 
@@ -57,7 +59,8 @@ def _check_batches(config: RunConfig) -> None:
     decay, warmup = config.optimizer.lr_decay_updates, config.optimizer.lr_warmup_updates
     if decay is not None and decay <= warmup:
         raise ConfigError(
-            f"optimizer.lr_decay_updates={decay} must be above optimizer.lr_warmup_updates={warmup}. Change one of them."
+            f"optimizer.lr_decay_updates={decay} must be above optimizer.lr_warmup_updates={warmup}. "
+            "Change one of them."
         )
 
 

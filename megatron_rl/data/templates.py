@@ -73,7 +73,7 @@ def tokenize(texts: Sequence[str], tokenizer: Any, *, special_tokens: bool) -> l
     Args:
         special_tokens: let the tokenizer add its start token; a chat template has written it already.
     """
-    return tokenizer(list(texts), add_special_tokens=special_tokens)["input_ids"]  # type: ignore[no-any-return]
+    return tokenizer(list(texts), add_special_tokens=special_tokens)["input_ids"]
 
 
 def _render_chat(problem: Problem, config: DataSection, tokenizer: Any) -> str:

@@ -18,7 +18,8 @@ def _check_version() -> None:
     numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:3] if part.isdigit())
     if not OLDEST <= numbers < FIRST_UNTESTED:
         raise ConfigError(
-            f"megatron-core {version}: expected at least 0.16.1 and below 0.20. pip install 'megatron-core>=0.16.1,<0.20'"
+            f"megatron-core {version}: expected at least 0.16.1 and below 0.20. "
+            "pip install 'megatron-core>=0.16.1,<0.20'"
         )
 
 

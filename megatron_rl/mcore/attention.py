@@ -5,6 +5,7 @@ neither. It needs no Transformer Engine and runs on CPU and GPU.
 """
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ def packed_sequences(cu_seqlens: tuple[int, ...], device: torch.device) -> Packe
         cu_seqlens: [S + 1] starts of the sequences and the end.
     """
     ends = torch.tensor(cu_seqlens, dtype=torch.int32, device=device)
-    longest = max(b - a for a, b in zip(cu_seqlens, cu_seqlens[1:], strict=False))
+    longest = max(b - a for a, b in pairwise(cu_seqlens))
     return PackedSequences(
         qkv_format="thd",
         cu_seqlens_q=ends,
@@ -57,7 +58,7 @@ def packed_sequences(cu_seqlens: tuple[int, ...], device: torch.device) -> Packe
 
 def group_by_length(cu_seqlens: tuple[int, ...], device: torch.device) -> tuple[LengthGroup, ...]:
     """Cut the sequences, sorted by length, into groups that waste little on padding."""
-    spans = sorted(zip(cu_seqlens, cu_seqlens[1:], strict=False), key=lambda span: span[0] - span[1])
+    spans = sorted(pairwise(cu_seqlens), key=lambda span: span[0] - span[1])
     groups: list[list[tuple[int, int]]] = []
     real = 0
     for start, stop in spans:

@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Sequence
 from types import CodeType, ModuleType
+from typing import Any
 
 import torch
 
@@ -92,7 +93,8 @@ def install() -> bool:
 
 def _complete_torch_cpu() -> None:
     """What the stand-ins of torch.cpu lack; the CPU has one queue, so nothing waits."""
-    stream, event = torch.cpu.Stream, torch.cpu.Event  # type: ignore[attr-defined]
+    stream: Any = torch.cpu.Stream
+    event: Any = torch.cpu.Event
     stream.synchronize = lambda self: None
     stream.record_event = lambda self, recorded=None: recorded or event()
     event.__init__ = lambda self, *args, **kwargs: None

@@ -51,7 +51,7 @@ class ForwardPass:
 
         context = torch.no_grad() if forward_only else torch.enable_grad()
         with context:
-            return get_forward_backward_func()(  # type: ignore[no-any-return]
+            return get_forward_backward_func()(
                 forward_step_func=forward_step,
                 data_iterator=self._align(batches),
                 model=self._model,
@@ -80,7 +80,7 @@ def to_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
     """The micro-batch with its tensors on the device."""
     if device.type == "cpu":
         return batch
-    moved = {
+    moved: dict[str, Any] = {
         name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
         for name, value in vars(batch).items()
     }

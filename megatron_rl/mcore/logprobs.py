@@ -32,9 +32,7 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         return chosen - log_total, entropy
 
     @staticmethod
-    def backward(  # type: ignore[override]
-        ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None
-    ) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor, None, None]:
         probabilities, shifted, log_total, entropy, local, mine = ctx.saved_tensors
         gradient = torch.zeros_like(probabilities)
         if grad_logprobs is not None:

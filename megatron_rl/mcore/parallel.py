@@ -9,6 +9,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from torch.distributed import distributed_c10d
+from torch.distributed.rendezvous import rendezvous
 
 from megatron_rl.config.schema import ParallelSection
 from megatron_rl.errors import ConfigError
@@ -52,20 +54,22 @@ def init_parallel(config: ParallelSection) -> ParallelContext:
         torch.cuda.set_device(device)
     timeout = timedelta(minutes=config.timeout_minutes)
     if world_size == 1:
-        store: dist.Store = dist.HashStore()
+        store: distributed_c10d.Store = dist.HashStore()  # type: ignore[attr-defined]
     else:
-        store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=timeout)))
+        store, rank, world_size = next(iter(rendezvous("env://", timeout=timeout)))
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if cuda else "gloo",
-        store=dist.PrefixStore("world", store),
+        store=distributed_c10d.PrefixStore("world", store),
         rank=rank,
         world_size=world_size,
         timeout=timeout,
     )
-    return split_world(config, dist.PrefixStore("megatron_rl", store), local_rank, device)
+    return split_world(config, distributed_c10d.PrefixStore("megatron_rl", store), local_rank, device)
 
 
-def split_world(config: ParallelSection, store: dist.Store, local_rank: int, device: torch.device) -> ParallelContext:
+def split_world(
+    config: ParallelSection, store: distributed_c10d.Store, local_rank: int, device: torch.device
+) -> ParallelContext:
     """Megatron's groups over an initialised world; an earlier split is undone."""
     if parallel_state.is_initialized():
         parallel_state.destroy_model_parallel()

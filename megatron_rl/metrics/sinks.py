@@ -5,7 +5,7 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from megatron_rl.errors import MegatronRLError
 
@@ -55,7 +55,14 @@ class WandbSink:
     """Weights & Biases, offline without a key; the run's id survives a resume."""
 
     def __init__(
-        self, folder: Path, *, mode: str, project: str, name: str, run_id: str, config: dict[str, Any]
+        self,
+        folder: Path,
+        *,
+        mode: Literal["auto", "online", "offline"],
+        project: str,
+        name: str,
+        run_id: str,
+        config: dict[str, Any],
     ) -> None:
         import wandb
 
@@ -69,7 +76,7 @@ class WandbSink:
                 resume="allow",
                 mode=mode,
                 dir=str(folder),
-                config=config,  # type: ignore[arg-type]
+                config=config,
                 settings=wandb.Settings(silent=True),
             )
         except wandb.errors.UsageError as error:
@@ -96,7 +103,8 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 def _set_aside(path: Path, resumed_step: int) -> None:
     if not path.exists():
         return
-    kept, beyond = [], []
+    kept: list[str] = []
+    beyond: list[str] = []
     for row in read_rows(path):
         (kept if row["step"] <= resumed_step else beyond).append(json.dumps(row) + "\n")
     if beyond:

@@ -59,7 +59,8 @@ class Countdown:
                 problems.setdefault((tuple(sorted(numbers)), int(solved[1])), solved[0])
         if len(problems) < wanted:
             raise DataError(
-                f"countdown found {len(problems)} of {wanted} different problems. Lower num_train or num_test, or raise largest."
+                f"countdown found {len(problems)} of {wanted} different problems. "
+                "Lower num_train or num_test, or raise largest."
             )
         rows = [self._row(numbers, target, solution) for (numbers, target), solution in problems.items()]
         return rows[: self._sizes["test"]] if split == "test" else rows[self._sizes["test"] :]

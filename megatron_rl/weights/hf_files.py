@@ -145,7 +145,7 @@ def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard
     if len(files) == 1:
         os.replace(folder / "shard-0", folder / SINGLE_NAME)
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(files):
         final = f"model-{number + 1:05d}-of-{len(files):05d}.safetensors"
         os.replace(folder / f"shard-{number}", folder / final)

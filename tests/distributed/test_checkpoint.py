@@ -29,7 +29,9 @@ def test_continues_bit_for_bit(
 
 
 @pytest.mark.parametrize(
-    "world_size, overrides", [(1, []), (2, []), (2, TP2_PP2[:1]), (2, TP2_PP2[1:])], ids=["tp1", "dp2", "tp2", "pp2"]
+    ("world_size", "overrides"),
+    [(1, []), (2, []), (2, TP2_PP2[:1]), (2, TP2_PP2[1:])],
+    ids=["tp1", "dp2", "tp2", "pp2"],
 )
 def test_loads_under_another_layout(
     world_size: int, overrides: list[str], gangs: Callable[[int], Gang], toy_model: Callable[..., Path], tmp_path: Path

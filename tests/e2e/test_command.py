@@ -70,7 +70,32 @@ def test_a_run_leaves_metrics_samples_checkpoint_and_report(
     run = tmp_path / "run"
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1, 2, 3]
-    wanted = ["actor/pg_loss", "actor/pg_clipfrac", "actor/ppo_kl", "actor/kl_loss", "actor/entropy", "actor/grad_norm", "actor/lr", "critic/score/mean", "critic/rewards/max", "critic/advantages/min", "response_length/mean", "response_length/clip_ratio", "prompt_length/mean", "timing_s/gen", "timing_s/old_log_prob", "timing_s/ref", "timing_s/update_actor", "timing_s/step", "perf/throughput", "perf/total_num_tokens", "train_rollout_logprob_abs_diff/mean", "rollout/zero_std/count", "rollout/reward_error/count", "rollout/reward_timeout/count"]
+    wanted = [
+        "actor/pg_loss",
+        "actor/pg_clipfrac",
+        "actor/ppo_kl",
+        "actor/kl_loss",
+        "actor/entropy",
+        "actor/grad_norm",
+        "actor/lr",
+        "critic/score/mean",
+        "critic/rewards/max",
+        "critic/advantages/min",
+        "response_length/mean",
+        "response_length/clip_ratio",
+        "prompt_length/mean",
+        "timing_s/gen",
+        "timing_s/old_log_prob",
+        "timing_s/ref",
+        "timing_s/update_actor",
+        "timing_s/step",
+        "perf/throughput",
+        "perf/total_num_tokens",
+        "train_rollout_logprob_abs_diff/mean",
+        "rollout/zero_std/count",
+        "rollout/reward_error/count",
+        "rollout/reward_timeout/count",
+    ]
     assert set(wanted) <= set(rows[1])
     # before the first update the trainer agrees with the engine and with itself
     assert rows[1]["train_rollout_logprob_abs_diff/max"] < 1e-4

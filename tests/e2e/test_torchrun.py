@@ -62,7 +62,8 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(toy_model: Callable
         )
         deadline = time.monotonic() + LIMIT_S
         while not (killed / "metrics.jsonl").exists() or len(rows(killed)) < 10:
-            assert time.monotonic() < deadline and process.poll() is None, (tmp_path / "log").read_text()[-3000:]
+            assert time.monotonic() < deadline
+            assert process.poll() is None, (tmp_path / "log").read_text()[-3000:]
             time.sleep(0.02)
         os.killpg(process.pid, signal.SIGKILL)
         for pid in _ranks_of(killed):
@@ -116,7 +117,8 @@ def test_a_signal_stops_with_a_checkpoint(toy_model: Callable[..., Path], tmp_pa
     )
     deadline = time.monotonic() + LIMIT_S
     while not (tmp_path / "run/metrics.jsonl").exists() or len(rows(tmp_path / "run")) < 3:
-        assert time.monotonic() < deadline and process.poll() is None
+        assert time.monotonic() < deadline
+        assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     printed, _ = process.communicate(timeout=LIMIT_S)

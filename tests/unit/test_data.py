@@ -74,7 +74,10 @@ def test_own_source_by_name() -> None:
 
 
 def test_chat_template_system_prompt_and_messages(tmp_path: Path, tokenizer: Any) -> None:
-    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
     source = jsonl(
         tmp_path / "x.jsonl",
         [
@@ -96,7 +99,7 @@ def test_overlong_prompts_are_dropped_counted_or_refused(tmp_path: Path, tokeniz
     found = load_prompts(source, section(source, max_prompt_tokens=4), tokenizer)
     assert [p.token_ids.numel() for p in found.prompts] == [3, 4]
     assert found.num_overlong == 1
-    with pytest.raises(DataError, match="prompt 1 of .* has 9 tokens"):
+    with pytest.raises(DataError, match=r"prompt 1 of .* has 9 tokens"):
         load_prompts(source, section(source, max_prompt_tokens=4, on_overlong_prompt="error"), tokenizer)
     with pytest.raises(DataError, match=r"all 3 prompts .*longest: 9"):
         load_prompts(source, section(source, max_prompt_tokens=2), tokenizer)
