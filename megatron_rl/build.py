@@ -153,9 +153,10 @@ def build_log(
     """Console and metric sinks; silent and empty on every rank but the first."""
     if not parallel.is_main:
         return SilentConsole(), []
-    sinks: list[Sink] = [JsonlSink(folder.metrics, state.step)]
+    kept = state.step or -1  # a beginning writes step 0 itself, whatever an earlier attempt left
+    sinks: list[Sink] = [JsonlSink(folder.metrics, kept)]
     if config.metrics.tensorboard:
-        sinks.append(TensorboardSink(folder.tensorboard, state.step))
+        sinks.append(TensorboardSink(folder.tensorboard, kept))
     if config.metrics.wandb != "disabled":
         assert state.wandb_id is not None
         plain: dict[str, Any] = flatten(config)

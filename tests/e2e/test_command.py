@@ -234,3 +234,12 @@ def test_a_failed_save_leaves_the_earlier_checkpoint(
     assert start(config, "checkpoint.every=1", "checkpoint.keep_last=1") == 0
     left = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
     assert left == ["latest", "step_000003"]
+
+
+def test_an_attempt_without_a_checkpoint_begins_again(config: Path, tmp_path: Path) -> None:
+    assert start(config, "run.num_steps=1") == 0
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    assert start(config, "run.num_steps=1") == 0
+    for name in ("metrics.jsonl", "metrics.discarded.jsonl"):
+        rows = [json.loads(line) for line in (tmp_path / "run" / name).read_text().splitlines()]
+        assert [row["step"] for row in rows] == [0, 1]

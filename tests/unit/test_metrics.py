@@ -1,0 +1,71 @@
+"""Metrics reduce over ranks, reach their files and become a report."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_rl.analysis.run_report import conclude
+from megatron_rl.config import load_config
+from megatron_rl.errors import DataError
+from megatron_rl.metrics.console import PlainConsole
+from megatron_rl.metrics.metric import Max, Mean, Min, Sum, mean_max_min, merge, results
+from megatron_rl.metrics.sinks import JsonlSink, read_rows
+from tests.toys import write_config
+
+
+def test_each_kind_reduces_in_its_own_way() -> None:
+    ranks = [
+        {"mean": Mean(3.0, 1), "sum": Sum(1), "max": Max(1.0), "min": Min(1.0)},
+        {"mean": Mean(3.0, 2), "sum": Sum(2), "max": Max(5.0), "min": Min(5.0), "only here": Sum(7)},
+    ]
+    assert results(merge(ranks)) == {"mean": 2.0, "sum": 3, "max": 5.0, "min": 1.0, "only here": 7}
+    assert results(mean_max_min("x", [1.0, 2.0, 6.0])) == {"x/mean": 3.0, "x/max": 6.0, "x/min": 1.0}
+    assert mean_max_min("x", []) == {}
+    with pytest.raises(AssertionError, match="x is both Mean and Sum"):
+        merge([{"x": Mean(1.0)}, {"x": Sum(1)}])
+
+
+def test_jsonl_sets_rows_beyond_the_resumed_step_aside(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    sink = JsonlSink(path, resumed_step=0)
+    for step in range(1, 5):
+        sink.write(step, {"a": float(step), "broken": float("inf")})
+    sink.close()
+    with path.open("a") as file:
+        file.write('{"step": 5, "a"')  # cut off by a kill
+    again = JsonlSink(path, resumed_step=2)
+    again.write(3, {"a": 30.0})
+    again.close()
+    assert [(row["step"], row["a"]) for row in read_rows(path)] == [(1, 1.0), (2, 2.0), (3, 30.0)]
+    assert read_rows(path)[0]["broken"] is None
+    assert [row["step"] for row in read_rows(tmp_path / "metrics.discarded.jsonl")] == [3, 4]
+
+
+def test_plain_console_prints_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
+    console = PlainConsole("name", 10, every=5)
+    for step in range(11):
+        console.step(step, {"critic/score/mean": 0.5, "timing_s/step": 0.25})
+    assert capsys.readouterr().out.splitlines() == [
+        "name  step  5/10  reward 0.500  s/step 0.25",
+        "name  step 10/10  reward 0.500  s/step 0.25",
+    ]
+
+
+def test_a_report_escapes_what_a_model_wrote_and_needs_metrics(tmp_path: Path) -> None:
+    config = load_config(write_config(tmp_path, tmp_path / "model"))
+    with pytest.raises(DataError, match="has no metrics"):
+        conclude(config)
+    run = tmp_path / "run"
+    run.mkdir()
+    rows = [{"step": 0, "eval/right": 0.25}, {"step": 1, "critic/score/mean": 0.1}, {"step": 2, "eval/right": 0.75}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sample = {"step": 0, "prompt": "p", "response": "<script>x</script>", "answer": None, "reward": 0.0}
+    (run / "samples.jsonl").write_text(json.dumps(sample) + "\n")
+    assert conclude(config).splitlines() == [
+        "held-out right: 25.0% before, 75.0% after 2 steps",
+        f"report: {run / 'report.html'}",
+    ]
+    page = (run / "report.html").read_text()
+    assert "<script>" not in page
+    assert "&lt;script&gt;" in page
