@@ -13,7 +13,7 @@ from megatron_rl.config.schema import RewardFunctionSection
 from megatron_rl.data.prompts import PromptOrder, PromptSet, load_prompts
 from megatron_rl.data.templates import load_tokenizer
 from megatron_rl.errors import ConfigError, DataError
-from megatron_rl.mcore.model import transformer_config
+from megatron_rl.mcore.model import check_weights, transformer_config
 from megatron_rl.mcore.policy import Policy, ScoringModel
 from megatron_rl.metrics.console import Console, SilentConsole, build_console
 from megatron_rl.metrics.sinks import JsonlSink, Sink, TensorboardSink, WandbSink
@@ -28,7 +28,7 @@ from megatron_rl.rollout.evaluator import Evaluator
 from megatron_rl.rollout.sampler import DemonstrationSampler, EngineSampler, Sampler
 from megatron_rl.run_folder import RunFolder
 from megatron_rl.types import ParallelContext, SamplingParams, TrainState
-from megatron_rl.weights.hf_files import HFReader, torch_dtype
+from megatron_rl.weights.hf_files import torch_dtype
 
 
 class Inputs:
@@ -42,7 +42,16 @@ class Inputs:
         validate(config, world_size)
         spec = read_model_spec(config.model.path)
         transformer_config(spec, config.parallel, torch_dtype(config.model.dtype))
-        HFReader(config.model.path)
+        check_weights(spec, config.model.path)
+        if config.algorithm.kl_coef and config.algorithm.reference_path is not None:
+            reference = read_model_spec(config.algorithm.reference_path)
+            transformer_config(reference, config.parallel, torch_dtype(config.model.dtype))
+            check_weights(reference, config.algorithm.reference_path)
+            if reference.vocab_size != spec.vocab_size:
+                raise ConfigError(
+                    f"algorithm.reference_path={config.algorithm.reference_path} has {reference.vocab_size} "
+                    f"tokens, the policy {spec.vocab_size}. The reference must share the policy's tokenizer."
+                )
         for functions in reward_functions(config).values():
             build_grader(functions)
         build_objective(config.algorithm)

@@ -21,7 +21,7 @@ import torch
 from megatron_rl.collective import barrier, raise_together
 from megatron_rl.config import RunConfig
 from megatron_rl.config.load import flatten
-from megatron_rl.errors import CheckpointError, ConfigError
+from megatron_rl.errors import CheckpointError, ConfigError, ConversionError
 from megatron_rl.mcore.checkpoint import load_policy, save_policy
 from megatron_rl.mcore.policy import Policy
 from megatron_rl.run_folder import LATEST, write_atomically
@@ -33,7 +33,10 @@ FREE_KEYS = (
     "run.name",
     "run.output_dir",
     "run.num_steps",
-    "parallel.",
+    "parallel.tensor_parallel_size",
+    "parallel.pipeline_parallel_size",
+    "parallel.sequence_parallel",
+    "parallel.timeout_minutes",
     "checkpoint.",
     "evaluation.",
     "metrics.",
@@ -56,14 +59,18 @@ class Checkpoints:
         self._folder = folder
         self._config = config
         self._parallel = parallel
+        self._last: Path | None = None  # written or restored last
 
     def save(self, state: TrainState, policy: Policy) -> Path:
-        """Write a checkpoint; it appears under its name only when complete; collective.
+        """Write a checkpoint, unless it is the last one already; it appears under its name only when
+        complete; collective.
 
         Raises:
             CheckpointError: on every rank, when it cannot be written; earlier checkpoints stay.
         """
         final = self._folder / f"step_{state.step:06d}"
+        if self._last == final:
+            return final
         partial = final.with_name(final.name + ".partial")
         with raise_together(self._parallel), _checkpoint_errors(final):
             if self._parallel.is_main:
@@ -82,10 +89,10 @@ class Checkpoints:
                     "world_size": self._parallel.world_size,
                 }
                 write_atomically(partial / "trainer.json", json.dumps(trainer, indent=2))
-                shutil.rmtree(final, ignore_errors=True)
-                os.replace(partial, final)
+                _replace_folder(partial, final)
                 write_atomically(self._folder / LATEST, final.name)
                 self._remove_old()
+        self._last = final
         return final
 
     def restore(self, path: Path, policy: Policy) -> TrainState:
@@ -96,29 +103,63 @@ class Checkpoints:
             ConfigError: it belongs to a run that learns differently.
         """
         with raise_together(self._parallel):
-            trainer = _read_trainer(path)
-            check_same_run(trainer["config"], flatten_plain(self._config), path)
+            trainer = check_resumable(path, self._config)
         load_policy(policy, path / "policy")
         random_state = path / "rng" / f"rank_{self._parallel.rank}.pt"
         if trainer["world_size"] == self._parallel.world_size and random_state.exists():
             _set_random_state(torch.load(random_state, weights_only=True))
         barrier(self._parallel)
+        self._last = path
         return TrainState(**trainer["state"])
 
     def _save_hf(self, policy: Policy, partial: Path) -> None:
         if not self._config.checkpoint.save_hf:
             return
-        if self._parallel.is_main:
-            write_hf_folder(partial / "hf", policy.export(), like=self._config.model.path)
-        elif self._parallel.dp_rank == 0:
-            for _ in policy.export():
-                pass
-        barrier(self._parallel)
+        with raise_together(self._parallel), _checkpoint_errors(partial):
+            if self._parallel.dp_rank != 0:
+                return
+            tensors = policy.export()
+            try:
+                if self._parallel.is_main:
+                    write_hf_folder(partial / "hf", tensors, like=self._config.model.path)
+            finally:
+                for _ in tensors:  # the export is collective: every rank of the replica goes through all of it
+                    pass
 
     def _remove_old(self) -> None:
-        complete = sorted(path for path in self._folder.glob("step_*") if (path / "trainer.json").exists())
-        for path in complete[: -self._config.checkpoint.keep_last]:
+        """Keep the checkpoints written last, whatever their step: a run may have been resumed from an earlier one."""
+        written = [path for path in self._folder.glob("step_*[0-9]") if (path / "trainer.json").exists()]
+        written.sort(key=lambda path: (path / "trainer.json").stat().st_mtime_ns)
+        for path in written[: -self._config.checkpoint.keep_last]:
             shutil.rmtree(path)
+
+
+def check_resumable(path: Path, config: RunConfig) -> dict[str, Any]:
+    """The trainer state of a checkpoint that this configuration may go on from.
+
+    Raises:
+        CheckpointError: it cannot be read.
+        ConfigError: it belongs to a run that learns differently.
+    """
+    trainer = _read_trainer(path)
+    check_same_run(trainer["config"], flatten_plain(config), path)
+    check_schedule(trainer["config"], flatten_plain(config), path)
+    return trainer
+
+
+def check_schedule(saved: Mapping[str, Any], current: Mapping[str, Any], path: Path) -> None:
+    """Refuse another number of steps where the learning rate decays to the end of the run.
+
+    Raises:
+        ConfigError: with what to set.
+    """
+    bound = current["optimizer.lr_decay_style"] != "constant" and current["optimizer.lr_decay_updates"] is None
+    if bound and saved["run.num_steps"] != current["run.num_steps"]:
+        raise ConfigError(
+            f"cannot resume {path} with run.num_steps={current['run.num_steps']} instead of "
+            f"{saved['run.num_steps']}: the learning rate decays to the end of the run. "
+            "Keep run.num_steps, or set optimizer.lr_decay_updates from the start."
+        )
 
 
 def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any], path: Path) -> None:
@@ -151,13 +192,22 @@ def _checkpoint_errors(path: Path) -> Iterator[None]:
     """Turn an OSError of the body into a CheckpointError that names the checkpoint."""
     try:
         yield
-    except OSError as error:
-        if isinstance(error, CheckpointError):
-            raise
-        reason = error.strerror or error
+    except CheckpointError:
+        raise
+    except (OSError, RuntimeError, ConversionError) as error:  # torch.save raises RuntimeError on a full disk
         raise CheckpointError(
-            f"cannot write checkpoint {path}: {reason}. Earlier ones are untouched; free space and resume."
+            f"cannot write checkpoint {path}: {error}. Earlier ones are untouched; free space and resume."
         ) from error
+
+
+def _replace_folder(new: Path, final: Path) -> None:
+    """Put a folder in the place of another, which is removed only afterwards."""
+    old = final.with_name(final.name + ".replaced")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        os.replace(final, old)
+    os.replace(new, final)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _read_trainer(path: Path) -> dict[str, Any]:

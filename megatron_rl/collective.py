@@ -1,6 +1,6 @@
 """Host-side collectives of plain objects, and errors that all ranks raise together."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -40,14 +40,16 @@ def raise_together(parallel: ParallelContext) -> Iterator[None]:
 
     The body must contain no collective that a failing rank could leave the others in.
     """
-    failure: MegatronRLError | None = None
+    failure: Exception | None = None
     try:
         yield
-    except MegatronRLError as error:
+    except Exception as error:  # of any kind: the others must hear of it before it goes on
         failure = error
-    failures: Sequence[MegatronRLError | None] = gather_objects(failure, parallel)
+    told = None if failure is None else (type(failure) if isinstance(failure, MegatronRLError) else None, str(failure))
+    failures = gather_objects(told, parallel)
+    if failure is not None:
+        raise failure
     for rank, found in enumerate(failures):
         if found is not None:
-            if rank == parallel.rank:
-                raise found
-            raise type(found)(f"{found} (on rank {rank})")
+            kind, message = found
+            raise (kind or MegatronRLError)(f"{message} (on rank {rank})")

@@ -10,6 +10,7 @@ from megatron_rl.algorithms.advantages import ADVANTAGES
 from megatron_rl.batching.plan import plan_batch
 from megatron_rl.batching.sequences import flatten_groups
 from megatron_rl.build import (
+    Inputs,
     build_collector,
     build_engine,
     build_evaluator,
@@ -75,8 +76,9 @@ def run_in(config: RunConfig, resume: str, parallel: ParallelContext) -> None:
         with raise_together(parallel):
             if parallel.is_main:
                 folder.create(config)
-        with closing(RunLog(*build_log(config, folder, state, parallel), folder, parallel)) as log:
-            log.note(describe(config, inputs.train.num_overlong, parallel, checkpoint.name if checkpoint else None))
+            console, sinks = build_log(config, folder, state, parallel)
+        with closing(RunLog(console, sinks, folder, parallel)) as log:
+            log.note(describe(config, inputs, parallel, checkpoint.name if checkpoint else None))
             sync = WeightSync(policy, engine)
             train(config, state, policy, reference, sampler, evaluator, sync, checkpoints, log, parallel)
 
@@ -117,6 +119,8 @@ def train(
             with watch.span("save_checkpoint"):
                 checkpoints.save(state, policy)
         metrics |= rollout_metrics(groups, batch, graded=sampler.uses_engine, parallel=parallel)
+        if evaluator is None and sampler.uses_engine and step % config.metrics.log_every == 0:
+            log.show(step, groups[0])
         log.step(step, metrics | watch.metrics())
     if state.step < config.run.num_steps:
         path = checkpoints.save(state, policy)
@@ -217,7 +221,7 @@ def rollout_metrics(
     return metrics
 
 
-def describe(config: RunConfig, num_overlong: int, parallel: ParallelContext, resumed: str | None) -> str:
+def describe(config: RunConfig, inputs: Inputs, parallel: ParallelContext, resumed: str | None) -> str:
     """What is about to happen, in a few lines."""
     rollout, batching = config.rollout, config.batching
     group = rollout.group_size if rollout.source == "engine" else 1
@@ -229,8 +233,10 @@ def describe(config: RunConfig, num_overlong: int, parallel: ParallelContext, re
         f"each step: {rollout.num_prompts_per_step} prompts x {group} = {sequences} sequences; each optimizer update: "
         f"{sequences // batching.num_updates} sequences; {batching.num_updates * batching.num_epochs} updates per step",
     ]
-    if num_overlong:
+    held_out = inputs.evaluation.num_overlong if inputs.evaluation else 0
+    if inputs.train.num_overlong or held_out:
         lines.append(
-            f"{num_overlong} prompts were dropped: longer than data.max_prompt_tokens={config.data.max_prompt_tokens}"
+            f"dropped as longer than data.max_prompt_tokens={config.data.max_prompt_tokens}: "
+            f"{inputs.train.num_overlong} training prompts, {held_out} held-out prompts"
         )
     return "\n".join(lines)

@@ -8,7 +8,7 @@ from megatron_rl.metrics.metric import Metrics, merge, results
 from megatron_rl.metrics.sinks import Sink
 from megatron_rl.rollout.evaluator import Sample
 from megatron_rl.run_folder import RunFolder
-from megatron_rl.types import ParallelContext
+from megatron_rl.types import ParallelContext, RolloutGroup
 
 
 class RunLog:
@@ -41,6 +41,11 @@ class RunLog:
         self._folder.append_samples(samples)
         first = samples[0]
         self._console.sample(first.step, first.prompt, first.response, first.reward)
+
+    def show(self, step: int, group: RolloutGroup) -> None:
+        """Show a training rollout, for runs that have no held-out ones to show."""
+        rollout = group.rollouts[0]
+        self._console.sample(step, group.prompt.text, rollout.text, rollout.reward)
 
     def close(self) -> None:
         """Finish the console and flush every sink."""

@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if parsed.dry_run:
             from megatron_rl.dry_run import dry_run
 
-            dry_run(config, show=is_main)
+            dry_run(config, parsed.resume, show=is_main)
             return 0
         from megatron_rl.loop import run
 
@@ -49,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             print(conclude(config), flush=True)  # also after a stop: what there is so far
     except MegatronRLError as error:
+        # what another rank found is printed there only once: by the first rank, which raises it too
         if is_main:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 1

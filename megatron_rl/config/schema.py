@@ -243,7 +243,7 @@ class AlgorithmSection:
     def __post_init__(self) -> None:
         _require(0 <= self.clip_ratio_low <= 1, "algorithm.clip_ratio_low", self.clip_ratio_low, "0 to 1")
         _require(self.clip_ratio_high >= 0, "algorithm.clip_ratio_high", self.clip_ratio_high, "0 or more")
-        _require(self.std_epsilon >= 0, "algorithm.std_epsilon", self.std_epsilon, "0 or more")
+        _require(self.std_epsilon > 0, "algorithm.std_epsilon", self.std_epsilon, "more than 0")
         _require(self.kl_coef >= 0, "algorithm.kl_coef", self.kl_coef, "0 or more")
         _positive("algorithm", self, "constant_length")
 

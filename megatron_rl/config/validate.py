@@ -70,11 +70,7 @@ def _check_objective(config: RunConfig) -> None:
         raise ConfigError(
             f"rollout.source=demonstrations learns by algorithm.loss=nll, not {loss!r}. Set algorithm.loss=nll."
         )
-    if (
-        source == "demonstrations"
-        and config.data.train.demonstration_field is None
-        and config.data.train.kind != "task"
-    ):
+    if source == "demonstrations" and config.data.train.demonstration_field is None:
         raise ConfigError("rollout.source=demonstrations needs data.train.demonstration_field: the column to imitate.")
     if source == "engine" and not config.reward.functions:
         raise ConfigError("reward.functions is empty: rollouts need at least one reward, for instance [{name: math}].")

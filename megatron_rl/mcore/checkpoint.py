@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.serialization import (
     get_default_load_sharded_strategy,
     get_default_save_sharded_strategy,
@@ -14,6 +15,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelSaveStrategyWrapper,
 )
 from megatron.core.dist_checkpointing.validation import StrictHandling
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_rl.errors import CheckpointError
 from megatron_rl.mcore import patches
@@ -38,10 +40,8 @@ def save_policy(policy: Policy, folder: Path) -> None:
             strategy,
             content_metadata={key: value for key, value in metadata.items() if key != "dp_cp_group"},
         )
-    except OSError as error:
-        raise CheckpointError(
-            f"cannot write checkpoint {folder}: {error.strerror or error}. Free space and resume."
-        ) from error
+    except (OSError, CheckpointException, CheckpointingException) as error:
+        raise CheckpointError(f"cannot write checkpoint {folder}: {_reason(error)}. Free space and resume.") from error
 
 
 def load_policy(policy: Policy, folder: Path) -> None:
@@ -57,15 +57,21 @@ def load_policy(policy: Policy, folder: Path) -> None:
         loaded = dist_checkpointing.load(
             _state(policy, _metadata(policy), is_loading=True), str(folder), strategy, strict=StrictHandling.RAISE_ALL
         )
-    except (OSError, KeyError, ValueError, RuntimeError, dist_checkpointing.core.CheckpointingException) as error:
+    except (OSError, KeyError, ValueError, RuntimeError, CheckpointException, CheckpointingException) as error:
         raise CheckpointError(
-            f"cannot restore checkpoint {folder}: {type(error).__name__}: {str(error)[:500]}. "
-            "Resume from an earlier one with --resume PATH."
+            f"cannot restore checkpoint {folder}: {_reason(error)}. Resume from an earlier one with --resume PATH."
         ) from error
     policy.model.load_state_dict(loaded["model"])
     policy.optimizer.load_state_dict(loaded["optimizer"])
     patches.separate_step_counts(policy.optimizer)
     policy.scheduler.load_state_dict(loaded["scheduler"])
+
+
+def _reason(error: BaseException) -> str:
+    """What happened, in a line: torch's CheckpointException carries whole tracebacks of the ranks."""
+    lines = str(error).split("\n")
+    said = [line for line in lines if line.strip(" .")]
+    return f"{type(error).__name__}: {said[-1].strip()[:500]}" if said else repr(error)
 
 
 def _metadata(policy: Policy) -> dict[str, Any]:

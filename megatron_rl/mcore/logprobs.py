@@ -59,6 +59,7 @@ def vocab_parallel_logprobs(
     Returns:
         logprobs [...] and entropy [...] in nats, float32, both differentiable.
     """
+    logits = logits.float()  # before the division, as the sampler does
     if temperature != 1.0:
         logits = logits / temperature
     first = group.rank() * logits.size(-1)

@@ -124,15 +124,25 @@ def global_parameters(model: GPTModel) -> dict[str, torch.nn.Parameter]:
     return named
 
 
-@torch.no_grad()
-def load_hf_weights(model: GPTModel, spec: ModelSpec, parallel: ParallelContext, reader: HFReader) -> None:
-    """Fill this rank's shards from a Hugging Face folder, reading only the bytes they need.
+def check_weights(spec: ModelSpec, folder: str) -> HFReader:
+    """Open a Hugging Face folder whose tensors are those of the model, by names and shapes.
 
     Raises:
-        ConversionError: a tensor is missing, misshapen or unmapped, or a parameter has no layout.
+        ConversionError: a file or tensor is missing, damaged, misshapen or unmapped.
+    """
+    reader = HFReader(folder)
+    check_against_table(reader, hf_shapes(layout_table(spec, 1)), ignored_names(spec))
+    return reader
+
+
+@torch.no_grad()
+def load_hf_weights(model: GPTModel, spec: ModelSpec, parallel: ParallelContext, reader: HFReader) -> None:
+    """Fill this rank's shards from a checked folder, reading only the bytes they need.
+
+    Raises:
+        ConversionError: a parameter has no layout, or another shape.
     """
     table = layout_table(spec, parallel.tp_size)
-    check_against_table(reader, hf_shapes(table), ignored_names(spec))
     for name, parameter in global_parameters(model).items():
         if name not in table:
             raise ConversionError(f"Megatron parameter {name} has no layout. Add it to megatron_rl/models/table.py.")

@@ -1,5 +1,6 @@
 """The process groups of a run, from the launcher's environment variables."""
 
+import math
 import os
 from collections.abc import Mapping
 from datetime import timedelta
@@ -21,14 +22,21 @@ DROPOUT_SEED = 1234
 
 
 def launcher_world(environment: Mapping[str, str] | None = None) -> tuple[int, int, int]:
-    """(rank, world size, local rank) as torchrun or srun sets them; (0, 1, 0) when started by hand.
+    """(rank, world size, local rank) as torchrun sets them; (0, 1, 0) when started by hand.
 
     Raises:
-        ConfigError: only some of the variables are set, or one is not a number.
+        ConfigError: only some of the variables are set, one is not a number, or srun started several
+            tasks without telling them their ranks.
     """
     environment = os.environ if environment is None else environment
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     if "RANK" not in environment and "WORLD_SIZE" not in environment:
+        tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
+        if tasks != "1":
+            raise ConfigError(
+                f"srun started {tasks} tasks, but RANK and WORLD_SIZE are not set, so each would train alone. "
+                "Start one task per node, and torchrun in it."
+            )
         return 0, 1, 0
     try:
         rank, world_size, local_rank = (int(environment[name]) for name in names)
@@ -76,6 +84,7 @@ def split_world(
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor_parallel_size,
         pipeline_model_parallel_size=config.pipeline_parallel_size,
+        distributed_timeout_minutes=max(1, math.ceil(config.timeout_minutes)),
     )
     model_parallel_cuda_manual_seed(DROPOUT_SEED, force_reset_rng=True)
     groups = ProcessGroupCollection.use_mpu_process_groups()
@@ -91,7 +100,7 @@ def split_world(
         pp_rank=groups.pp.rank(),
         pp_size=groups.pp.size(),
         groups=groups,
-        host_group=dist.new_group(backend="gloo"),
+        host_group=dist.new_group(backend="gloo", timeout=timedelta(minutes=config.timeout_minutes)),
         store=store,
     )
 

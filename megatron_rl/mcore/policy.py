@@ -17,13 +17,13 @@ from megatron_rl.config.schema import RunConfig
 from megatron_rl.errors import TrainingDiverged
 from megatron_rl.mcore import patches
 from megatron_rl.mcore.forward import ForwardPass
-from megatron_rl.mcore.model import build_model, global_parameters, load_hf_weights, transformer_config
+from megatron_rl.mcore.model import build_model, check_weights, global_parameters, load_hf_weights, transformer_config
 from megatron_rl.mcore.optimizer import build_optimizer, build_scheduler, step_if_finite
 from megatron_rl.metrics.metric import Max, Mean, Reduction, merge
 from megatron_rl.models import layout_table, read_model_spec
 from megatron_rl.types import MicroBatch, ParallelContext, TrainBatch, UpdatePlan
 from megatron_rl.weights.export import export_weights, plan_export
-from megatron_rl.weights.hf_files import HFReader, torch_dtype
+from megatron_rl.weights.hf_files import torch_dtype
 
 
 class ScoringModel:
@@ -35,7 +35,7 @@ class ScoringModel:
         self.parallel = parallel
         self.transformer_config = transformer_config(self.spec, config.parallel, torch_dtype(config.model.dtype))
         self.model = build_model(self.spec, self.transformer_config, parallel)
-        load_hf_weights(self.model, self.spec, parallel, HFReader(path))
+        load_hf_weights(self.model, self.spec, parallel, check_weights(self.spec, path))
         self._table = layout_table(self.spec, parallel.tp_size)
         self._export_plan = plan_export(self._held_by_replica(), self._table, parallel.tp_size)
         self._packed = config.batching.packed
@@ -113,7 +113,7 @@ class Policy(ScoringModel):
         self.scheduler = build_scheduler(config.optimizer, self.optimizer, num_updates)
         self.transformer_config.finalize_model_grads_func = finalize_model_grads
         self.transformer_config.grad_scale_func = self.optimizer.scale_loss
-        self._objective = build_objective(config.algorithm)
+        self._loss = _PolicyLoss(build_objective(config.algorithm), on_samples=config.rollout.source == "engine")
 
     def update(self, batch: TrainBatch) -> dict[str, Reduction]:
         """Make every optimizer update of the batch.
@@ -128,7 +128,7 @@ class Policy(ScoringModel):
         self.optimizer.zero_grad()
         results = self._forward(self.ddp).run(
             [[batch.sequences[i] for i in places] for places in plan.micro_batches],
-            _PolicyLoss(self._objective),
+            self._loss,
             forward_only=False,
         )
         metrics = merge(results)
@@ -141,18 +141,26 @@ class Policy(ScoringModel):
         return {**metrics, "actor/grad_norm": Max(norm), "actor/lr": Max(rate)}
 
     def _raise_unless_finite(self, metrics: dict[str, Reduction]) -> None:
-        if any_rank(bool(metrics) and not math.isfinite(metrics["actor/loss"].result()), self.parallel):
+        if any_rank(bool(metrics) and not math.isfinite(_loss_sum(metrics)), self.parallel):
             raise TrainingDiverged(
                 "the loss is not finite. The weights were left as they were. "
                 "Lower optimizer.lr, or look at the last rollouts."
             )
 
 
+def _loss_sum(metrics: dict[str, Reduction]) -> float:
+    """The sum, and not the mean: a rank may have no token with loss in an update."""
+    loss = metrics["actor/loss"]
+    assert isinstance(loss, Mean)
+    return loss.total
+
+
 class _PolicyLoss:
     """Sum of weight times token loss, with what the metrics need."""
 
-    def __init__(self, objective: Objective) -> None:
+    def __init__(self, objective: Objective, *, on_samples: bool) -> None:
         self._objective = objective
+        self._on_samples = on_samples
 
     def __call__(self, batch: MicroBatch, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor, dict[str, Mean]]:
         mask, weights = batch.loss_mask, batch.loss_weights[batch.loss_mask]
@@ -163,10 +171,11 @@ class _PolicyLoss:
         sums = {
             "actor/loss": loss,
             "actor/pg_loss": (weights * terms.policy).sum(),
-            "actor/pg_clipfrac": terms.clipped.sum(),
-            "actor/ppo_kl": k1(old, logprobs).sum(),
             "actor/entropy": entropy.sum(),
         }
+        if self._on_samples:  # demonstrations have no log-probabilities of before
+            sums["actor/pg_clipfrac"] = terms.clipped.sum()
+            sums["actor/ppo_kl"] = k1(old, logprobs).sum()
         if terms.kl is not None:
             sums["actor/kl_loss"] = terms.kl.sum()
         metrics = {name: Mean(float(value.detach()), count) for name, value in sums.items()}

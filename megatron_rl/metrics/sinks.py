@@ -79,7 +79,7 @@ class WandbSink:
                 config=config,
                 settings=wandb.Settings(silent=True),
             )
-        except wandb.errors.UsageError as error:
+        except wandb.errors.Error as error:
             raise MegatronRLError(f"wandb does not start: {error}. Set metrics.wandb=offline or disabled.") from error
 
     def write(self, step: int, values: Mapping[str, float]) -> None:

@@ -6,7 +6,7 @@ from decimal import Decimal, InvalidOperation
 
 from megatron_rl.rewards.record import RewardInput
 
-_NUMBER = re.compile(r"^-?\$?\d[\d,]*(\.\d+)?%?$")
+_NUMBER = re.compile(r"^-?\$?(\d{1,3}(,\d{3})+|\d+)(\.\d+)?%?$")
 
 
 def math_answer(sample: RewardInput) -> float:

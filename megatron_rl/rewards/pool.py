@@ -5,6 +5,7 @@ samples behind it go to the new worker. Workers are forked from a server that ha
 loaded, so that replacing one is cheap and no thread or lock of the trainer is copied.
 """
 
+import atexit
 import multiprocessing
 import queue
 import threading
@@ -39,11 +40,12 @@ class RewardPool:
         self._functions = functions
         self._requests: queue.Queue[_Request | None] = queue.Queue()
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["megatron_rl.rewards.worker"])
-        workers = [_Worker(self._context, config, functions) for _ in range(config.num_workers)]
-        self._threads = [threading.Thread(target=self._serve, args=(worker,), daemon=True) for worker in workers]
+        self._context.set_forkserver_preload(["megatron_rl.rewards.server"])
+        self._workers = [_Worker(self._context, config, functions) for _ in range(config.num_workers)]
+        self._threads = [threading.Thread(target=self._serve, args=(worker,), daemon=True) for worker in self._workers]
         for thread in self._threads:
             thread.start()
+        atexit.register(self.close)  # the workers ignore the signal that would end them otherwise
 
     def submit(self, functions: str, samples: Sequence[RewardInput]) -> "Future[list[RewardResult]]":
         """Grade some samples by a named set of functions; the results are in the order of the samples."""
@@ -52,11 +54,14 @@ class RewardPool:
         return future
 
     def close(self) -> None:
-        """End the workers."""
+        """End the workers; a second call does nothing."""
+        atexit.unregister(self.close)
         for _ in self._threads:
             self._requests.put(None)
-        for thread in self._threads:
+        for thread, worker in zip(self._threads, self._workers, strict=True):
             thread.join(timeout=self._config.timeout_s)
+            worker.kill()
+        self._threads, self._workers = [], []
 
     def _serve(self, worker: "_Worker") -> None:
         while (request := self._requests.get()) is not None:
@@ -65,7 +70,6 @@ class RewardPool:
                 future.set_result(worker.grade(functions, samples))
             except BaseException as error:
                 future.set_exception(error)
-        worker.kill()
 
 
 class _Worker:

@@ -24,7 +24,7 @@ class RewardInput:
 
 
 RewardFunction = Callable[..., float]
-"""(sample: RewardInput, **options) -> float; None or NaN is an error."""
+"""(sample: RewardInput, **options) -> float; anything but a finite number is an error."""
 
 
 @dataclass(frozen=True, kw_only=True)

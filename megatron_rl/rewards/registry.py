@@ -1,6 +1,7 @@
 """Reward functions by name, and the weighted sum of several."""
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 
 from megatron_rl.config.schema import RewardFunctionSection
@@ -44,8 +45,8 @@ def build_grader(functions: Sequence[RewardFunctionSection]) -> Grader:
         total = 0.0
         for name, weight, function in loaded:
             value = function(sample)
-            if value is None or value != value:
-                raise RewardError(f"reward {name} returned {value!r}: expected a number")
+            if value is None or not math.isfinite(value):
+                raise RewardError(f"reward {name} returned {value!r}: expected a finite number")
             parts[name] = float(value)
             total += weight * float(value)
         return total, parts

@@ -14,7 +14,7 @@ FunctionSets = Mapping[str, Sequence[RewardFunctionSection]]
 
 def work(connection: Connection, functions: FunctionSets, memory_limit_bytes: int) -> None:
     """Answer every sample of every request, one result at a time, until the other side hangs up."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to end
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as server.py does with SIGTERM
     resource.setrlimit(resource.RLIMIT_AS, (memory_limit_bytes, memory_limit_bytes))
     graders = {name: build_grader(sections) for name, sections in functions.items()}
     connection.send("ready")

@@ -77,7 +77,13 @@ class DemonstrationSampler:
         ]
 
     def _rollout(self, prompt: Prompt, text: str, response: list[int]) -> Rollout:
-        ids = torch.tensor([*response, self._tokenizer.eos_token_id])[: self._config.max_new_tokens]
+        ids = torch.tensor([*response, self._tokenizer.eos_token_id])
+        if ids.numel() > self._config.max_new_tokens:
+            raise DataError(
+                f"the demonstration of prompt {prompt.prompt_id} has {ids.numel()} tokens with its end token, "
+                f"more than rollout.max_new_tokens={self._config.max_new_tokens}. "
+                "Raise the limit, or leave such rows out."
+            )
         token_ids = torch.cat([prompt.token_ids, ids])
         mask = torch.arange(token_ids.numel()) >= prompt.token_ids.numel()
         return Rollout(
@@ -85,7 +91,7 @@ class DemonstrationSampler:
             loss_mask=mask,
             rollout_logprobs=torch.zeros(token_ids.numel()),
             text=text,
-            finish_reason="stop" if len(response) < self._config.max_new_tokens else "length",
+            finish_reason="stop",
             policy_version=-1,
             reward=0.0,
             reward_parts={},

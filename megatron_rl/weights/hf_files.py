@@ -115,11 +115,9 @@ def write_hf_folder(
             if file.is_file() and not file.name.endswith((*WEIGHT_SUFFIXES, ".index.json")):
                 shutil.copy2(file, partial / file.name)
         os.replace(partial, target)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise ConversionError(
-            f"cannot write {target}: {error.strerror or error}. Free space or choose another folder."
-        ) from error
+        raise ConversionError(f"cannot write {target}: {error}. Free space or choose another folder.") from error
 
 
 def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int) -> None:

@@ -142,5 +142,15 @@ def diverge(config: RunConfig) -> tuple[str, bool]:
     return "nothing", False
 
 
+def update_without_tokens_here(config: RunConfig) -> float:
+    """An update in which only the first data-parallel rank has tokens with loss: its gradient norm."""
+    parallel = world(config)
+    batch = batch_of(parallel)
+    if parallel.dp_rank > 0:
+        masked = [replace(s, loss_mask=torch.zeros_like(s.loss_mask)) for s in batch.sequences]
+        batch = replace(batch, sequences=masked)
+    return Policy(config, parallel).update(batch)["actor/grad_norm"].result()
+
+
 def _norm(policy: Policy, parallel: ParallelContext) -> float:
     return policy.update(batch_of(parallel))["actor/grad_norm"].result()

@@ -105,3 +105,11 @@ def test_resume_repeats_bit_for_bit(
 
     assert compared(parts) == compared(whole)
     assert rows(parts / "run")[-1]["eval/score"] == rows(whole / "run")[-1]["eval/score"]
+
+
+def test_a_rank_without_tokens_takes_part(
+    gangs: Callable[[int], Gang], toy_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    config = toy_config(tmp_path, toy_model("qwen2", tied=True))
+    (alone,) = gangs(1).call(cases.update_without_tokens_here, config=config)
+    assert gangs(2).call(cases.update_without_tokens_here, config=config) == pytest.approx([alone, alone], rel=1e-5)

@@ -1,5 +1,6 @@
 """The command as a user meets it: what it prints, what it refuses, what it leaves behind."""
 
+import functools
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -9,10 +10,11 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
-from megatron_rl.checkpoints import Checkpoints
-from megatron_rl.errors import CheckpointError
+import megatron_rl.mcore  # noqa: F401  prepares Megatron-Core for the CPU
 from megatron_rl.train import main
 from tests.toys import write_config
+
+from megatron.core.dist_checkpointing.strategies import filesystem_async  # isort: skip
 
 
 @pytest.fixture
@@ -46,7 +48,7 @@ def test_dry_run_says_what_the_config_means_and_writes_nothing(
     assert start(config, "--dry-run", "optimizer.lr=2e-5") == 0
     printed = capsys.readouterr().out
     assert yaml.safe_load(printed)["optimizer"]["lr"] == 2e-5
-    assert "# ok: 1 ranks, 64 training prompts (0 over-long dropped), 8 held-out prompts" in printed
+    assert "# ok: 1 ranks, 64 training prompts (0 over-long dropped), 8 held-out prompts, begins at step 0" in printed
     assert not (tmp_path / "run").exists()
 
 
@@ -217,18 +219,42 @@ def test_resume_refuses_another_config_and_never_refuses_a_used_folder(
     assert [json.loads(line)["step"] for line in discarded] == [2]
 
 
+def test_resume_refuses_more_steps_where_the_rate_decays_to_the_end(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    decay = ["optimizer.lr_decay_style=linear"]
+    assert start(config, "run.num_steps=1", *decay) == 0
+    capsys.readouterr()
+    error = refused(capsys, start(config, "run.num_steps=2", *decay, "--dry-run"))
+    assert "with run.num_steps=2 instead of 1: the learning rate decays to the end" in error
+
+
+def test_going_back_to_an_earlier_checkpoint_keeps_what_is_written_then(config: Path, tmp_path: Path) -> None:
+    keep = ["checkpoint.every=1", "checkpoint.keep_last=2"]
+    folder = tmp_path / "run/checkpoints"
+    assert start(config, *keep) == 0
+    assert start(config, *keep, "run.num_steps=2", "--resume", str(folder / "step_000002")) == 0
+    shutil.copytree(folder / "step_000002", tmp_path / "step_000001")
+    assert start(config, *keep, "run.num_steps=4", "--resume", str(tmp_path / "step_000001")) == 0
+    assert (folder / "latest").read_text() == "step_000004"
+    assert sorted(path.name for path in folder.glob("step_*")) == ["step_000003", "step_000004"]
+
+
 def test_a_failed_save_leaves_the_earlier_checkpoint(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save = Checkpoints._save_hf
+    write = filesystem_async._write_item
 
-    def full(self: Checkpoints, policy: object, partial: Path) -> None:
-        if "000002" in partial.name:
-            raise CheckpointError("cannot write: no space left on device")
-        save(self, policy, partial)  # type: ignore[arg-type]
+    @functools.wraps(write)  # Megatron reads the signature
+    def full(*arguments: object, **options: object) -> object:
+        if any("step_000002" in str(getattr(argument, "name", "")) for argument in arguments):
+            raise OSError(28, "No space left on device")
+        return write(*arguments, **options)
 
-    monkeypatch.setattr(Checkpoints, "_save_hf", full)
-    assert "no space left" in refused(capsys, start(config, "checkpoint.every=1", "checkpoint.keep_last=1"))
+    monkeypatch.setattr(filesystem_async, "_write_item", full)
+    error = refused(capsys, start(config, "checkpoint.every=1", "checkpoint.keep_last=1"))
+    assert "cannot write checkpoint" in error
+    assert "step_000002" in error
     monkeypatch.undo()
     assert (tmp_path / "run/checkpoints/latest").read_text() == "step_000001"
     assert start(config, "checkpoint.every=1", "checkpoint.keep_last=1") == 0

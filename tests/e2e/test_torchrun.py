@@ -99,28 +99,24 @@ def test_every_rank_ends_with_an_error_and_one_message(toy_model: Callable[..., 
     assert "Traceback" not in done.stderr.split("error: ")[0]
 
 
-def test_a_signal_stops_with_a_checkpoint(toy_model: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_signal_to_the_whole_group_stops_with_a_checkpoint(toy_model: Callable[..., Path], tmp_path: Path) -> None:
     config = write_config(tmp_path, toy_model("qwen2"))
     process = subprocess.Popen(
         [
-            sys.executable,
-            "-m",
-            "megatron_rl.train",
-            "--config",
-            str(config),
-            "run.num_steps=100000",
-            "metrics.console=plain",
+            *(sys.executable, "-m", "megatron_rl.train", "--config", str(config)),
+            *("run.num_steps=100000", "metrics.console=plain", "reward.max_failure_fraction=0"),
         ],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,
     )
     deadline = time.monotonic() + LIMIT_S
     while not (tmp_path / "run/metrics.jsonl").exists() or len(rows(tmp_path / "run")) < 3:
         assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)  # the reward workers get it too
     printed, _ = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 0, printed
     step = rows(tmp_path / "run")[-1]["step"]

@@ -105,6 +105,7 @@ def test_files_that_are_missing_broken_or_loop(config: Path, tmp_path: Path) -> 
         (["batching.max_tokens_per_micro_batch=10"], 1, r"at least 16"),
         (["reward.functions=[]"], 1, r"reward\.functions is empty"),
         (["rollout.source=demonstrations"], 1, r"algorithm\.loss=nll"),
+        (["rollout.source=demonstrations", "algorithm.loss=nll"], 1, r"data\.train\.demonstration_field"),
         (["optimizer.lr_warmup_updates=5", "optimizer.lr_decay_updates=5"], 1, r"lr_decay_updates=5"),
         (["data.evaluation=null", "evaluation.every=1"], 1, r"evaluation\.every=1"),
     ],

@@ -33,6 +33,7 @@ def sample(response: str, answer: str | None = "42", finish_reason: str = "stop"
         (r"\boxed{1} then \boxed{42}", "42", 1),
         (r"\boxed{42} then \boxed{1}", "42", 0),
         (r"\boxed{1,234}", "1234", 1),
+        (r"\boxed{1,2}", "12", 0),
         (r"\boxed{42.0}", "42", 1),
         (r"\boxed{\frac{2}{4}}", r"\frac12", 1),
         (r"\boxed{(x+1)^2}", "x^2+2x+1", 1),

@@ -75,6 +75,7 @@ class EmbeddedEngine:
         self._device = device
         self._max_num_sequences = max_num_sequences
         self._version = -1
+        self._last_size = 1  # samples of the request pulled last: the next is expected to be like it
 
     @property
     def version(self) -> int:
@@ -94,13 +95,14 @@ class EmbeddedEngine:
         exhausted = False
         while True:
             fresh: list[Request] = []
-            while not exhausted and self._has_place(in_work, fresh, max_requests):
+            while not exhausted and self._has_place(in_work, max_requests):
                 request = next(requests, None)
                 if request is None:
                     exhausted = True
                 else:
                     self._check(request, params)
                     fresh.append(request)
+                    self._last_size = len(request.seeds)
                     in_work[request.key] = len(request.seeds)
             if fresh:
                 admitted = self._admit(fresh, params)
@@ -116,12 +118,11 @@ class EmbeddedEngine:
             if rows is not None:
                 rows.logits = self._decoder.decode(_last_tokens(rows), rows.cache, rows.working)
 
-    def _has_place(self, in_work: dict[int, int], fresh: list[Request], max_requests: int) -> bool:
+    def _has_place(self, in_work: dict[int, int], max_requests: int) -> bool:
         if len(in_work) >= max_requests:
             return False
         num_sequences = sum(in_work.values())
-        next_size = len(fresh[-1].seeds) if fresh else 1
-        return num_sequences == 0 or num_sequences + next_size <= self._max_num_sequences
+        return num_sequences == 0 or num_sequences + self._last_size <= self._max_num_sequences
 
     def _check(self, request: Request, params: SamplingParams) -> None:
         ids, limit = request.token_ids, self._spec.max_position_embeddings
