@@ -1,4 +1,4 @@
-"""Train: python -m megatron_rl.train --config FILE [key=value …], alone or under torchrun or srun.
+"""Train: python -m megatron_rl.train --config FILE [key=value …], alone or under torchrun.
 
 Nothing heavy is imported at the top: reward workers import the main module again.
 """

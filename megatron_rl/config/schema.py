@@ -15,10 +15,10 @@ def _require(holds: bool, key: str, value: object, expected: str, change: str = 
         raise ConfigError(f"{key}={value}: expected {expected}." + (f" {change}" if change else ""))
 
 
-def _positive(section: str, config: object, *names: str) -> None:
+def _positive(prefix: str, section: object, *names: str) -> None:
     for name in names:
-        value = getattr(config, name)
-        _require(value is None or value >= 1, f"{section}.{name}", value, "at least 1")
+        value = getattr(section, name)
+        _require(value is None or value >= 1, f"{prefix}.{name}", value, "at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
