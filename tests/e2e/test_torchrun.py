@@ -78,13 +78,22 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(toy_model: Callable
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
-def test_tp2_pp2_equals_one_rank(toy_model: Callable[..., Path], tmp_path: Path) -> None:
-    config = write_config(tmp_path, toy_model("qwen2"))
-    split = ["parallel.tensor_parallel_size=2", "parallel.pipeline_parallel_size=2"]
-    for world_size, overrides in ((1, []), (4, split)):
-        done = start(world_size, config, *overrides, f"run.output_dir={tmp_path}/{world_size}")
-        assert done.returncode == 0, done.stderr[-3000:]
-    for one, four in zip(rows(tmp_path / "1"), rows(tmp_path / "4"), strict=True):
+@pytest.fixture(scope="module")
+def one_rank(toy_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("one_rank")
+    done = start(1, write_config(folder, toy_model("qwen2")))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return rows(folder / "run")
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(2, 2), (2, 1), (1, 1)], ids=["tp2-pp2", "tp2-dp2", "dp4"])
+def test_four_ranks_equal_one(
+    tp: int, pp: int, one_rank: list[dict[str, Any]], toy_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    split = [f"parallel.tensor_parallel_size={tp}", f"parallel.pipeline_parallel_size={pp}"]
+    done = start(4, write_config(tmp_path, toy_model("qwen2")), *split)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for one, four in zip(one_rank, rows(tmp_path / "run"), strict=True):
         for name in ("actor/loss", "actor/grad_norm", "critic/score/mean", "eval/score"):
             assert (name in one) == (name in four)
             if name in one:
