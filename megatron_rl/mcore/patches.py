@@ -10,11 +10,10 @@ distributed optimizer on top of it has three faults, one of them silent:
    number of parameters: ``separate_step_counts``.
 
 Saving its state has a fourth fault, with at most a line in the log as sign: parameters are looked
-up by their place in the gradient buffer, in a copy of it that leaves the padding between parameters
-and between buckets out. Where there is such padding (sizes that are not multiples of 64; or tied
-embeddings under pipeline parallelism, which have a bucket of their own, and a size that is not a
-multiple of 128 and of the data-parallel size), parameters are saved shifted and with a tail of
-zeros: ``count_gaps``.
+up by their place in the gradient buffer, in a copy of it that leaves the padding between buckets
+out. Where there is such padding (tied embeddings under pipeline parallelism have a bucket of their
+own, and the other one's size need not be a multiple of 128 and of the data-parallel size),
+parameters are saved shifted and with a tail of zeros: ``count_gaps``.
 
 And one fault more: a synchronous save forks writer processes from a process full of threads,
 hangs for ever when one of them dies, and starts a manager process that imports the main program
