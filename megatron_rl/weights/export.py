@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -114,8 +113,3 @@ def _bucket(
         for rank, sent in pieces[name].items():
             by_owner.setdefault(rank, []).extend(sent)
     return Bucket({name: shapes[name] for name in names}, dict(sorted(by_owner.items())))
-
-
-def as_dtype(tensors: Iterator[tuple[str, Tensor]], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """The same tensors in another type."""
-    return ((name, tensor.to(dtype)) for name, tensor in tensors)
