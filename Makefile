@@ -1,11 +1,17 @@
 # make quickstart   set up everything and watch a model learn (SEED=1 for another run)
 # make test         set up everything and run the tests
+# make bench-step   set up TRL beside it and time one step of both
 # On a machine without a GPU the CPU build of torch is used where pip finds one (PIP_FIND_LINKS or an index).
 
 PYTHON ?= python3
 VENV ?= .venv
 SEED ?= 0
+TRL_VENV ?= .venv-trl
+TRL_INSTALLED := $(TRL_VENV)/.installed
+BENCH ?=
 BIN := $(VENV)/bin
+NEWEST := .megatron-newest
+GATES := tests/distributed/test_layouts.py
 INSTALLED := $(VENV)/.installed
 # the newest torch that the CPU engines are built for; a machine with a GPU keeps the build it has
 TORCH := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 'torch>=2.11,<2.14' || echo 'torch==2.13.0')
@@ -13,7 +19,7 @@ TORCH := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 'torch>=2.11,<2.1
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install quickstart quickstart-seeds test lint clean
+.PHONY: install quickstart quickstart-seeds bench-step bench-memory test test-newest lint clean
 
 install: $(INSTALLED)
 
@@ -31,8 +37,32 @@ quickstart: $(INSTALLED)
 quickstart-seeds: $(INSTALLED)
 	PATH="$(abspath $(BIN)):$$PATH" python tools/bench_quickstart.py --seeds 0 1 2
 
+# one step side by side with TRL and a plain loop; BENCH="--sizes 1m --threads 1 2 --json FILE" chooses
+bench-step: $(INSTALLED) $(TRL_INSTALLED)
+	$(BIN)/python tools/bench_step.py --trl-python $(TRL_VENV)/bin/python $(BENCH)
+
+# what recomputation, chunks of logits and offload save
+bench-memory: $(INSTALLED)
+	$(BIN)/python tools/bench_memory.py
+
+$(TRL_INSTALLED):
+	test -x $(TRL_VENV)/bin/python || $(PYTHON) -m venv $(TRL_VENV)
+	$(TRL_VENV)/bin/python -m pip install --quiet '$(TORCH)'
+	$(TRL_VENV)/bin/python -m pip install --quiet trl==1.16.0
+	touch $@
+
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+# the gates again, on the newest Megatron-Core that is supported; what pip installs is the newest for this Python
+test-newest: $(INSTALLED) $(NEWEST)/.installed
+	PYTHONPATH="$(abspath $(NEWEST))" $(BIN)/python -m pytest $(GATES)
+
+# its metadata ask for Python 3.12 although there are builds for 3.11; it imports triton, also where nothing runs on it
+$(NEWEST)/.installed:
+	$(BIN)/python -m pip install --quiet --no-deps --ignore-requires-python --target $(NEWEST) \
+		'megatron-core<0.20' triton
+	touch $@
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -40,4 +70,4 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) $(TRL_VENV) $(NEWEST) runs build *.egg-info

@@ -27,6 +27,8 @@ setup(
         "pyyaml>=6,<7",
         "numpy>=1.26,<3",
         "safetensors>=0.5,<1",
+        # newer releases of megatron-core want Python 3.12 and import it also where nothing runs on it
+        "triton; python_version >= '3.12' and platform_system == 'Linux'",
         # megatron-core saves checkpoints with it but does not ask for it
         "psutil>=5.9",
         "datasets>=3,<6",

@@ -4,6 +4,8 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from megatron_rl.algorithms.advantages import ADVANTAGES
 from megatron_rl.algorithms.objective import build_objective
 from megatron_rl.collective import gather_objects, raise_together
@@ -13,11 +15,17 @@ from megatron_rl.config.schema import RewardFunctionSection
 from megatron_rl.data.prompts import PromptOrder, PromptSet, load_prompts
 from megatron_rl.data.templates import load_tokenizer
 from megatron_rl.errors import ConfigError, DataError
-from megatron_rl.mcore.model import check_weights, transformer_config
-from megatron_rl.mcore.policy import Policy, ScoringModel
+from megatron_rl.mcore.model import check_weights
+from megatron_rl.mcore.optimizer import check_optimizer
+from megatron_rl.mcore.policy import Policy
+from megatron_rl.mcore.precision import choose_implementation
+from megatron_rl.mcore.reference import HostedReference
+from megatron_rl.mcore.scoring import ScoringModel
+from megatron_rl.mcore.settings import transformer_config
 from megatron_rl.metrics.console import Console, SilentConsole, build_console
 from megatron_rl.metrics.sinks import JsonlSink, Sink, TensorboardSink, WandbSink
 from megatron_rl.models import ModelSpec, read_model_spec
+from megatron_rl.models.flops import peak_tflops
 from megatron_rl.plugins import load_symbol
 from megatron_rl.rewards.pool import RewardPool
 from megatron_rl.rewards.registry import build_grader
@@ -30,6 +38,8 @@ from megatron_rl.run_folder import RunFolder
 from megatron_rl.types import ParallelContext, SamplingParams, TrainState
 from megatron_rl.weights.hf_files import torch_dtype
 
+Reference = HostedReference | ScoringModel
+
 
 class Inputs:
     """What a run reads: tokenizer and prompts. Reading it checks everything that needs no model."""
@@ -41,11 +51,17 @@ class Inputs:
         """
         validate(config, world_size)
         spec = read_model_spec(config.model.path)
-        transformer_config(spec, config.parallel, torch_dtype(config.model.dtype))
+        implementation = choose_implementation(config)
+        check_optimizer(config)
+        if config.moe.routing_replay and spec.moe is None:
+            raise ConfigError(f"moe.routing_replay=true: {spec.family} has no experts. Set it to false.")
+        if config.profiling.memory_snapshot and not torch.cuda.is_available():
+            raise ConfigError("profiling.memory_snapshot=true needs a GPU. Set it to false.")
+        transformer_config(spec, config, implementation)
         check_weights(spec, config.model.path)
         if config.algorithm.kl_coef and config.algorithm.reference_path is not None:
             reference = read_model_spec(config.algorithm.reference_path)
-            transformer_config(reference, config.parallel, torch_dtype(config.model.dtype))
+            transformer_config(reference, config, implementation)
             check_weights(reference, config.algorithm.reference_path)
             if reference.vocab_size != spec.vocab_size:
                 raise ConfigError(
@@ -88,11 +104,14 @@ def read_inputs(config: RunConfig, parallel: ParallelContext) -> Inputs:
         return Inputs(config, parallel.world_size)
 
 
-def build_reference(config: RunConfig, parallel: ParallelContext) -> ScoringModel | None:
+def build_reference(config: RunConfig, policy: Policy) -> Reference | None:
     """The model that the KL divergence is taken to; None when its coefficient is 0."""
     if config.algorithm.kl_coef == 0:
         return None
-    return ScoringModel(config, parallel, config.algorithm.reference_path or config.model.path)
+    path = config.algorithm.reference_path or config.model.path
+    if read_model_spec(path) == policy.spec and not config.precision.fp8_params:
+        return HostedReference(policy, path)
+    return ScoringModel(config, policy.parallel, path)  # cannot take the policy's place
 
 
 def build_engine(config: RunConfig, policy: Policy) -> Engine:
@@ -102,6 +121,7 @@ def build_engine(config: RunConfig, policy: Policy) -> Engine:
         device=policy.parallel.device,
         dtype=torch_dtype(config.model.dtype),
         max_num_sequences=config.rollout.max_num_sequences,
+        reports_routing=config.moe.routing_replay,
     )
 
 
@@ -149,6 +169,13 @@ def build_evaluator(config: RunConfig, inputs: Inputs, collector: Collector) -> 
 def reward_functions(config: RunConfig) -> dict[str, Sequence[RewardFunctionSection]]:
     """The named sets of reward functions."""
     return {"train": config.reward.functions, "evaluation": config.evaluation.functions or config.reward.functions}
+
+
+def device_peak(config: RunConfig, parallel: ParallelContext) -> float | None:
+    """What one rank's device could do in TFLOP/s, when it is known."""
+    if config.profiling.peak_tflops is not None or parallel.device.type != "cuda":
+        return config.profiling.peak_tflops
+    return peak_tflops(torch.cuda.get_device_name(parallel.device))
 
 
 def fresh_state(parallel: ParallelContext) -> TrainState:

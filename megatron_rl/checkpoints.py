@@ -3,6 +3,7 @@
 checkpoints/step_000020/policy/        Megatron distributed checkpoint (weights, optimizer, schedule)
 checkpoints/step_000020/rng/           random state of every rank
 checkpoints/step_000020/trainer.json   step, data position, wandb id, configuration
+checkpoints/step_000020/integrity.json sizes and hashes of all of these
 checkpoints/step_000020/hf/            Hugging Face folder, when asked for
 checkpoints/latest                     name of the newest
 """
@@ -18,11 +19,13 @@ from typing import Any
 
 import torch
 
-from megatron_rl.collective import barrier, raise_together
+from megatron_rl.collective import any_rank, barrier, gather_objects, raise_together
 from megatron_rl.config import RunConfig
 from megatron_rl.config.load import flatten
 from megatron_rl.errors import CheckpointError, ConfigError, ConversionError
-from megatron_rl.mcore.checkpoint import load_policy, save_policy
+from megatron_rl.integrity import Seal, check_seals, seal_files, write_seals
+from megatron_rl.mcore.async_save import PendingSave
+from megatron_rl.mcore.checkpoint import begin_save, complete_save, load_policy, save_policy
 from megatron_rl.mcore.policy import Policy
 from megatron_rl.run_folder import LATEST, write_atomically
 from megatron_rl.types import ParallelContext, TrainState
@@ -33,13 +36,14 @@ FREE_KEYS = (
     "run.name",
     "run.output_dir",
     "run.num_steps",
-    "parallel.tensor_parallel_size",
-    "parallel.pipeline_parallel_size",
-    "parallel.sequence_parallel",
-    "parallel.timeout_minutes",
+    "parallel.",
+    "memory.",
+    "model.implementation",
+    "batching.logprob_chunk_tokens",
     "checkpoint.",
     "evaluation.",
     "metrics.",
+    "profiling.",
     "reward.num_workers",
     "reward.timeout_s",
     "reward.memory_limit_gb",
@@ -52,6 +56,10 @@ FREE_KEYS = (
 )
 
 
+# Within those, what decides how the optimizer's states are laid out.
+BOUND_KEYS = ("parallel.distributed_optimizer",)
+
+
 class Checkpoints:
     """Saves and restores policy and trainer state."""
 
@@ -59,15 +67,19 @@ class Checkpoints:
         self._folder = folder
         self._config = config
         self._parallel = parallel
-        self._last: Path | None = None  # written or restored last
+        self._last: Path | None = None  # begun or restored last
+        self._pending: tuple[PendingSave, Path, Path] | None = None
 
     def save(self, state: TrainState, policy: Policy) -> Path:
-        """Write a checkpoint, unless it is the last one already; it appears under its name only when
-        complete; collective.
+        """Begin a checkpoint, unless it is the last one already; it appears under its name only when complete.
+
+        Collective. With checkpoint.in_background the files are written while training goes on, and
+        ``finish_if_written`` or ``finish`` completes the folder.
 
         Raises:
             CheckpointError: on every rank, when it cannot be written; earlier checkpoints stay.
         """
+        self.finish()
         final = self._folder / f"step_{state.step:06d}"
         if self._last == final:
             return final
@@ -77,11 +89,9 @@ class Checkpoints:
                 shutil.rmtree(partial, ignore_errors=True)
                 (partial / "policy").mkdir(parents=True)
                 (partial / "rng").mkdir()
-        save_policy(policy, partial / "policy")
         self._save_hf(policy, partial)
         with raise_together(self._parallel), _checkpoint_errors(final):
             torch.save(_random_state(), partial / "rng" / f"rank_{self._parallel.rank}.pt")
-        with raise_together(self._parallel), _checkpoint_errors(final):
             if self._parallel.is_main:
                 trainer = {
                     "state": asdict(state),
@@ -89,11 +99,58 @@ class Checkpoints:
                     "world_size": self._parallel.world_size,
                 }
                 write_atomically(partial / "trainer.json", json.dumps(trainer, indent=2))
+        self._last = final
+        if self._config.checkpoint.in_background:
+            pending = begin_save(policy, partial / "policy", then=lambda: self._seal_own(partial))
+            self._pending = (pending, partial, final)
+        else:
+            save_policy(policy, partial / "policy")
+            with raise_together(self._parallel), _checkpoint_errors(final):
+                seals = self._seal_own(partial)
+            self._complete(partial, final, seals)
+        return final
+
+    def finish_if_written(self) -> None:
+        """Complete a checkpoint that every rank has written; collective.
+
+        Raises:
+            CheckpointError: on every rank, when it could not be written.
+        """
+        if self._pending is not None and not any_rank(not self._pending[0].written, self._parallel):
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for a checkpoint that is being written and complete it; collective.
+
+        Raises:
+            CheckpointError: on every rank, when it could not be written.
+        """
+        if self._pending is None:
+            return
+        (pending, partial, final), self._pending = self._pending, None
+        with raise_together(self._parallel), _checkpoint_errors(final):
+            seals = pending.wait()
+        complete_save(pending, partial / "policy")
+        self._complete(partial, final, seals)
+
+    def _seal_own(self, partial: Path) -> dict[str, Seal]:
+        """Seals of the files that this rank wrote."""
+        rank = self._parallel.rank
+        names = [f"rng/rank_{rank}.pt", *(f"policy/{p.name}" for p in (partial / "policy").glob(f"__{rank}_*"))]
+        return seal_files(partial, names)
+
+    def _complete(self, partial: Path, final: Path, seals: dict[str, Seal]) -> None:
+        """Seal what the ranks wrote together and give the folder its name."""
+        everyone = gather_objects(seals, self._parallel)
+        with raise_together(self._parallel), _checkpoint_errors(final):
+            if self._parallel.is_main:
+                sealed = {name: seal for part in everyone for name, seal in part.items()}
+                shared = [f"policy/{path.name}" for path in (partial / "policy").iterdir()]
+                rest = [name for name in [*shared, "trainer.json"] if name not in sealed]
+                write_seals(partial, {**sealed, **seal_files(partial, rest)})
                 _replace_folder(partial, final)
                 write_atomically(self._folder / LATEST, final.name)
                 self._remove_old()
-        self._last = final
-        return final
 
     def restore(self, path: Path, policy: Policy) -> TrainState:
         """Continue from a checkpoint, under this run's layout; collective.
@@ -104,6 +161,12 @@ class Checkpoints:
         """
         with raise_together(self._parallel):
             trainer = check_resumable(path, self._config)
+            check_seals(
+                path,
+                share=self._parallel.rank,
+                shares=self._parallel.world_size,
+                hashes=self._config.checkpoint.verify,
+            )
         load_policy(policy, path / "policy")
         random_state = path / "rng" / f"rank_{self._parallel.rank}.pt"
         if trainer["world_size"] == self._parallel.world_size and random_state.exists():
@@ -171,7 +234,7 @@ def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any], path: P
     differing = [
         f"{key}: {saved.get(key)!r} in the checkpoint, {current.get(key)!r} now"
         for key in sorted({*saved, *current})
-        if saved.get(key) != current.get(key) and not key.startswith(FREE_KEYS)
+        if saved.get(key) != current.get(key) and (not key.startswith(FREE_KEYS) or key in BOUND_KEYS)
     ]
     if differing:
         raise ConfigError(

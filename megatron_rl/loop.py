@@ -1,7 +1,7 @@
 """The training loop. Every rank executes these same lines."""
 
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import replace
 
 import torch
@@ -11,12 +11,14 @@ from megatron_rl.batching.plan import plan_batch
 from megatron_rl.batching.sequences import flatten_groups
 from megatron_rl.build import (
     Inputs,
+    Reference,
     build_collector,
     build_engine,
     build_evaluator,
     build_log,
     build_reference,
     build_sampler,
+    device_peak,
     fresh_state,
     read_inputs,
 )
@@ -24,17 +26,20 @@ from megatron_rl.checkpoints import Checkpoints
 from megatron_rl.collective import raise_together
 from megatron_rl.config import RunConfig, validate
 from megatron_rl.mcore.parallel import init_parallel, launcher_world, leave_world
-from megatron_rl.mcore.policy import Policy, ScoringModel
-from megatron_rl.metrics.metric import Reduction, mean_max_min
+from megatron_rl.mcore.policy import Policy
+from megatron_rl.metrics.metric import Mean, Reduction, mean_max_min
 from megatron_rl.metrics.timing import Stopwatch
+from megatron_rl.models import ModelSpec
+from megatron_rl.models.flops import forward_flops
 from megatron_rl.plugins import load_symbol
+from megatron_rl.profiling import profiled
 from megatron_rl.rollout.evaluator import Evaluator
 from megatron_rl.rollout.sampler import Sampler
-from megatron_rl.rollout.statistics import drift_metrics, length_metrics, reward_metrics
+from megatron_rl.rollout.statistics import length_metrics, reward_metrics
 from megatron_rl.run_folder import RunFolder
 from megatron_rl.run_log import RunLog
 from megatron_rl.stop import StopRequest
-from megatron_rl.types import ParallelContext, RolloutGroup, TrainBatch, TrainState
+from megatron_rl.types import ParallelContext, RolloutGroup, TrainBatch, TrainState, UpdatePlan
 from megatron_rl.weight_sync import WeightSync
 
 
@@ -64,7 +69,7 @@ def run_in(config: RunConfig, resume: str, parallel: ParallelContext) -> None:
         checkpoint = folder.find_resume(resume)
 
     policy = Policy(config, parallel)
-    reference = build_reference(config, parallel)
+    reference = build_reference(config, policy)
     engine = build_engine(config, policy)
     checkpoints = Checkpoints(folder.checkpoints, config, parallel)
     state = checkpoints.restore(checkpoint, policy) if checkpoint else fresh_state(parallel)
@@ -77,7 +82,7 @@ def run_in(config: RunConfig, resume: str, parallel: ParallelContext) -> None:
             if parallel.is_main:
                 folder.create(config)
             console, sinks = build_log(config, folder, state, parallel)
-        with closing(RunLog(console, sinks, folder, parallel)) as log:
+        with closing(RunLog(console, sinks, folder, parallel, device_peak(config, parallel))) as log:
             log.note(describe(config, inputs, parallel, checkpoint.name if checkpoint else None))
             sync = WeightSync(policy, engine)
             train(config, state, policy, reference, sampler, evaluator, sync, checkpoints, log, parallel)
@@ -87,7 +92,7 @@ def train(
     config: RunConfig,
     state: TrainState,
     policy: Policy,
-    reference: ScoringModel | None,
+    reference: Reference | None,
     sampler: Sampler,
     evaluator: Evaluator | None,
     sync: WeightSync,
@@ -98,33 +103,50 @@ def train(
     """Step after step until the last, or until a signal asks to stop."""
     stop = StopRequest(parallel)
     if state.step == 0:
-        log.step(0, evaluate(evaluator, sync, log, state, Stopwatch()))
+        log.step(0, evaluate(evaluator, policy, config, sync, log, state, Stopwatch()))
     while state.step < config.run.num_steps and not stop.agreed():
         watch, step = Stopwatch(), state.step + 1
-        if sampler.uses_engine:
-            with watch.span("update_weights"):
-                sync.push(version=state.step)
-        with watch.span("gen"):
-            groups = sampler.collect(step, state.num_prompts_consumed)
-        batch = plan(groups, config, parallel)
-        if sampler.uses_engine:
-            batch = score(batch, policy, reference, watch)
-            batch = add_advantages(batch, config)
-        with watch.span("update_actor"):
-            metrics = policy.update(batch)
+        with profiled(config.profiling, log.profile_folder, step, parallel):
+            if sampler.uses_engine:
+                with watch.span("update_weights"):
+                    sync.push(version=state.step)
+            with room_for_engine(policy, config, watch), watch.span("gen"):
+                groups = sampler.collect(step, state.num_prompts_consumed)
+            batch = plan(groups, config, parallel)
+            if sampler.uses_engine:
+                batch = score(batch, policy, reference, watch)
+                batch = add_advantages(batch, config)
+            with watch.span("update_actor"):
+                metrics = policy.update(batch)
         state = advance(state, groups, batch)
         if is_due(config.evaluation.every, step, config.run.num_steps):
-            metrics |= evaluate(evaluator, sync, log, state, watch)
+            metrics |= evaluate(evaluator, policy, config, sync, log, state, watch)
+        checkpoints.finish_if_written()
         if is_due(config.checkpoint.every, step, config.run.num_steps):
             with watch.span("save_checkpoint"):
                 checkpoints.save(state, policy)
-        metrics |= rollout_metrics(groups, batch, graded=sampler.uses_engine, parallel=parallel)
+        metrics |= rollout_metrics(groups, batch, policy.spec, graded=sampler.uses_engine, parallel=parallel)
         if evaluator is None and sampler.uses_engine and step % config.metrics.log_every == 0:
             log.show(step, groups[0])
         log.step(step, metrics | watch.metrics())
+    checkpoints.finish()
     if state.step < config.run.num_steps:
         path = checkpoints.save(state, policy)
+        checkpoints.finish()
         log.note(f"stopped as asked after step {state.step}; saved {path}. Start the same command again to go on.")
+
+
+@contextmanager
+def room_for_engine(policy: Policy, config: RunConfig, watch: Stopwatch) -> Iterator[None]:
+    """Lend the memory of memory.offload to the engine."""
+    if not config.memory.offload:
+        yield
+        return
+    with watch.span("offload"):
+        policy.to_host()
+    yield
+    with watch.span("onload"):
+        policy.to_device()
 
 
 def is_due(every: int, step: int, num_steps: int) -> bool:
@@ -144,21 +166,30 @@ def advance(state: TrainState, groups: Sequence[RolloutGroup], batch: TrainBatch
 
 def plan(groups: Sequence[RolloutGroup], config: RunConfig, parallel: ParallelContext) -> TrainBatch:
     """Share the sequences out over updates, data-parallel ranks and micro-batches."""
+    # the context-parallel ranks share a micro-batch
+    tokens = config.batching.max_tokens_per_micro_batch * parallel.cp_size
     return plan_batch(
         groups,
-        config.batching,
+        replace(config.batching, max_tokens_per_micro_batch=tokens),
         dp_rank=parallel.dp_rank,
         dp_size=parallel.dp_size,
         aggregation=config.algorithm.aggregation,
         constant_length=config.algorithm.constant_length or config.rollout.max_new_tokens,
+        # the interleaved schedule visits chunks in rounds of one micro-batch for each stage
+        multiple_of=parallel.pp_size if parallel.vp_size > 1 else 1,
     )
 
 
-def score(batch: TrainBatch, policy: Policy, reference: ScoringModel | None, watch: Stopwatch) -> TrainBatch:
-    """Add the trainer's own log-probabilities before the update, and the reference model's."""
-    with watch.span("old_log_prob"):
-        old = policy.logprobs(batch)
-    sequences = [replace(s, old_logprobs=row) for s, row in zip(batch.sequences, old, strict=True)]
+def score(batch: TrainBatch, policy: Policy, reference: Reference | None, watch: Stopwatch) -> TrainBatch:
+    """Add the trainer's own log-probabilities before the update, and the reference model's.
+
+    A single update finds its own: the weights are still those that would be asked.
+    """
+    sequences = list(batch.sequences)
+    if len(batch.updates) > 1:
+        with watch.span("old_log_prob"):
+            old = policy.logprobs(batch, replay_routing=True)
+        sequences = [replace(s, old_logprobs=row) for s, row in zip(sequences, old, strict=True)]
     if reference is not None:
         with watch.span("ref"):
             ref = reference.logprobs(batch)
@@ -189,14 +220,21 @@ def add_advantages(batch: TrainBatch, config: RunConfig) -> TrainBatch:
 
 
 def evaluate(
-    evaluator: Evaluator | None, sync: WeightSync, log: RunLog, state: TrainState, watch: Stopwatch
+    evaluator: Evaluator | None,
+    policy: Policy,
+    config: RunConfig,
+    sync: WeightSync,
+    log: RunLog,
+    state: TrainState,
+    watch: Stopwatch,
 ) -> dict[str, Reduction]:
     """Held-out metrics, counted once; empty without held-out prompts."""
     if evaluator is None:
         return {}
     with watch.span("testing"):
         sync.push(version=state.step)
-        metrics, samples = evaluator.evaluate(state.step)
+        with room_for_engine(policy, config, watch):
+            metrics, samples = evaluator.evaluate(state.step)
     headline = {name.removeprefix("eval/"): metrics[name].result() for name in evaluator.headline}
     shown = [f"{name} {value:.4g}" for name, value in headline.items()]
     log.note(f"held out, step {state.step}: {', '.join(shown)}")
@@ -205,20 +243,40 @@ def evaluate(
 
 
 def rollout_metrics(
-    groups: Sequence[RolloutGroup], batch: TrainBatch, *, graded: bool, parallel: ParallelContext
+    groups: Sequence[RolloutGroup], batch: TrainBatch, spec: ModelSpec, *, graded: bool, parallel: ParallelContext
 ) -> dict[str, Reduction]:
     """Metrics of the step's rollouts, which every rank knows and the first one counts."""
     metrics: dict[str, Reduction] = {}
-    if graded and parallel.tp_rank == 0 and parallel.is_last_stage:
-        metrics |= drift_metrics(batch)
     if not parallel.is_main:
         return metrics
+    metrics["perf/actor_tflop"] = Mean(sum(update_flops(spec, update) for update in batch.updates) / 1e12)
     metrics |= length_metrics(groups)
+    metrics |= mean_max_min("batch/imbalance", [update.imbalance for update in batch.updates])
+    metrics["batch/num_micro_batches"] = Mean(sum(len(update.micro_batches) for update in batch.updates))
     if graded:
         _, rewards, group_of = flatten_groups(groups)
         metrics |= reward_metrics(groups, rewards, group_of)
         metrics |= mean_max_min("critic/advantages", batch.advantages)
     return metrics
+
+
+def update_flops(spec: ModelSpec, update: UpdatePlan) -> float:
+    """Operations of an optimizer update over all ranks: forward, and twice as many backward."""
+    forward = forward_flops(
+        spec,
+        num_tokens=update.num_processed_tokens,
+        sum_squared_lengths=update.sum_squared_lengths,
+        num_logit_tokens=update.num_tokens,
+    )
+    return 3 * forward
+
+
+def describe_layout(parallel: ParallelContext) -> str:
+    """The parallel sizes; of VPP, CP and EP only those that do something."""
+    chunks = f" (VPP{parallel.vp_size})" if parallel.vp_size > 1 else ""
+    context = f" x CP{parallel.cp_size}" if parallel.cp_size > 1 else ""
+    experts = f", EP{parallel.ep_size}" if parallel.ep_size > 1 else ""
+    return f"TP{parallel.tp_size} x PP{parallel.pp_size}{chunks}{context} x DP{parallel.dp_size}{experts}"
 
 
 def describe(config: RunConfig, inputs: Inputs, parallel: ParallelContext, resumed: str | None) -> str:
@@ -228,7 +286,7 @@ def describe(config: RunConfig, inputs: Inputs, parallel: ParallelContext, resum
     sequences = rollout.num_prompts_per_step * group
     lines = [
         f"{config.run.name}: {config.model.path} in {config.model.dtype}, "
-        f"TP{parallel.tp_size} x PP{parallel.pp_size} x DP{parallel.dp_size} on {parallel.device.type}, "
+        f"{describe_layout(parallel)} on {parallel.device.type}, "
         f"{config.run.num_steps} steps" + (f", resumed from {resumed}" if resumed else ""),
         f"each step: {rollout.num_prompts_per_step} prompts x {group} = {sequences} sequences; each optimizer update: "
         f"{sequences // batching.num_updates} sequences; {batching.num_updates * batching.num_epochs} updates per step",

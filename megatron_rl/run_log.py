@@ -14,11 +14,20 @@ from megatron_rl.types import ParallelContext, RolloutGroup
 class RunLog:
     """Reduces over ranks; the first rank writes."""
 
-    def __init__(self, console: Console, sinks: Sequence[Sink], folder: RunFolder, parallel: ParallelContext) -> None:
+    def __init__(
+        self,
+        console: Console,
+        sinks: Sequence[Sink],
+        folder: RunFolder,
+        parallel: ParallelContext,
+        peak_tflops: float | None,
+    ) -> None:
         self._console = console
         self._sinks = sinks
         self._folder = folder
         self._parallel = parallel
+        self._peak_tflops = peak_tflops
+        self.profile_folder = folder.path / "profile"
 
     def note(self, text: str) -> None:
         """A line for the person who watches."""
@@ -30,6 +39,11 @@ class RunLog:
         if "perf/total_num_tokens" in values:
             per_rank = values["perf/total_num_tokens"] / self._parallel.world_size
             values["perf/throughput"] = per_rank / values["timing_s/step"]
+        if "perf/actor_tflop" in values:
+            achieved = values["perf/actor_tflop"] / self._parallel.world_size / values["timing_s/update_actor"]
+            values["perf/tflops_per_rank/actor"] = achieved
+            if self._peak_tflops is not None:
+                values["perf/mfu/actor"] = achieved / self._peak_tflops
         for sink in self._sinks:
             sink.write(step, values)
         self._console.step(step, values)

@@ -5,7 +5,7 @@ T: tokens of a micro-batch. S: sequences of a micro-batch. N: sequences of a who
 Stored arrays are token-aligned: index t describes token_ids[t]; only batching/align.py shifts.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -50,6 +50,9 @@ class Completion:
     """[R] float32, of the distribution really sampled."""
     finish_reason: FinishReason
     policy_version: int
+    routing: Tensor | None = None
+    """[P + R, layers, experts per token] int16: the experts that each token of prompt and response went to; None
+    unless asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +75,8 @@ class Rollout:
     status: RolloutStatus
     failure: str
     """Why the reward failed; empty when it did not."""
+    routing: Tensor | None = None
+    """[L, layers, experts per token] int16, as the engine routed; None unless asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +108,8 @@ class TrainSequence:
     """float32, by the trainer before the update."""
     ref_logprobs: Tensor
     """float32, by the reference model; zeros without one."""
+    routing: Tensor | None = None
+    """[L, layers, experts per token] int16, to be repeated; None: the policy routes as it likes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +122,12 @@ class UpdatePlan:
     """Tokens with loss in this update, over all ranks."""
     num_sequences: int
     """Sequences with loss in this update, over all ranks."""
+    num_processed_tokens: int
+    """All tokens of the update's sequences, prompts included, over all ranks."""
+    sum_squared_lengths: int
+    """Of the update's sequences, over all ranks: what attention costs."""
+    imbalance: float
+    """Tokens of the data-parallel rank with the most, divided by the mean."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +160,8 @@ class MicroBatch:
     """int64, the next token."""
     position_ids: Tensor
     """int64, from 0 in each sequence."""
+    real: Tensor
+    """bool, False where nothing but padding stands."""
     loss_mask: Tensor
     """bool."""
     loss_weights: Tensor
@@ -163,6 +178,13 @@ class MicroBatch:
     """Starts of the packed sequences and the end, [S + 1]; None when padded."""
     lengths: tuple[int, ...]
     """Tokens of each real sequence, [S]."""
+    routing: Tensor | None = None
+    """[1, T, layers, experts per token] or [S, L, …] int64, of the token at the position itself."""
+
+    def map_tensors(self, function: Callable[[Tensor], Tensor]) -> "MicroBatch":
+        """The same micro-batch with every tensor replaced by what the function makes of it."""
+        changed: dict[str, Any] = {n: function(v) if isinstance(v, Tensor) else v for n, v in vars(self).items()}
+        return MicroBatch(**changed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,11 +196,21 @@ class ParallelContext:
     local_rank: int
     device: torch.device
     dp_rank: int
+    """Place among the ranks that see different sequences."""
     dp_size: int
     tp_rank: int
     tp_size: int
     pp_rank: int
     pp_size: int
+    vp_size: int
+    """Model chunks on each pipeline rank."""
+    cp_rank: int
+    cp_size: int
+    ep_rank: int
+    ep_size: int
+    etp_rank: int
+    """Place among the ranks that share an expert's matrices."""
+    etp_size: int
     groups: Any
     """Megatron's ProcessGroupCollection."""
     host_group: Any

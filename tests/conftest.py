@@ -1,5 +1,6 @@
 """Shared fixtures."""
 
+import importlib.metadata
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +14,11 @@ import pytest
 
 from tests.gang import Gang
 from tests.toys import write_model
+
+
+def pytest_report_header() -> str:
+    """The versions that a run is about."""
+    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("megatron-core", "torch"))
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,9 @@ from megatron_rl.config.load import load_config
 from megatron_rl.types import TrainSequence
 from tools.make_toy_model import make_model, make_tokenizer
 
-VOCAB = 61  # not divisible by 2: the vocabulary is padded under tensor parallelism
+# metrics that depend on the clock
+TIMED = ("timing_s", "perf/time", "perf/throughput", "perf/tflops", "perf/mfu")
+VOCAB = 61  # no multiple of 64: the vocabulary is padded
 
 
 def write_model(folder: Path, family: str = "qwen2", *, tied: bool = True, **sizes: int) -> Path:
@@ -22,7 +24,7 @@ def write_model(folder: Path, family: str = "qwen2", *, tied: bool = True, **siz
             if parameter.ndim == 1:
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
             else:
-                parameter.mul_(4)  # far from uniform, so that differences show
+                parameter.mul_(2 if family == "qwen3_moe" else 4)  # far from uniform, so that differences show
     model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder

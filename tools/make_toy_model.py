@@ -17,13 +17,20 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 CHARACTERS = "0123456789+-*/=()[]<>,.:;?! \nabcdefghijklmnopqrstuvwxyz"
 FAMILIES = {
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
     "llama": (LlamaConfig, LlamaForCausalLM),
+}
+
+MOE_FIELDS: dict[str, dict[str, int | bool]] = {
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
 }
 
 
@@ -53,6 +60,7 @@ def make_model(family: str = "qwen2", *, seed: int = 0, tied: bool = True, **siz
         "num_key_value_heads": 2,
         "intermediate_size": 256,
         "max_position_embeddings": 512,
+        **MOE_FIELDS.get(family, {}),
         **sizes,
     }
     torch.manual_seed(seed)

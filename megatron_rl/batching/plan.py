@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 
 from megatron_rl.algorithms.loss_weights import Aggregation, sequence_loss_weights
-from megatron_rl.batching.pack import balance, equalise, micro_batches
+from megatron_rl.batching.pack import balance, imbalance, micro_batches
 from megatron_rl.batching.sequences import flatten_groups, to_sequence
 from megatron_rl.config.schema import BatchingSection
 from megatron_rl.errors import DataError
@@ -23,11 +23,13 @@ def plan_batch(
     dp_size: int,
     aggregation: Aggregation,
     constant_length: int,
+    multiple_of: int = 1,
 ) -> TrainBatch:
     """This data-parallel rank's sequences and its updates, with the loss weights set.
 
     Args:
         groups: all groups of the step, the same on every rank and in the same order.
+        multiple_of: what the number of micro-batches must divide by.
 
     Raises:
         DataError: an update has no token with loss.
@@ -51,17 +53,13 @@ def plan_batch(
                 "Every reward failed or every response is empty; look at the rollouts."
             )
         bins = balance([lengths[i] for i in members], dp_size)
-        batches = equalise(
-            [
-                micro_batches(
-                    [members[i] for i in one],
-                    lengths,
-                    max_sequences=config.micro_batch_size,
-                    max_tokens=config.max_tokens_per_micro_batch,
-                    packed=config.packed,
-                )
-                for one in bins
-            ]
+        batches = micro_batches(
+            [[members[i] for i in one] for one in bins],
+            lengths,
+            max_sequences=config.micro_batch_size,
+            max_tokens=config.max_tokens_per_micro_batch,
+            packed=config.packed,
+            multiple_of=multiple_of,
         )
         mine = []
         for batch in batches[dp_rank]:
@@ -75,7 +73,14 @@ def plan_batch(
                 global_index.append(index)
             mine.append(places)
         plans.append(
-            UpdatePlan(micro_batches=mine, num_tokens=num_tokens, num_sequences=int((loss_lengths[members] > 0).sum()))
+            UpdatePlan(
+                micro_batches=mine,
+                num_tokens=num_tokens,
+                num_sequences=int((loss_lengths[members] > 0).sum()),
+                num_processed_tokens=sum(lengths[i] for i in members),
+                sum_squared_lengths=sum(lengths[i] ** 2 for i in members),
+                imbalance=imbalance([sum(lengths[members[i]] for i in one) for one in bins]),
+            )
         )
     return TrainBatch(
         sequences=chosen,
@@ -101,4 +106,5 @@ def _filler(sequence: TrainSequence) -> TrainSequence:
         loss_weights=torch.zeros(2),
         old_logprobs=torch.zeros(2),
         ref_logprobs=torch.zeros(2),
+        routing=None if sequence.routing is None else sequence.routing[:2],
     )

@@ -22,6 +22,7 @@ def to_sequence(rollout: Rollout) -> TrainSequence:
         loss_weights=zeros,
         old_logprobs=zeros,
         ref_logprobs=zeros,
+        routing=rollout.routing,
     )
 
 

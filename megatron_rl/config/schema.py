@@ -7,18 +7,8 @@ Checks inside one section live in its ``__post_init__``; checks across sections 
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from megatron_rl.errors import ConfigError
-
-
-def _require(holds: bool, key: str, value: object, expected: str, change: str = "") -> None:
-    if not holds:
-        raise ConfigError(f"{key}={value}: expected {expected}." + (f" {change}" if change else ""))
-
-
-def _positive(prefix: str, section: object, *names: str) -> None:
-    for name in names:
-        value = getattr(section, name)
-        _require(value is None or value >= 1, f"{prefix}.{name}", value, "at least 1")
+from megatron_rl.config.checks import positive, require
+from megatron_rl.config.machine import MemorySection, MoeSection, ParallelSection, PrecisionSection, ProfilingSection
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +25,8 @@ class RunSection:
     """Seed of data order, sampling and every other random choice."""
 
     def __post_init__(self) -> None:
-        _require(self.num_steps >= 0, "run.num_steps", self.num_steps, "0 or more")
-        _require(bool(self.output_dir), "run.output_dir", repr(self.output_dir), "a folder name")
+        require(self.num_steps >= 0, "run.num_steps", self.num_steps, "0 or more")
+        require(bool(self.output_dir), "run.output_dir", repr(self.output_dir), "a folder name")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,33 +37,8 @@ class ModelSection:
     """Hugging Face checkpoint folder (config.json, safetensors, tokenizer)."""
     dtype: Literal["fp32", "bf16"] = "bf16"
     """Compute type of the policy; bf16 keeps fp32 master weights in the optimizer."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ParallelSection:
-    """How the policy is split over ranks; the rest of the world is data parallel."""
-
-    tensor_parallel_size: int = 1
-    """Ranks that share each matrix (TP)."""
-    pipeline_parallel_size: int = 1
-    """Ranks that share the stack of layers (PP)."""
-    sequence_parallel: bool = False
-    """Split norms and residuals along the sequence over the TP ranks."""
-    distributed_optimizer: bool = True
-    """Shard optimizer states over the data-parallel ranks (ZeRO-1)."""
-    timeout_minutes: float = 30.0
-    """How long a collective may wait for a missing rank, in minutes."""
-
-    def __post_init__(self) -> None:
-        _positive("parallel", self, "tensor_parallel_size", "pipeline_parallel_size")
-        _require(self.timeout_minutes > 0, "parallel.timeout_minutes", self.timeout_minutes, "more than 0")
-        _require(
-            not self.sequence_parallel or self.tensor_parallel_size > 1,
-            "parallel.sequence_parallel",
-            self.sequence_parallel,
-            "tensor_parallel_size above 1 with sequence parallelism",
-            "Set parallel.sequence_parallel=false.",
-        )
+    implementation: Literal["auto", "local", "transformer_engine"] = "auto"
+    """Modules of a layer; auto: Transformer Engine where it can be used, Megatron-Core's own otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,8 +67,8 @@ class SourceSection:
     """Keyword arguments of a generated task or of an own prompt source."""
 
     def __post_init__(self) -> None:
-        _positive("data source", self, "limit")
-        _require(
+        positive("data source", self, "limit")
+        require(
             self.path is not None or ":" in self.kind,
             "data source path",
             self.path,
@@ -132,7 +97,7 @@ class DataSection:
     """New order every epoch, from the run's seed."""
 
     def __post_init__(self) -> None:
-        _positive("data", self, "max_prompt_tokens")
+        positive("data", self, "max_prompt_tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,11 +128,11 @@ class RolloutSection:
     """Sequences that one engine decodes at a time."""
 
     def __post_init__(self) -> None:
-        _positive("rollout", self, "num_prompts_per_step", "group_size", "max_new_tokens", "max_num_sequences")
-        _require(self.temperature > 0, "rollout.temperature", self.temperature, "more than 0 for training rollouts")
-        _require(0 < self.top_p <= 1, "rollout.top_p", self.top_p, "above 0 and at most 1")
-        _require(self.top_k >= 0, "rollout.top_k", self.top_k, "0 (off) or more")
-        _require(
+        positive("rollout", self, "num_prompts_per_step", "group_size", "max_new_tokens", "max_num_sequences")
+        require(self.temperature > 0, "rollout.temperature", self.temperature, "more than 0 for training rollouts")
+        require(0 < self.top_p <= 1, "rollout.top_p", self.top_p, "above 0 and at most 1")
+        require(self.top_k >= 0, "rollout.top_k", self.top_k, "0 (off) or more")
+        require(
             self.max_num_sequences >= self.group_size,
             "rollout.max_num_sequences",
             self.max_num_sequences,
@@ -203,12 +168,10 @@ class RewardSection:
     """Stop the run when a larger share of one step's rewards raise or time out."""
 
     def __post_init__(self) -> None:
-        _positive("reward", self, "num_workers")
-        _require(self.timeout_s > 0, "reward.timeout_s", self.timeout_s, "more than 0 seconds")
-        _require(self.memory_limit_gb > 0, "reward.memory_limit_gb", self.memory_limit_gb, "more than 0")
-        _require(
-            0 <= self.max_failure_fraction <= 1, "reward.max_failure_fraction", self.max_failure_fraction, "0 to 1"
-        )
+        positive("reward", self, "num_workers")
+        require(self.timeout_s > 0, "reward.timeout_s", self.timeout_s, "more than 0 seconds")
+        require(self.memory_limit_gb > 0, "reward.memory_limit_gb", self.memory_limit_gb, "more than 0")
+        require(0 <= self.max_failure_fraction <= 1, "reward.max_failure_fraction", self.max_failure_fraction, "0 to 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,11 +204,11 @@ class AlgorithmSection:
     """Weight of the entropy bonus."""
 
     def __post_init__(self) -> None:
-        _require(0 <= self.clip_ratio_low <= 1, "algorithm.clip_ratio_low", self.clip_ratio_low, "0 to 1")
-        _require(self.clip_ratio_high >= 0, "algorithm.clip_ratio_high", self.clip_ratio_high, "0 or more")
-        _require(self.std_epsilon > 0, "algorithm.std_epsilon", self.std_epsilon, "more than 0")
-        _require(self.kl_coef >= 0, "algorithm.kl_coef", self.kl_coef, "0 or more")
-        _positive("algorithm", self, "constant_length")
+        require(0 <= self.clip_ratio_low <= 1, "algorithm.clip_ratio_low", self.clip_ratio_low, "0 to 1")
+        require(self.clip_ratio_high >= 0, "algorithm.clip_ratio_high", self.clip_ratio_high, "0 or more")
+        require(self.std_epsilon > 0, "algorithm.std_epsilon", self.std_epsilon, "more than 0")
+        require(self.kl_coef >= 0, "algorithm.kl_coef", self.kl_coef, "0 or more")
+        positive("algorithm", self, "constant_length")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,9 +225,19 @@ class BatchingSection:
     """Tokens in one forward pass of one rank, padding counted in."""
     packed: bool = True
     """true: sequences one behind the other (THD); false: padded to the longest."""
+    logprob_chunk_tokens: int | None = None
+    """Tokens whose logits exist at a time; null: as many as fit 256 MiB in fp32."""
 
     def __post_init__(self) -> None:
-        _positive("batching", self, "num_updates", "num_epochs", "micro_batch_size", "max_tokens_per_micro_batch")
+        positive(
+            "batching",
+            self,
+            "num_updates",
+            "num_epochs",
+            "micro_batch_size",
+            "max_tokens_per_micro_batch",
+            "logprob_chunk_tokens",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,15 +264,22 @@ class OptimizerSection:
     """Added to the root of the second moment."""
     clip_grad: float = 1.0
     """Largest global gradient norm; 0 is off."""
+    states_dtype: Literal["fp32", "bf16", "fp8"] = "fp32"
+    """Type of the two moments; below fp32 with Transformer Engine's fused Adam only."""
+    cpu_offload_fraction: float = 0.0
+    """Share of the optimizer that lives and steps on the host's processors."""
 
     def __post_init__(self) -> None:
-        _require(self.lr > 0, "optimizer.lr", self.lr, "more than 0")
-        _require(0 <= self.min_lr <= self.lr, "optimizer.min_lr", self.min_lr, f"0 to optimizer.lr={self.lr}")
-        _require(self.lr_warmup_updates >= 0, "optimizer.lr_warmup_updates", self.lr_warmup_updates, "0 or more")
-        _positive("optimizer", self, "lr_decay_updates")
-        _require(0 <= self.adam_beta1 < 1, "optimizer.adam_beta1", self.adam_beta1, "0 to below 1")
-        _require(0 <= self.adam_beta2 < 1, "optimizer.adam_beta2", self.adam_beta2, "0 to below 1")
-        _require(self.clip_grad >= 0, "optimizer.clip_grad", self.clip_grad, "0 (off) or more")
+        require(self.lr > 0, "optimizer.lr", self.lr, "more than 0")
+        require(0 <= self.min_lr <= self.lr, "optimizer.min_lr", self.min_lr, f"0 to optimizer.lr={self.lr}")
+        require(self.lr_warmup_updates >= 0, "optimizer.lr_warmup_updates", self.lr_warmup_updates, "0 or more")
+        positive("optimizer", self, "lr_decay_updates")
+        require(0 <= self.adam_beta1 < 1, "optimizer.adam_beta1", self.adam_beta1, "0 to below 1")
+        require(0 <= self.adam_beta2 < 1, "optimizer.adam_beta2", self.adam_beta2, "0 to below 1")
+        require(self.clip_grad >= 0, "optimizer.clip_grad", self.clip_grad, "0 (off) or more")
+        require(
+            0 <= self.cpu_offload_fraction <= 1, "optimizer.cpu_offload_fraction", self.cpu_offload_fraction, "0 to 1"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -318,9 +298,9 @@ class EvaluationSection:
     """Reward functions that grade; empty: reward.functions."""
 
     def __post_init__(self) -> None:
-        _require(self.every >= 0, "evaluation.every", self.every, "0 (off) or more")
-        _require(self.temperature >= 0, "evaluation.temperature", self.temperature, "0 (greedy) or more")
-        _positive("evaluation", self, "num_prompts", "max_new_tokens")
+        require(self.every >= 0, "evaluation.every", self.every, "0 (off) or more")
+        require(self.temperature >= 0, "evaluation.temperature", self.temperature, "0 (greedy) or more")
+        positive("evaluation", self, "num_prompts", "max_new_tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -331,12 +311,16 @@ class CheckpointSection:
     """Save after every so many steps; 0: only after the last."""
     keep_last: int = 2
     """Older checkpoints are removed beyond so many."""
+    in_background: bool = False
+    """Write while training goes on; costs a copy of this rank's share in host memory."""
+    verify: bool = True
+    """Compare the files' hashes on resume; sizes are always compared."""
     save_hf: bool = False
     """Also write the weights as a Hugging Face folder into each checkpoint."""
 
     def __post_init__(self) -> None:
-        _require(self.every >= 0, "checkpoint.every", self.every, "0 (off) or more")
-        _positive("checkpoint", self, "keep_last")
+        require(self.every >= 0, "checkpoint.every", self.every, "0 (off) or more")
+        positive("checkpoint", self, "keep_last")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -357,8 +341,8 @@ class MetricsSection:
     """Rollouts kept for the report at each evaluation."""
 
     def __post_init__(self) -> None:
-        _positive("metrics", self, "log_every")
-        _require(self.num_samples >= 0, "metrics.num_samples", self.num_samples, "0 or more")
+        positive("metrics", self, "log_every")
+        require(self.num_samples >= 0, "metrics.num_samples", self.num_samples, "0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -369,11 +353,15 @@ class RunConfig:
     model: ModelSection
     data: DataSection
     parallel: ParallelSection = field(default_factory=ParallelSection)
+    moe: MoeSection = field(default_factory=MoeSection)
     rollout: RolloutSection = field(default_factory=RolloutSection)
     reward: RewardSection = field(default_factory=RewardSection)
     algorithm: AlgorithmSection = field(default_factory=AlgorithmSection)
     batching: BatchingSection = field(default_factory=BatchingSection)
+    precision: PrecisionSection = field(default_factory=PrecisionSection)
+    memory: MemorySection = field(default_factory=MemorySection)
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
     evaluation: EvaluationSection = field(default_factory=EvaluationSection)
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
     metrics: MetricsSection = field(default_factory=MetricsSection)
+    profiling: ProfilingSection = field(default_factory=ProfilingSection)

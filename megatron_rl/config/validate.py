@@ -11,6 +11,7 @@ def validate(config: RunConfig, world_size: int) -> None:
         ConfigError: with the values, what was expected and the key to change.
     """
     _check_parallel(config, world_size)
+    _check_routing_replay(config)
     _check_batches(config)
     _check_objective(config)
     if config.data.evaluation is not None and not (config.evaluation.functions or config.reward.functions):
@@ -29,12 +30,40 @@ def sequences_per_step(config: RunConfig) -> int:
 
 
 def _check_parallel(config: RunConfig, world_size: int) -> None:
-    tp, pp = config.parallel.tensor_parallel_size, config.parallel.pipeline_parallel_size
-    if world_size % (tp * pp):
+    parallel = config.parallel
+    tp, pp, cp = parallel.tensor_parallel_size, parallel.pipeline_parallel_size, parallel.context_parallel_size
+    if world_size % (tp * pp * cp):
         raise ConfigError(
             f"world size {world_size} does not divide by parallel.tensor_parallel_size={tp} x "
-            f"parallel.pipeline_parallel_size={pp} = {tp * pp}. "
-            f"Start a multiple of {tp * pp} ranks or change these keys."
+            f"parallel.pipeline_parallel_size={pp} x parallel.context_parallel_size={cp} = {tp * pp * cp}. "
+            f"Start a multiple of {tp * pp * cp} ranks or change these keys."
+        )
+    ep, etp = parallel.expert_parallel_size, parallel.expert_tensor_size
+    if world_size % (ep * etp * pp):
+        raise ConfigError(
+            f"world size {world_size} does not divide by parallel.expert_parallel_size={ep} x "
+            f"parallel.expert_tensor_parallel_size={etp} x parallel.pipeline_parallel_size={pp} = {ep * etp * pp}. "
+            f"Start a multiple of {ep * etp * pp} ranks or change these keys."
+        )
+    if config.moe.aux_loss == "sequence" and config.batching.packed:
+        raise ConfigError(
+            "moe.aux_loss=sequence balances each sequence of its own, which Megatron-Core can only tell apart when "
+            "padded. Set batching.packed=false, or moe.aux_loss=micro_batch."
+        )
+
+
+def _check_routing_replay(config: RunConfig) -> None:
+    if not config.moe.routing_replay:
+        return
+    if config.rollout.source != "engine":
+        raise ConfigError("moe.routing_replay=true: demonstrations were routed by no engine. Set it to false.")
+    recomputed = config.memory.recompute == "full" or (
+        config.memory.recompute == "selective" and "moe" in config.memory.recompute_modules
+    )
+    if recomputed:
+        raise ConfigError(
+            f"moe.routing_replay=true with memory.recompute={config.memory.recompute} of the experts: by the time they "
+            "are computed again, other tokens' routes are in place. Leave moe out of memory.recompute_modules."
         )
 
 
@@ -51,10 +80,13 @@ def _check_batches(config: RunConfig) -> None:
             "Set rollout.group_size to 8 or so."
         )
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
-    if config.batching.max_tokens_per_micro_batch < longest:
+    ranks = config.parallel.context_parallel_size
+    if config.batching.max_tokens_per_micro_batch * ranks < longest:
+        shared = f" shared by {ranks} context-parallel ranks" if ranks > 1 else ""
         raise ConfigError(
             f"batching.max_tokens_per_micro_batch={config.batching.max_tokens_per_micro_batch} is below the longest "
-            f"sequence, data.max_prompt_tokens + rollout.max_new_tokens = {longest}. Raise it to at least {longest}."
+            f"sequence, data.max_prompt_tokens + rollout.max_new_tokens = {longest}{shared}. "
+            f"Raise it to at least {-(-longest // ranks)}."
         )
     decay, warmup = config.optimizer.lr_decay_updates, config.optimizer.lr_warmup_updates
     if decay is not None and decay <= warmup:

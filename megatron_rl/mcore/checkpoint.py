@@ -1,5 +1,8 @@
 """Policy and optimizer in Megatron's distributed checkpoint format, loadable under another layout."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +22,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_rl.errors import CheckpointError
 from megatron_rl.mcore import patches
+from megatron_rl.mcore.async_save import PendingSave
+from megatron_rl.mcore.model import PolicyModel
 from megatron_rl.mcore.policy import Policy
 
-patches.apply()
+# newer releases take their writers from another package unless told otherwise
+_OWN_WRITERS = {"async_strategy": "mcore"} if "async_strategy" in signature(dist_checkpointing.save).parameters else {}
 
 
 def save_policy(policy: Policy, folder: Path) -> None:
@@ -30,16 +36,52 @@ def save_policy(policy: Policy, folder: Path) -> None:
     Raises:
         CheckpointError: the folder cannot be written.
     """
-    group = policy.parallel.groups.dp_cp
-    strategy = FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy("torch_dist"), group)
+    with _errors_name(folder):
+        _save(policy, folder, in_background=False)
+
+
+def begin_save(policy: Policy, folder: Path, then: Callable[[], Any]) -> PendingSave:
+    """As ``save_policy``, but the files are written while the policy goes on learning; collective.
+
+    Args:
+        then: called once this rank's files are written.
+
+    Raises:
+        CheckpointError: the folder cannot be written.
+    """
+    with _errors_name(folder):
+        return PendingSave(_save(policy, folder, in_background=True), then)
+
+
+def complete_save(pending: PendingSave, folder: Path) -> None:
+    """Complete the folder that every rank has written; collective.
+
+    Raises:
+        CheckpointError: the folder could not be written.
+    """
+    with _errors_name(folder):
+        pending.complete()
+
+
+def _save(policy: Policy, folder: Path, *, in_background: bool) -> Any:
+    strategy = FullyParallelSaveStrategyWrapper(
+        get_default_save_sharded_strategy("torch_dist"), policy.parallel.groups.dp_cp
+    )
     metadata = _metadata(policy)
+    return dist_checkpointing.save(
+        _state(policy, metadata, is_loading=False),
+        str(folder),
+        strategy,
+        async_sharded_save=in_background,
+        **_OWN_WRITERS,
+        content_metadata={key: value for key, value in metadata.items() if key != "dp_cp_group"},
+    )
+
+
+@contextmanager
+def _errors_name(folder: Path) -> Iterator[None]:
     try:
-        dist_checkpointing.save(
-            _state(policy, metadata, is_loading=False),
-            str(folder),
-            strategy,
-            content_metadata={key: value for key, value in metadata.items() if key != "dp_cp_group"},
-        )
+        yield
     except (OSError, CheckpointException, CheckpointingException) as error:
         raise CheckpointError(f"cannot write checkpoint {folder}: {_reason(error)}. Free space and resume.") from error
 
@@ -61,7 +103,8 @@ def load_policy(policy: Policy, folder: Path) -> None:
         raise CheckpointError(
             f"cannot restore checkpoint {folder}: {_reason(error)}. Resume from an earlier one with --resume PATH."
         ) from error
-    policy.model.load_state_dict(loaded["model"])
+    for key, chunk in _named_chunks(policy):
+        chunk.load_state_dict(loaded[key])
     policy.optimizer.load_state_dict(loaded["optimizer"])
     patches.separate_step_counts(policy.optimizer)
     policy.scheduler.load_state_dict(loaded["scheduler"])
@@ -83,11 +126,20 @@ def _metadata(policy: Policy) -> dict[str, Any]:
     }
 
 
+def _named_chunks(policy: Policy) -> list[tuple[str, PolicyModel]]:
+    """ "model", or "model0", "model1" … as Megatron-LM names the chunks of a virtual pipeline."""
+    if len(policy.chunks) == 1:
+        return [("model", policy.chunks[0])]
+    return [(f"model{place}", chunk) for place, chunk in enumerate(policy.chunks)]
+
+
 @torch.no_grad()
 def _state(policy: Policy, metadata: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
-    model = policy.model.sharded_state_dict(metadata=metadata)
+    model = {key: chunk.sharded_state_dict(metadata=metadata) for key, chunk in _named_chunks(policy)}
+    # with one chunk the optimizer expects its entries, with several those of all under their names
+    entries = model if len(model) > 1 else model["model"]
     return {
-        "model": model,
-        "optimizer": policy.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata),
+        **model,
+        "optimizer": policy.optimizer.sharded_state_dict(entries, is_loading=is_loading, metadata=metadata),
         "scheduler": policy.scheduler.state_dict(),
     }

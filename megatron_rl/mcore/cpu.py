@@ -6,6 +6,7 @@ offers the same stream and device calls. Line numbers stay, nothing outside ``me
 changes, and with CUDA nothing happens at all. Checked with megatron-core 0.16.1 to 0.19.2.
 """
 
+import ctypes
 import importlib.abc
 import importlib.machinery
 import re
@@ -48,6 +49,11 @@ REPLACEMENTS = tuple(
         (r"(['\"])cuda\1", "'cpu'"),
         (r"\.cuda\(.*?\)\)?", _cuda_method),
         (r"pin_memory=True", "pin_memory=False"),
+        # torch's products are slow on AMD processors
+        (r"\btorch\.matmul\((total_input|input), weight\.t\(\)\)", r"_CPU_LINEAR.matmul(\1, weight.t())"),
+        (r"\bgrad_output\.matmul\(weight\)", "_CPU_LINEAR.matmul(grad_output, weight)"),
+        (r"\bgrad_output\.t\(\)\.matmul\(total_input\)", "_CPU_LINEAR.matmul(grad_output.t(), total_input)"),
+        (r"_CPU_LINEAR", "__import__('megatron_rl.cpu_linear', fromlist=['matmul'])"),
         # compiling at import takes minutes without a GPU
         (r"^enable_jit_fuser\(\)", "disable_jit_fuser()"),
     )
@@ -87,8 +93,20 @@ def install() -> bool:
     if "megatron.core" in sys.modules:
         raise RuntimeError("import megatron_rl.mcore before megatron.core: it has to be compiled for the CPU first")
     _complete_torch_cpu()
+    keep_memory()
     sys.meta_path.insert(0, _CpuFinder())
     return True
+
+
+def keep_memory() -> None:
+    """Let the C library keep freed memory, as every first touch of a page is a fault (a microsecond and more each).
+
+    One arena, as autograd's threads would each keep theirs; no mmap for single tensors below 32 MiB (glibc's most).
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:  # glibc
+        for option, value in ((-8, 1), (-3, 2**25), (-1, 2**31 - 1), (-2, 2**26)):
+            mallopt(option, value)
 
 
 def _complete_torch_cpu() -> None:

@@ -5,56 +5,83 @@ from typing import Any
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from megatron_rl.batching.align import align
+from megatron_rl.batching.context import context_share
+from megatron_rl.config.schema import RunConfig
 from megatron_rl.mcore.attention import packed_sequences
-from megatron_rl.mcore.logprobs import vocab_parallel_logprobs
+from megatron_rl.mcore.model import PolicyModel
+from megatron_rl.mcore.precision import row_multiple
+from megatron_rl.mcore.routing_replay import set_routes
 from megatron_rl.types import MicroBatch, ParallelContext, TrainSequence
 
 LossOfBatch = Callable[[MicroBatch, Tensor, Tensor], tuple[Tensor, Tensor, Any]]
-"""(micro-batch, logprobs, entropy) -> (loss sum, number of tokens, anything to return)."""
+"""(micro-batch, logprobs, entropy) -> (loss sum, number of tokens, anything to return).
+
+Log-probabilities and entropies are [number of true entries of the loss mask], in its order."""
 
 
 class ForwardPass:
-    """Runs a (wrapped) GPTModel over micro-batches and hands log-probabilities to a loss."""
+    """Runs the (wrapped) model chunks of this rank over micro-batches and hands log-probabilities to a loss."""
 
-    def __init__(
-        self,
-        model: torch.nn.Module,
-        parallel: ParallelContext,
-        *,
-        vocab_size: int,
-        temperature: float,
-        packed: bool,
-        multiple_of: int,
-    ) -> None:
-        self._model = model
+    def __init__(self, chunks: Sequence[torch.nn.Module], config: RunConfig, parallel: ParallelContext) -> None:
+        self._chunks = list(chunks)
         self._parallel = parallel
-        self._vocab_size = vocab_size
-        self._temperature = temperature
-        self._packed = packed
-        self._multiple_of = multiple_of
+        self._temperature = config.rollout.temperature if config.rollout.source == "engine" else 1.0
+        self._batching = config.batching
+        self._sequence_multiple = 2 * parallel.cp_size if parallel.cp_size > 1 else 1
+        shards = parallel.tp_size if config.parallel.sequence_parallel else 1
+        self._multiple = self._sequence_multiple * shards * row_multiple(config)
+        model = unwrap_model(chunks[0])
+        self._dtype = model.config.params_dtype
+        self._has_experts = model.config.num_moe_experts is not None
 
-    def run(self, batches: Sequence[Sequence[TrainSequence]], loss: LossOfBatch, *, forward_only: bool) -> list[Any]:
+    def run(
+        self,
+        batches: Sequence[Sequence[TrainSequence]],
+        loss: LossOfBatch,
+        *,
+        forward_only: bool,
+        replay_routing: bool = False,
+    ) -> list[Any]:
         """The third result of ``loss`` for every micro-batch; empty except on the last pipeline stage."""
 
-        def forward_step(micro_batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[Tensor, Any]:
+        def forward_step(micro_batches: Iterator[MicroBatch], chunk: torch.nn.Module) -> tuple[Tensor, Any]:
             batch = next(micro_batches)
-            packing = None if batch.cu_seqlens is None else packed_sequences(batch.cu_seqlens, self._parallel.device)
-            logits = model(batch.tokens, batch.position_ids, None, packed_seq_params=packing)
+            if self._has_experts:
+                set_routes(unwrap_model(chunk), batch if replay_routing else None, self._parallel)
+            output = chunk(
+                batch.tokens,
+                batch.position_ids,
+                None,
+                packed_seq_params=self._packing(batch),
+                # padding must not count in the balance of experts
+                padding_mask=self._padding(batch) if self._has_experts else None,
+            )
 
-            def loss_of_logits(logits: Tensor) -> tuple[Tensor, Tensor, Any]:
-                return loss(batch, *self._logprobs(logits, batch))
+            def loss_of_hidden(hidden: Tensor) -> tuple[Tensor, Tensor, Any]:
+                model: PolicyModel = unwrap_model(chunk)
+                logprobs, entropy = model.logprobs(
+                    hidden,
+                    batch.labels,
+                    batch.loss_mask,
+                    temperature=self._temperature,
+                    chunk_tokens=self._batching.logprob_chunk_tokens,
+                )
+                return loss(batch, logprobs, entropy)
 
-            return logits, loss_of_logits
+            return output, loss_of_hidden
 
+        iterators = [self._align(batches) for _ in self._chunks]
+        several = len(self._chunks) > 1
         context = torch.no_grad() if forward_only else torch.enable_grad()
         with context:
             return get_forward_backward_func()(
                 forward_step_func=forward_step,
-                data_iterator=self._align(batches),
-                model=self._model,
+                data_iterator=iterators if several else iterators[0],
+                model=self._chunks if several else self._chunks[0],
                 num_microbatches=len(batches),
                 seq_length=1,  # lengths vary and are exchanged with each micro-batch
                 micro_batch_size=1,
@@ -63,25 +90,33 @@ class ForwardPass:
 
     def _align(self, batches: Sequence[Sequence[TrainSequence]]) -> Iterator[MicroBatch]:
         for sequences in batches:
-            batch = align(sequences, packed=self._packed, multiple_of=self._multiple_of)
-            yield to_device(batch, self._parallel.device)
+            batch = align(
+                sequences,
+                packed=self._batching.packed,
+                multiple_of=self._multiple,
+                sequence_multiple_of=self._sequence_multiple,
+            )
+            share = context_share(batch, self._parallel.cp_rank, self._parallel.cp_size)
+            yield to_device(share, self._parallel.device)
 
-    def _logprobs(self, logits: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        return vocab_parallel_logprobs(
-            logits,
-            batch.labels,
-            self._parallel.groups.tp,
-            temperature=self._temperature,
-            vocab_size=self._vocab_size,
+    def _packing(self, batch: MicroBatch) -> Any:
+        if batch.cu_seqlens is None:
+            return None
+        return packed_sequences(
+            batch.cu_seqlens,
+            batch.position_ids,
+            cp_rank=self._parallel.cp_rank,
+            cp_size=self._parallel.cp_size,
+            dtype=self._dtype,
         )
+
+    def _padding(self, batch: MicroBatch) -> Tensor:
+        """[S, L] bool, true where no sequence has a token."""
+        return ~batch.real
 
 
 def to_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
     """The micro-batch with its tensors on the device."""
     if device.type == "cpu":
         return batch
-    moved: dict[str, Any] = {
-        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-        for name, value in vars(batch).items()
-    }
-    return MicroBatch(**moved)
+    return batch.map_tensors(lambda tensor: tensor.to(device, non_blocking=True))

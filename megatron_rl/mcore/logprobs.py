@@ -1,4 +1,8 @@
-"""Log-probability and entropy from vocabulary-parallel logits, without gathering the vocabulary."""
+"""Log-probability and entropy from hidden states, without ever holding the logits of all tokens.
+
+The output layer's product and the softmax over the vocabulary are taken for a chunk of tokens at a
+time and taken again for the gradient; the vocabulary stays split over the tensor-parallel ranks.
+"""
 
 from typing import Any
 
@@ -6,71 +10,136 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_rl.cpu_linear import matmul
 
-class _VocabParallelLogprobs(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, group: Any) -> tuple[Tensor, Tensor]:
-        ctx.set_materialize_grads(False)
-        size = logits.size(-1)
-        logits = logits.float()
-        peak = logits.amax(-1)
-        _all_reduce(peak, group, dist.ReduceOp.MAX)
-        shifted = logits - peak.unsqueeze(-1)
-        exponentials = shifted.exp()
-
-        local = labels - group.rank() * size
-        mine = (local >= 0) & (local < size)
-        local = local.clamp(0, size - 1).unsqueeze(-1)
-        chosen = shifted.gather(-1, local).squeeze(-1) * mine
-        sums = torch.stack([exponentials.sum(-1), (exponentials * shifted).sum(-1), chosen])
-        _all_reduce(sums, group, dist.ReduceOp.SUM)
-        total, weighted, chosen = sums
-
-        log_total = total.log()
-        entropy = log_total - weighted / total
-        ctx.save_for_backward(exponentials.div_(total.unsqueeze(-1)), shifted, log_total, entropy, local, mine)
-        return chosen - log_total, entropy
-
-    @staticmethod
-    def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor, None, None]:
-        probabilities, shifted, log_total, entropy, local, mine = ctx.saved_tensors
-        gradient = torch.zeros_like(probabilities)
-        if grad_logprobs is not None:
-            gradient -= grad_logprobs.unsqueeze(-1) * probabilities
-            gradient.scatter_add_(-1, local, (grad_logprobs * mine).unsqueeze(-1))
-        if grad_entropy is not None:
-            surprise = shifted - log_total.unsqueeze(-1) + entropy.unsqueeze(-1)
-            gradient -= grad_entropy.unsqueeze(-1) * probabilities * surprise
-        return gradient, None, None
+# fp32 logits of one chunk, at most; a chunk costs about three times as much while it is worked on
+CHUNK_BYTES = 2**28
 
 
-def vocab_parallel_logprobs(
-    logits: Tensor, labels: Tensor, group: Any, *, temperature: float, vocab_size: int
+def default_chunk_tokens(vocab_columns: int) -> int:
+    """Tokens of one chunk, for so many columns of the vocabulary on this rank."""
+    return max(1, CHUNK_BYTES // (4 * vocab_columns))
+
+
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    group: Any,
+    *,
+    temperature: float,
+    vocab_size: int,
+    chunk_tokens: int,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of the labels and entropy of the tempered distribution.
 
     Args:
-        logits: [..., V / tp] of any float type, this rank's part of the padded vocabulary.
-        labels: [...] int64, whole-vocabulary ids.
+        hidden: [T, H], the same on every tensor-parallel rank; its gradient is this rank's part of the sum.
+        weight: [V / tp, H], this rank's rows of the padded vocabulary.
+        labels: [T] int64, whole-vocabulary ids.
         group: tensor-parallel process group.
         temperature: logits are divided by it, as the sampler did.
         vocab_size: real size; the padding beyond it gets no probability.
+        chunk_tokens: tokens whose logits exist at a time.
 
     Returns:
-        logprobs [...] and entropy [...] in nats, float32, both differentiable.
+        logprobs [T] and entropy [T] in nats, float32, both differentiable.
     """
-    logits = logits.float()  # before the division, as the sampler does
-    if temperature != 1.0:
-        logits = logits / temperature
-    first = group.rank() * logits.size(-1)
-    if first + logits.size(-1) > vocab_size:
-        padding = torch.arange(first, first + logits.size(-1), device=logits.device) >= vocab_size
-        # finite, so that 0 * log 0 in the entropy stays 0
-        logits = logits.masked_fill(padding, -1e4)
-    logprobs, entropy = _VocabParallelLogprobs.apply(logits, labels, group)
+    head = _Head(group, weight.size(0), temperature, vocab_size)
+    logprobs, entropy = _LinearLogprobs.apply(hidden, weight, labels, head, chunk_tokens)
     return logprobs, entropy
 
 
-def _all_reduce(values: Tensor, group: Any, op: Any) -> None:
-    if group.size() > 1:
-        dist.all_reduce(values, op=op, group=group)
+class _Head:
+    """What turns hidden states into this rank's tempered logits."""
+
+    def __init__(self, group: Any, columns: int, temperature: float, vocab_size: int) -> None:
+        self.group = group
+        self.temperature = temperature
+        self.first = group.rank() * columns
+        self.real = min(columns, max(0, vocab_size - self.first))
+        """Columns that are no padding."""
+
+    def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        """[C, V / tp] float32."""
+        logits = matmul(hidden, weight.t()).float()  # before the division, as the sampler does
+        if self.temperature != 1.0:
+            logits.div_(self.temperature)
+        # finite, so that 0 * log 0 in the entropy stays 0
+        logits[:, self.real :] = -1e4
+        return logits
+
+    def own(self, labels: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+        """Columns [C, 1] of the labels on this rank, and which labels [C] are there."""
+        local = labels - self.first
+        mine = (local >= 0) & (local < columns)
+        return local.clamp(0, columns - 1).unsqueeze(-1), mine
+
+    def reduce(self, values: Tensor, op: Any) -> Tensor:
+        if self.group.size() > 1:
+            dist.all_reduce(values, op=op, group=self.group)
+        return values
+
+
+class _LinearLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, head: _Head, chunk_tokens: int
+    ) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        logprobs, entropy, normaliser = hidden.new_empty(3, hidden.size(0), dtype=torch.float32)
+        kept = None
+        for start in range(0, hidden.size(0), chunk_tokens):
+            span = slice(start, start + chunk_tokens)
+            logits = head.logits(hidden[span], weight)
+            peak = head.reduce(logits.amax(-1), dist.ReduceOp.MAX)
+            shifted = logits.sub_(peak.unsqueeze(-1))
+            exponentials = shifted.exp()
+            column, mine = head.own(labels[span], weight.size(0))
+            chosen = shifted.gather(-1, column).squeeze(-1) * mine
+            weighted = torch.linalg.vecdot(exponentials, shifted)
+            total, weighted, chosen = head.reduce(
+                torch.stack([exponentials.sum(-1), weighted, chosen]), dist.ReduceOp.SUM
+            )
+            log_total = total.log()
+            logprobs[span] = chosen - log_total
+            entropy[span] = log_total - weighted / total
+            normaliser[span] = peak + log_total
+            if hidden.size(0) <= chunk_tokens:  # one chunk fits, so it may as well stay for the gradient
+                kept = shifted.sub_(log_total.unsqueeze(-1))
+        ctx.head, ctx.chunk_tokens = head, chunk_tokens
+        ctx.save_for_backward(hidden, weight, labels, entropy, normaliser, kept)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None
+    ) -> tuple[Tensor, Tensor, None, None, None]:
+        hidden, weight, labels, entropy, normaliser, kept = ctx.saved_tensors
+        head: _Head = ctx.head
+        grad_hidden = torch.empty_like(hidden)
+        # the sum over chunks is kept in float32, which 16-bit weights would round at every chunk
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        for start in range(0, hidden.size(0), ctx.chunk_tokens):
+            span = slice(start, start + ctx.chunk_tokens)
+            if kept is not None:
+                surprise = kept
+            else:
+                surprise = head.logits(hidden[span], weight).sub_(normaliser[span].unsqueeze(-1))
+            gradient = surprise.exp()  # probabilities, and then the gradient of the logits
+            factor = torch.zeros_like(entropy[span]) if grad_logprobs is None else -grad_logprobs[span]
+            if grad_entropy is None:
+                gradient.mul_(factor.unsqueeze(-1))
+            else:
+                slope = (surprise + entropy[span].unsqueeze(-1)).mul_(-grad_entropy[span].unsqueeze(-1))
+                gradient.mul_(slope.add_(factor.unsqueeze(-1)))
+            if grad_logprobs is not None:
+                column, mine = head.own(labels[span], weight.size(0))
+                gradient.scatter_add_(-1, column, (grad_logprobs[span] * mine).unsqueeze(-1))
+            if head.temperature != 1.0:
+                gradient.div_(head.temperature)
+            gradient[:, head.real :] = 0
+            gradient = gradient.to(weight.dtype)
+            grad_hidden[span] = matmul(gradient, weight)
+            grad_weight += matmul(gradient.t(), hidden[span])
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None

@@ -1,127 +1,134 @@
-"""A Megatron GPTModel from a ModelSpec, with weights read through the layout table."""
+"""Megatron GPTModels from a ModelSpec, with weights read through the layout table."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from torch import Tensor
 
-from megatron_rl.config.schema import ParallelSection
-from megatron_rl.errors import ConfigError, ConversionError
-from megatron_rl.mcore.attention import RMSNorm, SdpaCoreAttention
+from megatron_rl.errors import ConversionError
+from megatron_rl.mcore import names, patches
+from megatron_rl.mcore.layer import block_submodules
+from megatron_rl.mcore.logprobs import default_chunk_tokens, linear_logprobs
+from megatron_rl.mcore.precision import Implementation, set_weight
+from megatron_rl.mcore.rotary import PositionRotary
 from megatron_rl.models import ModelSpec, layout_table, padded_vocab_size
 from megatron_rl.models.table import ignored_names
 from megatron_rl.types import ParallelContext
 from megatron_rl.weights.hf_files import HFReader, check_against_table
-from megatron_rl.weights.layout import fill_shard, hf_shapes
+from megatron_rl.weights.layout import Place, fill_shard, hf_shapes
+
+patches.apply()
 
 
-def transformer_config(spec: ModelSpec, parallel: ParallelSection, dtype: torch.dtype) -> TransformerConfig:
-    """Megatron's configuration of the model.
+class PolicyModel(GPTModel):
+    """A GPTModel whose last stage gives hidden states, from which log-probabilities are taken in chunks."""
 
-    Raises:
-        ConfigError: layers or heads do not divide by the parallel sizes.
-    """
-    tp, pp = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
-    for what, total, size, key in (
-        ("layers", spec.num_layers, pp, "parallel.pipeline_parallel_size"),
-        ("key/value heads", spec.num_query_groups, tp, "parallel.tensor_parallel_size"),
-        ("feed-forward columns", spec.ffn_hidden_size, tp, "parallel.tensor_parallel_size"),
-    ):
-        if total % size:
-            raise ConfigError(
-                f"{key}={size} does not divide the model's {total} {what}. Set it to a divisor of {total}."
-            )
-    return TransformerConfig(
-        num_layers=spec.num_layers,
-        hidden_size=spec.hidden_size,
-        num_attention_heads=spec.num_heads,
-        num_query_groups=spec.num_query_groups,
-        kv_channels=spec.head_dim,
-        ffn_hidden_size=spec.ffn_hidden_size,
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        normalization="RMSNorm",
-        layernorm_epsilon=spec.norm_epsilon,
-        qk_layernorm=spec.qk_norm,
-        add_bias_linear=False,
-        add_qkv_bias=spec.qkv_bias,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        # every weight is read from the checkpoint, so none is drawn at random; skipping initialisation
-        # altogether would also skip the marks by which Megatron knows tensor-parallel parameters
-        init_method=_leave_as_it_is,
-        output_layer_init_method=_leave_as_it_is,
-        use_cpu_initialization=False,
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        bf16=dtype is torch.bfloat16,
-        tensor_model_parallel_size=tp,
-        pipeline_model_parallel_size=pp,
-        sequence_parallel=parallel.sequence_parallel,
-        # micro-batches differ in length; Megatron asks for this dispatcher then, even in dense models
-        variable_seq_lengths=True,
-        moe_token_dispatcher_type="alltoall",
-        # the loss arrives as a sum, and the schedule divides gradients by the global token count
-        calculate_per_token_loss=True,
-        # these fusions need Apex or Transformer Engine
-        persist_layer_norm=False,
-        gradient_accumulation_fusion=False,
-        masked_softmax_fusion=False,
-        bias_dropout_fusion=False,
-        bias_activation_fusion=False,
+    def __init__(
+        self,
+        spec: ModelSpec,
+        config: TransformerConfig,
+        implementation: Implementation,
+        parallel: ParallelContext,
+        vp_stage: int,
+    ) -> None:
+        stage = {"vp_stage": vp_stage} if parallel.vp_size > 1 else {}
+        super().__init__(
+            config,
+            block_submodules(config, implementation, pp_rank=parallel.pp_rank, vp_stage=stage.get("vp_stage")),
+            vocab_size=padded_vocab_size(spec.vocab_size, parallel.tp_size),
+            max_sequence_length=spec.max_position_embeddings,
+            position_embedding_type="rope",
+            rotary_base=spec.rope_theta,
+            share_embeddings_and_output_weights=spec.tied_embeddings,
+            pre_process=parallel.pp_rank == 0 and vp_stage == 0,
+            post_process=parallel.is_last_stage and vp_stage == parallel.vp_size - 1,
+            pg_collection=parallel.groups,
+            **stage,
+        )
+        self._spec = spec
+        self._parallel = parallel
+        self.rotary_pos_emb = PositionRotary(
+            spec,
+            tp_size=parallel.tp_size,
+            cp_rank=parallel.cp_rank,
+            cp_size=parallel.cp_size,
+            device=parallel.device,
+        )
+        if self.post_process:
+            # called, so that Megatron's hooks around the output layer run, but nothing is multiplied yet
+            self.output_layer.forward = _hidden_states_only
+
+    def logprobs(
+        self, hidden: Tensor, labels: Tensor, wanted: Tensor, *, temperature: float, chunk_tokens: int | None
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and entropies [number wanted] float32 of the labels, on the last stage.
+
+        Args:
+            hidden: [S, L / tp, H] with sequence parallelism, [S, L, H] without, as ``forward`` gives it.
+            labels: [S, L] int64.
+            wanted: [S, L] bool.
+            temperature: logits are divided by it.
+            chunk_tokens: tokens whose logits exist at a time; None: as many as fit a bounded memory.
+        """
+        group = self._parallel.groups.tp
+        if self.config.sequence_parallel:
+            whole = gather_from_sequence_parallel_region(hidden.transpose(0, 1).contiguous(), group=group)
+            rows = whole.transpose(0, 1)[wanted]
+        else:
+            # of the chosen rows: Megatron loses the sum of gradients that are not contiguous
+            rows = copy_to_tensor_model_parallel_region(hidden[wanted], group=group)
+        weight = self.output_weight()
+        return linear_logprobs(
+            rows,
+            weight,
+            labels[wanted],
+            group,
+            temperature=temperature,
+            vocab_size=self._spec.vocab_size,
+            chunk_tokens=chunk_tokens or default_chunk_tokens(weight.size(0)),
+        )
+
+    def output_weight(self) -> Tensor:
+        """[V / tp, H] of the last stage."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+
+def _hidden_states_only(hidden: Tensor, weight: Any = None, runtime_gather_output: Any = None) -> tuple[Tensor, None]:
+    return hidden, None
+
+
+def build_chunks(
+    spec: ModelSpec, config: TransformerConfig, implementation: Implementation, parallel: ParallelContext
+) -> list[PolicyModel]:
+    """This rank's chunks of the model, one without virtual pipelining; their weights are not set yet."""
+    chunks = [
+        PolicyModel(spec, config, implementation, parallel, stage).to(parallel.device)
+        for stage in range(parallel.vp_size)
+    ]
+    patches.mark_expert_parameters(chunks)
+    return chunks
+
+
+def global_parameters(chunks: Sequence[torch.nn.Module], parallel: ParallelContext) -> dict[str, torch.nn.Parameter]:
+    """Parameters under the layout table's names: layers and experts numbered over the whole model."""
+    return {
+        names.global_name(name, chunk, parallel): parameter
+        for chunk in chunks
+        for name, parameter in chunk.named_parameters()
+    }
+
+
+def place_of(parallel: ParallelContext) -> Place:
+    """Where this rank stands among those that share matrices."""
+    return Place(
+        tp_rank=parallel.tp_rank, tp_size=parallel.tp_size, etp_rank=parallel.etp_rank, etp_size=parallel.etp_size
     )
-
-
-def _leave_as_it_is(weight: torch.Tensor) -> torch.Tensor:
-    return weight
-
-
-def build_model(spec: ModelSpec, config: TransformerConfig, parallel: ParallelContext) -> GPTModel:
-    """This rank's part of the model; its weights are not set yet."""
-    layer = _layer_spec(config)
-    num_layers = get_num_layers_to_build(config, pp_rank=parallel.pp_rank)
-    scaling: dict[str, Any] = {}
-    if spec.rope_scaling is not None:
-        scaling = {"rope_scaling": True, "rope_scaling_factor": spec.rope_scaling.factor}
-    return GPTModel(
-        config,
-        TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm),
-        vocab_size=padded_vocab_size(spec.vocab_size, parallel.tp_size),
-        max_sequence_length=spec.max_position_embeddings,
-        position_embedding_type="rope",
-        rotary_base=spec.rope_theta,
-        share_embeddings_and_output_weights=spec.tied_embeddings,
-        pre_process=parallel.pp_rank == 0,
-        post_process=parallel.is_last_stage,
-        pg_collection=parallel.groups,
-        **scaling,
-    ).to(parallel.device)
-
-
-def _layer_spec(config: TransformerConfig) -> ModuleSpec:
-    spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
-    spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm
-    attention = spec.submodules.self_attention.submodules
-    attention.core_attention = SdpaCoreAttention
-    if config.qk_layernorm:
-        attention.q_layernorm = attention.k_layernorm = RMSNorm
-    return spec
-
-
-def global_parameters(model: GPTModel) -> dict[str, torch.nn.Parameter]:
-    """Parameters under names whose layer numbers count over the whole depth."""
-    named = {}
-    for name, parameter in model.named_parameters():
-        parts = name.split(".")
-        if parts[:2] == ["decoder", "layers"]:
-            parts[2] = str(model.decoder.layers[int(parts[2])].layer_number - 1)
-        named[".".join(parts)] = parameter
-    return named
 
 
 def check_weights(spec: ModelSpec, folder: str) -> HFReader:
@@ -136,18 +143,22 @@ def check_weights(spec: ModelSpec, folder: str) -> HFReader:
 
 
 @torch.no_grad()
-def load_hf_weights(model: GPTModel, spec: ModelSpec, parallel: ParallelContext, reader: HFReader) -> None:
+def load_hf_weights(
+    parameters: Mapping[str, Tensor], spec: ModelSpec, parallel: ParallelContext, reader: HFReader
+) -> None:
     """Fill this rank's shards from a checked folder, reading only the bytes they need.
 
     Raises:
         ConversionError: a parameter has no layout, or another shape.
     """
-    table = layout_table(spec, parallel.tp_size)
-    for name, parameter in global_parameters(model).items():
+    table, place = layout_table(spec, parallel.tp_size), place_of(parallel)
+    for name, parameter in parameters.items():
         if name not in table:
             raise ConversionError(f"Megatron parameter {name} has no layout. Add it to megatron_rl/models/table.py.")
         layout = table[name]
-        if tuple(parameter.shape) != layout.shape(parallel.tp_size):
-            raise ConversionError(f"{name}: shard {tuple(parameter.shape)}, layout {layout.shape(parallel.tp_size)}.")
-        parameter.zero_()  # rows that pad the vocabulary
-        fill_shard(parameter, layout.slices(parallel.tp_rank, parallel.tp_size), reader.read)
+        if tuple(parameter.shape) != place.shape(layout):
+            raise ConversionError(f"{name}: shard {tuple(parameter.shape)}, layout {place.shape(layout)}.")
+        # rows that pad the vocabulary stay 0
+        shard = torch.zeros(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+        fill_shard(shard, place.slices(layout), reader.read)
+        set_weight(parameter, shard)

@@ -1,6 +1,8 @@
 """Megatron's optimizer and learning-rate schedule."""
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -12,29 +14,75 @@ from megatron.core.optimizer import (
 )
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_rl.config.schema import OptimizerSection
-from megatron_rl.errors import TrainingDiverged
+from megatron_rl.config.schema import OptimizerSection, RunConfig
+from megatron_rl.errors import ConfigError, TrainingDiverged
 from megatron_rl.mcore.patches import create_adam_state
+from megatron_rl.mcore.precision import transformer_engine_version
+from megatron_rl.weights.hf_files import torch_dtype
+
+STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.uint8}
 
 
-def build_optimizer(
-    config: OptimizerSection, model: DistributedDataParallel, dtype: torch.dtype, *, distributed: bool
-) -> MegatronOptimizer:
-    """AdamW with decoupled weight decay; bf16 weights have fp32 masters."""
-    section = OptimizerConfig(
+def check_optimizer(config: RunConfig) -> None:
+    """Refuse what this machine's optimizers cannot do.
+
+    Raises:
+        ConfigError: with what to set.
+    """
+    section = config.optimizer
+    if section.states_dtype != "fp32" and (
+        transformer_engine_version() is None or not config.parallel.distributed_optimizer
+    ):
+        raise ConfigError(
+            f"optimizer.states_dtype={section.states_dtype} needs a GPU, the fused Adam of Transformer Engine and "
+            "parallel.distributed_optimizer=true. Set optimizer.states_dtype=fp32."
+        )
+    if section.cpu_offload_fraction and (not torch.cuda.is_available() or config.model.dtype != "bf16"):
+        raise ConfigError(
+            f"optimizer.cpu_offload_fraction={section.cpu_offload_fraction} needs a GPU to take the optimizer from, "
+            "and model.dtype=bf16. Set optimizer.cpu_offload_fraction=0."
+        )
+
+
+def build_optimizer(config: RunConfig, chunks: Sequence[DistributedDataParallel]) -> MegatronOptimizer:
+    """AdamW with decoupled weight decay; bf16 weights have fp32 masters.
+
+    The fused one of Transformer Engine or of Apex where it is installed, torch's otherwise.
+
+    Raises:
+        ConfigError: as ``check_optimizer``.
+    """
+    check_optimizer(config)
+    section, dtype = config.optimizer, torch_dtype(config.model.dtype)
+    values: dict[str, Any] = {}
+    if section.states_dtype != "fp32":
+        states = STATE_DTYPES[section.states_dtype]
+        values |= {"use_precision_aware_optimizer": True, "exp_avg_dtype": states, "exp_avg_sq_dtype": states}
+    if section.cpu_offload_fraction:
+        values |= {
+            "optimizer_cpu_offload": True,
+            "optimizer_offload_fraction": section.cpu_offload_fraction,
+            "overlap_cpu_optimizer_d2h_h2d": True,
+            # the fused optimizers of the GPU have no counterpart on the host
+            "use_torch_optimizer_for_cpu_offload": True,
+        }
+    settings = OptimizerConfig(
         optimizer="adam",
-        lr=config.lr,
-        min_lr=config.min_lr,
-        weight_decay=config.weight_decay,
-        adam_beta1=config.adam_beta1,
-        adam_beta2=config.adam_beta2,
-        adam_eps=config.adam_eps,
-        clip_grad=config.clip_grad,
+        lr=section.lr,
+        min_lr=section.min_lr,
+        weight_decay=section.weight_decay,
+        adam_beta1=section.adam_beta1,
+        adam_beta2=section.adam_beta2,
+        adam_eps=section.adam_eps,
+        clip_grad=section.clip_grad,
         bf16=dtype is torch.bfloat16,
         params_dtype=dtype,
-        use_distributed_optimizer=distributed,
+        use_distributed_optimizer=config.parallel.distributed_optimizer,
+        overlap_param_gather=config.parallel.overlap_param_gather,
+        fp8_recipe=None if config.precision.fp8 == "disabled" else config.precision.fp8,
+        **values,
     )
-    optimizer = get_megatron_optimizer(section, [model], config_overrides=get_standard_config_overrides(section))
+    optimizer = get_megatron_optimizer(settings, list(chunks), config_overrides=get_standard_config_overrides(settings))
     create_adam_state(optimizer)
     return optimizer
 

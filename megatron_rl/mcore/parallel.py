@@ -13,7 +13,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch.distributed import distributed_c10d
 from torch.distributed.rendezvous import rendezvous
 
-from megatron_rl.config.schema import ParallelSection
+from megatron_rl.config.machine import ParallelSection
 from megatron_rl.errors import ConfigError
 from megatron_rl.types import ParallelContext
 
@@ -84,6 +84,12 @@ def split_world(
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor_parallel_size,
         pipeline_model_parallel_size=config.pipeline_parallel_size,
+        virtual_pipeline_model_parallel_size=(
+            config.virtual_pipeline_parallel_size if config.virtual_pipeline_parallel_size > 1 else None
+        ),
+        context_parallel_size=config.context_parallel_size,
+        expert_model_parallel_size=config.expert_parallel_size,
+        expert_tensor_parallel_size=config.expert_tensor_size,
         distributed_timeout_minutes=max(1, math.ceil(config.timeout_minutes)),
     )
     model_parallel_cuda_manual_seed(DROPOUT_SEED, force_reset_rng=True)
@@ -99,6 +105,13 @@ def split_world(
         tp_size=groups.tp.size(),
         pp_rank=groups.pp.rank(),
         pp_size=groups.pp.size(),
+        vp_size=config.virtual_pipeline_parallel_size,
+        cp_rank=groups.cp.rank(),
+        cp_size=groups.cp.size(),
+        ep_rank=groups.ep.rank(),
+        ep_size=groups.ep.size(),
+        etp_rank=groups.expt_tp.rank(),
+        etp_size=groups.expt_tp.size(),
         groups=groups,
         host_group=dist.new_group(backend="gloo", timeout=timedelta(minutes=config.timeout_minutes)),
         store=store,

@@ -19,11 +19,17 @@ And one fault more: a synchronous save forks writer processes from a process ful
 hangs for ever when one of them dies, and starts a manager process that imports the main program
 again only to hand the results over. ``write_in_process`` writes the same files without any of that.
 
-tests/distributed/test_checkpoint.py holds a test for each that fails once it is no longer needed.
+Before 0.19, with tensor parallelism around experts that are whole on each rank (expert tensor
+parallel size 1, no expert parallelism), experts are not marked as such; their gradients are then
+reduced over the dense parameters' ranks and those of the tensor-parallel ranks are lost:
+``mark_expert_parameters``. And without Transformer Engine names that the router and
+recomputed norms need are never bound: ``bind_missing_names``.
+
+tests/distributed/ holds a test for each that fails once it is no longer needed.
 """
 
 import queue
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -32,7 +38,11 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSys
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.tensor_parallel import random
+from megatron.core.transformer.moe import moe_utils
 from torch import Tensor
+
+from megatron_rl.mcore.gloo import complete_collectives
 
 STEP = "step"
 
@@ -74,6 +84,33 @@ def count_gaps(model: DistributedDataParallel) -> None:
         for bucket, stop in zip(buckets, ends, strict=True):
             bucket.numel_unpadded = stop - bucket.offset
         buffer.numel_unpadded = end
+
+
+def mark_expert_parameters(chunks: Sequence[torch.nn.Module]) -> None:
+    """Say which parameters are reduced over the ranks that hold the same experts.
+
+    Under every layout, those that do not split experts included: only then are optimizer states laid
+    out alike, and can be loaded under another one.
+    """
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            if ".experts." in name:
+                parameter.allreduce = False  # type: ignore[attr-defined]
+
+
+def bind_missing_names() -> None:
+    """Let the router find that Transformer Engine's matrix product is not there, and recomputed norms its FP8."""
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+    if not hasattr(random, "FP8GlobalStateManager"):
+        random.CheckpointWithoutOutput.__init__ = _without_fp8
+
+
+def _without_fp8(self: Any, fp8: Any = None) -> None:
+    _init_original(self, None)
+
+
+_init_original = random.CheckpointWithoutOutput.__init__
 
 
 @torch.no_grad()
@@ -118,6 +155,8 @@ def write_in_process() -> None:
 
 
 def apply() -> None:
-    """Apply the two that replace functions; the others are called where they are needed."""
+    """Apply those that replace functions; the others are called where they are needed."""
+    bind_missing_names()
+    complete_collectives()
     keep_step_on_load()
     write_in_process()

@@ -4,6 +4,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from torch.profiler import record_function
+
 from megatron_rl.metrics.metric import Max, Reduction
 
 
@@ -19,7 +21,8 @@ class Stopwatch:
         """Time the body under ``timing_s/<name>``."""
         start = time.perf_counter()
         try:
-            yield
+            with record_function(name):  # so that a profile shows the span too
+                yield
         finally:
             self._spans[name] = self._spans.get(name, 0.0) + time.perf_counter() - start
 

@@ -1,16 +1,15 @@
 """The families that are supported: one short function from config.json to a ModelSpec each."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from megatron_rl.errors import ConversionError
-from megatron_rl.models.spec import ModelSpec, RopeScaling
+from megatron_rl.models.spec import LinearRope, Llama3Rope, ModelSpec, MoeSpec, RopeScaling, YarnRope
 
 HFConfig = dict[str, Any]
-
-LLAMA3_FIXED = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
 def qwen2(config: HFConfig) -> ModelSpec:
@@ -26,6 +25,25 @@ def qwen3(config: HFConfig) -> ModelSpec:
     return _decoder("qwen3", config, qkv_bias=False, qk_norm=True)
 
 
+def qwen3_moe(config: HFConfig) -> ModelSpec:
+    """Qwen3 with a mixture of experts in every layer."""
+    _refuse(config, "use_sliding_window", True)
+    _refuse(config, "attention_bias", True)
+    if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
+        raise ConversionError(
+            f"config.json: mlp_only_layers={config.get('mlp_only_layers')}, "
+            f"decoder_sparse_step={config.get('decoder_sparse_step')}: only models with experts in every layer "
+            "are supported."
+        )
+    moe = MoeSpec(
+        num_experts=config["num_experts"] if "num_experts" in config else config["num_local_experts"],
+        experts_per_token=config["num_experts_per_tok"],
+        ffn_hidden_size=config["moe_intermediate_size"],
+        normalize_probabilities=bool(config.get("norm_topk_prob", False)),
+    )
+    return _decoder("qwen3_moe", config, qkv_bias=False, qk_norm=True, moe=moe)
+
+
 def llama(config: HFConfig) -> ModelSpec:
     """Llama 2 and 3.x, and distilled models of that architecture."""
     _refuse(config, "attention_bias", True)
@@ -36,6 +54,7 @@ def llama(config: HFConfig) -> ModelSpec:
 FAMILIES: dict[str, Callable[[HFConfig], ModelSpec]] = {
     "Qwen2ForCausalLM": qwen2,
     "Qwen3ForCausalLM": qwen3,
+    "Qwen3MoeForCausalLM": qwen3_moe,
     "LlamaForCausalLM": llama,
 }
 
@@ -69,7 +88,7 @@ def read_model_spec(folder: str | Path) -> ModelSpec:
         ) from error
 
 
-def _decoder(family: str, config: HFConfig, *, qkv_bias: bool, qk_norm: bool) -> ModelSpec:
+def _decoder(family: str, config: HFConfig, *, qkv_bias: bool, qk_norm: bool, moe: MoeSpec | None = None) -> ModelSpec:
     if config.get("hidden_act", "silu") != "silu":
         raise ConversionError(f"{family}: hidden_act={config['hidden_act']!r} is not supported, only 'silu'.")
     heads = config["num_attention_heads"]
@@ -90,6 +109,7 @@ def _decoder(family: str, config: HFConfig, *, qkv_bias: bool, qk_norm: bool) ->
         tied_embeddings=bool(config.get("tie_word_embeddings", False)),
         qkv_bias=qkv_bias,
         qk_norm=qk_norm,
+        moe=moe,
     )
 
 
@@ -99,18 +119,41 @@ def _rope(config: HFConfig) -> tuple[float, RopeScaling | None]:
     parameters = dict(new or old or {})
     theta = float(parameters.get("rope_theta") or config.get("rope_theta") or 10000.0)
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
-    if kind == "default":
-        return theta, None
-    if kind != "llama3":
-        raise ConversionError(f"rope type {kind!r} is not supported, only 'default' and 'llama3'.")
-    for key, value in LLAMA3_FIXED.items():
-        if float(parameters[key]) != value:
-            raise ConversionError(f"rope {key}={parameters[key]} is not supported: Megatron-Core fixes it at {value}.")
-    return theta, RopeScaling(
-        factor=float(parameters["factor"]),
-        low_freq_factor=float(parameters["low_freq_factor"]),
-        high_freq_factor=float(parameters["high_freq_factor"]),
-        original_max_position_embeddings=int(parameters["original_max_position_embeddings"]),
+    match kind:
+        case "default":
+            return theta, None
+        case "llama3":
+            return theta, Llama3Rope(
+                factor=float(parameters["factor"]),
+                low_freq_factor=float(parameters["low_freq_factor"]),
+                high_freq_factor=float(parameters["high_freq_factor"]),
+                original_max_position_embeddings=int(parameters["original_max_position_embeddings"]),
+            )
+        case "linear":
+            return theta, LinearRope(factor=float(parameters["factor"]))
+        case "yarn":
+            return theta, _yarn(parameters, config)
+    raise ConversionError(f"rope type {kind!r} is not supported, only 'default', 'linear', 'llama3' and 'yarn'.")
+
+
+def _yarn(parameters: HFConfig, config: HFConfig) -> YarnRope:
+    original = parameters.get("original_max_position_embeddings") or config["max_position_embeddings"]
+    factor = float(parameters.get("factor") or config["max_position_embeddings"] / original)
+
+    def magnitude(weight: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+    attention_factor = parameters.get("attention_factor")
+    if attention_factor is None:
+        weight, weight_of_all = parameters.get("mscale"), parameters.get("mscale_all_dim")
+        attention_factor = magnitude(weight) / magnitude(weight_of_all) if weight and weight_of_all else magnitude(1.0)
+    return YarnRope(
+        factor=factor,
+        original_max_position_embeddings=int(original),
+        beta_fast=float(parameters.get("beta_fast") or 32),
+        beta_slow=float(parameters.get("beta_slow") or 1),
+        truncate=bool(parameters.get("truncate", True)),
+        attention_factor=float(attention_factor),
     )
 
 

@@ -4,13 +4,48 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
-class RopeScaling:
+class Llama3Rope:
     """Llama 3 frequency scaling of rotary embeddings. Source: transformers' ``llama3`` rope type."""
 
     factor: float
     low_freq_factor: float
     high_freq_factor: float
     original_max_position_embeddings: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearRope:
+    """Positions divided by a factor. Source: transformers' ``linear`` rope type."""
+
+    factor: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class YarnRope:
+    """YaRN, arXiv 2309.00071. Source: transformers' ``yarn`` rope type."""
+
+    factor: float
+    original_max_position_embeddings: int
+    beta_fast: float
+    beta_slow: float
+    truncate: bool
+    attention_factor: float
+    """Factor on cosines and sines."""
+
+
+RopeScaling = Llama3Rope | LinearRope | YarnRope
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoeSpec:
+    """The mixture of experts of every layer."""
+
+    num_experts: int
+    experts_per_token: int
+    ffn_hidden_size: int
+    """Columns of one expert."""
+    normalize_probabilities: bool
+    """The chosen experts' probabilities are scaled to sum to 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,3 +70,5 @@ class ModelSpec:
     qkv_bias: bool
     qk_norm: bool
     """RMS norm of each query and key head."""
+    moe: MoeSpec | None = None
+    """None: a dense feed-forward block."""

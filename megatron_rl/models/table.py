@@ -1,5 +1,8 @@
 """The layout table of a decoder-only model: Megatron parameter name -> slices of Hugging Face tensors."""
 
+import math
+from dataclasses import replace
+
 from megatron_rl.models.spec import ModelSpec
 from megatron_rl.weights.layout import Layout, gated, grouped_qkv, replicated, row, vocabulary
 
@@ -7,9 +10,15 @@ EMBEDDING = "model.embed_tokens.weight"
 LM_HEAD = "lm_head.weight"
 
 
+# The vocabulary is padded to a multiple that every usual number of tensor-parallel ranks divides, so that a
+# checkpoint has the same size under each of them.
+VOCAB_MULTIPLE = 64
+
+
 def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
     """The vocabulary rounded up to what the tensor-parallel ranks can share evenly."""
-    return -(-vocab_size // tp_size) * tp_size
+    multiple = math.lcm(VOCAB_MULTIPLE, tp_size)
+    return -(-vocab_size // multiple) * multiple
 
 
 def layout_table(spec: ModelSpec, tp_size: int) -> dict[str, Layout]:
@@ -47,14 +56,29 @@ def _layer(spec: ModelSpec, megatron: str, hf: str) -> dict[str, Layout]:
         ),
         f"{attention}linear_proj.weight": row(f"{hf}self_attn.o_proj.weight", hidden, heads * dim),
         f"{megatron}pre_mlp_layernorm.weight": replicated(f"{hf}post_attention_layernorm.weight", hidden),
-        f"{megatron}mlp.linear_fc1.weight": gated(
-            f"{hf}mlp.gate_proj.weight", f"{hf}mlp.up_proj.weight", spec.ffn_hidden_size, hidden
-        ),
-        f"{megatron}mlp.linear_fc2.weight": row(f"{hf}mlp.down_proj.weight", hidden, spec.ffn_hidden_size),
     }
+    if spec.moe is None:
+        table |= _feed_forward(f"{megatron}mlp.", f"{hf}mlp.", spec.ffn_hidden_size, hidden)
+    else:
+        table[f"{megatron}mlp.router.weight"] = replicated(f"{hf}mlp.gate.weight", spec.moe.num_experts, hidden)
+        for expert in range(spec.moe.num_experts):
+            layouts = _feed_forward(
+                f"{megatron}mlp.experts.local_experts.{expert}.",
+                f"{hf}mlp.experts.{expert}.",
+                spec.moe.ffn_hidden_size,
+                hidden,
+            )
+            table |= {name: replace(layout, expert=True) for name, layout in layouts.items()}
     if spec.qkv_bias:
         table[f"{attention}linear_qkv.bias"] = grouped_qkv(q + "bias", k + "bias", v + "bias", heads, groups, dim)
     if spec.qk_norm:
         table[f"{attention}q_layernorm.weight"] = replicated(f"{hf}self_attn.q_norm.weight", dim)
         table[f"{attention}k_layernorm.weight"] = replicated(f"{hf}self_attn.k_norm.weight", dim)
     return table
+
+
+def _feed_forward(megatron: str, hf: str, rows: int, hidden: int) -> dict[str, Layout]:
+    return {
+        f"{megatron}linear_fc1.weight": gated(f"{hf}gate_proj.weight", f"{hf}up_proj.weight", rows, hidden),
+        f"{megatron}linear_fc2.weight": row(f"{hf}down_proj.weight", hidden, rows),
+    }

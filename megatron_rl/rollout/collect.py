@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 
 from megatron_rl.collective import gather_objects, raise_together
 from megatron_rl.errors import RewardError
@@ -121,11 +122,11 @@ def _reward_input(job: Job, key: int, sample: int, completion: Completion, text:
 
 
 def _rollout(prompt: Prompt, completion: Completion, text: str, result: RewardResult) -> Rollout:
-    num_prompt, num_response = prompt.token_ids.numel(), completion.token_ids.numel()
+    token_ids, num_prompt = torch.cat([prompt.token_ids, completion.token_ids]), prompt.token_ids.numel()
     return Rollout(
-        token_ids=torch.cat([prompt.token_ids, completion.token_ids]),
-        loss_mask=torch.cat([torch.zeros(num_prompt, dtype=torch.bool), torch.ones(num_response, dtype=torch.bool)]),
-        rollout_logprobs=torch.cat([torch.zeros(num_prompt), completion.logprobs]),
+        token_ids=token_ids,
+        loss_mask=torch.arange(token_ids.numel()) >= num_prompt,
+        rollout_logprobs=F.pad(completion.logprobs, (num_prompt, 0)),
         text=text,
         finish_reason=completion.finish_reason,
         policy_version=completion.policy_version,
@@ -133,4 +134,5 @@ def _rollout(prompt: Prompt, completion: Completion, text: str, result: RewardRe
         reward_parts=result.parts,
         status=result.status,
         failure=result.message,
+        routing=completion.routing,
     )

@@ -5,9 +5,8 @@ from collections.abc import Sequence
 import torch
 
 from megatron_rl.algorithms.advantages import count_zero_variance_groups
-from megatron_rl.algorithms.kl import k3
-from megatron_rl.metrics.metric import Max, Mean, Reduction, Sum, mean_max_min, mean_of
-from megatron_rl.types import RolloutGroup, TrainBatch
+from megatron_rl.metrics.metric import Mean, Reduction, Sum, mean_max_min, mean_of
+from megatron_rl.types import RolloutGroup
 
 
 def length_metrics(groups: Sequence[RolloutGroup]) -> dict[str, Reduction]:
@@ -44,18 +43,3 @@ def reward_metrics(
         values = [rollout.reward_parts[name] for rollout in rollouts if name in rollout.reward_parts]
         metrics[f"reward/{name}"] = mean_of(values)
     return metrics
-
-
-def drift_metrics(batch: TrainBatch) -> dict[str, Reduction]:
-    """How far the trainer's log-probabilities are from those the engine sampled with, on this rank."""
-    masks = [sequence.loss_mask for sequence in batch.sequences]
-    trainer = torch.cat([s.old_logprobs[m] for s, m in zip(batch.sequences, masks, strict=True)])
-    engine = torch.cat([s.rollout_logprobs[m] for s, m in zip(batch.sequences, masks, strict=True)])
-    if not trainer.numel():
-        return {}
-    difference = (trainer - engine).abs()
-    return {
-        "train_rollout_logprob_abs_diff/mean": Mean(float(difference.sum()), difference.numel()),
-        "train_rollout_logprob_abs_diff/max": Max(float(difference.max())),
-        "rollout_corr/k3_kl": Mean(float(k3(engine, trainer).sum()), difference.numel()),
-    }

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rl.errors import ConversionError
-from megatron_rl.weights.layout import Box, LayoutTable, Slice, box_index, box_shape, box_size, hf_shapes
+from megatron_rl.weights.layout import Box, LayoutTable, Place, Slice, box_index, box_shape, box_size, hf_shapes
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,11 @@ class Bucket:
 ExportPlan = Sequence[Bucket]
 
 
-def plan_export(held: Sequence[tuple[Sequence[str], int]], table: LayoutTable, tp_size: int) -> list[Bucket]:
+def plan_export(held: Sequence[tuple[Sequence[str], Place]], table: LayoutTable) -> list[Bucket]:
     """Who sends which box.
 
     Args:
-        held: for each rank of the replica its parameters and its tensor-parallel rank.
+        held: for each rank of the replica its parameters and its place.
         table: layout of every parameter.
 
     Raises:
@@ -49,9 +49,9 @@ def plan_export(held: Sequence[tuple[Sequence[str], int]], table: LayoutTable, t
     shapes = hf_shapes(table)
     pieces: dict[str, dict[int, list[Piece]]] = {name: {} for name in shapes}
     taken: set[tuple[str, Box]] = set()
-    for rank, (names, tp_rank) in enumerate(held):
+    for rank, (names, place) in enumerate(held):
         for parameter in names:
-            for piece in table[parameter].slices(tp_rank, tp_size):
+            for piece in place.slices(table[parameter]):
                 if (piece.hf_name, piece.hf_box) not in taken:
                     taken.add((piece.hf_name, piece.hf_box))
                     pieces[piece.hf_name].setdefault(rank, []).append(Piece(parameter, piece))

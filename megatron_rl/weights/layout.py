@@ -35,9 +35,31 @@ class Layout:
     """(tp_rank, tp_size) -> the slices of that shard."""
     replicated: bool = False
     """Every tensor-parallel rank holds the whole parameter."""
+    expert: bool = False
+    """Part of an expert, which is split over the expert-tensor-parallel ranks."""
 
 
 LayoutTable = Mapping[str, Layout]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a rank stands among those that share matrices; experts may be shared by other ranks."""
+
+    tp_rank: int = 0
+    tp_size: int = 1
+    etp_rank: int = 0
+    etp_size: int = 1
+
+    def shape(self, layout: Layout) -> tuple[int, ...]:
+        """Shape of this rank's shard."""
+        return layout.shape(self.etp_size if layout.expert else self.tp_size)
+
+    def slices(self, layout: Layout) -> list[Slice]:
+        """The slices of this rank's shard."""
+        if layout.expert:
+            return layout.slices(self.etp_rank, self.etp_size)
+        return layout.slices(self.tp_rank, self.tp_size)
 
 
 def box_index(box: Box) -> Index:

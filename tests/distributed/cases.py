@@ -1,47 +1,68 @@
 """What the ranks of a gang run; the tests around them compare."""
 
+import gc
 import itertools
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from megatron_rl.batching.align import align
+from megatron_rl.collective import gather_objects
 from megatron_rl.config import RunConfig
-from megatron_rl.loop import run_in
+from megatron_rl.config.machine import ParallelSection
+from megatron_rl.loop import plan, run_in
 from megatron_rl.mcore import patches
-from megatron_rl.mcore.attention import packed_sequences
-from megatron_rl.mcore.checkpoint import load_policy, save_policy
+from megatron_rl.mcore.checkpoint import begin_save, complete_save, load_policy, save_policy
+from megatron_rl.mcore.model import PolicyModel
 from megatron_rl.mcore.parallel import split_world
-from megatron_rl.mcore.policy import Policy, ScoringModel
-from megatron_rl.types import ParallelContext, TrainBatch, UpdatePlan
+from megatron_rl.mcore.policy import Policy
+from megatron_rl.mcore.reference import HostedReference
+from megatron_rl.mcore.scoring import ScoringModel
+from megatron_rl.metrics.metric import merge, results
+from megatron_rl.types import ParallelContext, Prompt, Rollout, RolloutGroup, TrainBatch, TrainSequence, UpdatePlan
 from tests.toys import VOCAB, sequences
 
 # after megatron_rl.mcore, which prepares Megatron-Core for the CPU
 from megatron.core import parallel_state, tensor_parallel  # isort: skip
-from megatron.core.pipeline_parallel import get_forward_backward_func  # isort: skip
 
-_worlds: dict[tuple[int, int], tuple[ParallelContext, dict[str, Any]]] = {}
+_worlds: dict[ParallelSection, tuple[ParallelContext, dict[str, Any]]] = {}
 _counters = itertools.count()
+KEPT_WORLDS = 3
 
 
 def world(config: RunConfig) -> ParallelContext:
     """A split of this gang, with counters of its own.
 
-    A process can only open so many groups, and Megatron never closes one; so each split is made
-    once, and Megatron's record of it is put back when it is wanted again.
+    Megatron never closes a group, and every one has threads; so the last few splits are kept, with
+    Megatron's record of each to be put back, and the groups of the others are closed here.
     """
-    key = (config.parallel.tensor_parallel_size, config.parallel.pipeline_parallel_size)
+    key = replace(
+        config.parallel, distributed_optimizer=True, overlap_grad_reduce=False, overlap_param_gather=False
+    )  # which do not change the groups
     store = dist.PrefixStore(f"world{next(_counters)}", dist.distributed_c10d._get_default_store())
     if key not in _worlds:
+        if len(_worlds) == KEPT_WORLDS:
+            _close(*_worlds.pop(next(iter(_worlds))))
         context = split_world(config.parallel, store, 0, torch.device("cpu"))
         _worlds[key] = (context, _megatron_globals())
     context, record = _worlds[key]
     for name, value in record.items():
         setattr(parallel_state, name, value)
     return replace(context, store=store)
+
+
+def _close(context: ParallelContext, record: dict[str, Any]) -> None:
+    """Destroy every group of a split."""
+    found = [context.host_group]
+    for value in record.values():
+        found += value if isinstance(value, list) else [value]
+    gc.collect()  # models that hold groups
+    for group in {id(one): one for one in found if isinstance(one, dist.ProcessGroup)}.values():
+        if group is not dist.group.WORLD and group in dist.distributed_c10d._world.pg_map:
+            dist.destroy_process_group(group)
 
 
 def _megatron_globals() -> dict[str, Any]:
@@ -56,35 +77,30 @@ def logits(config: RunConfig) -> torch.Tensor | None:
     """Whole-vocabulary logits of the toy sequences, on the last stage."""
     parallel = world(config)
     scorer = ScoringModel(config, parallel, config.model.path)
-    multiple = parallel.tp_size if config.parallel.sequence_parallel else 1
-    batch = align(sequences(), packed=config.batching.packed, multiple_of=multiple)
-    packing = None if batch.cu_seqlens is None else packed_sequences(batch.cu_seqlens, parallel.device)
+    found = []
 
-    def step(_: Any, model: torch.nn.Module) -> Any:
-        output = model(batch.tokens, batch.position_ids, None, packed_seq_params=packing)
+    class Catching(PolicyModel):
+        """Keeps the logits instead of taking log-probabilities."""
 
-        def collect(output: torch.Tensor) -> Any:
-            whole = tensor_parallel.gather_from_tensor_model_parallel_region(output)[..., :VOCAB]
-            rows = (
-                whole[0].split([*batch.lengths, whole.size(1) - sum(batch.lengths)])[:-1]
-                if packing
-                else [row[:length] for row, length in zip(whole, batch.lengths, strict=True)]
-            )
-            return output.sum(), torch.tensor(1, dtype=torch.int), torch.cat(list(rows))
+        def logprobs(self, hidden: torch.Tensor, labels: torch.Tensor, wanted: torch.Tensor, **_: Any) -> Any:
+            rows = hidden.transpose(0, 1)
+            if self.config.sequence_parallel:
+                rows = tensor_parallel.gather_from_sequence_parallel_region(rows.contiguous())
+            shard = rows.transpose(0, 1) @ self.output_weight().t()
+            found.append(tensor_parallel.gather_from_tensor_model_parallel_region(shard)[..., :VOCAB])
+            return super().logprobs(hidden, labels, wanted, **_)
 
-        return output, collect
-
-    with torch.no_grad():
-        results = get_forward_backward_func()(
-            forward_step_func=step,
-            data_iterator=iter([0]),
-            model=scorer.model,
-            num_microbatches=1,
-            seq_length=1,
-            micro_batch_size=1,
-            forward_only=True,
-        )
-    return results[0] if parallel.is_last_stage else None
+    for chunk in scorer.chunks:
+        chunk.__class__ = Catching
+    rows = sequences()
+    scorer.logprobs(replace(batch_of(parallel), updates=[update_plan([[0, 1, 2, 3]])]))
+    if not parallel.is_last_stage:
+        return None
+    (whole,) = found
+    lengths = [row.token_ids.numel() for row in rows]
+    if config.batching.packed:
+        return torch.cat(list(whole[0].split([*lengths, whole.size(1) - sum(lengths)])[:-1]))
+    return torch.cat([row[:length] for row, length in zip(whole, lengths, strict=True)])
 
 
 def exported(config: RunConfig) -> dict[str, torch.Tensor]:
@@ -102,12 +118,158 @@ def batch_of(parallel: ParallelContext) -> TrainBatch:
     found = sequences()
     return TrainBatch(
         sequences=found,
-        updates=[UpdatePlan(micro_batches=[[0, 1], [2, 3]], num_tokens=50 * parallel.dp_size, num_sequences=4)],
+        updates=[update_plan([[0, 1], [2, 3]])],
         global_index=list(range(len(found))),
         rewards=torch.zeros(4),
         groups=torch.zeros(4, dtype=torch.int64),
         advantages=torch.zeros(4),
     )
+
+
+def update_plan(micro_batches: list[list[int]]) -> UpdatePlan:
+    """An update of the toy sequences."""
+    return UpdatePlan(
+        micro_batches=micro_batches,
+        num_tokens=50,
+        num_sequences=4,
+        num_processed_tokens=62,
+        sum_squared_lengths=1306,
+        imbalance=1.0,
+    )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a policy is after some updates."""
+
+    losses: list[float]
+    norms: list[float]
+    balance: list[float]
+    """Router losses, of a mixture of experts that has them."""
+    logprobs: dict[int, torch.Tensor]
+    """Place of a sequence in the step -> its log-probabilities before the first update."""
+    weights: dict[str, torch.Tensor]
+
+
+def some_updates(config: RunConfig, lengths: tuple[int, ...] = (9, 17, 6, 30, 12, 21, 8, 3)) -> Outcome:
+    """Score and learn from the same sequences, shared out over the data-parallel ranks, in two pairs of updates."""
+    parallel = world(config)
+    policy = Policy(config, parallel)
+    once = shared_out(sequences(lengths), config, parallel)
+    rows = policy.logprobs(once)
+    batch = replace(once, updates=[*once.updates, *once.updates])  # several, so that ratios are taken
+    losses, norms, balance = [], [], []
+    for _ in range(2):
+        policy.to_host()
+        policy.to_device()
+        metrics = results(merge(gather_objects(policy.update(batch), parallel)))
+        losses.append(metrics["actor/loss"])
+        norms.append(metrics["actor/grad_norm"])
+        balance += [metrics[name] for name in ("moe/aux_loss", "moe/z_loss") if name in metrics]
+    return Outcome(
+        losses=losses,
+        norms=norms,
+        balance=balance,
+        logprobs={i: row for i, row in zip(once.global_index, rows, strict=True) if i >= 0},
+        weights={name: tensor.clone() for name, tensor in policy.export()},
+    )
+
+
+def replayed(config: RunConfig) -> tuple[dict[int, torch.Tensor], float]:
+    """Log-probabilities with made-up routes, by place in the step, and how far those without are."""
+    parallel = world(config)
+    policy = ScoringModel(config, parallel, config.model.path)
+    moe = policy.spec.moe
+    assert moe is not None
+    found = []
+    for place, sequence in enumerate(sequences()):
+        generator = torch.Generator().manual_seed(place)
+        scores = torch.rand(sequence.token_ids.numel(), policy.spec.num_layers, moe.num_experts, generator=generator)
+        found.append(replace(sequence, routing=scores.topk(moe.experts_per_token).indices.to(torch.int16)))
+    batch = shared_out(found, config, parallel)
+    rows = policy.logprobs(batch, replay_routing=True)
+    free = policy.logprobs(batch)
+    apart = max(float((a - b).abs().max()) for a, b in zip(rows, free, strict=True))
+    return {i: row for i, row in zip(batch.global_index, rows, strict=True) if i >= 0}, apart
+
+
+@dataclass(frozen=True)
+class Offloaded:
+    """What moving a policy to the host did."""
+
+    freed_bytes: int
+    held_bytes: int
+    """Of weights, gradients and optimizer states, before."""
+    left_bytes: int
+    """Of the same, while they are away."""
+
+
+def offload(config: RunConfig) -> Offloaded:
+    """Move parts of a policy to the host, and count."""
+    policy = Policy(config, world(config))
+    policy.update(batch_of(policy.parallel))
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in _tensors_of(policy)}
+    held = sum(storage.nbytes() for storage in storages.values())
+    freed = policy.to_host()
+    left = sum(storage.nbytes() for storage in storages.values())
+    policy.to_device()
+    return Offloaded(freed_bytes=freed, held_bytes=held, left_bytes=left)
+
+
+def _tensors_of(policy: Policy) -> Iterator[torch.Tensor]:
+    yield from policy.parameters.values()
+    for chunk in policy.ddp:
+        yield from (buffer.grad_data for buffer in chunk.buffers)
+    for inner in patches.inner_optimizers(policy.optimizer):
+        for group in inner.optimizer.param_groups:
+            yield from group["params"]
+        for state in inner.optimizer.state.values():
+            yield from (value for value in state.values() if value.ndim)
+
+
+def reference_in_place(config: RunConfig, path: str) -> tuple[bool, float, bool]:
+    """A hosted reference against a model of its own: are they bit-equal, how far is the policy, is it back."""
+    parallel = world(config)
+    policy, batch = Policy(config, parallel), batch_of(parallel)
+    policy.update(batch)
+    before, weights = policy.logprobs(batch), [p.detach().clone() for p in policy.parameters.values()]
+    hosted = HostedReference(policy, path).logprobs(batch)
+    alone = ScoringModel(config, parallel, path).logprobs(batch)
+    same = all(torch.equal(a, b) for a, b in zip(hosted, alone, strict=True))
+    distance = max(float((a - b).abs().max()) for a, b in zip(hosted, before, strict=True))
+    back = all(torch.equal(a, b) for a, b in zip(weights, policy.parameters.values(), strict=True))
+    return same, distance, back
+
+
+def shared_out(found: list[TrainSequence], config: RunConfig, parallel: ParallelContext) -> TrainBatch:
+    """The sequences as one update, planned as the loop plans."""
+    rollouts = [
+        Rollout(
+            token_ids=s.token_ids,
+            loss_mask=s.loss_mask,
+            rollout_logprobs=s.rollout_logprobs,
+            text="",
+            finish_reason="stop",
+            policy_version=0,
+            reward=0.0,
+            reward_parts={},
+            status="ok",
+            failure="",
+            routing=s.routing,
+        )
+        for s in found
+    ]
+    prompt = Prompt(prompt_id="0", token_ids=found[0].token_ids[:3], text="", answer=None)
+    batch = plan([RolloutGroup(index=0, prompt=prompt, rollouts=rollouts)], config, parallel)
+    known = [
+        replace(
+            s, advantages=found[i].advantages, old_logprobs=found[i].old_logprobs, ref_logprobs=found[i].ref_logprobs
+        )
+        if i >= 0
+        else s
+        for s, i in zip(batch.sequences, batch.global_index, strict=True)
+    ]
+    return replace(batch, sequences=known)
 
 
 def checkpoint_round_trip(config: RunConfig, folder: str, *, save: bool) -> tuple[list[float], list[float]]:
@@ -128,6 +290,23 @@ def checkpoint_round_trip(config: RunConfig, folder: str, *, save: bool) -> tupl
     return first, [_norm(resumed, parallel) for _ in range(3)]
 
 
+def save_both_ways(config: RunConfig, folder: str) -> None:
+    """The same state synchronously and in the background, with an update while the latter is written."""
+    parallel = world(config)
+    policy = Policy(config, parallel)
+    policy.update(batch_of(parallel))
+    now, later = Path(folder) / "now", Path(folder) / "later"
+    if parallel.is_main:
+        now.mkdir(parents=True)
+        later.mkdir()
+    dist.barrier()
+    save_policy(policy, now)
+    pending = begin_save(policy, later, then=lambda: None)
+    policy.update(batch_of(parallel))
+    pending.wait()
+    complete_save(pending, later)
+
+
 def round_trip_without_counting_gaps(config: RunConfig, folder: str) -> tuple[list[float], list[float]]:
     """``checkpoint_round_trip`` with one patch taken away."""
     count_gaps = patches.count_gaps
@@ -142,13 +321,13 @@ def diverge(config: RunConfig) -> tuple[str, bool]:
     """An update with an infinite advantage: what every rank raises, and whether its weights stayed."""
     parallel = world(config)
     policy = Policy(config, parallel)
-    before = [p.detach().clone() for p in policy.model.parameters()]
+    before = [p.detach().clone() for p in policy.parameters.values()]
     batch = batch_of(parallel)
     bad = [replace(s, advantages=torch.full_like(s.advantages, float("inf"))) for s in batch.sequences]
     try:
         policy.update(replace(batch, sequences=bad))
     except Exception as error:
-        same = all(torch.equal(a, b) for a, b in zip(before, policy.model.parameters(), strict=True))
+        same = all(torch.equal(a, b) for a, b in zip(before, policy.parameters.values(), strict=True))
         return f"{type(error).__name__}: {error}", same
     return "nothing", False
 

@@ -6,8 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from torch.distributed.checkpoint import FileSystemReader
 
 from tests.distributed import cases
+from tests.distributed.test_layouts import keys
 from tests.gang import Gang
 from tests.toys import toy_config
 
@@ -28,21 +30,52 @@ def test_continues_bit_for_bit(
         assert len(set(going_on)) == 3
 
 
-@pytest.mark.parametrize(
-    ("world_size", "overrides"),
-    [(1, []), (2, []), (2, TP2_PP2[:1]), (2, TP2_PP2[1:])],
-    ids=["tp1", "dp2", "tp2", "pp2"],
-)
+DENSE_LAYOUTS = ["1:", "2:", "2:tp2 sp", "2:pp2", "2:pp2 vpp2", "2:cp2", "4:tp2 cp2", "4:pp2 vpp2"]
+EXPERT_LAYOUTS = ["1:", "2:ep2", "2:tp2 sp etp1", "4:tp2 sp ep2", "4:pp2 ep2", "4:pp2 vpp2 ep2"]
+
+
+@pytest.mark.parametrize("layout", DENSE_LAYOUTS)
+@pytest.mark.parametrize("saved_at", ["4:tp2 pp2", "4:pp2 vpp2"])
 def test_loads_under_another_layout(
-    world_size: int, overrides: list[str], gangs: Callable[[int], Gang], toy_model: Callable[..., Path], tmp_path: Path
+    saved_at: str, layout: str, gangs: Callable[[int], Gang], toy_model: Callable[..., Path], tmp_path: Path
 ) -> None:
-    model, folder = toy_model("qwen2", tied=True, vocab_size=64), str(tmp_path / "ck")
-    saved = gangs(4).call(
-        cases.checkpoint_round_trip, config=toy_config(tmp_path, model, *TP2_PP2), folder=folder, save=True
-    )
-    config = toy_config(tmp_path, model, *overrides)
-    for _, resumed in gangs(world_size).call(cases.checkpoint_round_trip, config=config, folder=folder, save=False):
-        assert resumed == pytest.approx(saved[0][0], rel=1e-5)
+    check_reshard(saved_at, layout, gangs, toy_model("qwen2", tied=True, num_hidden_layers=4), tmp_path)
+
+
+@pytest.mark.parametrize("layout", EXPERT_LAYOUTS)
+@pytest.mark.parametrize("saved_at", ["1:", "4:pp2 ep2"])
+def test_experts_load_under_another_layout(
+    saved_at: str, layout: str, gangs: Callable[[int], Gang], toy_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = toy_model("qwen3_moe", tied=False, num_hidden_layers=4)
+    check_reshard(saved_at, layout, gangs, model, tmp_path)
+
+
+def check_reshard(saved_at: str, layout: str, gangs: Callable[[int], Gang], model: Path, folder: Path) -> None:
+    """Updates after a load under one layout are those that would have followed the save under another."""
+
+    def round_trip(where: str, *, save: bool) -> list[tuple[list[float], list[float]]]:
+        size, text = where.split(":")
+        config = toy_config(folder, model, *keys(text))
+        return gangs(int(size)).call(cases.checkpoint_round_trip, config=config, folder=str(folder / "ck"), save=save)
+
+    going_on = round_trip(saved_at, save=True)[0][0]
+    for _, resumed in round_trip(layout, save=False):
+        assert resumed == pytest.approx(going_on, rel=1e-5)
+
+
+def test_a_background_save_equals_a_synchronous_one(
+    gangs: Callable[[int], Gang], toy_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    config = toy_config(tmp_path, toy_model("qwen2", tied=True), *TP2_PP2)
+    gangs(4).call(cases.save_both_ways, config=config, folder=str(tmp_path / "both"))
+    files = {path.name for path in (tmp_path / "both/now").iterdir()}
+    assert len(files) > 4
+    assert files == {path.name for path in (tmp_path / "both/later").iterdir()}
+    written = [FileSystemReader(tmp_path / "both" / way).read_metadata() for way in ("now", "later")]
+    assert written[0].state_dict_metadata == written[1].state_dict_metadata
+    for name in files - {".metadata"}:  # which also names its folder
+        assert (tmp_path / "both/now" / name).read_bytes() == (tmp_path / "both/later" / name).read_bytes(), name
 
 
 def test_divergence_raises_on_every_rank_before_the_step(

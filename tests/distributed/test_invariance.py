@@ -9,7 +9,7 @@ import pytest
 
 from tests.distributed import cases
 from tests.gang import Gang
-from tests.toys import toy_config
+from tests.toys import TIMED, toy_config
 
 COMPARED = (
     "actor/loss",
@@ -85,6 +85,20 @@ def test_same_numbers_for_every_split(
                 assert mine[name] == pytest.approx(wanted[name], rel=0, abs=1e-5), (mine["step"], name)
 
 
+def test_a_mixture_of_experts_learns_along_the_engines_routes(
+    gangs: Callable[[int], Gang], toy_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The whole loop with experts: what the engine reports is what the trainer replays."""
+    config = toy_config(
+        tmp_path, toy_model("qwen3_moe", tied=False), "parallel.expert_parallel_size=2", "moe.routing_replay=true"
+    )
+    gangs(2).call(cases.run_training, config=config)
+    found = rows(tmp_path / "run")
+    assert [row["step"] for row in found] == [0, 1, 2, 3]
+    for row in found[1:]:
+        assert row["train_rollout_logprob_abs_diff/max"] < 1e-4
+
+
 def test_resume_repeats_bit_for_bit(
     gangs: Callable[[int], Gang], toy_model: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -100,8 +114,7 @@ def test_resume_repeats_bit_for_bit(
     assert [p.name for p in (parts / "run/checkpoints").glob("step_*")] == ["step_000020"]
 
     def compared(folder: Path) -> list[dict[str, Any]]:
-        timed = ("timing_s", "perf/time", "perf/throughput")
-        return [{k: v for k, v in row.items() if not k.startswith((*timed, "eval/"))} for row in rows(folder / "run")]
+        return [{k: v for k, v in row.items() if not k.startswith((*TIMED, "eval/"))} for row in rows(folder / "run")]
 
     assert compared(parts) == compared(whole)
     assert rows(parts / "run")[-1]["eval/score"] == rows(whole / "run")[-1]["eval/score"]

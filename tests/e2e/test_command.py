@@ -60,6 +60,10 @@ def test_a_run_leaves_metrics_samples_checkpoint_and_report(
         "metrics.tensorboard=true",
         "metrics.wandb=offline",
         "checkpoint.save_hf=true",
+        "checkpoint.in_background=true",
+        "profiling.steps=[2]",
+        "profiling.peak_tflops=0.1",
+        "memory.offload=[grads,optimizer]",
     ]
     assert start(config, *arguments) == 0
     printed = capsys.readouterr().out
@@ -97,10 +101,20 @@ def test_a_run_leaves_metrics_samples_checkpoint_and_report(
         "rollout/zero_std/count",
         "rollout/reward_error/count",
         "rollout/reward_timeout/count",
+        "batch/imbalance/max",
+        "batch/num_micro_batches",
+        "perf/tflops_per_rank/actor",
+        "perf/mfu/actor",
+        "timing_s/offload",
+        "timing_s/onload",
     ]
     assert set(wanted) <= set(rows[1])
     # before the first update the trainer agrees with the engine and with itself
     assert rows[1]["train_rollout_logprob_abs_diff/max"] < 1e-4
+    timeline = json.loads((run / "profile/step_2_rank_0.json").read_text())
+    assert {"gen", "update_actor"} <= {event["name"] for event in timeline["traceEvents"]}
+    assert "update_actor" in (run / "profile/step_2_rank_0.txt").read_text()
+    assert len(list((run / "profile").iterdir())) == 2
     assert list(run.glob("tensorboard/events*"))
     assert list(run.glob("wandb/offline-run-*/*.wandb"))
     page = (run / "report.html").read_text()
@@ -126,6 +140,13 @@ class TestRefusals:
             (["batching.num_updates=3"], "do not divide by batching.num_updates=3"),
             (["rollout.group_size=1"], "group advantages need at least 2 samples"),
             (["parallel.tensor_parallel_size=2"], "world size 1 does not divide"),
+            (["parallel.context_parallel_size=2"], "x parallel.context_parallel_size=2 = 2"),
+            (["parallel.expert_parallel_size=2"], "parallel.expert_parallel_size=2"),
+            (["parallel.virtual_pipeline_parallel_size=2"], "expected 1, or a pipeline_parallel_size above 1"),
+            (["moe.aux_loss=sequence"], "Set batching.packed=false"),
+            (["precision.fp8=delayed"], "precision.fp8=delayed: expected Transformer Engine"),
+            (["precision.fp8=delayed", "precision.bf16_first_layers=1"], "whose scales are shared by all layers"),
+            (["profiling.memory_snapshot=true"], "profiling.memory_snapshot=true needs a GPU"),
             (["model.path=nowhere"], "nowhere"),
             (["data.train.path=no_such_task"], "expected one of countdown, hasty_addition"),
             (["data.max_prompt_tokens=2"], "longer than data.max_prompt_tokens=2"),

@@ -14,10 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.toys import write_config
+from tests.toys import TIMED, write_config
 
 LIMIT_S = 240
-TIMED = ("timing_s", "perf/time", "perf/throughput")
 
 
 def command(world_size: int, config: Path, *overrides: str) -> list[str]:

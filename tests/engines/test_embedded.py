@@ -30,6 +30,33 @@ def engine_of(folder: Path, max_num_sequences: int = 64) -> EmbeddedEngine:
     return engine
 
 
+def test_reported_routes_are_those_of_transformers(toy_model: Callable[..., Path]) -> None:
+    folder = toy_model("qwen3_moe", tied=False)
+    hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    engine = EmbeddedEngine(
+        read_model_spec(folder),
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        max_num_sequences=4,  # rows join and leave
+        reports_routing=True,
+    )
+    engine.load_weights(iter(load_file(folder / "model.safetensors").items()), version=0)
+    asked = requests(count=6, samples=2)
+    found = collect(engine.generate(iter(asked), params(), max_requests=6))
+    assert len({completion.token_ids.numel() for completion in found.values()}) > 1
+    for (key, _), completion in found.items():
+        tokens = torch.cat([asked[key].token_ids, completion.token_ids])
+        assert completion.routing is not None
+        assert completion.routing.shape == (tokens.numel(), 2, 2)
+        with torch.no_grad():
+            scores = hf(tokens[None], output_router_logits=True).router_logits
+        for layer, logits in enumerate(scores):
+            wanted = logits.topk(2).indices.sort(-1).values
+            mine = completion.routing[:, layer].long().sort(-1).values
+            assert torch.equal(mine[:-1], wanted[:-1])  # the last token never passed the engine
+            assert mine[-1].tolist() == [0, 1]
+
+
 def requests(count: int = 5, samples: int = 3) -> list[Request]:
     generator = torch.Generator().manual_seed(0)
     return [
@@ -51,7 +78,7 @@ def collect(found: Iterator[Finished]) -> dict[tuple[int, int], Completion]:
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "qwen3_moe"])
 def test_greedy_tokens_equal_transformers(family: str, tied: bool, toy_model: Callable[..., Path]) -> None:
     folder = toy_model(family, tied=tied)
     hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

@@ -24,7 +24,8 @@ def config(tmp_path: Path) -> Path:
 )
 def test_every_config_of_the_project_loads(path: Path) -> None:
     loaded = load_config(path)
-    validate(loaded, loaded.parallel.tensor_parallel_size * loaded.parallel.pipeline_parallel_size)
+    parallel = loaded.parallel
+    validate(loaded, parallel.tensor_parallel_size * parallel.pipeline_parallel_size * parallel.context_parallel_size)
 
 
 def test_precedence_and_round_trip(config: Path, tmp_path: Path) -> None:

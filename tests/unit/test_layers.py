@@ -22,13 +22,15 @@ ALLOWED = {
     "models": {"errors", "types", "weights"},
     "weights": {"errors", "types"},
     "collective": {"errors", "types"},
-    "rollout": BASE | {"data", "rewards", "metrics", "algorithms", "models", "weights", "collective"},
-    "mcore": BASE | {"algorithms", "batching", "metrics", "models", "weights", "collective"},
+    "cpu_linear": set(),
+    "rollout": BASE | {"data", "rewards", "metrics", "algorithms", "models", "weights", "collective", "cpu_linear"},
+    "mcore": BASE | {"algorithms", "batching", "metrics", "models", "weights", "collective", "cpu_linear"},
     "weight_sync": BASE | {"mcore", "weights", "rollout"},
     "analysis": BASE | {"rollout", "data", "tasks", "rewards", "metrics", "run_folder"},
     "run_folder": {"errors", "config"},
+    "integrity": {"errors"},
 }
-EVERYTHING = {"loop", "build", "train", "checkpoints", "run_log", "dry_run", "stop"}
+EVERYTHING = {"profiling", "loop", "build", "train", "checkpoints", "run_log", "dry_run", "stop"}
 ONLY_IN = {
     "megatron": {"mcore"},
     "transformer_engine": {"mcore"},
@@ -40,7 +42,7 @@ ONLY_IN = {
     "omegaconf": {"config"},
     "math_verify": {"rewards"},
 }
-NO_TORCH = {"config", "errors", "plugins", "rewards", "tasks", "run_folder"}
+NO_TORCH = {"config", "errors", "plugins", "rewards", "tasks", "run_folder", "integrity"}
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 

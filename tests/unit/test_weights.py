@@ -14,12 +14,12 @@ from megatron_rl.models import layout_table, read_model_spec
 from megatron_rl.models.table import ignored_names
 from megatron_rl.weights.export import plan_export
 from megatron_rl.weights.hf_files import HFReader, check_against_table, write_hf_folder
-from megatron_rl.weights.layout import box_index, fill_shard, hf_shapes
+from megatron_rl.weights.layout import Place, box_index, fill_shard, hf_shapes
 
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("tp_size", [1, 2])
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "qwen3_moe"])
 def test_shards_hold_every_element_once(family: str, tied: bool, tp_size: int, toy_model: Callable[..., Path]) -> None:
     folder = toy_model(family, tied=tied)
     hf, spec = load_file(folder / "model.safetensors"), read_model_spec(folder)
@@ -38,9 +38,10 @@ def test_shards_hold_every_element_once(family: str, tied: bool, tp_size: int, t
 def test_a_gap_in_what_the_ranks_hold_is_named(toy_model: Callable[..., Path]) -> None:
     table = layout_table(read_model_spec(toy_model("qwen2")), 2)
     names = list(table)
-    assert plan_export([(names, 0), (names, 1)], table, 2)
+    places = [Place(tp_rank=rank, tp_size=2, etp_rank=rank, etp_size=2) for rank in range(2)]
+    assert plan_export([(names, places[0]), (names, places[1])], table)
     with pytest.raises(ConversionError, match=r"model\.embed_tokens\.weight: the ranks hold"):
-        plan_export([(names, 0)], table, 2)
+        plan_export([(names, places[0])], table)
 
 
 def test_too_many_tensor_parallel_ranks(toy_model: Callable[..., Path]) -> None:
@@ -130,7 +131,7 @@ class TestFolders:
         ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel is not supported. Supported: Qwen2ForCausalLM"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"use_sliding_window": True}, "use_sliding_window=True"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0}}, "rope type 'yarn'"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e6, "factor": 4.0}}, "rope type 'dynamic'"),
         ({"hidden_size": None}, "hidden_size"),
     ],
 )

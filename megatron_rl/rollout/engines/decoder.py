@@ -7,11 +7,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_rl.cpu_linear import linear
 from megatron_rl.errors import WeightSyncError
 from megatron_rl.models import ModelSpec, layout_table
-from megatron_rl.models.rope import inverse_frequencies
+from megatron_rl.models.rope import inverse_frequencies, softmax_scale
+from megatron_rl.models.spec import MoeSpec
 from megatron_rl.models.table import EMBEDDING, LM_HEAD
 from megatron_rl.weights.layout import hf_shapes
+
+# Modules that take the same input, under the name of the first.
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 @dataclass(kw_only=True)
@@ -57,7 +62,14 @@ class Decoder:
         self.dtype = dtype
         self._shapes = hf_shapes(layout_table(spec, 1))
         self._weights: dict[str, Tensor] = {}
+        """Under the names of Hugging Face; some are parts of a fused one."""
+        self._fused: dict[str, Tensor] = {}
+        """Weights that are multiplied by the same input, one behind the other."""
+        self._allocate()
         self._frequencies = inverse_frequencies(spec).to(device)
+        self._scale = softmax_scale(spec)
+        self.routes: list[Tensor] = []
+        """[B, P, experts per token] int64 of each layer of the last pass; empty without experts."""
 
     def load(self, tensors: Iterator[tuple[str, Tensor]]) -> None:
         """Copy whole tensors in.
@@ -76,7 +88,7 @@ class Decoder:
                     f"weights for the engine: {name} is {tuple(tensor.shape)}, expected {self._shapes[name]}."
                 )
             seen.add(name)
-            self._store(name, tensor)
+            self._weights[name].copy_(tensor)
         missing = sorted(set(self._shapes) - seen)
         if missing:
             raise WeightSyncError(f"weights for the engine: {len(missing)} tensors did not come, first {missing[0]}.")
@@ -98,14 +110,17 @@ class Decoder:
             prompts: [B, P] int64, padded on the right.
             lengths: [B] int64.
         """
+        self.routes.clear()
         width = prompts.size(1)
-        positions = torch.arange(width, device=self.device).expand_as(prompts)
+        rotation = self._rotation(torch.arange(width, device=self.device))
         hidden = F.embedding(prompts, self._weights[EMBEDDING])
         for layer in range(self.spec.num_layers):
-            query, key, value = self._project(layer, hidden, positions)
+            query, key, value = self._project(layer, hidden, rotation)
             cache.keys[layer][:, :, :width] = key
             cache.values[layer][:, :, :width] = value
-            attended = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+            attended = F.scaled_dot_product_attention(
+                query, key, value, is_causal=True, scale=self._scale, enable_gqa=True
+            )
             hidden = self._finish_layer(layer, hidden, attended)
         cache.lengths.copy_(lengths)
         return self._logits(hidden[torch.arange(len(lengths), device=self.device), lengths - 1])
@@ -118,6 +133,7 @@ class Decoder:
             tokens: [B] int64.
             working: [B] bool; rows outside it do not grow.
         """
+        self.routes.clear()
         places = cache.lengths
         longest, shortest = int(places.max()), int(places.min())
         width = longest + 1
@@ -125,58 +141,97 @@ class Decoder:
         if shortest < longest:
             mask = (torch.arange(width, device=self.device) <= places[:, None])[:, None, None]  # [B, 1, 1, width]
         rows = torch.arange(tokens.size(0), device=self.device)
+        rotation = self._rotation(places[:, None])
         hidden = F.embedding(tokens[:, None], self._weights[EMBEDDING])
         for layer in range(self.spec.num_layers):
-            query, key, value = self._project(layer, hidden, places[:, None])
+            query, key, value = self._project(layer, hidden, rotation)
             keys, values = cache.keys[layer], cache.values[layer]
-            keys[rows, :, places] = key[:, :, 0]
-            values[rows, :, places] = value[:, :, 0]
+            if mask is None:
+                keys[:, :, longest], values[:, :, longest] = key[:, :, 0], value[:, :, 0]
+            else:
+                keys[rows, :, places], values[rows, :, places] = key[:, :, 0], value[:, :, 0]
+            # the heads of a group stand where positions stand otherwise, so that they share its keys without copies
+            grouped = query.reshape(query.size(0), self.spec.num_query_groups, -1, self.spec.head_dim)
             attended = F.scaled_dot_product_attention(
-                query, keys[:, :, :width], values[:, :, :width], attn_mask=mask, enable_gqa=True
+                grouped, keys[:, :, :width], values[:, :, :width], attn_mask=mask, scale=self._scale
             )
-            hidden = self._finish_layer(layer, hidden, attended)
+            hidden = self._finish_layer(layer, hidden, attended.reshape(query.shape))
         cache.lengths += working
         return self._logits(hidden[:, 0])
 
-    def _store(self, name: str, tensor: Tensor) -> None:
-        if name in self._weights:
-            self._weights[name].copy_(tensor)
-        else:
-            self._weights[name] = tensor.to(self.device, self.dtype, copy=True)
+    def _allocate(self) -> None:
+        """Room for every weight; those with a common input lie together, so that one product serves all of them."""
+        for name, shape in self._shapes.items():
+            prefix, _, last = name.rpartition(".")
+            prefix, _, module = prefix.rpartition(".")
+            siblings = next((group for group in FUSED if module in group), None)
+            if siblings is None:
+                self._weights[name] = torch.empty(shape, dtype=self.dtype, device=self.device)
+            elif module == siblings[0]:
+                names = [f"{prefix}.{sibling}.{last}" for sibling in siblings]
+                sizes = [self._shapes[sibling][0] for sibling in names]
+                whole = torch.empty((sum(sizes), *shape[1:]), dtype=self.dtype, device=self.device)
+                self._fused[name] = whole
+                self._weights |= dict(zip(names, whole.split(sizes), strict=True))
 
-    def _project(self, layer: int, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [..., 1, P, dim] of positions [..., P], the same for every layer."""
+        angles = positions[..., None].float() * self._frequencies  # [..., P, dim / 2]
+        angles = torch.cat([angles, angles], -1).unsqueeze(-3)
+        return angles.cos().to(self.dtype), angles.sin().to(self.dtype)
+
+    def _project(self, layer: int, hidden: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B, heads, P, dim], keys and values [B, groups, P, dim], rotated."""
         prefix = f"model.layers.{layer}."
         normed = self._norm(hidden, prefix + "input_layernorm.weight")
-        query, key, value = (self._heads(normed, f"{prefix}self_attn.{x}_proj.") for x in "qkv")
+        bias = self._fused[prefix + "self_attn.q_proj.bias"] if self.spec.qkv_bias else None
+        projected = linear(normed, self._fused[prefix + "self_attn.q_proj.weight"], bias)
+        heads = projected.unflatten(-1, (-1, self.spec.head_dim)).transpose(1, 2)
+        num_heads, groups = self.spec.num_heads, self.spec.num_query_groups
         if self.spec.qk_norm:
+            query, key, value = heads.split([num_heads, groups, groups], 1)
             query = self._norm(query, prefix + "self_attn.q_norm.weight")
             key = self._norm(key, prefix + "self_attn.k_norm.weight")
-        angles = positions[..., None].float() * self._frequencies  # [B, P, dim / 2]
-        angles = torch.cat([angles, angles], -1)[:, None]
-        cos, sin = angles.cos().to(self.dtype), angles.sin().to(self.dtype)
-        return _rotate(query, cos, sin), _rotate(key, cos, sin), value
-
-    def _heads(self, hidden: Tensor, prefix: str) -> Tensor:
-        bias = self._weights[prefix + "bias"] if self.spec.qkv_bias else None
-        projected = F.linear(hidden, self._weights[prefix + "weight"], bias)
-        return projected.unflatten(-1, (-1, self.spec.head_dim)).transpose(1, 2)
+            return _rotate(query, *rotation), _rotate(key, *rotation), value
+        rotated, value = heads.split([num_heads + groups, groups], 1)
+        query, key = _rotate(rotated, *rotation).split([num_heads, groups], 1)
+        return query, key, value
 
     def _finish_layer(self, layer: int, hidden: Tensor, attended: Tensor) -> Tensor:
         prefix = f"model.layers.{layer}."
         attended = attended.transpose(1, 2).flatten(2)
-        hidden = hidden + F.linear(attended, self._weights[prefix + "self_attn.o_proj.weight"])
+        hidden = hidden + linear(attended, self._weights[prefix + "self_attn.o_proj.weight"])
         normed = self._norm(hidden, prefix + "post_attention_layernorm.weight")
-        gate = F.silu(F.linear(normed, self._weights[prefix + "mlp.gate_proj.weight"]))
-        up = F.linear(normed, self._weights[prefix + "mlp.up_proj.weight"])
-        return hidden + F.linear(gate * up, self._weights[prefix + "mlp.down_proj.weight"])
+        if self.spec.moe is not None:
+            return hidden + self._experts(normed, prefix + "mlp.", self.spec.moe)
+        return hidden + self._feed_forward(normed, prefix + "mlp.")
+
+    def _feed_forward(self, normed: Tensor, prefix: str) -> Tensor:
+        gate, up = linear(normed, self._fused[prefix + "gate_proj.weight"]).chunk(2, -1)
+        return linear(F.silu(gate) * up, self._weights[prefix + "down_proj.weight"])
+
+    def _experts(self, normed: Tensor, prefix: str, moe: MoeSpec) -> Tensor:
+        """[B, P, H]: every token through its chosen experts, weighted by their probabilities."""
+        tokens = normed.flatten(0, 1)
+        # the router is computed in float32, whatever the weights are
+        scores = F.linear(tokens.float(), self._weights[prefix + "gate.weight"].float()).softmax(-1)
+        weights, chosen = scores.topk(moe.experts_per_token, dim=-1)  # [B * P, experts per token]
+        self.routes.append(chosen.view(*normed.shape[:2], -1))
+        if moe.normalize_probabilities:
+            weights = weights / weights.sum(-1, keepdim=True)
+        output = torch.zeros_like(tokens)
+        for expert in chosen.unique().tolist():
+            rows, slot = (chosen == expert).nonzero(as_tuple=True)
+            part = self._feed_forward(tokens[rows], f"{prefix}experts.{expert}.")
+            output.index_add_(0, rows, part * weights[rows, slot, None].to(part.dtype))
+        return output.view_as(normed)
 
     def _norm(self, hidden: Tensor, name: str) -> Tensor:
         return F.rms_norm(hidden, hidden.shape[-1:], self._weights[name], self.spec.norm_epsilon)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         head = self._weights[EMBEDDING if self.spec.tied_embeddings else LM_HEAD]
-        return F.linear(self._norm(hidden, "model.norm.weight"), head).float()
+        return linear(self._norm(hidden, "model.norm.weight"), head).float()
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 Rows join as others finish (continuous batching); the samples of a prompt share its prefill.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +40,8 @@ class _Rows:
     """[B] bool; the others are finished and about to be dropped."""
     owners: list[tuple[int, int]]
     """(request key, sample) of each row."""
+    routing: Tensor | None
+    """[B, capacity, layers, experts per token] int16, of the tokens in the cache; None unless it is reported."""
 
     def select(self, rows: Tensor) -> "_Rows":
         return _Rows(
@@ -51,6 +53,7 @@ class _Rows:
             counts=self.counts[rows],
             working=self.working[rows],
             owners=[self.owners[row] for row in rows.tolist()],
+            routing=None if self.routing is None else self.routing[rows],
         )
 
     def join(self, other: "_Rows") -> "_Rows":
@@ -63,17 +66,27 @@ class _Rows:
             counts=torch.cat([self.counts, other.counts]),
             working=torch.cat([self.working, other.working]),
             owners=self.owners + other.owners,
+            routing=_join_routing(self.routing, other.routing),
         )
 
 
 class EmbeddedEngine:
     """An engine on one rank with the whole model."""
 
-    def __init__(self, spec: ModelSpec, *, device: torch.device, dtype: torch.dtype, max_num_sequences: int) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        max_num_sequences: int,
+        reports_routing: bool = False,
+    ) -> None:
         self._decoder = Decoder(spec, device, dtype)
         self._spec = spec
         self._device = device
         self._max_num_sequences = max_num_sequences
+        self._reports_routing = reports_routing
         self._version = -1
         self._last_size = 1  # samples of the request pulled last: the next is expected to be like it
 
@@ -116,7 +129,10 @@ class EmbeddedEngine:
                 yield finished
             rows = self._drop_finished(rows)
             if rows is not None:
+                places = rows.cache.lengths.clone()
                 rows.logits = self._decoder.decode(_last_tokens(rows), rows.cache, rows.working)
+                if rows.routing is not None:
+                    rows.routing[torch.arange(len(places), device=self._device), places] = self._routes()[:, 0]
 
     def _has_place(self, in_work: dict[int, int], max_requests: int) -> bool:
         if len(in_work) >= max_requests:
@@ -148,6 +164,7 @@ class EmbeddedEngine:
         prompts = torch.stack([F.pad(r.token_ids, (0, width - r.token_ids.numel())) for r in requests]).to(self._device)
         cache = self._decoder.new_cache(len(requests), width + params.max_new_tokens)
         logits = self._decoder.prefill(prompts, lengths, cache)
+        routing = self._routing_of_prompts(width + params.max_new_tokens) if self._reports_routing else None
         seeds = [seed for request in requests for seed in request.seeds]
         repeats = torch.tensor([len(request.seeds) for request in requests], device=self._device)
         of_request = torch.arange(len(requests), device=self._device).repeat_interleave(repeats)
@@ -161,33 +178,60 @@ class EmbeddedEngine:
             counts=torch.zeros(len(seeds), dtype=torch.int64, device=self._device),
             working=torch.ones(len(seeds), dtype=torch.bool, device=self._device),
             owners=[(request.key, sample) for request in requests for sample in range(len(request.seeds))],
+            routing=None if routing is None else routing[of_request],
         )
+
+    def _routes(self) -> Tensor:
+        """[B, P, layers, experts per token] int16 of the decoder's last pass."""
+        return torch.stack(self._decoder.routes, dim=2).to(torch.int16)
+
+    def _routing_of_prompts(self, capacity: int) -> Tensor:
+        """[B, capacity, layers, experts per token] int16; tokens that never pass go to the first experts."""
+        prompts = self._routes()
+        first = torch.arange(prompts.size(3), dtype=torch.int16, device=prompts.device)
+        whole = first.expand(prompts.size(0), capacity, *prompts.shape[2:]).clone()
+        whole[:, : prompts.size(1)] = prompts
+        return whole
 
     def _step(self, rows: _Rows, stops: Tensor, params: SamplingParams) -> list[Finished]:
         """Choose the next token of every row; what finishes with it."""
-        every = torch.arange(len(rows.owners), device=self._device)
-        # rows that wait to be dropped have no place left for another token and overwrite their last
-        places = rows.counts.clamp(max=params.max_new_tokens - 1)
-        tokens, logprobs = choose(rows.logits, rows.draws[every, places], params)
-        places_of_working = places[rows.working]
-        rows.tokens[every[rows.working], places_of_working] = tokens[rows.working]
-        rows.logprobs[every[rows.working], places_of_working] = logprobs[rows.working]
+        # rows that wait to be dropped have no place left for another token and keep their last
+        places = rows.counts.clamp(max=params.max_new_tokens - 1)[:, None]
+        tokens, logprobs = choose(rows.logits, rows.draws.gather(1, places)[:, 0], params)
+        for kept, new in ((rows.tokens, tokens), (rows.logprobs, logprobs)):
+            kept.scatter_(1, places, torch.where(rows.working[:, None], new[:, None], kept.gather(1, places)))
         rows.counts += rows.working
         stopped = torch.isin(tokens, stops)
         ended = rows.working & (stopped | (rows.counts == params.max_new_tokens))
         rows.working &= ~ended
-        return [self._finish(rows, row, bool(stopped[row])) for row in ended.nonzero().flatten().tolist()]
+        return self._finish(rows, ended.nonzero()[:, 0], stopped)
 
-    def _finish(self, rows: _Rows, row: int, stopped: bool) -> Finished:
-        key, sample = rows.owners[row]
-        count = int(rows.counts[row])
-        completion = Completion(
-            token_ids=rows.tokens[row, :count].cpu().clone(),
-            logprobs=rows.logprobs[row, :count].cpu().clone(),
-            finish_reason="stop" if stopped else "length",
-            policy_version=self._version,
-        )
-        return Finished(key=key, sample=sample, completion=completion)
+    def _finish(self, rows: _Rows, ended: Tensor, stopped: Tensor) -> list[Finished]:
+        if ended.numel() == 0:
+            return []
+        tokens, logprobs = rows.tokens[ended].cpu(), rows.logprobs[ended].cpu()
+        routes = self._routing_of_ended(rows, ended)
+        finished = []
+        for place, (row, count, stop) in enumerate(
+            zip(ended.tolist(), rows.counts[ended].tolist(), stopped[ended].tolist(), strict=True)
+        ):
+            key, sample = rows.owners[row]
+            completion = Completion(
+                token_ids=tokens[place, :count],
+                logprobs=logprobs[place, :count],
+                finish_reason="stop" if stop else "length",
+                policy_version=self._version,
+                routing=routes[place],
+            )
+            finished.append(Finished(key=key, sample=sample, completion=completion))
+        return finished
+
+    def _routing_of_ended(self, rows: _Rows, ended: Tensor) -> Sequence[Tensor | None]:
+        """[P + R, layers, experts per token] int16 of each."""
+        if rows.routing is None:
+            return [None] * ended.numel()
+        lengths = (rows.cache.lengths[ended] + 1).tolist()  # the token just chosen is not in the cache
+        return [whole[:length] for whole, length in zip(rows.routing[ended].cpu(), lengths, strict=True)]
 
     def _drop_finished(self, rows: _Rows) -> _Rows | None:
         num_working = int(rows.working.sum())
@@ -196,6 +240,19 @@ class EmbeddedEngine:
         if len(rows.owners) - num_working < DROP_SHARE * len(rows.owners):
             return rows
         return rows.select(rows.working.nonzero().flatten())
+
+
+def _join_routing(mine: Tensor | None, theirs: Tensor | None) -> Tensor | None:
+    if mine is None or theirs is None:
+        return None
+    capacity = max(mine.size(1), theirs.size(1))
+    first = torch.arange(mine.size(3), dtype=mine.dtype, device=mine.device)
+
+    def widen(routing: Tensor) -> Tensor:
+        more = first.expand(routing.size(0), capacity - routing.size(1), *routing.shape[2:])
+        return torch.cat([routing, more], dim=1)
+
+    return torch.cat([widen(mine), widen(theirs)])
 
 
 def _last_tokens(rows: _Rows) -> Tensor:

@@ -1,0 +1,44 @@
+"""Collectives with unequal parts, which NCCL has and gloo has not (experts shared by tensor parallelism)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import mappings
+from torch import Tensor
+
+_gather = mappings._gather_along_first_dim
+_reduce_scatter = mappings._reduce_scatter_along_first_dim
+
+
+def gather_unequal(
+    input_: Tensor, group: Any, output_split_sizes: Sequence[int] | None = None, use_global_buffer: bool = False
+) -> Tensor:
+    """Every rank's [n_r, ...] rows one behind the other; padded to the most rows on the way."""
+    if output_split_sizes is None or group.size() == 1:
+        return _gather(input_, group, output_split_sizes, use_global_buffer)
+    most = max(output_split_sizes)
+    padding = [0, 0] * (input_.ndim - 1) + [0, most - input_.size(0)]
+    parts = list(torch.empty(group.size(), most, *input_.shape[1:], dtype=input_.dtype))
+    dist.all_gather(parts, F.pad(input_, padding), group=group)
+    return torch.cat([part[:rows] for part, rows in zip(parts, output_split_sizes, strict=True)])
+
+
+def reduce_scatter_unequal(
+    input_: Tensor, group: Any, input_split_sizes: Sequence[int] | None = None, use_global_buffer: bool = False
+) -> Tensor:
+    """This rank's [n_r, ...] rows of the sum over ranks; the whole sum is made on the way."""
+    if input_split_sizes is None or group.size() == 1:
+        return _reduce_scatter(input_, group, input_split_sizes, use_global_buffer)
+    whole = input_.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(whole, group=group)
+    return whole.split(list(input_split_sizes))[group.rank()].contiguous()
+
+
+def complete_collectives() -> None:
+    """Let Megatron use these where there is no CUDA."""
+    if not torch.cuda.is_available():
+        mappings._gather_along_first_dim = gather_unequal
+        mappings._reduce_scatter_along_first_dim = reduce_scatter_unequal

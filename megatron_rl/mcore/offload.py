@@ -1,0 +1,106 @@
+"""Parts of the policy moved to host memory while rollouts are generated, and back."""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from torch import Tensor, UntypedStorage
+
+from megatron_rl.config.machine import OffloadPart
+from megatron_rl.mcore.patches import inner_optimizers
+
+
+class Offloader:
+    """Empties the storages of some parts, so that every view of them stays valid, and fills them again."""
+
+    def __init__(
+        self, parts: Sequence[OffloadPart], chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer
+    ) -> None:
+        weights = _unique(parameter.data for chunk in chunks for parameter in chunk.parameters())
+        gradients = _unique(
+            buffer.grad_data for chunk in chunks for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]
+        )
+        states = _unique(_optimizer_tensors(optimizer), without=weights)
+        found: dict[OffloadPart, list[_Moved]] = {
+            "params": [_Moved(storage, keep=True) for storage in weights],
+            # gradients are zeroed before they are used again
+            "grads": [_Moved(storage, keep=False) for storage in gradients],
+            "optimizer": [_Moved(storage, keep=True) for storage in states],
+        }
+        self._moved = [moved for part in parts for moved in found[part]]
+
+    def to_host(self) -> int:
+        """Free the device memory; the number of bytes that were freed."""
+        for moved in self._moved:
+            moved.copy_out()
+        _wait()
+        for moved in self._moved:
+            moved.free()
+        if torch.cuda.is_available():  # engines may run in other processes
+            torch.cuda.empty_cache()
+        return sum(moved.size for moved in self._moved)
+
+    def to_device(self) -> None:
+        """Put everything back."""
+        for moved in self._moved:
+            moved.fill()
+        _wait()
+
+
+class _Moved:
+    """One storage and its place on the host, which is kept from one time to the next."""
+
+    def __init__(self, storage: UntypedStorage, *, keep: bool) -> None:
+        self._storage = storage
+        self.size = storage.nbytes()
+        self._keep = keep
+        self._host: Tensor | None = None
+
+    def copy_out(self) -> None:
+        if not self._keep:
+            return
+        if self._host is None:
+            self._host = torch.empty(self.size, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+        self._host.copy_(self._bytes(), non_blocking=True)
+
+    def free(self) -> None:
+        self._storage.resize_(0)
+
+    def fill(self) -> None:
+        self._storage.resize_(self.size)
+        if self._host is not None:
+            self._bytes().copy_(self._host, non_blocking=True)
+        else:
+            self._bytes().zero_()
+
+    def _bytes(self) -> Tensor:
+        """[size] uint8 view of the storage."""
+        return torch.empty(0, dtype=torch.uint8, device=self._storage.device).set_(self._storage)
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _optimizer_tensors(optimizer: MegatronOptimizer) -> Iterator[Tensor]:
+    """Master weights and moments; step counts are too small to be worth moving."""
+    for inner in inner_optimizers(optimizer):
+        for group in inner.optimizer.param_groups:
+            yield from group["params"]
+        for state in inner.optimizer.state.values():
+            yield from (value for value in state.values() if isinstance(value, Tensor) and value.ndim > 0)
+
+
+def _unique(tensors: Iterable[Tensor], without: Sequence[UntypedStorage] = ()) -> list[UntypedStorage]:
+    """Every storage once, with tensors of the host left out on a machine with a GPU."""
+    known = {storage.data_ptr() for storage in without}
+    found = []
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        at_home = torch.cuda.is_available() and not tensor.is_cuda
+        if storage.data_ptr() not in known and storage.nbytes() and not at_home:
+            known.add(storage.data_ptr())
+            found.append(storage)
+    return found

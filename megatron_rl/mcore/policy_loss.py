@@ -1,0 +1,67 @@
+"""Sum of weight times token loss over a micro-batch, with what the metrics need."""
+
+import torch
+from torch import Tensor
+
+from megatron_rl.algorithms.kl import k1, k3
+from megatron_rl.algorithms.objective import Objective
+from megatron_rl.metrics.metric import Max, Mean, Reduction
+from megatron_rl.types import MicroBatch
+
+
+class PolicyLoss:
+    """Called with the log-probabilities and entropies of the tokens with loss."""
+
+    def __init__(self, objective: Objective, *, on_samples: bool, scored_before: bool) -> None:
+        """
+        Args:
+            on_samples: the policy sampled the sequences; demonstrations have no log-probabilities of before.
+            scored_before: the batch holds the log-probabilities before the update; otherwise the weights have
+                not changed since, and the current ones are those.
+        """
+        self._objective = objective
+        self._on_samples = on_samples
+        self._scored_before = scored_before
+
+    def __call__(
+        self, batch: MicroBatch, logprobs: Tensor, entropy: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, Reduction]]:
+        """(loss sum, number of tokens, metrics) of [K] values at the true places of the loss mask."""
+        mask = batch.loss_mask
+        weights = batch.loss_weights[mask]
+        old = batch.old_logprobs[mask] if self._scored_before else logprobs.detach()
+        terms = self._objective(logprobs, old, batch.ref_logprobs[mask], batch.advantages[mask], entropy)
+        loss = (weights * terms.total).sum()
+        sums = {
+            "actor/loss": loss,
+            "actor/pg_loss": (weights * terms.policy).sum(),
+            "actor/entropy": entropy.sum(),
+        }
+        if self._on_samples:
+            sums["actor/pg_clipfrac"] = terms.clipped.sum()
+            sums["actor/ppo_kl"] = k1(old, logprobs).sum()
+        if terms.kl is not None:
+            sums["actor/kl_loss"] = terms.kl.sum()
+        metrics = _means(sums, logprobs.numel())
+        if self._on_samples:
+            metrics |= _drift(old, batch.rollout_logprobs[mask])
+        # the sum keeps a path to the weights also when no token has a loss
+        return loss + 0.0 * logprobs.sum(), mask.sum().int(), metrics
+
+
+def _means(sums: dict[str, Tensor], count: int) -> dict[str, Reduction]:
+    values = torch.stack([value.detach().float() for value in sums.values()]).tolist()  # one wait for the device
+    return {name: Mean(value, count) for name, value in zip(sums, values, strict=True)}
+
+
+def _drift(trainer: Tensor, engine: Tensor) -> dict[str, Reduction]:
+    """How far the trainer's log-probabilities are from those the engine sampled with; [K] both."""
+    if not trainer.numel():
+        return {}
+    difference = (trainer - engine).abs()
+    total, largest, divergence = torch.stack([difference.sum(), difference.max(), k3(engine, trainer).sum()]).tolist()
+    return {
+        "train_rollout_logprob_abs_diff/mean": Mean(total, difference.numel()),
+        "train_rollout_logprob_abs_diff/max": Max(largest),
+        "rollout_corr/k3_kl": Mean(divergence, difference.numel()),
+    }

@@ -1,0 +1,60 @@
+"""Variable-length attention kernels for packed sequences on GPUs without Transformer Engine."""
+
+import inspect
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, int, float | None], Tensor]
+"""(query [T, heads, dim], key, value [T, groups, dim], cu_seqlens [S + 1], longest, scale) -> [T, heads, dim]."""
+
+
+@cache
+def variable_length_kernel(device: torch.device, dtype: torch.dtype) -> Kernel | None:
+    """flash-attn's kernel when installed, torch's own otherwise; None on a CPU or in fp32, which neither knows."""
+    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
+        return None
+    return _flash_attention() or _torch_attention()
+
+
+def _flash_attention() -> Kernel | None:
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError:
+        return None
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, scale: float | None) -> Tensor:
+        return flash_attn_varlen_func(
+            q, k, v, cu_seqlens, cu_seqlens, longest, longest, softmax_scale=scale, causal=True
+        )
+
+    return attend
+
+
+def _torch_attention() -> Kernel | None:
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:  # torch before 2.10
+        return None
+    takes = inspect.signature(varlen_attn).parameters
+    # the first releases name the mask is_causal and know neither a scale nor grouped queries
+    causal: dict[str, Any] = {"is_causal": True} if "is_causal" in takes else {"window_size": (-1, 0)}
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, scale: float | None) -> Tensor:
+        options = dict(causal)
+        if "scale" in takes:
+            options["scale"] = scale
+        elif scale is not None:
+            q = q * (scale * q.size(-1) ** 0.5)
+        if "enable_gqa" in takes:
+            options["enable_gqa"] = True
+        else:
+            k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
+        output = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **options)
+        assert isinstance(output, Tensor)
+        return output
+
+    return attend

@@ -1,0 +1,170 @@
+"""One update is the same update under every layout."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.distributed import cases
+from tests.gang import Gang
+from tests.toys import toy_config
+
+
+def keys(text: str) -> list[str]:
+    """Overrides from shorthand: "tp2 pp2 sp" and so on, anything with a dot as it is."""
+    found = []
+    for word in text.split():
+        if "." in word:
+            found.append(word)
+        elif word == "sp":
+            found.append("parallel.sequence_parallel=true")
+        else:
+            kind, size = word.rstrip("0123456789"), word.lstrip("abcdefghijklmnopqrstuvwxyz")
+            found.append(f"parallel.{SIZES[kind]}_size={size}")
+    return found
+
+
+SIZES = {
+    "tp": "tensor_parallel",
+    "pp": "pipeline_parallel",
+    "vpp": "virtual_pipeline_parallel",
+    "cp": "context_parallel",
+    "ep": "expert_parallel",
+    "etp": "expert_tensor_parallel",
+}
+OVERLAP = "parallel.overlap_grad_reduce=true parallel.overlap_param_gather=true"
+FIRST_3 = "parallel.num_layers_in_first_pipeline_stage=3 parallel.num_layers_in_last_pipeline_stage=1"
+
+DENSE = [
+    (1, "batching.micro_batch_size=1"),
+    (1, "batching.packed=false batching.micro_batch_size=3"),
+    (1, "batching.logprob_chunk_tokens=7"),
+    (2, "tp2 batching.logprob_chunk_tokens=7"),
+    (2, "tp2 sp"),
+    (2, "pp2"),
+    (2, "pp2 vpp2"),
+    (2, "pp2 vpp2 batching.micro_batch_size=1 batching.packed=false"),
+    (2, f"pp2 {FIRST_3}"),
+    (2, "cp2"),
+    (2, "cp2 batching.packed=false batching.micro_batch_size=2"),
+    (2, OVERLAP),
+    (2, "parallel.distributed_optimizer=false"),
+    (4, "tp2 pp2 sp vpp2"),
+    (4, "tp2 cp2 sp"),
+    (4, "tp2 cp2 batching.packed=false"),
+    (4, "pp2 cp2 batching.micro_batch_size=2"),
+    (4, "cp4"),
+    (4, "tp2 batching.micro_batch_size=1"),
+    (4, f"pp2 vpp2 {OVERLAP}"),
+    (4, "pp4"),
+    (1, "memory.recompute=full"),
+    (1, "memory.recompute=selective memory.recompute_modules=[core_attn,layernorm,mlp]"),
+    (4, "tp2 pp2 sp memory.recompute=full memory.recompute_num_layers=2"),
+    (2, "cp2 memory.recompute=selective"),
+    (8, "tp2 pp2 cp2 sp"),
+    (2, "memory.offload=[params,grads,optimizer]"),
+    (2, "memory.offload=[optimizer] parallel.distributed_optimizer=false"),
+]
+EXPERTS = [
+    (1, "batching.packed=false batching.micro_batch_size=3"),
+    (2, "ep2"),
+    (2, "tp2 sp etp1"),
+    (2, "tp2 sp"),
+    (2, "cp2"),
+    (4, "tp2 sp ep2 etp1"),
+    (4, "tp2 sp ep4 etp1"),
+    (4, "tp2 sp ep2"),
+    (4, "pp2 vpp2 ep2"),
+    (4, "cp2 ep2 batching.packed=false"),
+    (4, "ep4 batching.micro_batch_size=1"),
+    (2, "ep2 memory.recompute=selective memory.recompute_modules=[moe]"),
+    (2, "ep2 memory.offload=[params,grads,optimizer]"),
+    (8, "tp2 pp2 sp ep4 etp1"),
+]
+
+
+def outcome(
+    gangs: Callable[[int], Gang], world_size: int, text: str, model: Path, folder: Path, *more: str
+) -> list[cases.Outcome]:
+    config = toy_config(folder, model, "batching.num_updates=1", *keys(text), *more)
+    return gangs(world_size).call(cases.some_updates, config=config)
+
+
+def assert_same(found: list[cases.Outcome], wanted: cases.Outcome) -> None:
+    scored: dict[int, torch.Tensor] = {}
+    for one in found:
+        assert one.losses == pytest.approx(wanted.losses, abs=1e-5)
+        assert one.norms == pytest.approx(wanted.norms, rel=1e-6, abs=1e-5)
+        assert one.balance == pytest.approx(wanted.balance, rel=1e-5)
+        scored |= one.logprobs
+        assert set(one.weights) == set(wanted.weights)
+        for name, tensor in one.weights.items():
+            torch.testing.assert_close(
+                tensor, wanted.weights[name], rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+            )
+    assert set(scored) == set(wanted.logprobs)
+    for place, row in scored.items():
+        torch.testing.assert_close(row, wanted.logprobs[place], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("world_size", "text"), DENSE, ids=[text or "dp" for _, text in DENSE])
+def test_dense(
+    world_size: int, text: str, gangs: Callable[[int], Gang], toy_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = toy_model("qwen2", tied=True, num_hidden_layers=4)
+    (wanted,) = outcome(gangs, 1, "", model, tmp_path)
+    assert wanted.norms[0] > 0.1
+    assert_same(outcome(gangs, world_size, text, model, tmp_path), wanted)
+
+
+@pytest.mark.parametrize(("world_size", "text"), EXPERTS, ids=[text for _, text in EXPERTS])
+def test_mixture_of_experts(
+    world_size: int, text: str, gangs: Callable[[int], Gang], toy_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = toy_model("qwen3_moe", tied=False, num_hidden_layers=4)
+    (wanted,) = outcome(gangs, 1, "", model, tmp_path)
+    assert wanted.norms[0] > 0.1
+    assert_same(outcome(gangs, world_size, text, model, tmp_path), wanted)
+
+
+ROUTER_LOSSES = "moe.aux_loss=sequence moe.aux_loss_coef=0.1 moe.z_loss_coef=0.01 batching.packed=false"
+
+
+@pytest.mark.parametrize("layout", ["1:batching.micro_batch_size=1", "2:", "2:ep2", "2:pp2", "4:ep2 pp2 vpp2"])
+def test_router_losses(
+    layout: str, gangs: Callable[[int], Gang], toy_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A balance for each sequence is the same however sequences are shared out."""
+    model = toy_model("qwen3_moe", tied=False, num_hidden_layers=4)
+    alone = f"{ROUTER_LOSSES} batching.micro_batch_size=1"
+    (wanted,) = outcome(gangs, 1, alone, model, tmp_path)
+    (without,) = outcome(gangs, 1, "", model, tmp_path)
+    assert len(wanted.balance) == 4
+    assert wanted.norms != pytest.approx(without.norms, rel=1e-4)
+    size, text = layout.split(":")
+    assert_same(outcome(gangs, int(size), f"{alone} {text}", model, tmp_path), wanted)
+
+
+REPLAYED = ["1:batching.packed=false", "2:ep2", "2:tp2 sp", "2:cp2", "4:pp2 vpp2 ep2", "4:tp2 cp2 sp"]
+
+
+@pytest.mark.parametrize("layout", REPLAYED)
+def test_routes_are_replayed(
+    layout: str, gangs: Callable[[int], Gang], toy_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = toy_model("qwen3_moe", tied=False, num_hidden_layers=4)
+
+    def replay(layout: str) -> dict[int, torch.Tensor]:
+        size, text = layout.split(":")
+        config = toy_config(tmp_path, model, "batching.num_updates=1", *keys(text))
+        together: dict[int, torch.Tensor] = {}
+        for rows, apart in gangs(int(size)).call(cases.replayed, config=config):
+            together |= rows
+            assert apart > 1e-3
+        return together
+
+    wanted, found = replay("1:"), replay(layout)
+    assert set(found) == set(wanted)
+    for place, row in found.items():
+        torch.testing.assert_close(row, wanted[place], rtol=0, atol=1e-5)

@@ -1,0 +1,19 @@
+"""Everything here needs a GPU; elsewhere it is skipped with the reason."""
+
+import pytest
+import torch
+
+from megatron_rl.mcore.precision import transformer_engine_version
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "tests/gpu/" in str(item.path):
+            if not torch.cuda.is_available():
+                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+            elif item.get_closest_marker("transformer_engine") and transformer_engine_version() is None:
+                item.add_marker(pytest.mark.skip(reason="needs Transformer Engine with its PyTorch bindings"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "transformer_engine: needs Transformer Engine and a GPU")

@@ -1,0 +1,196 @@
+"""How well the policy uses a GPU: python tools/bench_gpu.py [--shapes 1.5b 7b] [--json FILE].
+
+Forward, and forward with backward and update, of Qwen2.5 shapes with random weights on packed
+sequences, in bf16 by Megatron-Core's own modules and by Transformer Engine, and in FP8 by every
+recipe that this GPU can run. MFU is model FLOPs (docs/performance.md has the formula) over the GPU's dense
+bf16 peak, for FP8 too, so that the figures compare.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from megatron_rl.config.load import load_config
+from megatron_rl.errors import ConfigError
+from megatron_rl.loop import update_flops
+from megatron_rl.mcore.parallel import init_parallel, leave_world
+from megatron_rl.mcore.policy import Policy
+from megatron_rl.mcore.precision import FP8_NEEDS, choose_implementation, installed
+from megatron_rl.models import layout_table, read_model_spec
+from megatron_rl.models.flops import peak_tflops
+from megatron_rl.types import ParallelContext, TrainBatch, TrainSequence, UpdatePlan
+from megatron_rl.weights.hf_files import write_hf_folder
+from megatron_rl.weights.layout import hf_shapes
+
+QWEN = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu", "rms_norm_eps": 1e-6}
+SHAPES: dict[str, dict[str, Any]] = {
+    "1.5b": {
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "vocab_size": 151936,
+        "tie_word_embeddings": True,
+    },
+    # half the depth, so that weights, gradients and optimizer fit one GPU; the products are those of 7B
+    "7b": {
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 14,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 152064,
+        "tie_word_embeddings": False,
+    },
+}
+VARIANTS = {
+    "bf16, own modules": ["model.implementation=local"],
+    "bf16, Transformer Engine": ["model.implementation=transformer_engine"],
+    **{f"FP8 {recipe}": [f"precision.fp8={recipe}"] for recipe in FP8_NEEDS},
+}
+RUN = """
+run: {{name: bench, output_dir: {folder}/run, num_steps: 1}}
+model: {{path: {folder}/model, dtype: bf16}}
+data: {{train: {{kind: task, path: hasty_addition}}}}
+reward: {{functions: [{{name: coin_flip}}]}}
+"""
+
+
+def write_model(folder: Path, shape: dict[str, Any]) -> None:
+    """A checkpoint folder of that shape with random weights."""
+    (folder / "like").mkdir()
+    config = QWEN | shape | {"max_position_embeddings": 32768, "rope_theta": 1e6}
+    (folder / "like" / "config.json").write_text(json.dumps(config))
+    shapes = hf_shapes(layout_table(read_model_spec(folder / "like"), 1))
+
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, size in shapes.items():
+            values = torch.randn(size, dtype=torch.bfloat16, device="cuda") * 0.02
+            yield name, (torch.ones_like(values) if "norm" in name else values).cpu()
+
+    write_hf_folder(folder / "model", tensors(), like=str(folder / "like"))
+
+
+def make_batch(length: int, count: int, vocab_size: int) -> TrainBatch:
+    """Equally long sequences, a quarter of each a prompt, in one micro-batch."""
+
+    def sequence() -> TrainSequence:
+        zeros, mask = torch.zeros(length), torch.arange(length) >= length // 4
+        return TrainSequence(
+            token_ids=torch.randint(0, vocab_size, (length,)),
+            loss_mask=mask,
+            rollout_logprobs=zeros,
+            advantages=torch.ones(length),
+            loss_weights=mask.float(),
+            old_logprobs=zeros,
+            ref_logprobs=zeros,
+        )
+
+    found = [sequence() for _ in range(count)]
+    plan = UpdatePlan(
+        micro_batches=[list(range(count))],
+        num_tokens=sum(int(s.loss_mask.sum()) for s in found),
+        num_sequences=count,
+        num_processed_tokens=count * length,
+        sum_squared_lengths=count * length**2,
+        imbalance=1.0,
+    )
+    nothing = torch.zeros(count)
+    return TrainBatch(
+        sequences=found,
+        updates=[plan],
+        global_index=list(range(count)),
+        rewards=nothing,
+        groups=torch.zeros(count, dtype=torch.int64),
+        advantages=nothing,
+    )
+
+
+def seconds(run: Callable[[], object], rounds: int) -> tuple[float, float]:
+    """Median of some runs after two for warm-up, and half the range of the middle half."""
+    taken = []
+    for number in range(rounds + 2):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        if number >= 2:
+            taken.append(time.perf_counter() - start)
+    taken.sort()
+    return median(taken), (taken[-1 - len(taken) // 4] - taken[len(taken) // 4]) / 2
+
+
+def measure(config_file: Path, overrides: list[str], asked: argparse.Namespace, parallel: ParallelContext) -> Any:
+    """Seconds, MFU and peak memory of one variant."""
+    config = load_config(config_file, overrides)
+    choose_implementation(config)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    policy = Policy(config, parallel)
+    batch = make_batch(asked.length, asked.sequences, policy.spec.vocab_size)
+    forward_s, _ = seconds(lambda: policy.logprobs(batch), asked.rounds)
+    update_s, noise_s = seconds(lambda: policy.update(batch), asked.rounds)
+    flops = update_flops(policy.spec, batch.updates[0])
+    peak = asked.peak_tflops or peak_tflops(torch.cuda.get_device_name())
+    return {
+        "forward_s": forward_s,
+        "update_s": update_s,
+        "update_noise_s": noise_s,
+        "update_tflops": flops / update_s / 1e12,
+        "forward_mfu": flops / 3 / forward_s / 1e12 / peak if peak else None,
+        "update_mfu": flops / update_s / 1e12 / peak if peak else None,
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+    }
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="How well the policy uses a GPU.")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--sequences", type=int, default=8)
+    parser.add_argument("--length", type=int, default=2048, help="tokens of each sequence")
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--peak-tflops", type=float, help="of a GPU that is not in the table")
+    parser.add_argument("--json", type=Path)
+    asked = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("tools/bench_gpu.py needs a GPU; torch finds none.")
+    versions = {name: installed(name) for name in ("torch", "megatron-core", "transformer-engine")}
+    print(f"{torch.cuda.get_device_name()}, {versions}\n")
+    print("| shape | variant | forward s | update s | forward MFU | update MFU | peak GiB |\n" + "|---" * 7 + "|")
+    rows = []
+    for shape in asked.shapes:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            write_model(folder, SHAPES[shape])
+            (folder / "run.yaml").write_text(RUN.format(folder=folder))
+            parallel = init_parallel(load_config(folder / "run.yaml", []).parallel)
+            for variant, overrides in VARIANTS.items():
+                try:
+                    row = measure(folder / "run.yaml", overrides, asked, parallel)
+                except ConfigError as error:
+                    print(f"| {shape} | {variant} | not run: {error} |||||", flush=True)
+                    continue
+                rows.append({"shape": shape, "variant": variant, **row})
+                shares = [f"{row[k]:.1%}" if row[k] else "-" for k in ("forward_mfu", "update_mfu")]
+                print(
+                    f"| {shape} | {variant} | {row['forward_s']:.3f} | {row['update_s']:.3f} ± "
+                    f"{row['update_noise_s']:.3f} | {shares[0]} | {shares[1]} | {row['peak_gib']:.1f} |",
+                    flush=True,
+                )
+            leave_world()
+    if asked.json:
+        asked.json.write_text(json.dumps({"versions": versions, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
