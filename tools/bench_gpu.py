@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from megatron_rl.batching.plan import given_batch
 from megatron_rl.config.load import load_config
 from megatron_rl.errors import ConfigError
 from megatron_rl.loop import update_flops
@@ -26,7 +27,7 @@ from megatron_rl.mcore.policy import Policy
 from megatron_rl.mcore.precision import FP8_NEEDS, choose_implementation, installed
 from megatron_rl.models import layout_table, read_model_spec
 from megatron_rl.models.flops import peak_tflops
-from megatron_rl.types import ParallelContext, TrainBatch, TrainSequence, UpdatePlan
+from megatron_rl.types import ParallelContext, TrainBatch, TrainSequence
 from megatron_rl.weights.hf_files import write_hf_folder
 from megatron_rl.weights.layout import hf_shapes
 
@@ -95,24 +96,7 @@ def make_batch(length: int, count: int, vocab_size: int) -> TrainBatch:
             ref_logprobs=zeros,
         )
 
-    found = [sequence() for _ in range(count)]
-    plan = UpdatePlan(
-        micro_batches=[list(range(count))],
-        num_tokens=sum(int(s.loss_mask.sum()) for s in found),
-        num_sequences=count,
-        num_processed_tokens=count * length,
-        sum_squared_lengths=count * length**2,
-        imbalance=1.0,
-    )
-    nothing = torch.zeros(count)
-    return TrainBatch(
-        sequences=found,
-        updates=[plan],
-        global_index=list(range(count)),
-        rewards=nothing,
-        groups=torch.zeros(count, dtype=torch.int64),
-        advantages=nothing,
-    )
+    return given_batch([sequence() for _ in range(count)], [range(count)])
 
 
 def seconds(run: Callable[[], object], rounds: int) -> tuple[float, float]:

@@ -47,10 +47,11 @@ def measure(folder: Path, overrides: list[str]) -> dict[str, float]:
 
     import torch
 
+    from megatron_rl.batching.plan import given_batch
     from megatron_rl.config.load import load_config
     from megatron_rl.mcore.parallel import init_parallel, leave_world
     from megatron_rl.mcore.policy import Policy
-    from megatron_rl.types import TrainBatch, TrainSequence, UpdatePlan
+    from megatron_rl.types import TrainSequence
 
     def sequence(length: int) -> TrainSequence:
         zeros, mask = torch.zeros(length), torch.ones(length, dtype=torch.bool)
@@ -66,22 +67,7 @@ def measure(folder: Path, overrides: list[str]) -> dict[str, float]:
 
     config = load_config(folder / "run.yaml", overrides)
     policy = Policy(config, init_parallel(config.parallel))
-    plan = UpdatePlan(
-        micro_batches=[list(range(len(LENGTHS)))],
-        num_tokens=sum(LENGTHS),
-        num_sequences=len(LENGTHS),
-        num_processed_tokens=sum(LENGTHS),
-        sum_squared_lengths=sum(length**2 for length in LENGTHS),
-        imbalance=1.0,
-    )
-    batch = TrainBatch(
-        sequences=[sequence(length) for length in LENGTHS],
-        updates=[plan],
-        global_index=list(range(len(LENGTHS))),
-        rewards=torch.zeros(len(LENGTHS)),
-        groups=torch.zeros(len(LENGTHS), dtype=torch.int64),
-        advantages=torch.zeros(len(LENGTHS)),
-    )
+    batch = given_batch([sequence(length) for length in LENGTHS], [range(len(LENGTHS))])
     before, start = _peak_mib(), time.perf_counter()
     policy.update(batch)
     seconds = time.perf_counter() - start

@@ -92,6 +92,36 @@ def plan_batch(
     )
 
 
+def given_batch(
+    sequences: Sequence[TrainSequence], micro_batches: Sequence[Sequence[int]], *, num_updates: int = 1
+) -> TrainBatch:
+    """Sequences that need no planning, in given micro-batches on one data-parallel rank.
+
+    Args:
+        micro_batches: places in ``sequences``.
+        num_updates: how often the same update is made.
+    """
+    lengths = [sequence.token_ids.numel() for sequence in sequences]
+    loss_lengths = [int(sequence.loss_mask.sum()) for sequence in sequences]
+    plan = UpdatePlan(
+        micro_batches=micro_batches,
+        num_tokens=sum(loss_lengths),
+        num_sequences=sum(length > 0 for length in loss_lengths),
+        num_processed_tokens=sum(lengths),
+        sum_squared_lengths=sum(length**2 for length in lengths),
+        imbalance=1.0,
+    )
+    nothing = torch.zeros(len(sequences))
+    return TrainBatch(
+        sequences=sequences,
+        updates=[plan] * num_updates,
+        global_index=list(range(len(sequences))),
+        rewards=nothing,
+        groups=nothing.long(),
+        advantages=nothing,
+    )
+
+
 def _with_weight(sequence: TrainSequence, weight: float) -> TrainSequence:
     return replace(sequence, loss_weights=sequence.loss_mask * weight)
 

@@ -9,6 +9,7 @@ import warnings
 
 from megatron_rl.errors import ConfigError
 from megatron_rl.mcore import cpu
+from megatron_rl.mcore.event_loop import share_event_loop
 
 OLDEST, FIRST_UNTESTED = (0, 16, 1), (0, 20)
 
@@ -29,3 +30,4 @@ warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distri
 
 _check_version()
 cpu.install()
+share_event_loop()

@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,12 +10,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
+from megatron_rl.batching.plan import given_batch
 from megatron_rl.collective import gather_objects
 from megatron_rl.config import RunConfig
 from megatron_rl.config.machine import ParallelSection
 from megatron_rl.loop import plan, run_in
-from megatron_rl.mcore import patches
+from megatron_rl.mcore import event_loop, patches
 from megatron_rl.mcore.checkpoint import begin_save, complete_save, load_policy, save_policy
 from megatron_rl.mcore.model import PolicyModel
 from megatron_rl.mcore.parallel import split_world
@@ -22,7 +25,7 @@ from megatron_rl.mcore.policy import Policy
 from megatron_rl.mcore.reference import HostedReference
 from megatron_rl.mcore.scoring import ScoringModel
 from megatron_rl.metrics.metric import merge, results
-from megatron_rl.types import ParallelContext, Prompt, Rollout, RolloutGroup, TrainBatch, TrainSequence, UpdatePlan
+from megatron_rl.types import ParallelContext, Prompt, Rollout, RolloutGroup, TrainBatch, TrainSequence
 from tests.toys import VOCAB, sequences
 
 # after megatron_rl.mcore, which prepares Megatron-Core for the CPU
@@ -42,7 +45,7 @@ def world(config: RunConfig) -> ParallelContext:
     key = replace(
         config.parallel, distributed_optimizer=True, overlap_grad_reduce=False, overlap_param_gather=False
     )  # which do not change the groups
-    store = dist.PrefixStore(f"world{next(_counters)}", dist.distributed_c10d._get_default_store())
+    store = dist.PrefixStore(f"world{next(_counters)}", distributed_c10d._get_default_store())
     if key not in _worlds:
         if len(_worlds) == KEPT_WORLDS:
             _close(*_worlds.pop(next(iter(_worlds))))
@@ -61,7 +64,7 @@ def _close(context: ParallelContext, record: dict[str, Any]) -> None:
         found += value if isinstance(value, list) else [value]
     gc.collect()  # models that hold groups
     for group in {id(one): one for one in found if isinstance(one, dist.ProcessGroup)}.values():
-        if group is not dist.group.WORLD and group in dist.distributed_c10d._world.pg_map:
+        if group is not dist.group.WORLD and group in distributed_c10d._world.pg_map:
             dist.destroy_process_group(group)
 
 
@@ -93,7 +96,7 @@ def logits(config: RunConfig) -> torch.Tensor | None:
     for chunk in scorer.chunks:
         chunk.__class__ = Catching
     rows = sequences()
-    scorer.logprobs(replace(batch_of(parallel), updates=[update_plan([[0, 1, 2, 3]])]))
+    scorer.logprobs(batch_of([0, 1, 2, 3]))
     if not parallel.is_last_stage:
         return None
     (whole,) = found
@@ -113,29 +116,9 @@ def run_training(config: RunConfig, resume: str = "auto") -> None:
     run_in(config, resume, world(config))
 
 
-def batch_of(parallel: ParallelContext) -> TrainBatch:
-    """The toy sequences as one update in two micro-batches, the same on every data-parallel rank."""
-    found = sequences()
-    return TrainBatch(
-        sequences=found,
-        updates=[update_plan([[0, 1], [2, 3]])],
-        global_index=list(range(len(found))),
-        rewards=torch.zeros(4),
-        groups=torch.zeros(4, dtype=torch.int64),
-        advantages=torch.zeros(4),
-    )
-
-
-def update_plan(micro_batches: list[list[int]]) -> UpdatePlan:
-    """An update of the toy sequences."""
-    return UpdatePlan(
-        micro_batches=micro_batches,
-        num_tokens=50,
-        num_sequences=4,
-        num_processed_tokens=62,
-        sum_squared_lengths=1306,
-        imbalance=1.0,
-    )
+def batch_of(*micro_batches: list[int]) -> TrainBatch:
+    """The toy sequences as one update, in two micro-batches unless told, the same on every data-parallel rank."""
+    return given_batch(sequences(), micro_batches or ([0, 1], [2, 3]))
 
 
 @dataclass(frozen=True)
@@ -207,7 +190,7 @@ class Offloaded:
 def offload(config: RunConfig) -> Offloaded:
     """Move parts of a policy to the host, and count."""
     policy = Policy(config, world(config))
-    policy.update(batch_of(policy.parallel))
+    policy.update(batch_of())
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in _tensors_of(policy)}
     held = sum(storage.nbytes() for storage in storages.values())
     freed = policy.to_host()
@@ -230,7 +213,7 @@ def _tensors_of(policy: Policy) -> Iterator[torch.Tensor]:
 def reference_in_place(config: RunConfig, path: str) -> tuple[bool, float, bool]:
     """A hosted reference against a model of its own: are they bit-equal, how far is the policy, is it back."""
     parallel = world(config)
-    policy, batch = Policy(config, parallel), batch_of(parallel)
+    policy, batch = Policy(config, parallel), batch_of()
     policy.update(batch)
     before, weights = policy.logprobs(batch), [p.detach().clone() for p in policy.parameters.values()]
     hosted = HostedReference(policy, path).logprobs(batch)
@@ -279,7 +262,7 @@ def checkpoint_round_trip(config: RunConfig, folder: str, *, save: bool) -> tupl
     if save:
         policy = Policy(config, parallel)
         for _ in range(2):
-            policy.update(batch_of(parallel))
+            policy.update(batch_of())
         if parallel.is_main:
             Path(folder).mkdir(parents=True)
         dist.barrier()
@@ -294,7 +277,7 @@ def save_both_ways(config: RunConfig, folder: str) -> None:
     """The same state synchronously and in the background, with an update while the latter is written."""
     parallel = world(config)
     policy = Policy(config, parallel)
-    policy.update(batch_of(parallel))
+    policy.update(batch_of())
     now, later = Path(folder) / "now", Path(folder) / "later"
     if parallel.is_main:
         now.mkdir(parents=True)
@@ -302,7 +285,7 @@ def save_both_ways(config: RunConfig, folder: str) -> None:
     dist.barrier()
     save_policy(policy, now)
     pending = begin_save(policy, later, then=lambda: None)
-    policy.update(batch_of(parallel))
+    policy.update(batch_of())
     pending.wait()
     complete_save(pending, later)
 
@@ -322,7 +305,7 @@ def diverge(config: RunConfig) -> tuple[str, bool]:
     parallel = world(config)
     policy = Policy(config, parallel)
     before = [p.detach().clone() for p in policy.parameters.values()]
-    batch = batch_of(parallel)
+    batch = batch_of()
     bad = [replace(s, advantages=torch.full_like(s.advantages, float("inf"))) for s in batch.sequences]
     try:
         policy.update(replace(batch, sequences=bad))
@@ -335,7 +318,7 @@ def diverge(config: RunConfig) -> tuple[str, bool]:
 def update_without_tokens_here(config: RunConfig) -> float:
     """An update in which only the first data-parallel rank has tokens with loss: its gradient norm."""
     parallel = world(config)
-    batch = batch_of(parallel)
+    batch = batch_of()
     if parallel.dp_rank > 0:
         masked = [replace(s, loss_mask=torch.zeros_like(s.loss_mask)) for s in batch.sequences]
         batch = replace(batch, sequences=masked)
@@ -343,4 +326,19 @@ def update_without_tokens_here(config: RunConfig) -> float:
 
 
 def _norm(policy: Policy, parallel: ParallelContext) -> float:
-    return policy.update(batch_of(parallel))["actor/grad_norm"].result()
+    return policy.update(batch_of())["actor/grad_norm"].result()
+
+
+def threads_of_groups(number: int) -> tuple[int, int]:
+    """By how many threads so many groups of this project, and so many of torch's own, make the process grow."""
+    grown, made = [], []
+    for kind in (event_loop.SharingGroup, event_loop._Gloo):
+        distributed_c10d.ProcessGroupGloo = kind
+        made.append(dist.new_group(backend="gloo"))  # the first makes what all share
+        before = len(os.listdir("/proc/self/task"))
+        made += [dist.new_group(backend="gloo") for _ in range(number)]
+        grown.append(len(os.listdir("/proc/self/task")) - before)
+    distributed_c10d.ProcessGroupGloo = event_loop.SharingGroup
+    for group in made:
+        dist.destroy_process_group(group)
+    return grown[0], grown[1]

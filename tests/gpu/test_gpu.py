@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import megatron_rl.mcore  # noqa: F401  prepares Megatron-Core
+from megatron_rl.batching.plan import given_batch
 from megatron_rl.errors import ConfigError
 from megatron_rl.mcore.attention import group_by_length
 from megatron_rl.mcore.parallel import init_parallel, leave_world
@@ -14,7 +15,7 @@ from megatron_rl.mcore.policy import Policy
 from megatron_rl.mcore.precision import FP8_NEEDS, choose_implementation
 from megatron_rl.mcore.reference import HostedReference
 from megatron_rl.mcore.varlen import variable_length_kernel
-from megatron_rl.types import ParallelContext, TrainBatch, UpdatePlan
+from megatron_rl.types import ParallelContext, TrainBatch
 from tests.toys import sequences, toy_config, write_model
 
 LENGTHS = (64, 48, 100, 37)
@@ -44,23 +45,7 @@ def policy(parallel: ParallelContext, model: Path, tmp_path: Path) -> Callable[.
 
 
 def batch(num_updates: int = 1) -> TrainBatch:
-    found = sequences(LENGTHS)
-    plan = UpdatePlan(
-        micro_batches=[[0, 1], [2, 3]],
-        num_tokens=sum(LENGTHS) - 3 * len(LENGTHS),
-        num_sequences=len(LENGTHS),
-        num_processed_tokens=sum(LENGTHS),
-        sum_squared_lengths=sum(length**2 for length in LENGTHS),
-        imbalance=1.0,
-    )
-    return TrainBatch(
-        sequences=found,
-        updates=[plan] * num_updates,
-        global_index=list(range(len(found))),
-        rewards=torch.zeros(len(found)),
-        groups=torch.zeros(len(found), dtype=torch.int64),
-        advantages=torch.zeros(len(found)),
-    )
+    return given_batch(sequences(LENGTHS), [[0, 1], [2, 3]], num_updates=num_updates)
 
 
 def scores(policy: Policy) -> torch.Tensor:
