@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from megatron_rl import cpu_linear
+
 
 def _stream_constructor(match: re.Match[str]) -> str:
     return "torch.cpu.Stream" + ("()" if match[1] else "")
@@ -50,10 +52,9 @@ REPLACEMENTS = tuple(
         (r"\.cuda\(.*?\)\)?", _cuda_method),
         (r"pin_memory=True", "pin_memory=False"),
         # torch's products are slow on AMD processors
-        (r"\btorch\.matmul\((total_input|input), weight\.t\(\)\)", r"_CPU_LINEAR.matmul(\1, weight.t())"),
-        (r"\bgrad_output\.matmul\(weight\)", "_CPU_LINEAR.matmul(grad_output, weight)"),
-        (r"\bgrad_output\.t\(\)\.matmul\(total_input\)", "_CPU_LINEAR.matmul(grad_output.t(), total_input)"),
-        (r"_CPU_LINEAR", "__import__('megatron_rl.cpu_linear', fromlist=['matmul'])"),
+        (r"\btorch\.matmul\((total_input|input), weight\.t\(\)\)", r"cpu_linear.matmul(\1, weight.t())"),
+        (r"\bgrad_output\.matmul\(weight\)", "cpu_linear.matmul(grad_output, weight)"),
+        (r"\bgrad_output\.t\(\)\.matmul\(total_input\)", "cpu_linear.matmul(grad_output.t(), total_input)"),
         # compiling at import takes minutes without a GPU
         (r"^enable_jit_fuser\(\)", "disable_jit_fuser()"),
     )
@@ -66,6 +67,10 @@ class _CpuLoader(importlib.machinery.SourceFileLoader):
         for pattern, replacement in REPLACEMENTS:
             source = pattern.sub(replacement, source)
         return compile(source, self.path, "exec", dont_inherit=True)
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__dict__["cpu_linear"] = cpu_linear  # which the replacements name
+        super().exec_module(module)
 
 
 class _CpuFinder(importlib.abc.MetaPathFinder):

@@ -58,7 +58,7 @@ class ForwardPass:
                 None,
                 packed_seq_params=self._packing(batch),
                 # padding must not count in the balance of experts
-                padding_mask=self._padding(batch) if self._has_experts else None,
+                padding_mask=~batch.real if self._has_experts else None,
             )
 
             def loss_of_hidden(hidden: Tensor) -> tuple[Tensor, Tensor, Any]:
@@ -109,10 +109,6 @@ class ForwardPass:
             cp_size=self._parallel.cp_size,
             dtype=self._dtype,
         )
-
-    def _padding(self, batch: MicroBatch) -> Tensor:
-        """[S, L] bool, true where no sequence has a token."""
-        return ~batch.real
 
 
 def to_device(batch: MicroBatch, device: torch.device) -> MicroBatch:

@@ -25,7 +25,7 @@ reduced over the dense parameters' ranks and those of the tensor-parallel ranks 
 ``mark_expert_parameters``. And without Transformer Engine names that the router and
 recomputed norms need are never bound: ``bind_missing_names``.
 
-tests/distributed/ holds a test for each that fails once it is no longer needed.
+tests/distributed/test_checkpoint.py fails once one of those about saving and loading is no longer needed.
 """
 
 import queue

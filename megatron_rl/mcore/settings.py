@@ -7,12 +7,13 @@ import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
-from megatron_rl.config.machine import MemorySection
+from megatron_rl.config.machine import MemorySection, MoeSection, ParallelSection
 from megatron_rl.config.schema import RunConfig
 from megatron_rl.errors import ConfigError
 from megatron_rl.mcore.precision import Implementation, fp8_settings
 from megatron_rl.models import ModelSpec
 from megatron_rl.models.rope import softmax_scale
+from megatron_rl.models.spec import MoeSpec
 from megatron_rl.weights.hf_files import torch_dtype
 
 AUX_LOSS = {
@@ -29,9 +30,8 @@ def transformer_config(spec: ModelSpec, config: RunConfig, implementation: Imple
     Raises:
         ConfigError: layers, heads or experts do not divide by the parallel sizes.
     """
-    parallel, dtype = config.parallel, torch_dtype(config.model.dtype)
+    dtype = torch_dtype(config.model.dtype)
     _check_divisible(spec, config)
-    interleaved = parallel.virtual_pipeline_parallel_size > 1
     values: dict[str, Any] = {
         "num_layers": spec.num_layers,
         "hidden_size": spec.hidden_size,
@@ -57,6 +57,29 @@ def transformer_config(spec: ModelSpec, config: RunConfig, implementation: Imple
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": dtype is torch.bfloat16,
+        "variable_seq_lengths": True,
+        # the loss arrives as a sum, and the schedule divides gradients by the global token count
+        "calculate_per_token_loss": True,
+        **_parallel_values(config.parallel),
+        **(_moe_values(spec.moe, config.moe, implementation) if spec.moe is not None else {}),
+        **_recompute(config.memory),
+        **fp8_settings(config),
+        # these fusions need Apex or Transformer Engine
+        "persist_layer_norm": False,
+        "gradient_accumulation_fusion": False,
+        "masked_softmax_fusion": False,
+        "bias_dropout_fusion": False,
+        "bias_activation_fusion": False,
+    }
+    try:
+        return TransformerConfig(**values)
+    except (ValueError, AssertionError) as error:
+        raise ConfigError(f"Megatron-Core refuses this configuration: {error}") from error
+
+
+def _parallel_values(parallel: ParallelSection) -> dict[str, Any]:
+    interleaved = parallel.virtual_pipeline_parallel_size > 1
+    return {
         "tensor_model_parallel_size": parallel.tensor_parallel_size,
         "pipeline_model_parallel_size": parallel.pipeline_parallel_size,
         "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline_parallel_size if interleaved else None,
@@ -68,40 +91,27 @@ def transformer_config(spec: ModelSpec, config: RunConfig, implementation: Imple
         "num_layers_in_last_pipeline_stage": parallel.num_layers_in_last_pipeline_stage,
         "account_for_embedding_in_pipeline_split": parallel.account_for_embedding_in_pipeline_split,
         "account_for_loss_in_pipeline_split": parallel.account_for_loss_in_pipeline_split,
-        # micro-batches differ in length from rank to rank, which the other dispatchers do not allow
-        "variable_seq_lengths": True,
-        "moe_token_dispatcher_type": "alltoall",
         # the interleaved schedule with batched exchanges computes wrong numbers and says nothing
         "overlap_p2p_comm": interleaved,
         "batch_p2p_comm": not interleaved,
-        # the loss arrives as a sum, and the schedule divides gradients by the global token count
-        "calculate_per_token_loss": True,
-        **_recompute(config.memory),
-        **fp8_settings(config),
-        # these fusions need Apex or Transformer Engine
-        "persist_layer_norm": False,
-        "gradient_accumulation_fusion": False,
-        "masked_softmax_fusion": False,
-        "bias_dropout_fusion": False,
-        "bias_activation_fusion": False,
     }
-    if spec.moe is not None:
-        values |= {
-            "num_moe_experts": spec.moe.num_experts,
-            "moe_router_topk": spec.moe.experts_per_token,
-            "moe_ffn_hidden_size": spec.moe.ffn_hidden_size,
-            # Megatron's softmax over the chosen experts alone is the normalised one over all
-            "moe_router_pre_softmax": not spec.moe.normalize_probabilities,
-            "moe_router_load_balancing_type": AUX_LOSS[config.moe.aux_loss],
-            "moe_aux_loss_coeff": config.moe.aux_loss_coef if config.moe.aux_loss != "disabled" else 0.0,
-            "moe_z_loss_coeff": config.moe.z_loss_coef or None,
-            "moe_router_dtype": None if config.moe.router_dtype == "model" else config.moe.router_dtype,
-            "moe_grouped_gemm": implementation == "transformer_engine",
-        }
-    try:
-        return TransformerConfig(**values)
-    except (ValueError, AssertionError) as error:
-        raise ConfigError(f"Megatron-Core refuses this configuration: {error}") from error
+
+
+def _moe_values(moe: MoeSpec, section: MoeSection, implementation: Implementation) -> dict[str, Any]:
+    return {
+        # micro-batches differ in length from rank to rank, which the other dispatchers do not allow
+        "moe_token_dispatcher_type": "alltoall",
+        "num_moe_experts": moe.num_experts,
+        "moe_router_topk": moe.experts_per_token,
+        "moe_ffn_hidden_size": moe.ffn_hidden_size,
+        # Megatron's softmax over the chosen experts alone is the normalised one over all
+        "moe_router_pre_softmax": not moe.normalize_probabilities,
+        "moe_router_load_balancing_type": AUX_LOSS[section.aux_loss],
+        "moe_aux_loss_coeff": section.aux_loss_coef if section.aux_loss != "disabled" else 0.0,
+        "moe_z_loss_coeff": section.z_loss_coef or None,
+        "moe_router_dtype": None if section.router_dtype == "model" else section.router_dtype,
+        "moe_grouped_gemm": implementation == "transformer_engine",
+    }
 
 
 def _recompute(memory: MemorySection) -> dict[str, Any]:

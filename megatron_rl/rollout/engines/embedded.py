@@ -129,10 +129,7 @@ class EmbeddedEngine:
                 yield finished
             rows = self._drop_finished(rows)
             if rows is not None:
-                places = rows.cache.lengths.clone()
-                rows.logits = self._decoder.decode(_last_tokens(rows), rows.cache, rows.working)
-                if rows.routing is not None:
-                    rows.routing[torch.arange(len(places), device=self._device), places] = self._routes()[:, 0]
+                self._advance(rows)
 
     def _has_place(self, in_work: dict[int, int], max_requests: int) -> bool:
         if len(in_work) >= max_requests:
@@ -181,17 +178,20 @@ class EmbeddedEngine:
             routing=None if routing is None else routing[of_request],
         )
 
+    def _advance(self, rows: _Rows) -> None:
+        """Logits after the last token of every row, and where that token was routed."""
+        places = None if rows.routing is None else rows.cache.lengths.clone()
+        rows.logits = self._decoder.decode(_last_tokens(rows), rows.cache, rows.working)
+        if rows.routing is not None:
+            rows.routing[torch.arange(len(rows.owners), device=self._device), places] = self._routes()[:, 0]
+
     def _routes(self) -> Tensor:
         """[B, P, layers, experts per token] int16 of the decoder's last pass."""
         return torch.stack(self._decoder.routes, dim=2).to(torch.int16)
 
     def _routing_of_prompts(self, capacity: int) -> Tensor:
         """[B, capacity, layers, experts per token] int16; tokens that never pass go to the first experts."""
-        prompts = self._routes()
-        first = torch.arange(prompts.size(3), dtype=torch.int16, device=prompts.device)
-        whole = first.expand(prompts.size(0), capacity, *prompts.shape[2:]).clone()
-        whole[:, : prompts.size(1)] = prompts
-        return whole
+        return _widen_routing(self._routes(), capacity)
 
     def _step(self, rows: _Rows, stops: Tensor, params: SamplingParams) -> list[Finished]:
         """Choose the next token of every row; what finishes with it."""
@@ -246,13 +246,14 @@ def _join_routing(mine: Tensor | None, theirs: Tensor | None) -> Tensor | None:
     if mine is None or theirs is None:
         return None
     capacity = max(mine.size(1), theirs.size(1))
-    first = torch.arange(mine.size(3), dtype=mine.dtype, device=mine.device)
+    return torch.cat([_widen_routing(mine, capacity), _widen_routing(theirs, capacity)])
 
-    def widen(routing: Tensor) -> Tensor:
-        more = first.expand(routing.size(0), capacity - routing.size(1), *routing.shape[2:])
-        return torch.cat([routing, more], dim=1)
 
-    return torch.cat([widen(mine), widen(theirs)])
+def _widen_routing(routing: Tensor, capacity: int) -> Tensor:
+    """[B, T, layers, k] to [B, capacity, layers, k]; the new places go to the first k experts."""
+    first = torch.arange(routing.size(3), dtype=routing.dtype, device=routing.device)
+    more = first.expand(routing.size(0), capacity - routing.size(1), *routing.shape[2:])
+    return torch.cat([routing, more], dim=1)
 
 
 def _last_tokens(rows: _Rows) -> Tensor:
