@@ -11,7 +11,7 @@ TRL_INSTALLED := $(TRL_VENV)/.installed
 BENCH ?=
 BIN := $(VENV)/bin
 NEWEST := .megatron-newest
-GATES := tests/distributed/test_layouts.py
+GATES := $(addprefix tests/distributed/test_,layouts.py checkpoint.py model.py memory.py)
 INSTALLED := $(VENV)/.installed
 # the newest torch that the CPU engines are built for; a machine with a GPU keeps the build it has
 TORCH := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 'torch>=2.11,<2.14' || echo 'torch==2.13.0')

@@ -57,7 +57,9 @@ def transformer_config(spec: ModelSpec, config: RunConfig, implementation: Imple
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": dtype is torch.bfloat16,
+        # micro-batches differ in length from rank to rank, which the other dispatchers do not allow
         "variable_seq_lengths": True,
+        "moe_token_dispatcher_type": "alltoall",
         # the loss arrives as a sum, and the schedule divides gradients by the global token count
         "calculate_per_token_loss": True,
         **_parallel_values(config.parallel),
@@ -99,8 +101,6 @@ def _parallel_values(parallel: ParallelSection) -> dict[str, Any]:
 
 def _moe_values(moe: MoeSpec, section: MoeSection, implementation: Implementation) -> dict[str, Any]:
     return {
-        # micro-batches differ in length from rank to rank, which the other dispatchers do not allow
-        "moe_token_dispatcher_type": "alltoall",
         "num_moe_experts": moe.num_experts,
         "moe_router_topk": moe.experts_per_token,
         "moe_ffn_hidden_size": moe.ffn_hidden_size,
