@@ -11,6 +11,10 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -27,10 +31,14 @@ FAMILIES = {
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
     "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
     "llama": (LlamaConfig, LlamaForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+    "mixtral": (MixtralConfig, MixtralForCausalLM),
 }
 
-MOE_FIELDS: dict[str, dict[str, int | bool]] = {
-    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
+FIELDS: dict[str, dict[str, int | bool]] = {
+    "mistral": {"sliding_window": 8},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
 }
 
 
@@ -60,7 +68,7 @@ def make_model(family: str = "qwen2", *, seed: int = 0, tied: bool = True, **siz
         "num_key_value_heads": 2,
         "intermediate_size": 256,
         "max_position_embeddings": 512,
-        **MOE_FIELDS.get(family, {}),
+        **FIELDS.get(family, {}),
         **sizes,
     }
     torch.manual_seed(seed)

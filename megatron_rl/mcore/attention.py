@@ -16,6 +16,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
 from megatron_rl.batching.context import restore_order
@@ -167,6 +168,8 @@ class CoreAttention(MegatronModule):
         super().__init__(config=config)
         self.softmax_scale = softmax_scale if softmax_scale is not None else config.softmax_scale
         self._cp = pg_collection.cp
+        has_window = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+        self._window = config.window_size[0] + 1 if has_window else None
 
     def forward(
         self,
@@ -187,7 +190,8 @@ class CoreAttention(MegatronModule):
         kernel = variable_length_kernel(query.device, query.dtype)
         if kernel is not None:
             packing = packed_seq_params
-            return kernel(query, key, value, packing.cu_seqlens, packing.longest, self.softmax_scale).flatten(1)
+            out = kernel(query, key, value, packing.cu_seqlens, packing.longest, self.softmax_scale, self._window)
+            return out.flatten(1)
         return self._by_length_groups(query, key, value, packed_seq_params.length_groups)
 
     def _by_length_groups(self, query: Tensor, key: Tensor, value: Tensor, groups: tuple[LengthGroup, ...]) -> Tensor:
@@ -216,17 +220,27 @@ class CoreAttention(MegatronModule):
                 x[span].unsqueeze(1) if packing is not None else x[span]
                 for x, span in ((query, chunk.queries), (key, chunk.keys), (value, chunk.keys))
             )  # [length, S, heads, dim]
-            seen = torch.ones(q.size(0), k.size(0), dtype=torch.bool, device=q.device).tril(k.size(0) - q.size(0))
             q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
-            out = self._attend(q, k, v, mask=seen)
+            out = self._attend(q, k, v)
             outputs.append(out.permute(2, 0, 1, 3).flatten(2))
         joined = torch.cat(outputs)  # [length, S, heads * dim]
         return joined.squeeze(1) if packing is not None else joined
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """[S, heads, L, dim] of the last L positions of [S, groups, K, dim] keys."""
+        mask = self._mask(query.size(2), key.size(2), query.device)
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=mask is None, scale=self.softmax_scale, enable_gqa=True
         )
+
+    def _mask(self, num_queries: int, num_keys: int, device: torch.device) -> Tensor | None:
+        """[L, K] bool, what each query sees; None: plain causal attention of as many queries as keys."""
+        windowed = self._window is not None and num_keys > self._window
+        if num_queries == num_keys and not windowed:
+            return None
+        before = num_keys - num_queries
+        seen = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(before)
+        return seen.triu(before + 1 - self._window) if windowed and self._window is not None else seen
 
     def sharded_state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:
         """No weights."""

@@ -36,6 +36,9 @@ def _local_layer(config: TransformerConfig) -> tuple[ModuleSpec, Any]:
     attention.core_attention = CoreAttention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
+    if config.num_moe_experts is not None:
+        # in checkpoints the norm before experts is called by its own name, as with Transformer Engine
+        del spec.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     return spec, RMSNorm
 
 

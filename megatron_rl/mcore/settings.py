@@ -62,6 +62,7 @@ def transformer_config(spec: ModelSpec, config: RunConfig, implementation: Imple
         "moe_token_dispatcher_type": "alltoall",
         # the loss arrives as a sum, and the schedule divides gradients by the global token count
         "calculate_per_token_loss": True,
+        **_window(spec),
         **_parallel_values(config.parallel),
         **(_moe_values(spec.moe, config.moe, implementation) if spec.moe is not None else {}),
         **_recompute(config.memory),
@@ -111,6 +112,16 @@ def _moe_values(moe: MoeSpec, section: MoeSection, implementation: Implementatio
         "moe_z_loss_coeff": section.z_loss_coef or None,
         "moe_router_dtype": None if section.router_dtype == "model" else section.router_dtype,
         "moe_grouped_gemm": implementation == "transformer_engine",
+    }
+
+
+def _window(spec: ModelSpec) -> dict[str, Any]:
+    window = spec.sliding_window
+    if window is None:
+        return {}
+    return {
+        "window_size": (window.size - 1, 0),  # tokens before and behind
+        "window_attn_skip_freq": [int(layer >= window.first_layer) for layer in range(spec.num_layers)],
     }
 
 

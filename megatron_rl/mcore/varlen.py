@@ -8,8 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, int, float | None], Tensor]
-"""(query [T, heads, dim], key, value [T, groups, dim], cu_seqlens [S + 1], longest, scale) -> [T, heads, dim]."""
+from megatron_rl.errors import ConfigError
+
+Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, int, float | None, int | None], Tensor]
+"""(query [T, heads, dim], key, value [T, groups, dim], cu_seqlens [S + 1], longest, scale, window) -> [T, heads, dim].
+
+The window counts the tokens that each one attends to, itself included; None: all before it."""
 
 
 @cache
@@ -26,9 +30,12 @@ def _flash_attention() -> Kernel | None:
     except ImportError:
         return None
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, scale: float | None) -> Tensor:
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, scale: float | None, window: int | None
+    ) -> Tensor:
+        near = (-1 if window is None else window - 1, 0)
         return flash_attn_varlen_func(
-            q, k, v, cu_seqlens, cu_seqlens, longest, longest, softmax_scale=scale, causal=True
+            q, k, v, cu_seqlens, cu_seqlens, longest, longest, softmax_scale=scale, causal=True, window_size=near
         )
 
     return attend
@@ -40,11 +47,18 @@ def _torch_attention() -> Kernel | None:
     except ImportError:  # torch before 2.10
         return None
     takes = inspect.signature(varlen_attn).parameters
-    # the first releases name the mask is_causal and know neither a scale nor grouped queries
-    causal: dict[str, Any] = {"is_causal": True} if "is_causal" in takes else {"window_size": (-1, 0)}
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, scale: float | None) -> Tensor:
-        options = dict(causal)
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, scale: float | None, window: int | None
+    ) -> Tensor:
+        # the first releases name the mask is_causal and know no window, no scale and no grouped queries
+        options: dict[str, Any] = {"window_size": (-1 if window is None else window - 1, 0)}
+        if "is_causal" in takes:
+            if window is not None:
+                raise ConfigError(
+                    f"sliding window of {window} tokens: needs flash-attn or a newer torch. Install either."
+                )
+            options = {"is_causal": True}
         if "scale" in takes:
             options["scale"] = scale
         elif scale is not None:

@@ -49,6 +49,25 @@ class MoeSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SlidingWindow:
+    """Attention that looks back over so many tokens only, the token itself included."""
+
+    size: int
+    first_layer: int = 0
+    """The layers before it attend to everything."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HFNames:
+    """Where a family's feed-forward tensors stand in a Hugging Face checkpoint, if not where Llama's do."""
+
+    feed_forward: str = "mlp"
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelSpec:
     """Sizes and switches of a model, read from its Hugging Face config alone."""
 
@@ -72,3 +91,10 @@ class ModelSpec:
     """RMS norm of each query and key head."""
     moe: MoeSpec | None = None
     """None: a dense feed-forward block."""
+    sliding_window: SlidingWindow | None = None
+    hf_names: HFNames = HFNames()
+
+    def window_of(self, layer: int) -> int | None:
+        """Tokens that a layer (from 0) looks back over, itself included; None: all."""
+        window = self.sliding_window
+        return window.size if window is not None and layer >= window.first_layer else None

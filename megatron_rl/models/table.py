@@ -49,6 +49,7 @@ def _layer(spec: ModelSpec, megatron: str, hf: str) -> dict[str, Layout]:
     hidden, heads, groups, dim = spec.hidden_size, spec.num_heads, spec.num_query_groups, spec.head_dim
     q, k, v = (f"{hf}self_attn.{x}_proj." for x in "qkv")
     attention = f"{megatron}self_attention."
+    block = f"{hf}{spec.hf_names.feed_forward}."
     table = {
         f"{megatron}input_layernorm.weight": replicated(f"{hf}input_layernorm.weight", hidden),
         f"{attention}linear_qkv.weight": grouped_qkv(
@@ -58,15 +59,15 @@ def _layer(spec: ModelSpec, megatron: str, hf: str) -> dict[str, Layout]:
         f"{megatron}pre_mlp_layernorm.weight": replicated(f"{hf}post_attention_layernorm.weight", hidden),
     }
     if spec.moe is None:
-        table |= _feed_forward(f"{megatron}mlp.", f"{hf}mlp.", spec.ffn_hidden_size, hidden)
+        table |= _feed_forward(spec, f"{megatron}mlp.", block, spec.ffn_hidden_size)
     else:
-        table[f"{megatron}mlp.router.weight"] = replicated(f"{hf}mlp.gate.weight", spec.moe.num_experts, hidden)
+        table[f"{megatron}mlp.router.weight"] = replicated(f"{block}gate.weight", spec.moe.num_experts, hidden)
         for expert in range(spec.moe.num_experts):
             layouts = _feed_forward(
+                spec,
                 f"{megatron}mlp.experts.local_experts.{expert}.",
-                f"{hf}mlp.experts.{expert}.",
+                f"{block}experts.{expert}.",
                 spec.moe.ffn_hidden_size,
-                hidden,
             )
             table |= {name: replace(layout, expert=True) for name, layout in layouts.items()}
     if spec.qkv_bias:
@@ -77,8 +78,9 @@ def _layer(spec: ModelSpec, megatron: str, hf: str) -> dict[str, Layout]:
     return table
 
 
-def _feed_forward(megatron: str, hf: str, rows: int, hidden: int) -> dict[str, Layout]:
+def _feed_forward(spec: ModelSpec, megatron: str, hf: str, rows: int) -> dict[str, Layout]:
+    hidden, names = spec.hidden_size, spec.hf_names
     return {
-        f"{megatron}linear_fc1.weight": gated(f"{hf}gate_proj.weight", f"{hf}up_proj.weight", rows, hidden),
-        f"{megatron}linear_fc2.weight": row(f"{hf}down_proj.weight", hidden, rows),
+        f"{megatron}linear_fc1.weight": gated(f"{hf}{names.gate}.weight", f"{hf}{names.up}.weight", rows, hidden),
+        f"{megatron}linear_fc2.weight": row(f"{hf}{names.down}.weight", hidden, rows),
     }

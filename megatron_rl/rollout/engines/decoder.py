@@ -15,8 +15,8 @@ from megatron_rl.models.spec import MoeSpec
 from megatron_rl.models.table import EMBEDDING, LM_HEAD
 from megatron_rl.weights.layout import hf_shapes
 
-# Modules that take the same input, under the name of the first.
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+# Modules that take the same input, and are kept under the name of the first; gate and up of a feed-forward block too.
+ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj")
 
 
 @dataclass(kw_only=True)
@@ -118,8 +118,9 @@ class Decoder:
             query, key, value = self._project(layer, hidden, rotation)
             cache.keys[layer][:, :, :width] = key
             cache.values[layer][:, :, :width] = value
+            seen = self._seen_in_prompt(layer, width)
             attended = F.scaled_dot_product_attention(
-                query, key, value, is_causal=True, scale=self._scale, enable_gqa=True
+                query, key, value, attn_mask=seen, is_causal=seen is None, scale=self._scale, enable_gqa=True
             )
             hidden = self._finish_layer(layer, hidden, attended)
         cache.lengths.copy_(lengths)
@@ -153,18 +154,38 @@ class Decoder:
             # the heads of a group stand where positions stand otherwise, so that they share its keys without copies
             grouped = query.reshape(query.size(0), self.spec.num_query_groups, -1, self.spec.head_dim)
             attended = F.scaled_dot_product_attention(
-                grouped, keys[:, :, :width], values[:, :, :width], attn_mask=mask, scale=self._scale
+                grouped,
+                keys[:, :, :width],
+                values[:, :, :width],
+                attn_mask=self._within_window(layer, mask, places, width),
+                scale=self._scale,
             )
             hidden = self._finish_layer(layer, hidden, attended.reshape(query.shape))
         cache.lengths += working
         return self._logits(hidden[:, 0])
 
+    def _seen_in_prompt(self, layer: int, width: int) -> Tensor | None:
+        """[width, width] bool, which tokens each one attends to; None: all before it."""
+        window = self.spec.window_of(layer)
+        if window is None or width <= window:
+            return None
+        return torch.ones(width, width, dtype=torch.bool, device=self.device).tril().triu(1 - window)
+
+    def _within_window(self, layer: int, mask: Tensor | None, places: Tensor, width: int) -> Tensor | None:
+        """[B, 1, 1, width] bool, what the tokens at ``places`` attend to among ``mask``; None: everything."""
+        window = self.spec.window_of(layer)
+        if window is None or width <= window:
+            return mask
+        near = (torch.arange(width, device=self.device) > places[:, None] - window)[:, None, None]
+        return near if mask is None else near & mask
+
     def _allocate(self) -> None:
         """Room for every weight; those with a common input lie together, so that one product serves all of them."""
+        groups = (ATTENTION_INPUTS, (self.spec.hf_names.gate, self.spec.hf_names.up))
         for name, shape in self._shapes.items():
             prefix, _, last = name.rpartition(".")
             prefix, _, module = prefix.rpartition(".")
-            siblings = next((group for group in FUSED if module in group), None)
+            siblings = next((group for group in groups if module in group), None)
             if siblings is None:
                 self._weights[name] = torch.empty(shape, dtype=self.dtype, device=self.device)
             elif module == siblings[0]:
@@ -202,13 +223,15 @@ class Decoder:
         attended = attended.transpose(1, 2).flatten(2)
         hidden = hidden + linear(attended, self._weights[prefix + "self_attn.o_proj.weight"])
         normed = self._norm(hidden, prefix + "post_attention_layernorm.weight")
+        block = f"{prefix}{self.spec.hf_names.feed_forward}."
         if self.spec.moe is not None:
-            return hidden + self._experts(normed, prefix + "mlp.", self.spec.moe)
-        return hidden + self._feed_forward(normed, prefix + "mlp.")
+            return hidden + self._experts(normed, block, self.spec.moe)
+        return hidden + self._feed_forward(normed, block)
 
     def _feed_forward(self, normed: Tensor, prefix: str) -> Tensor:
-        gate, up = linear(normed, self._fused[prefix + "gate_proj.weight"]).chunk(2, -1)
-        return linear(F.silu(gate) * up, self._weights[prefix + "down_proj.weight"])
+        names = self.spec.hf_names
+        gate, up = linear(normed, self._fused[f"{prefix}{names.gate}.weight"]).chunk(2, -1)
+        return linear(F.silu(gate) * up, self._weights[f"{prefix}{names.down}.weight"])
 
     def _experts(self, normed: Tensor, prefix: str, moe: MoeSpec) -> Tensor:
         """[B, P, H]: every token through its chosen experts, weighted by their probabilities."""
