@@ -28,13 +28,13 @@ def main() -> None:
     failed = False
     for seed in arguments.seeds:
         folder = ROOT / "runs" / "quickstart" / f"seed_{seed}"
-        start = time.monotonic()
+        start, ran_before = time.monotonic(), (folder / "grpo").exists()
         _run([str(ROOT / "tools" / "quickstart.sh"), str(seed)], folder.with_name(f"seed_{seed}.log"))
-        minutes = (time.monotonic() - start) / 60
+        minutes = "ran before" if ran_before else f"{(time.monotonic() - start) / 60:.1f}"
         _run(_control(folder, seed), folder.with_name(f"seed_{seed}_coin_flip.log"))
         before, after = accuracy(folder / "grpo")
         _, control = accuracy(folder / "coin_flip")
-        print(f"| {seed} | {before:.1%} | {after:.1%} | {control:.1%} | {minutes:.1f} |", flush=True)
+        print(f"| {seed} | {before:.1%} | {after:.1%} | {control:.1%} | {minutes} |", flush=True)
         failed |= after <= LEARNT or control - before >= NOT_LEARNT
     if arguments.check and failed:
         sys.exit(f"expected above {LEARNT:.0%} after GRPO and a gain below {NOT_LEARNT:.0%} after coin-flip rewards")

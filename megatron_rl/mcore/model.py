@@ -18,8 +18,10 @@ from megatron_rl.mcore.rotary import PositionRotary
 from megatron_rl.models import ModelSpec, layout_table, padded_vocab_size
 from megatron_rl.models.table import ignored_names
 from megatron_rl.types import ParallelContext
-from megatron_rl.weights.hf_files import HFReader, check_against_table
+from megatron_rl.weights.hf_files import check_against_table
 from megatron_rl.weights.layout import Place, fill_shard, hf_shapes
+from megatron_rl.weights.open import open_weights
+from megatron_rl.weights.reader import WeightReader
 
 patches.apply()
 
@@ -131,20 +133,21 @@ def place_of(parallel: ParallelContext) -> Place:
     )
 
 
-def check_weights(spec: ModelSpec, folder: str) -> HFReader:
-    """Open a Hugging Face folder whose tensors are those of the model, by names and shapes.
+def check_weights(spec: ModelSpec, folder: str) -> WeightReader:
+    """Open a Hugging Face or converted folder whose tensors are those of the model, by names and shapes.
 
     Raises:
         ConversionError: a file or tensor is missing, damaged, misshapen or unmapped.
     """
-    reader = HFReader(folder)
-    check_against_table(reader, hf_shapes(layout_table(spec, 1)), ignored_names(spec))
+    table = layout_table(spec, 1)
+    reader = open_weights(folder, table)
+    check_against_table(reader, hf_shapes(table), ignored_names(spec))
     return reader
 
 
 @torch.no_grad()
 def load_hf_weights(
-    parameters: Mapping[str, Tensor], spec: ModelSpec, parallel: ParallelContext, reader: HFReader
+    parameters: Mapping[str, Tensor], spec: ModelSpec, parallel: ParallelContext, reader: WeightReader
 ) -> None:
     """Fill this rank's shards from a checked folder, reading only the bytes they need.
 

@@ -3,12 +3,7 @@
 from typing import Any
 
 from megatron_rl.types import ParallelContext
-
-# Transformer Engine fuses a norm into the matrix that follows it
-FUSED_NORMS = {
-    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
-    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
-}
+from megatron_rl.weights.megatron_keys import FUSED_NORMS
 
 
 def global_name(name: str, chunk: Any, parallel: ParallelContext) -> str:

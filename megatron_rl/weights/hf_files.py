@@ -3,7 +3,9 @@
 import json
 import os
 import shutil
+import struct
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,11 +14,40 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_rl.errors import ConversionError
+from megatron_rl.weights.file_bytes import num_bytes, read_into
 from megatron_rl.weights.layout import Index
+from megatron_rl.weights.reader import WeightReader
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
+# what else of a model folder describes its weights and not the model
+DESCRIPTIONS = (".index.json", "conversion.json", "latest_checkpointed_iteration.txt")
+
+
+# names of types in safetensors headers
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class _Entry:
+    file: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
 
 
 class HFReader:
@@ -26,35 +57,59 @@ class HFReader:
         """Open the files.
 
         Raises:
-            ConversionError: the folder or a file is missing, truncated or damaged.
+            ConversionError: the folder or a file is missing, truncated or damaged, or files contradict each other.
         """
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise ConversionError(f"model folder {self.folder} does not exist. Give a Hugging Face checkpoint folder.")
-        self._files = {}
-        for name in self._file_names():
-            self._files[name] = _open(self.folder / name)
-        self._holder = {key: name for name, file in self._files.items() for key in file.keys()}  # noqa: SIM118
+        self._files = {name: _open(self.folder / name) for name in self._file_names()}
+        self._descriptors = {name: os.open(self.folder / name, os.O_RDONLY) for name in self._files}
+        self._entries: dict[str, _Entry] = {}
+        for file in self._files:
+            for name, entry in _header(self.folder / file, self._descriptors[file]).items():
+                if name in self._entries:
+                    raise ConversionError(
+                        f"{self.folder}: tensor {name} is in {self._entries[name].file} and in {file}. "
+                        "Fetch the checkpoint again."
+                    )
+                self._entries[name] = _Entry(file, *entry)
         self._check_index()
+
+    def __del__(self) -> None:
+        for descriptor in vars(self).get("_descriptors", {}).values():
+            os.close(descriptor)
 
     def names(self) -> set[str]:
         """Names of all tensors."""
-        return set(self._holder)
+        return set(self._entries)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of one tensor, from the header alone."""
-        return tuple(self._find(name).get_slice(name).get_shape())
+        return self._find(name).shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Type of one tensor in the file."""
+        return self._find(name).dtype
 
     def read(self, name: str, index: Index) -> Tensor:
         """A slice of one tensor in the file's dtype."""
-        return self._find(name).get_slice(name)[index]
+        entry = self._find(name)
+        extents = [range(*part.indices(size)) for part, size in zip(index, entry.shape, strict=False)]
+        if any(len(extent) < size for extent, size in zip(extents[1:], entry.shape[1:], strict=False)):
+            return self._files[entry.file].get_slice(name)[index]
+        row = entry.shape[1:]
+        first, count = (extents[0].start, len(extents[0])) if extents else (0, entry.shape[0] if entry.shape else 1)
+        tensor = torch.empty((count, *row) if entry.shape else (), dtype=entry.dtype)
+        offset = entry.offset + first * num_bytes(row, entry.dtype)
+        read_into(tensor, self._descriptors[entry.file], offset, self.folder / entry.file)
+        return tensor
 
-    def _find(self, name: str):  # type: ignore[no-untyped-def]
-        if name not in self._holder:
+    def _find(self, name: str) -> _Entry:
+        if name not in self._entries:
             raise ConversionError(
                 f"{self.folder}: tensor {name} is missing. The checkpoint is incomplete or of another architecture."
             )
-        return self._files[self._holder[name]]
+        return self._entries[name]
 
     def _file_names(self) -> list[str]:
         index = self.folder / INDEX_NAME
@@ -73,11 +128,18 @@ class HFReader:
         index = self.folder / INDEX_NAME
         if not index.exists():
             return
-        for name, file in json.loads(index.read_text())["weight_map"].items():
-            if self._holder.get(name) != file:
+        listed = json.loads(index.read_text())["weight_map"]
+        for name, file in listed.items():
+            if name not in self._entries or self._entries[name].file != file:
                 raise ConversionError(
                     f"{index} says that {name} is in {file}, but it is not. Fetch the checkpoint again."
                 )
+        unlisted = sorted(set(self._entries) - set(listed))
+        if unlisted:
+            raise ConversionError(
+                f"{index} does not name {unlisted[0]}, which is in {self._entries[unlisted[0]].file}. "
+                "Fetch the checkpoint again."
+            )
 
 
 def _open(path: Path):  # type: ignore[no-untyped-def]
@@ -87,6 +149,21 @@ def _open(path: Path):  # type: ignore[no-untyped-def]
         raise ConversionError(f"{path} is missing although the index names it. Fetch the checkpoint again.") from error
     except (SafetensorError, OSError) as error:
         raise ConversionError(f"{path} is truncated or not safetensors ({error}). Fetch it again.") from error
+
+
+def _header(path: Path, file: int) -> dict[str, tuple[torch.dtype, tuple[int, ...], int]]:
+    """Type, shape and place of every tensor of a file that the library has opened, and so checked."""
+    (length,) = struct.unpack("<Q", os.pread(file, 8, 0))
+    found = {}
+    for name, entry in json.loads(os.pread(file, length, 8)).items():
+        if name == "__metadata__":
+            continue
+        if entry["dtype"] not in DTYPES:
+            raise ConversionError(
+                f"{path}: tensor {name} has type {entry['dtype']}, expected one of {', '.join(DTYPES)}."
+            )
+        found[name] = (DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+    return found
 
 
 def write_hf_folder(
@@ -111,13 +188,18 @@ def write_hf_folder(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         _write_shards(partial, tensors, max_shard_bytes)
-        for file in Path(like).iterdir():
-            if file.is_file() and not file.name.endswith((*WEIGHT_SUFFIXES, ".index.json")):
-                shutil.copy2(file, partial / file.name)
+        copy_model_files(Path(like), partial)
         os.replace(partial, target)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise ConversionError(f"cannot write {target}: {error}. Free space or choose another folder.") from error
+
+
+def copy_model_files(source: Path, target: Path) -> None:
+    """Everything of a model folder that is no weights: config, generation config, tokenizer, chat template."""
+    for file in sorted(source.iterdir()):
+        if file.is_file() and not file.name.endswith((*WEIGHT_SUFFIXES, *DESCRIPTIONS)):
+            shutil.copy2(file, target / file.name)
 
 
 def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int) -> None:
@@ -152,7 +234,7 @@ def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard
     (folder / INDEX_NAME).write_text(json.dumps(index, indent=2))
 
 
-def check_against_table(reader: HFReader, shapes: Mapping[str, tuple[int, ...]], ignored: Iterable[str]) -> None:
+def check_against_table(reader: WeightReader, shapes: Mapping[str, tuple[int, ...]], ignored: Iterable[str]) -> None:
     """Every tensor of the table is there with its shape, and no other tensor is.
 
     Args:
@@ -167,7 +249,8 @@ def check_against_table(reader: HFReader, shapes: Mapping[str, tuple[int, ...]],
     missing = sorted(set(shapes) - names)
     if missing:
         raise ConversionError(
-            f"{reader.folder}: {len(missing)} tensors are missing, first {missing[0]}. The checkpoint is incomplete."
+            f"{reader.folder}: {len(missing)} tensors are missing, first {missing[0]}. The checkpoint is incomplete"
+            + (", or config.json must say tie_word_embeddings=true." if missing == ["lm_head.weight"] else ".")
         )
     unmapped = sorted(names - set(shapes) - set(ignored))
     if unmapped:

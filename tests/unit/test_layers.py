@@ -29,6 +29,7 @@ ALLOWED = {
     "analysis": BASE | {"rollout", "data", "tasks", "rewards", "metrics", "run_folder"},
     "run_folder": {"errors", "config"},
     "integrity": {"errors"},
+    "conversion": {"errors", "models", "weights"},
 }
 EVERYTHING = {"profiling", "loop", "build", "train", "checkpoints", "run_log", "dry_run", "stop"}
 ONLY_IN = {

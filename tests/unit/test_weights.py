@@ -19,7 +19,7 @@ from megatron_rl.weights.layout import Place, box_index, fill_shard, hf_shapes
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("tp_size", [1, 2])
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "mistral", "qwen3_moe", "mixtral"])
 def test_shards_hold_every_element_once(family: str, tied: bool, tp_size: int, toy_model: Callable[..., Path]) -> None:
     folder = toy_model(family, tied=tied)
     hf, spec = load_file(folder / "model.safetensors"), read_model_spec(folder)
@@ -130,7 +130,7 @@ class TestFolders:
     [
         ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel is not supported. Supported: Qwen2ForCausalLM"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
-        ({"use_sliding_window": True}, "use_sliding_window=True"),
+        ({"layer_types": ["sliding_attention"] * 2}, "expected full attention below layer 2"),
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e6, "factor": 4.0}}, "rope type 'dynamic'"),
         ({"hidden_size": None}, "hidden_size"),
     ],

@@ -1,0 +1,205 @@
+"""A Megatron distributed checkpoint to a complete Hugging Face folder.
+
+Every byte's place is known before the first is written, so threads and processes write tensors of
+one file side by side. OUTPUT/conversion.json holds types, shapes and SHA-256 of every tensor.
+"""
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+
+from megatron_rl.conversion.partial import Partial, Record, check_free_disk, writing
+from megatron_rl.conversion.ranks import Ranks
+from megatron_rl.conversion.record import RECORD, TensorRecord, fingerprint
+from megatron_rl.conversion.to_megatron import set_dtype
+from megatron_rl.conversion.work import Progress, group_by_bytes, row_pieces, run_units
+from megatron_rl.errors import ConversionError
+from megatron_rl.models import layout_table, read_model_spec
+from megatron_rl.weights.file_bytes import bytes_of, num_bytes, read_into, write_at
+from megatron_rl.weights.hf_files import DTYPES, INDEX_NAME, SINGLE_NAME, copy_model_files
+from megatron_rl.weights.layout import hf_shapes
+from megatron_rl.weights.megatron_files import MegatronReader
+
+UNIT_BYTES = 2**27
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    file: str
+    offset: int
+
+    @property
+    def num_bytes(self) -> int:
+        return num_bytes(self.shape, self.dtype)
+
+    @property
+    def row_bytes(self) -> int:
+        return num_bytes(self.shape[1:], self.dtype)
+
+
+def convert_to_hf(
+    source: Path,
+    target: Path,
+    *,
+    like: Path,
+    dtype: torch.dtype | None,
+    max_shard_bytes: int,
+    workers: int,
+    ranks: Ranks,
+) -> None:
+    """Convert; collective over the ranks.
+
+    Args:
+        like: folder with config.json, tokenizer and template of the model.
+        dtype: type of the output; None: that of the input.
+        max_shard_bytes: size of one safetensors file.
+        workers: threads of each rank.
+
+    Raises:
+        ConversionError: the input is damaged, incomplete or of another model than config.json, or the output cannot
+            be written.
+    """
+    table = layout_table(read_model_spec(like), 1)
+    reader = MegatronReader(source, table)
+    tensors, headers = _plan_files(reader, list(hf_shapes(table)), dtype, max_shard_bytes)
+    units = group_by_bytes([tensor.num_bytes for tensor in tensors], UNIT_BYTES)
+    plan = {
+        "to": "hf",
+        "source": fingerprint(reader.checkpoint),
+        "like": fingerprint(like) if like != source else {},
+        "dtype": str(dtype),
+        "max_shard_bytes": max_shard_bytes,
+    }
+    partial = Partial(target, plan, ranks)
+    sizes = [sum(tensors[place].num_bytes for place in unit) for unit in units]
+    todo = [
+        unit for unit in range(len(units)) if not _is_whole(partial, unit, [tensors[place] for place in units[unit]])
+    ]
+    ranks.together(lambda: check_free_disk(target, sum(sizes[unit] for unit in todo)) if ranks.is_main else None)
+    ranks.together(lambda: _make_files(partial.folder, tensors, headers) if ranks.is_main else None)
+    progress = Progress("to Hugging Face", sum(sizes), ranks)
+    if ranks.is_main:
+        progress.add(sum(sizes) - sum(sizes[unit] for unit in todo))
+
+    def do(unit: int) -> None:
+        written = {}
+        with writing(target):
+            for place in units[unit]:
+                written[tensors[place].name] = _write_tensor(partial.folder, tensors[place], reader, progress)
+        partial.record(unit, {"tensors": written})
+
+    run_units(todo, do, workers=workers, ranks=ranks)
+    progress.close()
+
+    def complete(records: list[Record]) -> None:
+        copy_model_files(like, partial.folder)
+        if dtype is not None:
+            set_dtype(partial.folder / "config.json", dtype)
+        if len(headers) > 1:
+            index = {
+                "metadata": {"total_size": sum(sizes)},
+                "weight_map": {tensor.name: tensor.file for tensor in tensors},
+            }
+            (partial.folder / INDEX_NAME).write_text(json.dumps(index, indent=2))
+        described = {name: tensor for record in records for name, tensor in record["tensors"].items()}
+        (partial.folder / RECORD).write_text(json.dumps({"format": "hf", "tensors": described}, indent=1))
+
+    partial.publish(complete, len(units))
+
+
+def _plan_files(
+    reader: MegatronReader, names: Sequence[str], dtype: torch.dtype | None, max_shard_bytes: int
+) -> tuple[list[_Tensor], dict[str, bytes]]:
+    """Where every tensor goes, and the beginning of every file."""
+    types = {name: dtype or reader.dtype(name) for name in names}
+    lengths_of = {name: num_bytes(reader.shape(name), types[name]) for name in names}
+    shards = group_by_bytes(list(lengths_of.values()), max_shard_bytes)
+    tensors: list[_Tensor] = []
+    headers: dict[str, bytes] = {}
+    for number, shard in enumerate(shards, 1):
+        file = SINGLE_NAME if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        # wider types first, so that every tensor begins at a multiple of its element's size
+        members = sorted((names[place] for place in shard), key=lambda name: -types[name].itemsize)
+        ends = list(accumulate(lengths_of[name] for name in members))
+        entries = {
+            name: {
+                "dtype": _NAMES[types[name]],
+                "shape": reader.shape(name),
+                "data_offsets": [end - lengths_of[name], end],
+            }
+            for name, end in zip(members, ends, strict=True)
+        }
+        text = json.dumps({"__metadata__": {"format": "pt"}, **entries}, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        headers[file] = struct.pack("<Q", len(text)) + text
+        tensors += [
+            _Tensor(name, reader.shape(name), types[name], file, len(headers[file]) + end - lengths_of[name])
+            for name, end in zip(members, ends, strict=True)
+        ]
+    return tensors, headers
+
+
+def _make_files(folder: Path, tensors: Sequence[_Tensor], headers: Mapping[str, bytes]) -> None:
+    with writing(folder):
+        for file, header in headers.items():
+            length = max(tensor.offset + tensor.num_bytes for tensor in tensors if tensor.file == file)
+            descriptor = os.open(folder / file, os.O_WRONLY | os.O_CREAT, 0o644)
+            try:
+                write_at(descriptor, memoryview(header), 0)
+                os.truncate(descriptor, length)
+            finally:
+                os.close(descriptor)
+
+
+def _write_tensor(folder: Path, tensor: _Tensor, reader: MegatronReader, progress: Progress) -> TensorRecord:
+    digest = hashlib.sha256()
+    descriptor = os.open(folder / tensor.file, os.O_WRONLY)
+    try:
+        for first, stop in row_pieces(tensor.shape[0], tensor.row_bytes):
+            rows = reader.read(tensor.name, (slice(first, stop),)).to(tensor.dtype)
+            data = bytes_of(rows)
+            digest.update(data)
+            write_at(descriptor, data, tensor.offset + first * tensor.row_bytes)
+            progress.add(len(data))
+    finally:
+        os.close(descriptor)
+    return TensorRecord(
+        dtype=str(tensor.dtype).removeprefix("torch."), shape=list(tensor.shape), sha256=digest.hexdigest()
+    )
+
+
+def _is_whole(partial: Partial, unit: int, tensors: Sequence[_Tensor]) -> bool:
+    """An interrupted conversion wrote this unit, and the disk still has it."""
+    record = partial.done.get(unit)
+    return record is not None and all(
+        _hash_of(partial.folder / tensor.file, tensor) == record["tensors"][tensor.name]["sha256"] for tensor in tensors
+    )
+
+
+def _hash_of(path: Path, tensor: _Tensor) -> str | None:
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    digest = hashlib.sha256()
+    try:
+        for first, stop in row_pieces(tensor.shape[0], tensor.row_bytes):
+            rows = torch.empty((stop - first, *tensor.shape[1:]), dtype=tensor.dtype)
+            read_into(rows, descriptor, tensor.offset + first * tensor.row_bytes, path)
+            digest.update(bytes_of(rows))
+    except ConversionError:  # cut short: to be written again
+        return None
+    finally:
+        os.close(descriptor)
+    return digest.hexdigest()

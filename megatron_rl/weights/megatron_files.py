@@ -1,0 +1,321 @@
+"""Megatron's distributed checkpoints (torch_dist), read as if they were Hugging Face folders.
+
+Those that this project converts or saves, and those of Megatron-LM: a GPTModel with or without an
+optimizer, layers stacked or apart, saved under any layout.
+"""
+
+import itertools
+import os
+import pickle
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+
+from megatron_rl.errors import ConversionError
+from megatron_rl.weights.dcp_item import locate
+from megatron_rl.weights.file_bytes import num_bytes, read_into
+from megatron_rl.weights.layout import Box, Index, LayoutTable, Slice, box_index, box_shape, hf_shapes
+from megatron_rl.weights.megatron_keys import NO_WEIGHTS, Stored, stored_forms
+
+TRACKER = "latest_checkpointed_iteration.txt"
+METADATA = ".metadata"
+VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
+
+
+def find_distributed_checkpoint(folder: Path) -> Path | None:
+    """The folder with the tensors: itself, one of this project's, or the latest iteration of Megatron-LM's.
+
+    Raises:
+        ConversionError: the tracker file names an iteration that is not there.
+    """
+    for found in (folder, folder / "policy"):
+        if (found / METADATA).exists():
+            return found
+    if not (folder / TRACKER).exists():
+        return None
+    latest = (folder / TRACKER).read_text().strip()
+    found = folder / (f"iter_{int(latest):07d}" if latest.isdigit() else latest)
+    if not (found / METADATA).exists():
+        raise ConversionError(
+            f"{folder / TRACKER} names {latest}, but {found / METADATA} is missing: the checkpoint is incomplete or "
+            "not in the torch_dist format (Megatron-LM: --ckpt-format torch_dist)."
+        )
+    return found
+
+
+def read_metadata(folder: Path) -> Metadata:
+    """What is stored where.
+
+    Raises:
+        ConversionError: it is missing or damaged.
+    """
+    try:
+        return FileSystemReader(folder).read_metadata()
+    except (OSError, pickle.UnpicklingError, EOFError, AttributeError, ImportError, ValueError) as error:
+        raise ConversionError(
+            f"{folder / METADATA} cannot be read: {error!r}. The checkpoint is incomplete."
+        ) from error
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A box of a stored tensor and where it is."""
+
+    box: Box
+    path: Path
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A parameter of the layout table as the checkpoint holds it."""
+
+    stored: tuple[Stored, ...]
+    rows: int
+    """Of the whole parameter."""
+    dtype: torch.dtype
+
+
+@dataclass
+class _Files:
+    """Open files and where the tensors in them begin."""
+
+    descriptors: dict[Path, int] = field(default_factory=dict)
+    starts: dict[tuple[Path, int], int] = field(default_factory=dict)
+
+    def open(self, path: Path) -> int:
+        if path not in self.descriptors:
+            self.descriptors[path] = os.open(path, os.O_RDONLY)
+        return self.descriptors[path]
+
+    def __del__(self) -> None:
+        for descriptor in self.descriptors.values():
+            os.close(descriptor)
+
+
+class MegatronReader:
+    """Slices of the tensors of a distributed checkpoint, under their Hugging Face names."""
+
+    def __init__(self, folder: str | Path, table: LayoutTable) -> None:
+        """Match the checkpoint with the layout.
+
+        Args:
+            table: layout at tensor parallel size 1.
+
+        Raises:
+            ConversionError: a file is missing or cut short, a parameter is missing, misshapen or incomplete,
+                or the checkpoint holds one that the layout does not know.
+        """
+        self.folder = Path(folder)
+        found = find_distributed_checkpoint(self.folder)
+        if found is None:
+            raise ConversionError(
+                f"{folder} is no Megatron checkpoint: it has neither {METADATA} nor {TRACKER}. "
+                "Give the folder that holds it."
+            )
+        self.checkpoint = found
+        metadata = read_metadata(found)
+        self.tensors = {
+            key: entry
+            for key, entry in metadata.state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata) and not NO_WEIGHTS.match(key)
+        }
+        self._check_files(metadata)
+        shapes = hf_shapes(table)
+        # a tied output layer is the embedding, which holds it
+        mapped = {name: layout for name, layout in table.items() if not _repeats_embedding(name, table)}
+        self._held = {name: self._hold(name, layout.shape(1), layout.slices(0, 1)) for name, layout in mapped.items()}
+        self._check_nothing_is_left()
+        self._shapes = shapes
+        self._pieces: dict[str, list[tuple[str, Slice]]] = {name: [] for name in shapes}
+        for name, layout in mapped.items():
+            for piece in layout.slices(0, 1):
+                self._pieces[piece.hf_name].append((name, piece))
+        self._chunks = self._index_chunks(metadata)
+        self._files = _Files()
+
+    def names(self) -> set[str]:
+        """Names of all tensors."""
+        return set(self._shapes)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of one tensor."""
+        return self._shapes[name]
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Type of one tensor as it is stored."""
+        return self._held[self._pieces[name][0][0]].dtype
+
+    def read(self, name: str, index: Index) -> Tensor:
+        """A slice of one tensor as it is stored."""
+        wanted = _box_of(index, self._shapes[name])
+        target = torch.empty(box_shape(wanted), dtype=self.dtype(name))
+        for parameter, piece in self._pieces[name]:
+            common = intersection(wanted, piece.hf_box)
+            if common is not None:
+                box = _moved(common, piece.hf_box, piece.shard_box)
+                self._read_parameter(self._held[parameter], box, target[box_index(_relative(common, wanted))])
+        return target
+
+    def _read_parameter(self, held: _Held, box: Box, target: Tensor) -> None:
+        """Fill ``target`` with a box of a parameter."""
+        for stored in held.stored:
+            first = 0 if stored.half is None else stored.half * held.rows // 2
+            rows = held.rows if stored.half is None else held.rows // 2
+            common = intersection(box, ((first, first + rows), *box[1:]))
+            if common is None:
+                continue
+            inside = ((common[0][0] - first, common[0][1] - first), *common[1:])
+            part = target[box_index(_relative(common, box))]
+            for chunk in self._chunks[stored.key][stored.prefix]:
+                self._read_chunk(chunk, stored.prefix, inside, part, held.dtype)
+
+    def _read_chunk(self, chunk: Chunk, prefix: tuple[int, ...], box: Box, target: Tensor, dtype: torch.dtype) -> None:
+        """Fill those elements of ``target`` that a chunk holds; reads whole rows of it."""
+        common = intersection(box, chunk.box[len(prefix) :])
+        if common is None:
+            return
+        shape = box_shape(chunk.box)
+        row_shape = shape[len(prefix) + 1 :]
+        above = 0  # rows of the chunk before the wanted ones, over its leading dimensions
+        for place, (start, _), extent in zip(prefix, chunk.box, shape, strict=False):
+            above = above * extent + place - start
+        top = chunk.box[len(prefix)][0]
+        above = above * shape[len(prefix)] + common[0][0] - top
+        rows = torch.empty((common[0][1] - common[0][0], *row_shape), dtype=dtype)
+        file = self._files.open(chunk.path)
+        start = self._start(chunk, file, shape, dtype)
+        read_into(rows, file, start + above * num_bytes(row_shape, dtype), chunk.path)
+        columns = _relative(common, chunk.box[len(prefix) :])[1:]
+        target[box_index(_relative(common, box))] = rows[(slice(None), *box_index(columns))]
+
+    def _start(self, chunk: Chunk, file: int, shape: tuple[int, ...], dtype: torch.dtype) -> int:
+        key = (chunk.path, chunk.offset)
+        if key not in self._files.starts:
+            size = num_bytes(shape, dtype)
+            self._files.starts[key] = locate(chunk.path, file, chunk.offset, chunk.length, shape, size)
+        return self._files.starts[key]
+
+    def _hold(self, name: str, shape: tuple[int, ...], slices: Iterable[Slice]) -> _Held:
+        forms = list(stored_forms(name))
+        form = next((form for form in forms if all(one.key in self.tensors for one in form)), None)
+        if form is None:
+            tied = " If its embeddings are tied, config.json must say tie_word_embeddings=true."
+            raise ConversionError(
+                f"{self.checkpoint}: parameter {name} is missing (looked for {forms[0][0].key} and other forms of it). "
+                "The checkpoint is incomplete or of another architecture than config.json."
+                + (tied if name == VOCABULARY[1] else "")
+            )
+        entries = [self.tensors[one.key] for one in form]
+        found = [tuple(entry.size)[len(one.prefix) :] for one, entry in zip(form, entries, strict=True)]
+        rows = sum(one[0] for one in found)
+        fits = (rows, *found[0][1:]) == shape
+        if name in VOCABULARY:  # padded to whatever the layout of the run that saved it asked for
+            fits = rows >= max(piece.shard_box[0][1] for piece in slices) and found[0][1:] == shape[1:]
+        outside = any(
+            place >= size
+            for one, e in zip(form, entries, strict=True)
+            for place, size in zip(one.prefix, e.size, strict=False)
+        )
+        if not fits or outside:
+            raise ConversionError(
+                f"{self.checkpoint}: {form[0].key} has shape {tuple(entries[0].size)}, but by config.json {name} "
+                f"is {shape}. config.json and the checkpoint do not belong together."
+            )
+        return _Held(form, rows, entries[0].properties.dtype)
+
+    def _check_files(self, metadata: Metadata) -> None:
+        sizes: dict[str, int | None] = {}
+        for key, entry in self.tensors.items():
+            covered = 0
+            for chunk in entry.chunks:
+                info = metadata.storage_data.get(MetadataIndex(key, chunk.offsets))
+                if info is None:
+                    raise ConversionError(f"{self.checkpoint}: {METADATA} does not say where a part of {key} is.")
+                if getattr(info, "transform_descriptors", None):
+                    raise ConversionError(f"{self.checkpoint}: {key} is stored compressed, which is not supported.")
+                path = self.checkpoint / info.relative_path
+                if info.relative_path not in sizes:
+                    sizes[info.relative_path] = path.stat().st_size if path.exists() else None
+                size = sizes[info.relative_path]
+                if size is None or size < info.offset + info.length:
+                    fault = "is missing" if size is None else f"has {size} bytes, expected {info.offset + info.length}"
+                    raise ConversionError(
+                        f"{path} {fault}; it holds a part of {key}. "
+                        "Copy the files of every rank that saved the checkpoint."
+                    )
+                covered += prod(chunk.sizes)
+            if covered < prod(entry.size):
+                raise ConversionError(
+                    f"{self.checkpoint}: only {covered} of {prod(entry.size)} elements of {key} are stored. "
+                    "A rank's part is missing."
+                )
+
+    def _check_nothing_is_left(self) -> None:
+        used: dict[str, set[tuple[int, ...]]] = {}
+        for held in self._held.values():
+            for one in held.stored:
+                used.setdefault(one.key, set()).add(one.prefix)
+        unmapped = sorted(set(self.tensors) - set(used))
+        if unmapped:
+            tied = "; with tie_word_embeddings=true there is none" if unmapped[0] == VOCABULARY[1] else ""
+            raise ConversionError(
+                f"{self.checkpoint}: {len(unmapped)} tensors have no place in the architecture of config.json, first "
+                f"{unmapped[0]}{tied}. config.json and the checkpoint do not belong together."
+            )
+        for key, prefixes in used.items():
+            depth = len(next(iter(prefixes)))
+            expected = prod(self.tensors[key].size[:depth])
+            if len(prefixes) != expected:
+                raise ConversionError(
+                    f"{self.checkpoint}: {key} has {expected} layers or experts, config.json says {len(prefixes)}. "
+                    "config.json and the checkpoint do not belong together."
+                )
+
+    def _index_chunks(self, metadata: Metadata) -> dict[str, dict[tuple[int, ...], list[Chunk]]]:
+        """Key -> indices of layer and expert -> chunks."""
+        depths = {one.key: len(one.prefix) for held in self._held.values() for one in held.stored}
+        index: dict[str, dict[tuple[int, ...], list[Chunk]]] = {}
+        for key, depth in depths.items():
+            places = index[key] = {}
+            for found in self.tensors[key].chunks:
+                info = metadata.storage_data[MetadataIndex(key, found.offsets)]
+                box = tuple((start, start + size) for start, size in zip(found.offsets, found.sizes, strict=True))
+                chunk = Chunk(box, self.checkpoint / info.relative_path, info.offset, info.length)
+                for place in itertools.product(*(range(*extent) for extent in box[:depth])):
+                    places.setdefault(place, []).append(chunk)
+        return index
+
+
+def _repeats_embedding(name: str, table: LayoutTable) -> bool:
+    embedding, output = VOCABULARY
+    return name == output and table[output].slices(0, 1)[0].hf_name == table[embedding].slices(0, 1)[0].hf_name
+
+
+def intersection(a: Box, b: Box) -> Box | None:
+    """What two boxes share; None: nothing."""
+    common = tuple((max(p, r), min(q, s)) for (p, q), (r, s) in zip(a, b, strict=True))
+    return common if all(start < stop for start, stop in common) else None
+
+
+def _relative(box: Box, outer: Box) -> Box:
+    return tuple((start - first, stop - first) for (start, stop), (first, _) in zip(box, outer, strict=True))
+
+
+def _moved(box: Box, source: Box, target: Box) -> Box:
+    """A box inside ``source``, in the coordinates of ``target``, which has the same shape."""
+    return tuple(
+        (start - a + b, stop - a + b) for (start, stop), (a, _), (b, _) in zip(box, source, target, strict=True)
+    )
+
+
+def _box_of(index: Index, shape: tuple[int, ...]) -> Box:
+    given = [part.indices(size)[:2] for part, size in zip(index, shape, strict=False)]
+    return (*given, *((0, size) for size in shape[len(given) :]))
