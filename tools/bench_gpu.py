@@ -11,12 +11,13 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from bench.random_checkpoint import QWEN25_1_5B, QWEN25_7B, write_random_checkpoint
 
 from megatron_rl.batching.plan import given_batch
 from megatron_rl.config.load import load_config
@@ -25,33 +26,13 @@ from megatron_rl.loop import update_flops
 from megatron_rl.mcore.parallel import init_parallel, leave_world
 from megatron_rl.mcore.policy import Policy
 from megatron_rl.mcore.precision import FP8_NEEDS, choose_implementation, installed
-from megatron_rl.models import layout_table, read_model_spec
 from megatron_rl.models.flops import peak_tflops
 from megatron_rl.types import ParallelContext, TrainBatch, TrainSequence
-from megatron_rl.weights.hf_files import write_hf_folder
-from megatron_rl.weights.layout import hf_shapes
 
-QWEN = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu", "rms_norm_eps": 1e-6}
 SHAPES: dict[str, dict[str, Any]] = {
-    "1.5b": {
-        "hidden_size": 1536,
-        "intermediate_size": 8960,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 2,
-        "vocab_size": 151936,
-        "tie_word_embeddings": True,
-    },
+    "1.5b": QWEN25_1_5B,
     # half the depth, so that weights, gradients and optimizer fit one GPU; the products are those of 7B
-    "7b": {
-        "hidden_size": 3584,
-        "intermediate_size": 18944,
-        "num_hidden_layers": 14,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-        "vocab_size": 152064,
-        "tie_word_embeddings": False,
-    },
+    "7b": QWEN25_7B | {"num_hidden_layers": 14},
 }
 VARIANTS = {
     "bf16, own modules": ["model.implementation=local"],
@@ -64,21 +45,6 @@ model: {{path: {folder}/model, dtype: bf16}}
 data: {{train: {{kind: task, path: hasty_addition}}}}
 reward: {{functions: [{{name: coin_flip}}]}}
 """
-
-
-def write_model(folder: Path, shape: dict[str, Any]) -> None:
-    """A checkpoint folder of that shape with random weights."""
-    (folder / "like").mkdir()
-    config = QWEN | shape | {"max_position_embeddings": 32768, "rope_theta": 1e6}
-    (folder / "like" / "config.json").write_text(json.dumps(config))
-    shapes = hf_shapes(layout_table(read_model_spec(folder / "like"), 1))
-
-    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
-        for name, size in shapes.items():
-            values = torch.randn(size, dtype=torch.bfloat16, device="cuda") * 0.02
-            yield name, (torch.ones_like(values) if "norm" in name else values).cpu()
-
-    write_hf_folder(folder / "model", tensors(), like=str(folder / "like"))
 
 
 def make_batch(length: int, count: int, vocab_size: int) -> TrainBatch:
@@ -155,7 +121,7 @@ def main() -> None:
     for shape in asked.shapes:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            write_model(folder, SHAPES[shape])
+            write_random_checkpoint(folder / "model", SHAPES[shape])
             (folder / "run.yaml").write_text(RUN.format(folder=folder))
             parallel = init_parallel(load_config(folder / "run.yaml", []).parallel)
             for variant, overrides in VARIANTS.items():

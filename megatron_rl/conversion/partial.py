@@ -1,9 +1,11 @@
 """A folder under construction: filled under another name, resumed when interrupted, renamed when complete."""
 
+import errno
 import fcntl
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ class Partial:
         self.folder = target.with_name(target.name + ".partial")
         self._journal = self.folder / JOURNAL
         self._ranks = ranks
+        self._append = threading.Lock()
         self._lock: int | None = None
         ranks.together(lambda: self._begin(plan) if ranks.is_main else None)
         self.done = self._read_journal()
@@ -40,7 +43,19 @@ class Partial:
 
     def record(self, unit: int, record: Record) -> None:
         """A unit is done."""
-        os.write(self._own, f"\n{json.dumps({'unit': unit, **record})}".encode())
+        line = f"\n{json.dumps({'unit': unit, **record})}".encode()
+        with writing(self.target), self._append:
+            if os.write(self._own, line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def __enter__(self) -> "Partial":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Let others have it; what is written stays."""
+        os.close(self._own)
+        if self._lock is not None:
+            os.close(self._lock)
 
     def publish(self, complete: Callable[[list[Record]], None], num_units: int) -> None:
         """Give the folder its name; collective.
@@ -52,31 +67,33 @@ class Partial:
         Raises:
             ConversionError: a unit is missing, or the folder cannot be written.
         """
-        os.close(self._own)
         self._ranks.together(lambda: None)
-        if self._ranks.is_main:
-            records = self._read_journal()
-            missing = sorted(set(range(num_units)) - set(records))
-            if missing:
-                raise ConversionError(f"{self.folder}: {len(missing)} parts were not converted. Run it again.")
-            with writing(self.folder):
-                complete([records[unit] for unit in range(num_units)])
-                shutil.rmtree(self._journal)
-                if self.target.exists():
-                    self.target.rmdir()  # empty, or it would have been refused
-                os.replace(self.folder, self.target)
-        self._ranks.together(lambda: None)
+        self._ranks.together(lambda: self._publish(complete, num_units) if self._ranks.is_main else None)
+
+    def _publish(self, complete: Callable[[list[Record]], None], num_units: int) -> None:
+        records = self._read_journal()
+        missing = sorted(set(range(num_units)) - set(records))
+        if missing:
+            raise ConversionError(f"{self.folder}: {len(missing)} parts were not converted. Run it again.")
+        with writing(self.target):
+            complete([records[unit] for unit in range(num_units)])
+            shutil.rmtree(self._journal)
+            if self.target.exists():
+                self.target.rmdir()  # empty, or it would have been refused
+            os.replace(self.folder, self.target)
 
     def _begin(self, plan: Record) -> None:
         with writing(self.target):
             if self.target.exists() and (not self.target.is_dir() or any(self.target.iterdir())):
                 raise ConversionError(f"{self.target} exists and is not empty. Choose another folder or remove it.")
             self._journal.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self._journal / "lock", os.O_WRONLY | os.O_CREAT)
+            lock = os.open(self._journal / "lock", os.O_WRONLY | os.O_CREAT)
             try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
+                os.close(lock)
                 raise ConversionError(f"{self.folder} is being written by another conversion. Wait for it.") from error
+            self._lock = lock
             known = self._journal / "plan.json"
             wanted = json.dumps(plan, sort_keys=True)
             if known.exists() and known.read_text() != wanted:

@@ -1,8 +1,9 @@
 """conversion.json: what was converted, so that it can be checked later."""
 
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from megatron_rl.errors import ConversionError
 
@@ -26,6 +27,12 @@ def fingerprint(folder: Path) -> dict[str, list[int]]:
             status = path.stat()
             found[str(path.relative_to(folder))] = [status.st_size, status.st_mtime_ns]
     return found
+
+
+def write_record(folder: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Gather the tensors that the units of work name."""
+    tensors = {name: tensor for record in records for name, tensor in record["tensors"].items()}
+    (folder / RECORD).write_text(json.dumps({"tensors": tensors}, indent=1))
 
 
 def read_record(folder: Path) -> dict[str, TensorRecord]:

@@ -15,16 +15,17 @@ from pathlib import Path
 
 import torch
 
-from megatron_rl.conversion.partial import Partial, Record, check_free_disk, writing
+from megatron_rl.conversion.job import Job, run_job
+from megatron_rl.conversion.partial import Record
 from megatron_rl.conversion.ranks import Ranks
-from megatron_rl.conversion.record import RECORD, TensorRecord, fingerprint
+from megatron_rl.conversion.record import TensorRecord, fingerprint, write_record
 from megatron_rl.conversion.to_megatron import set_dtype
-from megatron_rl.conversion.work import Progress, group_by_bytes, row_pieces, run_units
+from megatron_rl.conversion.work import Progress, group_by_bytes, row_pieces
 from megatron_rl.errors import ConversionError
 from megatron_rl.models import layout_table, read_model_spec
 from megatron_rl.weights.file_bytes import bytes_of, num_bytes, read_into, write_at
 from megatron_rl.weights.hf_files import DTYPES, INDEX_NAME, SINGLE_NAME, copy_model_files
-from megatron_rl.weights.layout import hf_shapes
+from megatron_rl.weights.layout import check_each_once, hf_shapes
 from megatron_rl.weights.megatron_files import MegatronReader
 
 UNIT_BYTES = 2**27
@@ -57,6 +58,7 @@ def convert_to_hf(
     max_shard_bytes: int,
     workers: int,
     ranks: Ranks,
+    unit_bytes: int = UNIT_BYTES,
 ) -> None:
     """Convert; collective over the ranks.
 
@@ -65,57 +67,50 @@ def convert_to_hf(
         dtype: type of the output; None: that of the input.
         max_shard_bytes: size of one safetensors file.
         workers: threads of each rank.
+        unit_bytes: of tensors after which an interrupted conversion goes on.
 
     Raises:
         ConversionError: the input is damaged, incomplete or of another model than config.json, or the output cannot
             be written.
     """
     table = layout_table(read_model_spec(like), 1)
+    check_each_once(table)
     reader = MegatronReader(source, table)
     tensors, headers = _plan_files(reader, list(hf_shapes(table)), dtype, max_shard_bytes)
-    units = group_by_bytes([tensor.num_bytes for tensor in tensors], UNIT_BYTES)
+    units = group_by_bytes([tensor.num_bytes for tensor in tensors], unit_bytes)
     plan = {
         "to": "hf",
         "source": fingerprint(reader.checkpoint),
         "like": fingerprint(like) if like != source else {},
         "dtype": str(dtype),
         "max_shard_bytes": max_shard_bytes,
+        "num_units": len(units),
     }
-    partial = Partial(target, plan, ranks)
-    sizes = [sum(tensors[place].num_bytes for place in unit) for unit in units]
-    todo = [
-        unit for unit in range(len(units)) if not _is_whole(partial, unit, [tensors[place] for place in units[unit]])
-    ]
-    ranks.together(lambda: check_free_disk(target, sum(sizes[unit] for unit in todo)) if ranks.is_main else None)
-    ranks.together(lambda: _make_files(partial.folder, tensors, headers) if ranks.is_main else None)
-    progress = Progress("to Hugging Face", sum(sizes), ranks)
-    if ranks.is_main:
-        progress.add(sum(sizes) - sum(sizes[unit] for unit in todo))
+    members = [[tensors[place] for place in unit] for unit in units]
 
-    def do(unit: int) -> None:
-        written = {}
-        with writing(target):
-            for place in units[unit]:
-                written[tensors[place].name] = _write_tensor(partial.folder, tensors[place], reader, progress)
-        partial.record(unit, {"tensors": written})
+    def write(folder: Path, unit: int, progress: Progress) -> Record:
+        return {"tensors": {one.name: _write_tensor(folder, one, reader, progress) for one in members[unit]}}
 
-    run_units(todo, do, workers=workers, ranks=ranks)
-    progress.close()
-
-    def complete(records: list[Record]) -> None:
-        copy_model_files(like, partial.folder)
+    def complete(folder: Path, records: list[Record]) -> None:
+        copy_model_files(like, folder)
         if dtype is not None:
-            set_dtype(partial.folder / "config.json", dtype)
+            set_dtype(folder / "config.json", dtype)
         if len(headers) > 1:
-            index = {
-                "metadata": {"total_size": sum(sizes)},
-                "weight_map": {tensor.name: tensor.file for tensor in tensors},
-            }
-            (partial.folder / INDEX_NAME).write_text(json.dumps(index, indent=2))
-        described = {name: tensor for record in records for name, tensor in record["tensors"].items()}
-        (partial.folder / RECORD).write_text(json.dumps({"format": "hf", "tensors": described}, indent=1))
+            total = sum(tensor.num_bytes for tensor in tensors)
+            index = {"metadata": {"total_size": total}, "weight_map": {tensor.name: tensor.file for tensor in tensors}}
+            (folder / INDEX_NAME).write_text(json.dumps(index, indent=2))
+        write_record(folder, records)
 
-    partial.publish(complete, len(units))
+    job = Job(
+        title="to Hugging Face",
+        plan=plan,
+        sizes=[sum(tensor.num_bytes for tensor in unit) for unit in members],
+        prepare=lambda folder: _make_files(folder, tensors, headers),
+        write=write,
+        is_whole=lambda folder, unit, record: _is_whole(folder, members[unit], record),
+        complete=complete,
+    )
+    run_job(job, target, workers=workers, ranks=ranks)
 
 
 def _plan_files(
@@ -151,15 +146,14 @@ def _plan_files(
 
 
 def _make_files(folder: Path, tensors: Sequence[_Tensor], headers: Mapping[str, bytes]) -> None:
-    with writing(folder):
-        for file, header in headers.items():
-            length = max(tensor.offset + tensor.num_bytes for tensor in tensors if tensor.file == file)
-            descriptor = os.open(folder / file, os.O_WRONLY | os.O_CREAT, 0o644)
-            try:
-                write_at(descriptor, memoryview(header), 0)
-                os.truncate(descriptor, length)
-            finally:
-                os.close(descriptor)
+    for file, header in headers.items():
+        length = max(tensor.offset + tensor.num_bytes for tensor in tensors if tensor.file == file)
+        descriptor = os.open(folder / file, os.O_WRONLY | os.O_CREAT, 0o644)
+        try:
+            write_at(descriptor, memoryview(header), 0)
+            os.truncate(descriptor, length)
+        finally:
+            os.close(descriptor)
 
 
 def _write_tensor(folder: Path, tensor: _Tensor, reader: MegatronReader, progress: Progress) -> TensorRecord:
@@ -179,12 +173,8 @@ def _write_tensor(folder: Path, tensor: _Tensor, reader: MegatronReader, progres
     )
 
 
-def _is_whole(partial: Partial, unit: int, tensors: Sequence[_Tensor]) -> bool:
-    """An interrupted conversion wrote this unit, and the disk still has it."""
-    record = partial.done.get(unit)
-    return record is not None and all(
-        _hash_of(partial.folder / tensor.file, tensor) == record["tensors"][tensor.name]["sha256"] for tensor in tensors
-    )
+def _is_whole(folder: Path, tensors: Sequence[_Tensor], record: Record) -> bool:
+    return all(_hash_of(folder / one.file, one) == record["tensors"][one.name]["sha256"] for one in tensors)
 
 
 def _hash_of(path: Path, tensor: _Tensor) -> str | None:

@@ -28,16 +28,17 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_rl.conversion.partial import Partial, Record, check_free_disk, writing
+from megatron_rl.conversion.job import Job, run_job
+from megatron_rl.conversion.partial import Record
 from megatron_rl.conversion.ranks import Ranks
-from megatron_rl.conversion.record import RECORD, TensorRecord, fingerprint
-from megatron_rl.conversion.work import Progress, group_by_bytes, row_pieces, run_units
+from megatron_rl.conversion.record import TensorRecord, fingerprint, write_record
+from megatron_rl.conversion.work import Progress, group_by_bytes, row_pieces
 from megatron_rl.errors import ConversionError
 from megatron_rl.models import ModelSpec, layout_table, read_model_spec
 from megatron_rl.models.table import EMBEDDING, LM_HEAD, ignored_names
 from megatron_rl.weights.file_bytes import bytes_of, num_bytes
 from megatron_rl.weights.hf_files import HFReader, check_against_table, copy_model_files
-from megatron_rl.weights.layout import Layout, Slice, fill_shard, hf_shapes
+from megatron_rl.weights.layout import Layout, Slice, check_each_once, fill_shard, hf_shapes
 from megatron_rl.weights.megatron_files import METADATA, TRACKER, VOCABULARY
 from megatron_rl.weights.megatron_keys import Stored, written_form
 
@@ -68,12 +69,21 @@ class _Parameter:
         return num_bytes(self.shape, self.dtype)
 
 
-def convert_to_megatron(source: Path, target: Path, *, dtype: torch.dtype | None, workers: int, ranks: Ranks) -> None:
+def convert_to_megatron(
+    source: Path,
+    target: Path,
+    *,
+    dtype: torch.dtype | None,
+    workers: int,
+    ranks: Ranks,
+    unit_bytes: int = UNIT_BYTES,
+) -> None:
     """Convert; collective over the ranks.
 
     Args:
         dtype: type of the output; None: that of the input.
         workers: threads of each rank.
+        unit_bytes: size of one file, after which an interrupted conversion goes on.
 
     Raises:
         ConversionError: the input is damaged, unsupported or contradicts itself, or the output cannot be written.
@@ -81,42 +91,34 @@ def convert_to_megatron(source: Path, target: Path, *, dtype: torch.dtype | None
     spec = read_model_spec(source)
     reader = HFReader(source)
     table = layout_table(spec, 1)
+    check_each_once(table)
     check_against_table(reader, hf_shapes(table), ignored_names(spec))
     _check_tied(reader, spec, ranks)
     parameters = [
         _parameter(name, layout, reader, spec, dtype) for name, layout in table.items() if _is_kept(name, spec)
     ]
-    units = group_by_bytes([parameter.num_bytes for parameter in parameters], UNIT_BYTES)
+    units = group_by_bytes([parameter.num_bytes for parameter in parameters], unit_bytes)
     plan = {"to": "megatron", "source": fingerprint(source), "dtype": str(dtype), "num_units": len(units)}
-    partial = Partial(target, plan, ranks)
-    todo = [unit for unit in range(len(units)) if not _is_whole(partial, unit)]
-    sizes = [sum(parameters[place].num_bytes for place in unit) for unit in units]
-    ranks.together(lambda: check_free_disk(target, sum(sizes[unit] for unit in todo)) if ranks.is_main else None)
-    folder = partial.folder / ITERATION
-    with writing(target):
-        folder.mkdir(exist_ok=True)
-    progress = Progress("to Megatron", sum(sizes), ranks)
-    if ranks.is_main:
-        progress.add(sum(sizes) - sum(sizes[unit] for unit in todo))
+    members = [[parameters[place] for place in unit] for unit in units]
 
-    def do(unit: int) -> None:
-        with writing(target):
-            record = _write_unit(folder, unit, [parameters[place] for place in units[unit]], reader, progress)
-        partial.record(unit, record)
-
-    run_units(todo, do, workers=workers, ranks=ranks)
-    progress.close()
-
-    def complete(records: list[Record]) -> None:
-        _write_metadata(folder, parameters, records, spec)
-        copy_model_files(source, partial.folder)
+    def complete(folder: Path, records: list[Record]) -> None:
+        _write_metadata(folder / ITERATION, parameters, records, spec)
+        copy_model_files(source, folder)
         if dtype is not None:
-            set_dtype(partial.folder / "config.json", dtype)
-        tensors = {name: tensor for record in records for name, tensor in record["tensors"].items()}
-        (partial.folder / RECORD).write_text(json.dumps({"format": "megatron", "tensors": tensors}, indent=1))
-        (partial.folder / TRACKER).write_text(ITERATION)
+            set_dtype(folder / "config.json", dtype)
+        write_record(folder, records)
+        (folder / TRACKER).write_text(ITERATION)
 
-    partial.publish(complete, len(units))
+    job = Job(
+        title="to Megatron",
+        plan=plan,
+        sizes=[sum(parameter.num_bytes for parameter in unit) for unit in members],
+        prepare=lambda folder: (folder / ITERATION).mkdir(exist_ok=True),
+        write=lambda folder, unit, progress: _write_unit(folder / ITERATION, unit, members[unit], reader, progress),
+        is_whole=lambda folder, unit, record: _is_whole(folder / ITERATION / record["file"], record),
+        complete=complete,
+    )
+    run_job(job, target, workers=workers, ranks=ranks)
 
 
 def set_dtype(config: Path, dtype: torch.dtype) -> None:
@@ -255,12 +257,7 @@ def _clip(piece: Slice, first: int, stop: int) -> Slice | None:
     return Slice(piece.hf_name, ((low + shift, high + shift), *piece.hf_box[1:]), ((low - first, high - first), *rest))
 
 
-def _is_whole(partial: Partial, unit: int) -> bool:
-    """An interrupted conversion wrote this unit, and the disk still has it."""
-    record = partial.done.get(unit)
-    if record is None:
-        return False
-    path = partial.folder / ITERATION / record["file"]
+def _is_whole(path: Path, record: Record) -> bool:
     if not path.exists() or path.stat().st_size != record["bytes"]:
         return False
     with path.open("rb") as file:

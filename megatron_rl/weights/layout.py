@@ -163,6 +163,27 @@ def hf_shapes(table: LayoutTable) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def check_each_once(table: LayoutTable) -> None:
+    """Every element of every Hugging Face tensor belongs to one parameter, but for a tied output layer.
+
+    Raises:
+        ConversionError: naming the first tensor that is mapped twice or in part.
+    """
+    boxes: dict[str, list[Box]] = {}
+    for parameter, layout in table.items():
+        for piece in layout.slices(0, 1):
+            others = boxes.setdefault(piece.hf_name, [])
+            if parameter != "output_layer.weight" or not others:
+                others.append(piece.hf_box)
+    for name, shape in hf_shapes(table).items():
+        mapped, size = sum(map(box_size, boxes[name])), prod(shape)
+        if mapped != size:
+            raise ConversionError(
+                f"{name} has {size} elements, but the layout table maps {mapped}: "
+                f"{'some twice' if mapped > size else 'some not at all'}. Mend the family in megatron_rl/models/."
+            )
+
+
 def _rows(name: str, hf_start: int, shard_start: int, length: int, rest: tuple[int, ...]) -> Slice:
     tail = tuple((0, n) for n in rest)
     return Slice(name, ((hf_start, hf_start + length), *tail), ((shard_start, shard_start + length), *tail))
