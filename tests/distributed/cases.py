@@ -29,7 +29,8 @@ from megatron_rl.types import ParallelContext, Prompt, Rollout, RolloutGroup, Tr
 from tests.toys import VOCAB, sequences
 
 # after megatron_rl.mcore, which prepares Megatron-Core for the CPU
-from megatron.core import parallel_state, tensor_parallel  # isort: skip
+from megatron.core import dist_checkpointing, parallel_state, tensor_parallel  # isort: skip
+from megatron.core.dist_checkpointing.mapping import ShardedObject  # isort: skip
 
 _worlds: dict[ParallelSection, tuple[ParallelContext, dict[str, Any]]] = {}
 _counters = itertools.count()
@@ -76,10 +77,20 @@ def _megatron_globals() -> dict[str, Any]:
     }
 
 
-def logits(config: RunConfig) -> torch.Tensor | None:
-    """Whole-vocabulary logits of the toy sequences, on the last stage."""
+def logits(config: RunConfig, checkpoint: str | None = None) -> torch.Tensor | None:
+    """Whole-vocabulary logits of the toy sequences, on the last stage.
+
+    Args:
+        checkpoint: folder from which Megatron itself reads the weights.
+    """
     parallel = world(config)
     scorer = ScoringModel(config, parallel, config.model.path)
+    if checkpoint is not None:
+        for parameter in scorer.parameters.values():
+            parameter.data.fill_(float("nan"))
+        loaded = dist_checkpointing.load(_sharded(scorer), checkpoint)
+        for key, chunk in zip(_sharded(scorer), scorer.chunks, strict=True):
+            chunk.load_state_dict(loaded[key])
     found = []
 
     class Catching(PolicyModel):
@@ -104,6 +115,38 @@ def logits(config: RunConfig) -> torch.Tensor | None:
     if config.batching.packed:
         return torch.cat(list(whole[0].split([*lengths, whole.size(1) - sum(lengths)])[:-1]))
     return torch.cat([row[:length] for row, length in zip(whole, lengths, strict=True)])
+
+
+def _sharded(scorer: ScoringModel, **metadata: bool) -> dict[str, Any]:
+    """What Megatron-LM saves and loads of a model."""
+    names = [f"model{place}" for place in range(len(scorer.chunks))] if len(scorer.chunks) > 1 else ["model"]
+    return {
+        name: chunk.sharded_state_dict(metadata=metadata or None)
+        for name, chunk in zip(names, scorer.chunks, strict=True)
+    }
+
+
+def save_as_megatron_lm(config: RunConfig, folder: str, **metadata: bool) -> None:
+    """A checkpoint of the model alone, as Megatron-LM leaves it after iteration 10.
+
+    Args:
+        metadata: of ``sharded_state_dict``, which choose how layers, experts and gates are stored.
+    """
+    parallel = world(config)
+    scorer = ScoringModel(config, parallel, config.model.path)
+    target = Path(folder) / "iter_0000010"
+    if parallel.is_main:
+        target.mkdir(parents=True)
+        (target.parent / "latest_checkpointed_iteration.txt").write_text("10")
+    dist.barrier()
+    others = {"checkpoint_version": 3.0, "iteration": 10, "args": None, "rng_state": _random_state(parallel)}
+    dist_checkpointing.save({**_sharded(scorer, **metadata), **others}, str(target))
+
+
+def _random_state(parallel: ParallelContext) -> ShardedObject:
+    """As Megatron-LM saves one for every rank."""
+    shape, place = (parallel.world_size,), (parallel.rank,)
+    return ShardedObject("rng_state", [{"random": torch.get_rng_state()}], shape, place, replica_id=0)
 
 
 def exported(config: RunConfig) -> dict[str, torch.Tensor]:
@@ -271,6 +314,18 @@ def checkpoint_round_trip(config: RunConfig, folder: str, *, save: bool) -> tupl
     resumed = Policy(config, parallel)
     load_policy(resumed, Path(folder))
     return first, [_norm(resumed, parallel) for _ in range(3)]
+
+
+def train_and_save(config: RunConfig, folder: str) -> dict[str, torch.Tensor]:
+    """Some updates, a checkpoint, and the weights as they are exported."""
+    parallel = world(config)
+    policy = Policy(config, parallel)
+    policy.update(batch_of())
+    if parallel.is_main:
+        Path(folder).mkdir(parents=True)
+    dist.barrier()
+    save_policy(policy, Path(folder))
+    return {name: tensor.clone() for name, tensor in policy.export()}
 
 
 def save_both_ways(config: RunConfig, folder: str) -> None:

@@ -11,7 +11,9 @@ from transformers import AutoModelForCausalLM
 from tests.distributed import cases
 from tests.gang import Gang
 from tests.toys import VOCAB, sequences, toy_config
+from tools.make_toy_model import FAMILIES
 
+MOE = ("qwen3_moe", "mixtral")
 LAYOUTS = {"tp1": (1, 1), "tp2": (2, 1), "pp2": (1, 2), "tp2-pp2": (2, 2)}
 
 
@@ -28,7 +30,7 @@ def reference_logits(model: Path) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "qwen3_moe"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_logits_equal_transformers(
     family: str, tied: bool, name: str, gangs: Callable[[int], Gang], toy_model: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -38,7 +40,7 @@ def test_logits_equal_transformers(
     for extra in ([], ["batching.packed=false"], ["parallel.sequence_parallel=true"]):
         if "sequence_parallel" in "".join(extra) and "tp2" not in name:
             continue
-        if family == "qwen3_moe" and "tp2" in name:
+        if family in MOE and "tp2" in name:
             extra = [*extra, "parallel.sequence_parallel=true"]  # which tensor parallelism of experts needs
         config = toy_config(tmp_path, model, *layout(name), *extra)
         found = [x for x in gang.call(cases.logits, config=config) if x is not None]
@@ -46,6 +48,17 @@ def test_logits_equal_transformers(
         for logits in found:
             assert logits.shape == wanted.shape == (sum(s.token_ids.numel() for s in sequences()), VOCAB)
             torch.testing.assert_close(logits, wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("packed", ["true", "false"])
+def test_logits_with_a_window_in_later_layers(
+    packed: str, gangs: Callable[[int], Gang], toy_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = toy_model("qwen2", use_sliding_window=True, sliding_window=5, max_window_layers=1)
+    wanted = reference_logits(model)
+    assert (wanted - reference_logits(toy_model("qwen2"))).abs().max() > 0.1  # the window shows
+    (found,) = gangs(1).call(cases.logits, config=toy_config(tmp_path, model, f"batching.packed={packed}"))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
 
 
 def test_logits_with_llama3_rope_scaling(gangs: Callable[[int], Gang], tmp_path: Path) -> None:

@@ -1,0 +1,132 @@
+"""Converted checkpoints in Megatron's hands, and Megatron's in the converter's."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import megatron_rl.mcore  # noqa: F401  prepares Megatron-Core for mbridge
+from megatron_rl.conversion.ranks import Ranks
+from megatron_rl.conversion.to_hf import convert_to_hf
+from megatron_rl.conversion.to_megatron import convert_to_megatron
+from megatron_rl.mcore.names import FUSED_NORMS
+from megatron_rl.models import layout_table, read_model_spec
+from megatron_rl.weights.hf_files import HFReader
+from megatron_rl.weights.layout import fill_shard
+from tests.distributed import cases
+from tests.distributed.test_model import MOE, reference_logits
+from tests.gang import Gang
+from tests.toys import toy_config
+from tools.make_toy_model import FAMILIES
+
+ALONE = Ranks(rank=0, size=1)
+TP2 = "parallel.tensor_parallel_size=2"
+PP2 = "parallel.pipeline_parallel_size=2"
+EP2 = "parallel.expert_parallel_size=2"
+SP = "parallel.sequence_parallel=true"
+LAYOUTS: dict[str, list[str]] = {"tp1": [], "tp2": [TP2, SP], "pp2": [PP2], "tp2-pp2": [TP2, PP2, SP]}
+MOE_LAYOUTS: dict[str, list[str]] = {**LAYOUTS, "ep2": [EP2], "pp2-ep2": [PP2, EP2]}
+
+
+def ranks_of(overrides: list[str]) -> int:
+    return 2 ** sum(name in overrides for name in (TP2, PP2)) * (2 if EP2 in overrides else 1)
+
+
+def to_megatron(source: Path, target: Path) -> Path:
+    convert_to_megatron(source, target, dtype=None, workers=2, ranks=ALONE)
+    return target
+
+
+def to_hf(source: Path, target: Path, like: Path) -> dict[str, torch.Tensor]:
+    convert_to_hf(
+        source, target, like=like, dtype=None, max_shard_bytes=10**9, workers=2, ranks=ALONE, unit_bytes=20_000
+    )
+    return load_file(target / "model.safetensors")
+
+
+def assert_same(found: dict[str, torch.Tensor], model: Path) -> None:
+    wanted = load_file(model / "model.safetensors")
+    assert set(found) == set(wanted)
+    for name, tensor in wanted.items():
+        assert torch.equal(found[name], tensor), name
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_converted_checkpoint_loads_under_every_layout(
+    family: str, tied: bool, gangs: Callable[[int], Gang], toy_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """By Megatron's own loader and as ``model.path``; the logits are those of transformers."""
+    model = toy_model(family, tied=tied)
+    converted = to_megatron(model, tmp_path / "megatron")
+    wanted = reference_logits(model)
+    for overrides in (MOE_LAYOUTS if family in MOE else LAYOUTS).values():
+        config = toy_config(tmp_path, converted, *overrides)
+        for checkpoint in (None, str(converted / "release")):
+            found = gangs(ranks_of(overrides)).call(cases.logits, config=config, checkpoint=checkpoint)
+            for logits in filter(lambda x: x is not None, found):
+                torch.testing.assert_close(logits, wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("metadata", [{}, {"non_homogeneous_layers": True}, {"singleton_local_shards": True}], ids=str)
+@pytest.mark.parametrize("layout", ["tp1", "tp2-pp2", "pp2-ep2"])
+@pytest.mark.parametrize("family", ["qwen2", "llama", "qwen3_moe"])
+def test_reads_what_megatron_lm_writes(
+    family: str,
+    layout: str,
+    metadata: dict[str, bool],
+    gangs: Callable[[int], Gang],
+    toy_model: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    """Layers stacked, apart, and with experts and gates apart too; saved under several layouts."""
+    if family not in MOE and layout not in LAYOUTS:
+        pytest.skip(f"{family} has no experts to split over ranks")
+    model, overrides = toy_model(family, tied=family == "qwen2"), MOE_LAYOUTS[layout]
+    config = toy_config(tmp_path, model, *overrides)
+    gangs(ranks_of(overrides)).call(cases.save_as_megatron_lm, config=config, folder=str(tmp_path / "lm"), **metadata)
+    assert_same(to_hf(tmp_path / "lm", tmp_path / "hf", like=model), model)
+
+
+@pytest.mark.parametrize("layout", ["tp1", "tp2-pp2", "ep2"])
+def test_reads_what_training_writes(
+    layout: str, gangs: Callable[[int], Gang], toy_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Weights beside the optimizer's states, after some updates."""
+    model = toy_model("qwen3_moe", tied=False)
+    config = toy_config(tmp_path, model, *MOE_LAYOUTS[layout])
+    folder = str(tmp_path / "trained")
+    (wanted, *_) = gangs(ranks_of(MOE_LAYOUTS[layout])).call(cases.train_and_save, config=config, folder=folder)
+    found = to_hf(tmp_path / "trained", tmp_path / "hf", like=model)
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+    before = load_file(model / "model.safetensors")
+    assert all(not torch.equal(found[name], before[name]) for name in ("lm_head.weight", "model.norm.weight"))
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
+def test_shards_are_those_of_mbridge(family: str, tp_size: int, toy_model: Callable[..., Path]) -> None:
+    from mbridge import AutoBridge
+    from mbridge.core.parallel_states import ParallelStates
+
+    model = toy_model(family, tied=False)
+    bridge = AutoBridge.from_pretrained(
+        str(model), parallel_states=ParallelStates(tp_size=tp_size), make_vocab_size_divisible_by=64
+    )
+    bridge.dtype = torch.float32  # it would cast to bf16 otherwise, without a word
+    spec = read_model_spec(model)
+    bridge.vocab_size, bridge.padded_vocab_size = spec.vocab_size, 64
+    reader, fused = HFReader(model), {plain: name for name, plain in FUSED_NORMS.items()}
+    for name, layout in layout_table(spec, tp_size).items():
+        inside = ".".join(name.split(".")[3:])
+        theirs = name.replace(inside, fused[inside]) if inside in fused else name
+        tensors = [reader.read(hf, (slice(None),)) for hf in bridge._weight_name_mapping_mcore_to_hf(theirs)]
+        whole = bridge._weight_to_mcore_format(theirs, tensors)
+        shape = torch.empty(layout.shape(tp_size), device="meta")
+        shards = bridge._weight_split_across_tp(theirs, whole, shape, tp_size)
+        for rank, wanted in enumerate(shards):
+            found = torch.zeros(layout.shape(tp_size))
+            fill_shard(found, layout.slices(rank, tp_size), reader.read)
+            assert torch.equal(found, wanted), (name, rank)
