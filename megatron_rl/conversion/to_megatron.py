@@ -311,7 +311,7 @@ def _write_extra_states(
                 for expert in range(spec.moe.num_experts)
             ]
     nothing = io.BytesIO()
-    torch.save(None, nothing)
+    torch.save([None], nothing)  # Megatron keeps a list of the objects of a key
     (folder / "__extra_0.distcp").write_bytes(nothing.getvalue())
     for key in keys:
         entries[key] = BytesStorageMetadata()
