@@ -36,6 +36,7 @@ from megatron_rl.conversion.work import Progress, group_by_bytes, row_pieces
 from megatron_rl.errors import ConversionError
 from megatron_rl.models import ModelSpec, layout_table, read_model_spec
 from megatron_rl.models.table import EMBEDDING, LM_HEAD, ignored_names
+from megatron_rl.weights.dcp_item import is_intact
 from megatron_rl.weights.file_bytes import bytes_of, num_bytes
 from megatron_rl.weights.hf_files import HFReader, check_against_table, copy_model_files
 from megatron_rl.weights.layout import Layout, Slice, check_each_once, fill_shard, hf_shapes
@@ -44,6 +45,8 @@ from megatron_rl.weights.megatron_keys import Stored, written_form
 
 ITERATION = "release"
 UNIT_BYTES = 2**28
+# of one stored piece of a tensor: readers open each by itself
+ITEM_BYTES = 2**23
 FORMAT = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
@@ -171,10 +174,10 @@ def _write_unit(
     name = f"__{unit}_0.distcp"
     temporary = folder / f"{name}.new"
     items, hashes = [], _Hashes(parameters)
-    with temporary.open("wb") as plain:
-        file: Any = _Hashed(plain)
+    with temporary.open("wb") as file:
         for parameter in parameters:
-            for first, stop in row_pieces(parameter.shape[0], num_bytes(parameter.shape[1:], parameter.dtype)):
+            row_bytes = num_bytes(parameter.shape[1:], parameter.dtype)
+            for first, stop in row_pieces(parameter.shape[0], row_bytes, ITEM_BYTES):
                 piece = _read_rows(parameter, first, stop, reader, hashes)
                 start = file.tell()
                 torch.save(piece.view(*(1 for _ in parameter.stored.prefix), *piece.shape), file)
@@ -186,28 +189,9 @@ def _write_unit(
     return {
         "file": name,
         "bytes": (folder / name).stat().st_size,
-        "sha256": file.digest.hexdigest(),
         "items": items,
         "tensors": hashes.records(),
     }
-
-
-class _Hashed(io.RawIOBase):
-    """A file that hashes what is written to it."""
-
-    def __init__(self, file: Any) -> None:
-        self._file = file
-        self.digest = hashlib.sha256()
-
-    def writable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return int(self._file.tell())
-
-    def write(self, data: Any) -> int:
-        self.digest.update(data)
-        return int(self._file.write(data))
 
 
 class _Hashes:
@@ -258,10 +242,11 @@ def _clip(piece: Slice, first: int, stop: int) -> Slice | None:
 
 
 def _is_whole(path: Path, record: Record) -> bool:
+    """Whether the disk has what was written, by the checksums that ``torch.save`` stores with it."""
     if not path.exists() or path.stat().st_size != record["bytes"]:
         return False
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() == record["sha256"]
+        return all(is_intact(file.fileno(), item["offset"], item["length"]) for item in record["items"])
 
 
 def _write_metadata(folder: Path, parameters: Sequence[_Parameter], records: Sequence[Record], spec: ModelSpec) -> None:

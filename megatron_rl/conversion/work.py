@@ -10,8 +10,8 @@ from tqdm import tqdm
 
 from megatron_rl.conversion.ranks import Ranks
 
-# Bytes that one thread holds of a tensor at a time.
-PIECE_BYTES = 2**25
+# Bytes of a tensor that one thread holds at a time: so few stay in the processor's cache from read to write.
+PIECE_BYTES = 2**20
 
 
 class Progress:
@@ -70,8 +70,8 @@ def group_by_bytes(sizes: Sequence[int], most: int) -> list[range]:
     return [range(first, stop) for first, stop in pairwise([*starts, len(sizes)])]
 
 
-def row_pieces(num_rows: int, row_bytes: int) -> Iterator[tuple[int, int]]:
-    """Rows in runs of about PIECE_BYTES, as (first, stop)."""
-    step = max(1, PIECE_BYTES // max(1, row_bytes))
+def row_pieces(num_rows: int, row_bytes: int, piece_bytes: int = PIECE_BYTES) -> Iterator[tuple[int, int]]:
+    """Rows in runs of about so many bytes, as (first, stop)."""
+    step = max(1, piece_bytes // max(1, row_bytes))
     for first in range(0, num_rows, step):
         yield first, min(first + step, num_rows)

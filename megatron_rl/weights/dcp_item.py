@@ -105,3 +105,16 @@ def _count(shape: tuple[int, ...]) -> int:
     for extent in shape:
         count *= extent
     return count
+
+
+def is_intact(file: int, offset: int, length: int) -> bool:
+    """Whether every member of the archive there agrees with its checksum.
+
+    Args:
+        file: open descriptor.
+    """
+    try:
+        with zipfile.ZipFile(io.BufferedReader(_Window(file, offset, length))) as archive:
+            return archive.testzip() is None
+    except zipfile.BadZipFile:
+        return False

@@ -413,19 +413,37 @@ def test_a_write_that_fails_half_way(
     target, undisturbed = tmp_path / "out", tmp_path / "undisturbed"
     convert = DIRECTIONS[direction]
     convert(*larger, undisturbed)
-    sizes = sorted(path.stat().st_size for path in undisturbed.rglob("*") if path.is_file())
-
-    def limited() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (sizes[-1] - 1, sizes[-1] - 1))
-        convert(*larger, target)
-
-    assert in_child(limited) == 1
+    assert in_child(lambda: write_little(lambda: convert(*larger, target), undisturbed)) == 1
     said = capfd.readouterr().err
     assert "cannot write" in said
     assert "run the same command again" in said
     assert not target.exists()
     convert(*larger, target)
     assert files_of(target) == files_of(undisturbed)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_what_was_damaged_since_is_written_again(direction: str, larger: tuple[Path, Path], tmp_path: Path) -> None:
+    """As after a power failure: the file has its length, but not all of its bytes."""
+    target, undisturbed = tmp_path / "out", tmp_path / "undisturbed"
+    convert = DIRECTIONS[direction]
+    convert(*larger, undisturbed)
+    assert in_child(lambda: write_little(lambda: convert(*larger, target), undisturbed)) == 1
+    written = [path for path in (tmp_path / "out.partial").rglob("*") if path.suffix in (".distcp", ".safetensors")]
+    assert written
+    for path in written:
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2 :] = bytes(len(content) - len(content) // 2)
+        path.write_bytes(content)
+    convert(*larger, target)
+    assert files_of(target) == files_of(undisturbed)
+
+
+def write_little(work: Callable[[], object], undisturbed: Path) -> None:
+    """Fail when the largest file of the undisturbed output would be complete."""
+    most = max(path.stat().st_size for path in undisturbed.rglob("*") if path.is_file()) - 1
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    work()
 
 
 def test_what_is_left_of_another_conversion_is_not_used(larger: tuple[Path, Path], tmp_path: Path) -> None:

@@ -1,0 +1,163 @@
+"""Comparing, inspecting and converting checkpoints as a user does it."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_rl.conversion.ranks import Ranks
+from megatron_rl.conversion.to_megatron import convert_to_megatron
+from megatron_rl.models.families import FAMILIES as FAMILIES_BY_NAME
+from megatron_rl.train import main as train
+from tests.toys import write_config
+from tools import check_parity, inspect_checkpoint
+from tools.make_toy_model import FAMILIES
+
+ROOT = Path(__file__).parents[2]
+
+
+def convert(source: Path, target: Path) -> Path:
+    convert_to_megatron(source, target, dtype=None, workers=2, ranks=Ranks(rank=0, size=1))
+    return target
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    """Call a tool's main with arguments: its status and what it said."""
+
+    def call(main: Callable[[], int], *arguments: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["tool", *map(str, arguments)])
+        capsys.readouterr()
+        status = main()
+        said = capsys.readouterr()
+        return status, said.out + said.err
+
+    return call
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parity_of_every_family(
+    family: str, run: Callable[..., tuple[int, str]], toy_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = toy_model(family, tied=False)
+    arguments = ("--hf", model, "--megatron", convert(model, tmp_path / "m"), "--tolerance", 1e-5)
+    status, said = run(check_parity.main, *arguments)
+    assert status == 0, said
+    assert "*" not in said
+    rows = [line.split("  ")[0] for line in said.splitlines()[2:-1]]
+    assert rows == ["embedding", "layer 0", "layer 1", "final norm", "logits", "log-probabilities"]
+
+
+@pytest.mark.parametrize(
+    ("tensors", "place"),
+    [
+        (("model.layers.1.mlp.gate_proj.weight", "model.layers.1.mlp.up_proj.weight"), "layer 1 feed-forward"),
+        (("model.layers.0.self_attn.k_proj.weight", "model.layers.0.self_attn.v_proj.weight"), "layer 0 attention"),
+        (("model.embed_tokens.weight", "lm_head.weight"), "embedding layer"),
+    ],
+    ids=["gates", "keys", "vocabulary"],
+)
+def test_parity_names_where_a_mapping_goes_wrong(
+    tensors: tuple[str, str],
+    place: str,
+    run: Callable[..., tuple[int, str]],
+    toy_model: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    model = toy_model("qwen2", tied=False)
+    wrong = Path(shutil.copytree(model, tmp_path / "wrong"))
+    content = load_file(wrong / "model.safetensors")
+    first, second = tensors
+    content[first], content[second] = content[second], content[first]
+    save_file(content, wrong / "model.safetensors", {"format": "pt"})
+    (tmp_path / "prompts.txt").write_text("q: 1+1\nq: 2+2 = 4\n")
+    prompts = ("--prompts", tmp_path / "prompts.txt")
+    status, said = run(check_parity.main, "--hf", model, "--megatron", convert(wrong, tmp_path / "m"), *prompts)
+    assert status == 1
+    assert said.startswith("16 tokens")
+    assert f"The first place that rounding does not explain: {place}." in said
+
+
+def test_parity_refuses(run: Callable[..., tuple[int, str]], toy_model: Callable[..., Path], tmp_path: Path) -> None:
+    model, other = toy_model("qwen2", tied=True), convert(toy_model("qwen3"), tmp_path / "m")
+    status, said = run(check_parity.main, "--hf", model, "--megatron", other)
+    assert status == 2
+    assert "models of different shapes: " in said
+    status, said = run(check_parity.main, "--hf", model, "--megatron", other, "--length", 10_000)
+    assert status == 2
+    assert "--length 10000: expected 2 to 512" in said
+
+
+def test_inspects_both_kinds(
+    run: Callable[..., tuple[int, str]], toy_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = toy_model("mistral", tied=False)
+    status, said = run(inspect_checkpoint.main, model)
+    assert status == 0
+    parameters = sum(tensor.numel() for tensor in load_file(model / "model.safetensors").values())
+    for line in ("Hugging Face", "mistral", "2 of width 32", "window of 8 from layer 0", f"{parameters:,} in 21"):
+        assert line in said
+    status, said = run(inspect_checkpoint.main, convert(model, tmp_path / "m"))
+    assert status == 0
+    for line in ("torch_dist", "mistral", f"{parameters:,} in", "optimizer     none", "checksums of 21 tensors"):
+        assert line in said
+    status, said = run(inspect_checkpoint.main, tmp_path)
+    assert status == 1
+    assert "Only safetensors checkpoints are read" in said
+
+
+def test_inspects_a_training_checkpoint(
+    run: Callable[..., tuple[int, str]], toy_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = toy_model("qwen2", tied=True)
+    config = write_config(tmp_path, model)
+    assert train(["--config", str(config), "run.num_steps=1"]) == 0
+    (checkpoint,) = tmp_path.glob("**/checkpoints/step_*")
+    status, said = run(inspect_checkpoint.main, checkpoint)
+    assert status == 0
+    parameters = sum(tensor.numel() for tensor in load_file(model / "model.safetensors").values())
+    for line in ("qwen2", f"{parameters:,} in", "tensors, ", "step          1", "no model parallelism"):
+        assert line in said
+    assert "optimizer     none" not in said
+
+
+def test_a_real_size_there_and_back(tmp_path: Path) -> None:
+    """Qwen2.5-1.5B's shapes: the tool fails unless the tensors come back bit for bit."""
+    found = tmp_path / "measured.json"
+    command = [sys.executable, "tools/bench_convert.py", "--models", "qwen2.5-1.5b", "--rounds", "1"]
+    done = subprocess.run([*command, "--json", str(found)], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    measured = json.loads(found.read_text())["qwen2.5-1.5b"]
+    assert measured["bytes"] > 3e9
+    for direction in ("HF to Megatron", "Megatron to HF"):
+        assert all(one["peak_rss_bytes"] < 2e9 for one in measured[direction])
+
+
+def test_the_worked_example_of_a_new_family(
+    run: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The code in docs/conversion.md, as it stands there."""
+    from transformers import SeedOssConfig, SeedOssForCausalLM
+
+    (code,) = re.findall(r"```python\n(.+?)```", (ROOT / "docs/conversion.md").read_text(), re.DOTALL)
+    namespace: dict[str, Any] = {}
+    exec(code, namespace)
+    monkeypatch.setitem(FAMILIES_BY_NAME, "SeedOssForCausalLM", namespace["spec"])
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 61}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 128}
+    config = SeedOssConfig(**sizes, **heads, attention_dropout=0.0, residual_dropout=0.0, pad_token_id=0)
+    model = SeedOssForCausalLM(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(tmp_path / "hf")
+    megatron = convert(tmp_path / "hf", tmp_path / "m")
+    status, said = run(check_parity.main, "--hf", tmp_path / "hf", "--megatron", megatron, "--tolerance", 1e-5)
+    assert status == 0, said
