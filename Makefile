@@ -19,7 +19,7 @@ TORCH := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 'torch>=2.11,<2.1
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install quickstart quickstart-seeds bench-step bench-memory test test-newest lint clean
+.PHONY: install quickstart quickstart-seeds bench-step bench-memory bench-convert test test-newest lint clean
 
 install: $(INSTALLED)
 
@@ -44,6 +44,10 @@ bench-step: $(INSTALLED) $(TRL_INSTALLED)
 # what recomputation, chunks of logits and offload save
 bench-memory: $(INSTALLED)
 	$(BIN)/python tools/bench_memory.py
+
+# conversion against cp, 3 GB and 15 GB; needs four times that on the disk
+bench-convert: $(INSTALLED)
+	$(BIN)/python tools/bench_convert.py $(BENCH)
 
 $(TRL_INSTALLED):
 	test -x $(TRL_VENV)/bin/python || $(PYTHON) -m venv $(TRL_VENV)

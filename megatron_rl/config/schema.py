@@ -34,7 +34,7 @@ class ModelSection:
     """The policy's model."""
 
     path: str
-    """Hugging Face checkpoint folder (config.json, safetensors, tokenizer)."""
+    """Hugging Face checkpoint folder (config.json, safetensors, tokenizer), or one converted to Megatron."""
     dtype: Literal["fp32", "bf16"] = "bf16"
     """Compute type of the policy; bf16 keeps fp32 master weights in the optimizer."""
     implementation: Literal["auto", "local", "transformer_engine"] = "auto"

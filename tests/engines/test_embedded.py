@@ -15,6 +15,7 @@ from megatron_rl.rollout.engines.embedded import EmbeddedEngine
 from megatron_rl.rollout.sampling import choose, sample_seed, uniforms
 from megatron_rl.types import Completion, SamplingParams
 from tests.toys import VOCAB
+from tools.make_toy_model import FAMILIES
 
 
 def params(**changes: object) -> SamplingParams:
@@ -78,7 +79,7 @@ def collect(found: Iterator[Finished]) -> dict[tuple[int, int], Completion]:
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "qwen3_moe"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_tokens_equal_transformers(family: str, tied: bool, toy_model: Callable[..., Path]) -> None:
     folder = toy_model(family, tied=tied)
     hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
