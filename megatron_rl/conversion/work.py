@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from itertools import pairwise
 
+import torch
 from tqdm import tqdm
 
 from megatron_rl.conversion.ranks import Ranks
@@ -47,7 +48,8 @@ def run_units(units: Sequence[int], do: Callable[[int], None], *, workers: int, 
     """Do this rank's share of the units; the first failure stops what has not begun, and is raised on every rank."""
 
     def mine() -> None:
-        with ThreadPoolExecutor(workers) as pool:
+        # each copies with one thread of torch: more would spin while they wait for each other
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             futures = [pool.submit(do, unit) for unit in units[ranks.rank :: ranks.size]]
             try:
                 done, _ = wait(futures, return_when=FIRST_EXCEPTION)

@@ -189,12 +189,16 @@ class MegatronReader:
             above = above * extent + place - start
         top = chunk.box[len(prefix)][0]
         above = above * shape[len(prefix)] + common[0][0] - top
-        rows = torch.empty((common[0][1] - common[0][0], *row_shape), dtype=dtype)
+        part = target[box_index(_relative(common, box))]
+        shape_of_rows = (common[0][1] - common[0][0], *row_shape)
+        whole_rows = tuple(part.shape) == shape_of_rows and part.is_contiguous()
+        rows = part if whole_rows else torch.empty(shape_of_rows, dtype=dtype)
         file = self._files.open(chunk.path)
         start = self._start(chunk, file, shape, dtype)
         read_into(rows, file, start + above * num_bytes(row_shape, dtype), chunk.path)
-        columns = _relative(common, chunk.box[len(prefix) :])[1:]
-        target[box_index(_relative(common, box))] = rows[(slice(None), *box_index(columns))]
+        if not whole_rows:
+            columns = _relative(common, chunk.box[len(prefix) :])[1:]
+            part.copy_(rows[(slice(None), *box_index(columns))])
 
     def _start(self, chunk: Chunk, file: int, shape: tuple[int, ...], dtype: torch.dtype) -> int:
         key = (chunk.path, chunk.offset)
