@@ -78,8 +78,11 @@ class ScoringModel:
 
         Collective over the ranks of one replica, each of which must exhaust the iterator.
         """
-        parameters = {name: plain_weight(parameter) for name, parameter in self.parameters.items()}
-        return export_weights(self._export_plan, parameters, self._replica)
+        return export_weights(self._export_plan, self.shards(), self._replica)
+
+    def shards(self) -> dict[str, Tensor]:
+        """This rank's weights under the layout table's names, in the model's type."""
+        return {name: plain_weight(parameter) for name, parameter in self.parameters.items()}
 
     def _held_by_replica(self) -> list[tuple[list[str], Any]]:
         mine = (list(self.parameters), place_of(self.parallel))

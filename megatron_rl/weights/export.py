@@ -13,7 +13,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rl.errors import ConversionError
-from megatron_rl.weights.layout import Box, LayoutTable, Place, Slice, box_index, box_shape, box_size, hf_shapes
+from megatron_rl.weights.layout import (
+    Box,
+    LayoutTable,
+    Place,
+    Slice,
+    box_index,
+    box_shape,
+    box_size,
+    hf_shapes,
+    layer_of,
+)
 
 
 @dataclass(frozen=True)
@@ -99,9 +109,7 @@ def _group_by_layer(shapes: Mapping[str, tuple[int, ...]]) -> list[list[str]]:
     """Names of one layer together, every other tensor alone."""
     groups: dict[str, list[str]] = {}
     for name in shapes:
-        parts = name.split(".")
-        layer = ".".join(parts[: parts.index("layers") + 2]) if "layers" in parts else name
-        groups.setdefault(layer, []).append(name)
+        groups.setdefault(layer_of(name), []).append(name)
     return list(groups.values())
 
 

@@ -77,6 +77,24 @@ def box_size(box: Box) -> int:
     return prod(box_shape(box))
 
 
+def intersection(a: Box, b: Box) -> Box | None:
+    """What two boxes share; None: nothing."""
+    common = tuple((max(p, r), min(q, s)) for (p, q), (r, s) in zip(a, b, strict=True))
+    return common if all(start < stop for start, stop in common) else None
+
+
+def relative_box(box: Box, outer: Box) -> Box:
+    """A box in the coordinates of one around it."""
+    return tuple((start - first, stop - first) for (start, stop), (first, _) in zip(box, outer, strict=True))
+
+
+def moved_box(box: Box, source: Box, target: Box) -> Box:
+    """A box inside ``source``, in the coordinates of ``target``, which has the same shape."""
+    return tuple(
+        (start - a + b, stop - a + b) for (start, stop), (a, _), (b, _) in zip(box, source, target, strict=True)
+    )
+
+
 def replicated(name: str, *shape: int) -> Layout:
     """The whole tensor on every rank."""
     box = tuple((0, n) for n in shape)
@@ -150,6 +168,12 @@ def fill_shard(shard: Tensor, slices: Iterable[Slice], read: Callable[[str, Inde
     """Copy every slice into a shard; ``read(name, index)`` fetches only the wanted elements."""
     for piece in slices:
         shard[box_index(piece.shard_box)].copy_(read(piece.hf_name, box_index(piece.hf_box)))
+
+
+def layer_of(hf_name: str) -> str:
+    """What the tensors of one layer have in common; every other tensor has its own."""
+    parts = hf_name.split(".")
+    return ".".join(parts[: parts.index("layers") + 2]) if "layers" in parts else hf_name
 
 
 def hf_shapes(table: LayoutTable) -> dict[str, tuple[int, ...]]:

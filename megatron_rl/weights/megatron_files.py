@@ -20,7 +20,18 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 from megatron_rl.errors import ConversionError
 from megatron_rl.weights.dcp_item import locate
 from megatron_rl.weights.file_bytes import num_bytes, read_into
-from megatron_rl.weights.layout import Box, Index, LayoutTable, Slice, box_index, box_shape, hf_shapes
+from megatron_rl.weights.layout import (
+    Box,
+    Index,
+    LayoutTable,
+    Slice,
+    box_index,
+    box_shape,
+    hf_shapes,
+    intersection,
+    moved_box,
+    relative_box,
+)
 from megatron_rl.weights.megatron_keys import NO_WEIGHTS, Stored, stored_forms
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -160,8 +171,8 @@ class MegatronReader:
         for parameter, piece in self._pieces[name]:
             common = intersection(wanted, piece.hf_box)
             if common is not None:
-                box = _moved(common, piece.hf_box, piece.shard_box)
-                self._read_parameter(self._held[parameter], box, target[box_index(_relative(common, wanted))])
+                box = moved_box(common, piece.hf_box, piece.shard_box)
+                self._read_parameter(self._held[parameter], box, target[box_index(relative_box(common, wanted))])
         return target
 
     def _read_parameter(self, held: _Held, box: Box, target: Tensor) -> None:
@@ -173,7 +184,7 @@ class MegatronReader:
             if common is None:
                 continue
             inside = ((common[0][0] - first, common[0][1] - first), *common[1:])
-            part = target[box_index(_relative(common, box))]
+            part = target[box_index(relative_box(common, box))]
             for chunk in self._chunks[stored.key][stored.prefix]:
                 self._read_chunk(chunk, stored.prefix, inside, part, held.dtype)
 
@@ -189,7 +200,7 @@ class MegatronReader:
             above = above * extent + place - start
         top = chunk.box[len(prefix)][0]
         above = above * shape[len(prefix)] + common[0][0] - top
-        part = target[box_index(_relative(common, box))]
+        part = target[box_index(relative_box(common, box))]
         shape_of_rows = (common[0][1] - common[0][0], *row_shape)
         whole_rows = tuple(part.shape) == shape_of_rows and part.is_contiguous()
         rows = part if whole_rows else torch.empty(shape_of_rows, dtype=dtype)
@@ -197,7 +208,7 @@ class MegatronReader:
         start = self._start(chunk, file, shape, dtype)
         read_into(rows, file, start + above * num_bytes(row_shape, dtype), chunk.path)
         if not whole_rows:
-            columns = _relative(common, chunk.box[len(prefix) :])[1:]
+            columns = relative_box(common, chunk.box[len(prefix) :])[1:]
             part.copy_(rows[(slice(None), *box_index(columns))])
 
     def _start(self, chunk: Chunk, file: int, shape: tuple[int, ...], dtype: torch.dtype) -> int:
@@ -301,23 +312,6 @@ class MegatronReader:
 def _repeats_embedding(name: str, table: LayoutTable) -> bool:
     embedding, output = VOCABULARY
     return name == output and table[output].slices(0, 1)[0].hf_name == table[embedding].slices(0, 1)[0].hf_name
-
-
-def intersection(a: Box, b: Box) -> Box | None:
-    """What two boxes share; None: nothing."""
-    common = tuple((max(p, r), min(q, s)) for (p, q), (r, s) in zip(a, b, strict=True))
-    return common if all(start < stop for start, stop in common) else None
-
-
-def _relative(box: Box, outer: Box) -> Box:
-    return tuple((start - first, stop - first) for (start, stop), (first, _) in zip(box, outer, strict=True))
-
-
-def _moved(box: Box, source: Box, target: Box) -> Box:
-    """A box inside ``source``, in the coordinates of ``target``, which has the same shape."""
-    return tuple(
-        (start - a + b, stop - a + b) for (start, stop), (a, _), (b, _) in zip(box, source, target, strict=True)
-    )
 
 
 def _box_of(index: Index, shape: tuple[int, ...]) -> Box:

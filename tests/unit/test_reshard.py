@@ -1,0 +1,151 @@
+"""Plans of weight transfers: complete, minimal, and small between nodes."""
+
+import itertools
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_rl.errors import ConfigError, WeightSyncError
+from megatron_rl.models import ModelSpec, layout_table, read_model_spec
+from megatron_rl.models.engine_shards import check_engine_size, engine_boxes
+from megatron_rl.weights.layout import Box, Place, box_size, hf_shapes, layer_of
+from megatron_rl.weights.reshard import Held, ReshardPlan, plan_reshard
+from tests.unit.test_families import PUBLISHED
+
+Layout = Mapping[str, int]
+
+
+def held_by(spec: ModelSpec, *, tp: int = 1, pp: int = 1, dp: int = 1, ep: int = 1) -> Held:
+    """What the ranks of a training layout hold; tensor-parallel ranks are neighbours, stages outermost."""
+    table = layout_table(spec, tp)
+    held = []
+    for stage, replica, tp_rank in itertools.product(range(pp), range(dp), range(tp)):
+        names = [name for name, layout in table.items() if _is_held(spec, name, stage, pp, replica % ep, ep)]
+        held.append((names, Place(tp_rank=tp_rank, tp_size=tp, etp_rank=0, etp_size=1)))
+    return held
+
+
+def _is_held(spec: ModelSpec, name: str, stage: int, pp: int, ep_rank: int, ep: int) -> bool:
+    parts = name.split(".")
+    if parts[:2] != ["decoder", "layers"]:
+        first = name.startswith("embedding")
+        if name == "output_layer.weight" and spec.tied_embeddings and pp == 1:
+            return False
+        return stage == (0 if first else pp - 1)
+    if int(parts[2]) // (spec.num_layers // pp) != stage:
+        return False
+    if "local_experts" not in parts or spec.moe is None:
+        return True
+    return int(parts[parts.index("local_experts") + 1]) // (spec.moe.num_experts // ep) == ep_rank
+
+
+def wanted_by(spec: ModelSpec, num_ranks: int, engine_tp: int) -> list[dict[str, Box]]:
+    shapes = hf_shapes(layout_table(spec, 1))
+    return [engine_boxes(spec, shapes, tp_rank=rank % engine_tp, tp_size=engine_tp) for rank in range(num_ranks)]
+
+
+def plan_of(
+    spec: ModelSpec, layout: Layout, engine_tp: int, ranks_per_node: int = 8, bucket_elements: int = 10**6
+) -> ReshardPlan:
+    held = held_by(spec, **layout)
+    nodes = [rank // ranks_per_node for rank in range(len(held))]
+    wanted = wanted_by(spec, len(held), engine_tp)
+    table = layout_table(spec, layout.get("tp", 1))
+    return plan_reshard(held, table, wanted, nodes, bucket_elements=bucket_elements)
+
+
+LAYOUTS: list[Layout] = [
+    {},
+    {"dp": 4},
+    {"tp": 2, "pp": 2},
+    {"tp": 2, "dp": 2},
+    {"pp": 2, "dp": 2},
+    {"tp": 2, "pp": 2, "dp": 2},
+]
+MOE_LAYOUTS: list[Layout] = [{"dp": 2, "ep": 2}, {"dp": 4, "ep": 2}, {"pp": 2, "dp": 2, "ep": 2}]
+
+
+@pytest.mark.parametrize("ranks_per_node", [1, 2, 8])
+@pytest.mark.parametrize("engine_tp", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [*itertools.product(["qwen2", "llama"], LAYOUTS), *itertools.product(["qwen3_moe", "mixtral"], MOE_LAYOUTS)],
+    ids=str,
+)
+def test_every_wanted_element_arrives_once(
+    family: str, layout: Layout, engine_tp: int, ranks_per_node: int, toy_model: Callable[..., Path]
+) -> None:
+    """Followed box by box: nobody sends what has not come to it yet."""
+    spec = read_model_spec(toy_model(family, tied=family == "qwen2"))
+    plan = plan_of(spec, layout, engine_tp, ranks_per_node)
+    shapes = plan.shapes
+    has: list[dict[str, torch.Tensor]] = []
+    for pieces in plan.pieces:
+        mine = {name: torch.zeros(shape, dtype=torch.int32) for name, shape in shapes.items()}
+        for name, found in pieces.items():
+            for piece in found:
+                mine[name][tuple(slice(*pair) for pair in piece.slice.hf_box)] = 1
+        has.append(mine)
+    for bucket in plan.buckets:
+        for moves in (bucket.across, bucket.inside):
+            arrived = []
+            for move in moves:
+                index = tuple(slice(*pair) for pair in move.box)
+                assert move.name in bucket.names
+                assert has[move.source][move.name][index].min() > 0
+                assert has[move.target][move.name][index].max() == 0
+                is_near = move.source // ranks_per_node == move.target // ranks_per_node
+                assert is_near == (moves is bucket.inside)
+                arrived.append((move, index))
+            for move, index in arrived:
+                has[move.target][move.name][index] += 1
+    for rank, wanted in enumerate(plan.wanted):
+        for name, box in wanted.items():
+            assert (has[rank][name][tuple(slice(*pair) for pair in box)] == 1).all()
+        assert plan.num_received(rank) == plan.minimum(rank)
+
+
+def test_buckets_are_whole_layers_of_all_stages(toy_model: Callable[..., Path]) -> None:
+    spec = read_model_spec(toy_model("qwen2", num_hidden_layers=4))
+    small = plan_of(spec, {"pp": 2}, 1, bucket_elements=1)
+    layers = [sorted({layer_of(name) for name in bucket.names if "layers" in name}) for bucket in small.buckets]
+    assert [found for found in layers if found] == [
+        ["model.layers.0", "model.layers.2"],
+        ["model.layers.1", "model.layers.3"],
+    ]
+    assert sorted(name for bucket in small.buckets for name in bucket.names) == sorted(small.shapes)
+    assert len(plan_of(spec, {"pp": 2}, 1).buckets) == 1
+
+
+def test_a_parameter_that_nobody_holds(toy_model: Callable[..., Path]) -> None:
+    spec = read_model_spec(toy_model("qwen2"))
+    held = [([name for name in names if "layers.1.mlp" not in name], place) for names, place in held_by(spec, tp=2)]
+    with pytest.raises(WeightSyncError, match=r"model\.layers\.1\.mlp\.gate_proj\.weight: rank 0 reads"):
+        plan_reshard(held, layout_table(spec, 2), wanted_by(spec, 2, 1), [0, 0], bucket_elements=10**6)
+
+
+def test_engine_sizes_that_cannot_be(toy_model: Callable[..., Path]) -> None:
+    spec = read_model_spec(toy_model("qwen2"))  # 4 heads, 2 of keys and values
+    for size in (1, 2, 4):
+        check_engine_size(spec, size)
+    with pytest.raises(ConfigError, match=r"tensor_parallel_size=3: the model has 4 attention heads"):
+        check_engine_size(spec, 3)
+
+
+def test_70b_over_eight_nodes(tmp_path: Path) -> None:
+    """TP8 x PP8 to engines of TP8, one on each node: only what a rank reads and lacks crosses, each byte once."""
+    config, parameters = PUBLISHED["DeepSeek-R1-Distill-Llama-70B"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    spec = read_model_spec(tmp_path)
+    plan = plan_of(spec, {"tp": 8, "pp": 8}, 8, bucket_elements=2 * 10**8)
+    norms = sum(box_size(((0, n),)) for n in (8192,) * (2 * 80 + 1))
+    share = (parameters - norms) // 8 + norms
+    for rank in range(64):
+        held = sum(box_size(piece.slice.hf_box) for pieces in plan.pieces[rank].values() for piece in pieces)
+        # Megatron splits the vocabulary as the engines do, so a rank reads nothing of another's shards
+        assert plan.num_received(rank) == plan.minimum(rank) == share - held
+    # a norm, which all 8 ranks of a node read, comes to one of them
+    assert plan.num_across() == sum(plan.num_received(rank) for rank in range(64)) - 7 * 7 * norms
