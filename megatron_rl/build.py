@@ -30,7 +30,7 @@ from megatron_rl.plugins import load_symbol
 from megatron_rl.rewards.pool import RewardPool
 from megatron_rl.rewards.registry import build_grader
 from megatron_rl.rollout.collect import Collector
-from megatron_rl.rollout.engine import Engine
+from megatron_rl.rollout.engine import Engine, engine_place
 from megatron_rl.rollout.engines.embedded import EmbeddedEngine
 from megatron_rl.rollout.evaluator import Evaluator
 from megatron_rl.rollout.sampler import DemonstrationSampler, EngineSampler, Sampler
@@ -121,6 +121,7 @@ def build_engine(config: RunConfig, policy: Policy) -> Engine:
         device=policy.parallel.device,
         dtype=torch_dtype(config.model.dtype),
         max_num_sequences=config.rollout.max_num_sequences,
+        place=engine_place(policy.parallel, 1),
         reports_routing=config.moe.routing_replay,
     )
 

@@ -84,7 +84,7 @@ def run_in(config: RunConfig, resume: str, parallel: ParallelContext) -> None:
             console, sinks = build_log(config, folder, state, parallel)
         with closing(RunLog(console, sinks, folder, parallel, device_peak(config, parallel))) as log:
             log.note(describe(config, inputs, parallel, checkpoint.name if checkpoint else None))
-            sync = WeightSync(policy, engine)
+            sync = WeightSync(policy, engine, config)
             train(config, state, policy, reference, sampler, evaluator, sync, checkpoints, log, parallel)
 
 
@@ -106,10 +106,11 @@ def train(
         log.step(0, evaluate(evaluator, policy, config, sync, log, state, Stopwatch()))
     while state.step < config.run.num_steps and not stop.agreed():
         watch, step = Stopwatch(), state.step + 1
+        pushed: dict[str, Reduction] = {}
         with profiled(config.profiling, log.profile_folder, step, parallel):
             if sampler.uses_engine:
                 with watch.span("update_weights"):
-                    sync.push(version=state.step)
+                    pushed = sync.push(version=state.step)
             with room_for_engine(policy, config, watch), watch.span("gen"):
                 groups = sampler.collect(step, state.num_prompts_consumed)
             batch = plan(groups, config, parallel)
@@ -117,7 +118,7 @@ def train(
                 batch = score(batch, policy, reference, watch)
                 batch = add_advantages(batch, config)
             with watch.span("update_actor"):
-                metrics = policy.update(batch)
+                metrics = pushed | policy.update(batch)
         state = advance(state, groups, batch)
         if is_due(config.evaluation.every, step, config.run.num_steps):
             metrics |= evaluate(evaluator, policy, config, sync, log, state, watch)
@@ -232,14 +233,14 @@ def evaluate(
     if evaluator is None:
         return {}
     with watch.span("testing"):
-        sync.push(version=state.step)
+        pushed = sync.push(version=state.step)
         with room_for_engine(policy, config, watch):
             metrics, samples = evaluator.evaluate(state.step)
     headline = {name.removeprefix("eval/"): metrics[name].result() for name in evaluator.headline}
     shown = [f"{name} {value:.4g}" for name, value in headline.items()]
     log.note(f"held out, step {state.step}: {', '.join(shown)}")
     log.samples(samples)
-    return metrics
+    return pushed | metrics
 
 
 def rollout_metrics(

@@ -106,8 +106,12 @@ class RolloutSection:
 
     source: Literal["engine", "demonstrations"] = "engine"
     """engine: the policy's own samples; demonstrations: supervised fine-tuning."""
-    engine: Literal["embedded"] = "embedded"
-    """Inference engine; embedded needs nothing but torch."""
+    engine: Literal["embedded", "vllm", "sglang"] = "embedded"
+    """Inference engine; embedded needs nothing but torch, the others are installed beside this package."""
+    tensor_parallel_size: int = 1
+    """Neighbouring ranks that make up one engine; 1 for the embedded engine."""
+    engine_options: dict[str, Any] = field(default_factory=dict)
+    """Passed on to vLLM's or SGLang's own constructor, for instance gpu_memory_utilization."""
     num_prompts_per_step: int = 16
     """Prompts in each step."""
     group_size: int = 8
@@ -129,6 +133,19 @@ class RolloutSection:
 
     def __post_init__(self) -> None:
         positive("rollout", self, "num_prompts_per_step", "group_size", "max_new_tokens", "max_num_sequences")
+        positive("rollout", self, "tensor_parallel_size")
+        require(
+            self.engine != "embedded" or self.tensor_parallel_size == 1,
+            "rollout.tensor_parallel_size",
+            self.tensor_parallel_size,
+            "1 with rollout.engine=embedded, which holds the whole model on every rank",
+        )
+        require(
+            self.engine != "embedded" or not self.engine_options,
+            "rollout.engine_options",
+            self.engine_options,
+            "nothing with rollout.engine=embedded",
+        )
         require(self.temperature > 0, "rollout.temperature", self.temperature, "more than 0 for training rollouts")
         require(0 < self.top_p <= 1, "rollout.top_p", self.top_p, "above 0 and at most 1")
         require(self.top_k >= 0, "rollout.top_k", self.top_k, "0 (off) or more")
@@ -346,6 +363,27 @@ class MetricsSection:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WeightSyncSection:
+    """How the engine gets the policy's weights."""
+
+    bucket_mb: int = 512
+    """Most MiB that a rank receives at a time, unless a layer of every pipeline stage has more."""
+    verify_every: int = 50
+    """Pushes between checks of every tensor's checksum; the first push is always checked, 0: only that one."""
+    probe_tokens: int = 8
+    """Tokens that every engine samples after a push, for their log-probabilities to be compared; 0 is off."""
+    probe_limit: float | None = None
+    """Largest mean difference of those log-probabilities in nats; null: 0.001 in fp32, 0.2 in bf16."""
+
+    def __post_init__(self) -> None:
+        positive("weight_sync", self, "bucket_mb")
+        require(self.verify_every >= 0, "weight_sync.verify_every", self.verify_every, "0 or more")
+        require(self.probe_tokens >= 0, "weight_sync.probe_tokens", self.probe_tokens, "0 (off) or more")
+        limit = self.probe_limit
+        require(limit is None or limit > 0, "weight_sync.probe_limit", limit, "null, or more than 0")
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Everything a run needs to know."""
 
@@ -355,6 +393,7 @@ class RunConfig:
     parallel: ParallelSection = field(default_factory=ParallelSection)
     moe: MoeSection = field(default_factory=MoeSection)
     rollout: RolloutSection = field(default_factory=RolloutSection)
+    weight_sync: WeightSyncSection = field(default_factory=WeightSyncSection)
     reward: RewardSection = field(default_factory=RewardSection)
     algorithm: AlgorithmSection = field(default_factory=AlgorithmSection)
     batching: BatchingSection = field(default_factory=BatchingSection)

@@ -75,10 +75,11 @@ class Collector:
             Request(key=index, token_ids=prompt.token_ids, seeds=seeds)
             for index, (prompt, seeds) in enumerate(zip(job.prompts, job.seeds, strict=True))
         ]
-        mine = share(requests, job.schedule, job.name, self._parallel)
+        place = self._engine.place
+        mine = share(requests, job.schedule, job.name, place, self._parallel.store)
         done: dict[int, dict[int, tuple[Completion, str]]] = {}
         grades: dict[int, Future[list[RewardResult]]] = {}
-        limit = fair_share(len(requests), self._parallel)
+        limit = fair_share(len(requests), place)
         for finished in self._engine.generate(mine, job.params, max_requests=limit):
             siblings = done.setdefault(finished.key, {})
             text = self._tokenizer.decode(finished.completion.token_ids, skip_special_tokens=True)

@@ -1,12 +1,15 @@
-"""The protocol of a rollout engine."""
+"""The protocol of a rollout engine, and which ranks make up which engine."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
+import torch.distributed as dist
 from torch import Tensor
 
-from megatron_rl.types import Completion, SamplingParams
+from megatron_rl.errors import EngineError
+from megatron_rl.models import ModelSpec
+from megatron_rl.types import Completion, ParallelContext, SamplingParams
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +34,53 @@ class Finished:
     completion: Completion
 
 
+@dataclass(frozen=True, kw_only=True)
+class EnginePlace:
+    """A rank's place in the engines of the world; neighbours share an engine."""
+
+    index: int
+    """Of the engine."""
+    count: int
+    """Of engines."""
+    tp_rank: int
+    tp_size: int
+    leader: int
+    """World rank of the engine's first rank."""
+    group: Any
+    """gloo group of the engine's ranks; None when it has one."""
+
+    @property
+    def is_leader(self) -> bool:
+        """This rank takes the requests and gives the results."""
+        return self.tp_rank == 0
+
+    def from_leader(self, value: Any) -> Any:
+        """The leader's value on every rank of the engine; collective over them."""
+        if self.group is None:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=self.leader, group=self.group)
+        return box[0]
+
+
+def engine_place(parallel: ParallelContext, tp_size: int) -> EnginePlace:
+    """This rank's place; collective."""
+    group = None
+    for first in range(0, parallel.world_size, tp_size) if tp_size > 1 else ():
+        ranks = list(range(first, first + tp_size))
+        made = dist.new_group(ranks, backend="gloo")
+        group = made if parallel.rank in ranks else group
+    index = parallel.rank // tp_size
+    return EnginePlace(
+        index=index,
+        count=parallel.world_size // tp_size,
+        tp_rank=parallel.rank % tp_size,
+        tp_size=tp_size,
+        leader=index * tp_size,
+        group=group,
+    )
+
+
 class Engine(Protocol):
     """Samples from the policy."""
 
@@ -39,8 +89,16 @@ class Engine(Protocol):
         """Policy version of the weights in the engine; -1 before the first push."""
         ...
 
+    @property
+    def place(self) -> EnginePlace:
+        """Which engine this is, and this rank's place in it."""
+        ...
+
     def load_weights(self, tensors: Iterator[tuple[str, Tensor]], version: int) -> None:
-        """Take over whole Hugging Face tensors.
+        """Take over Hugging Face tensors; every rank of the engine takes part.
+
+        Args:
+            tensors: of whole shape, filled where ``engine_boxes`` says that this rank reads; one layer's come together.
 
         Raises:
             WeightSyncError: a name is missing or unexpected, or a shape is wrong.
@@ -48,13 +106,40 @@ class Engine(Protocol):
         ...
 
     def generate(self, requests: Iterator[Request], params: SamplingParams, *, max_requests: int) -> Iterator[Finished]:
-        """Samples in the order in which they finish.
+        """Samples in the order in which they finish; every rank of the engine takes part, its leader gets them.
 
         Args:
-            requests: pulled one by one, as places get free, so that engines can share a queue.
+            requests: pulled one by one by the leader, as places get free, so that engines can share a queue.
             max_requests: requests that may be in work at a time.
 
         Raises:
             EngineError: a request is empty, too long or has a token outside the vocabulary.
         """
         ...
+
+    def close(self) -> None:
+        """Give up processes and memory."""
+        ...
+
+
+def check_request(request: Request, params: SamplingParams, spec: ModelSpec) -> None:
+    """Refuse what an engine cannot take, before it sees it.
+
+    Raises:
+        EngineError: the request is empty, too long or has a token outside the vocabulary.
+    """
+    ids, limit = request.token_ids, spec.max_position_embeddings
+    if ids.numel() == 0 or not request.seeds:
+        raise EngineError(
+            f"request {request.key}: {ids.numel()} tokens, {len(request.seeds)} samples: expected at least 1 each."
+        )
+    if int(ids.min()) < 0 or int(ids.max()) >= spec.vocab_size:
+        raise EngineError(
+            f"request {request.key}: token ids {int(ids.min())} to {int(ids.max())}, expected 0 to "
+            f"{spec.vocab_size - 1}. The tokenizer and the model do not belong together."
+        )
+    if ids.numel() + params.max_new_tokens > limit:
+        raise EngineError(
+            f"request {request.key}: {ids.numel()} prompt tokens + rollout.max_new_tokens={params.max_new_tokens} "
+            f"are more than the model's {limit} positions. Lower rollout.max_new_tokens or data.max_prompt_tokens."
+        )

@@ -1,30 +1,31 @@
 """How the engines of all ranks share the requests of a step."""
 
 from collections.abc import Iterator, Sequence
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
-from megatron_rl.types import ParallelContext
+from megatron_rl.rollout.engine import EnginePlace
 
 T = TypeVar("T")
 
 
 def share(
-    items: Sequence[T], schedule: Literal["dynamic", "static"], name: str, parallel: ParallelContext
+    items: Sequence[T], schedule: Literal["dynamic", "static"], name: str, place: EnginePlace, store: Any
 ) -> Iterator[T]:
-    """This rank's items, handed out as they are asked for.
+    """An engine's items, handed out as its leader asks for them.
 
     Args:
         items: the same on every rank.
-        schedule: static: every world_size-th item; dynamic: the next that no rank has taken yet.
+        schedule: static: one in so many as there are engines; dynamic: the next that no engine has taken yet.
         name: of the counter, different for every list that is shared.
+        store: torch.distributed store of the world.
     """
-    if schedule == "static" or parallel.world_size == 1:
-        yield from items[parallel.rank :: parallel.world_size]
+    if schedule == "static" or place.count == 1:
+        yield from items[place.index :: place.count]
         return
-    while (taken := parallel.store.add(name, 1) - 1) < len(items):
+    while (taken := store.add(name, 1) - 1) < len(items):
         yield items[taken]
 
 
-def fair_share(num_items: int, parallel: ParallelContext) -> int:
+def fair_share(num_items: int, place: EnginePlace) -> int:
     """Items that one engine may have in work, so that none starts with more than its part."""
-    return max(1, -(-num_items // parallel.world_size))
+    return max(1, -(-num_items // place.count))

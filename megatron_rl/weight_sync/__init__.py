@@ -1,5 +1,5 @@
-"""Policy weights into the rollout engine, versioned."""
+"""Policy weights into the rollout engine: planned, versioned, verified."""
 
-from megatron_rl.weight_sync.in_process import WeightSync
+from megatron_rl.weight_sync.push import WeightSync
 
 __all__ = ["WeightSync"]

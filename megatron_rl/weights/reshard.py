@@ -178,8 +178,8 @@ def _cells(
         WeightSyncError: part of what a rank wants is held by nobody.
     """
     holders: dict[Box, list[int]] = defaultdict(list)
-    for rank, mine in enumerate(pieces):
-        for piece in mine.get(name, ()):
+    for rank, held in enumerate(pieces):
+        for piece in held.get(name, ()):
             holders[piece.slice.hf_box].append(rank)
     cells = []
     found: dict[int, int] = defaultdict(int)

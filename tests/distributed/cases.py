@@ -13,19 +13,28 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from megatron_rl.batching.plan import given_batch
+from megatron_rl.build import build_engine
 from megatron_rl.collective import gather_objects
 from megatron_rl.config import RunConfig
 from megatron_rl.config.machine import ParallelSection
+from megatron_rl.errors import WeightSyncError
 from megatron_rl.loop import plan, run_in
 from megatron_rl.mcore import event_loop, patches
 from megatron_rl.mcore.checkpoint import begin_save, complete_save, load_policy, save_policy
-from megatron_rl.mcore.model import PolicyModel
+from megatron_rl.mcore.model import PolicyModel, place_of
 from megatron_rl.mcore.parallel import split_world
 from megatron_rl.mcore.policy import Policy
 from megatron_rl.mcore.reference import HostedReference
 from megatron_rl.mcore.scoring import ScoringModel
 from megatron_rl.metrics.metric import merge, results
+from megatron_rl.models import layout_table
+from megatron_rl.models.engine_shards import engine_boxes
+from megatron_rl.rollout.engines.embedded import EmbeddedEngine
 from megatron_rl.types import ParallelContext, Prompt, Rollout, RolloutGroup, TrainBatch, TrainSequence
+from megatron_rl.weight_sync import WeightSync
+from megatron_rl.weights.layout import hf_shapes
+from megatron_rl.weights.reshard import plan_reshard
+from megatron_rl.weights.transfer import Traffic, Transfer
 from tests.toys import VOCAB, sequences
 
 # after megatron_rl.mcore, which prepares Megatron-Core for the CPU
@@ -147,6 +156,83 @@ def _random_state(parallel: ParallelContext) -> ShardedObject:
     """As Megatron-LM saves one for every rank."""
     shape, place = (parallel.world_size,), (parallel.rank,)
     return ShardedObject("rng_state", [{"random": torch.get_rng_state()}], shape, place, replica_id=0)
+
+
+def transferred(
+    config: RunConfig, engine_tp: int, nodes: list[int], bucket_elements: int
+) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+    """What a planned transfer brings to this rank, and the bytes: received, sent, planned, least, peak."""
+    parallel = world(config)
+    scorer = ScoringModel(config, parallel, config.model.path)
+    table = layout_table(scorer.spec, parallel.tp_size)
+    shapes = hf_shapes(table)
+    held = gather_objects((list(scorer.parameters), place_of(parallel)), parallel)
+    wanted = [
+        engine_boxes(scorer.spec, shapes, tp_rank=rank % engine_tp, tp_size=engine_tp)
+        for rank in range(parallel.world_size)
+    ]
+    plan = plan_reshard(held, table, wanted, nodes, bucket_elements=bucket_elements)
+    traffic = Traffic()
+    found = {name: tensor.clone() for name, tensor in Transfer(plan, parallel.rank).stream(scorer.shards(), traffic)}
+    return found, {
+        "received": traffic.bytes_received,
+        "sent": traffic.bytes_sent,
+        "planned": 4 * plan.num_received(parallel.rank),
+        "planned to send": 4 * plan.num_sent(parallel.rank),
+        "least": 4 * plan.minimum(parallel.rank),
+        "left": traffic.held,
+        "peak": traffic.peak,
+    }
+
+
+def pushed_twice(config: RunConfig) -> list[dict[str, float]]:
+    """Metrics of a first push and of one after an update, on the embedded engine with checks and probe."""
+    parallel = world(config)
+    policy = Policy(config, parallel)
+    sync = WeightSync(policy, build_engine(config, policy), config)
+    first = sync.push(0)
+    policy.update(batch_of())
+    second = sync.push(1)
+    assert sync.push(1) == {}
+    return [{name: value.result() for name, value in found.items()} for found in (first, second)]
+
+
+class FaultyEngine(EmbeddedEngine):
+    """Spoils one push."""
+
+    fault = ""
+
+    def load_weights(self, tensors: Iterator[tuple[str, torch.Tensor]], version: int) -> None:
+        received = list(tensors)
+        if self.fault == "lost by the engine":
+            received = [(name, torch.zeros_like(x) if "k_proj" in name else x) for name, x in received]
+        super().load_weights(iter(received), version if self.fault != "stale version" else 0)
+
+
+class FaultyTransfer(Transfer):
+    """Changes two tensors."""
+
+    def stream(self, parameters: Any, traffic: Traffic) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in super().stream(parameters, traffic):
+            yield name, tensor.flip(0) if name in ("model.norm.weight", "lm_head.weight") else tensor
+
+
+def faulty_push(config: RunConfig, fault: str) -> str | None:
+    """What every rank says of a push that rank 1's engine or transfer spoils."""
+    parallel = world(config)
+    policy = Policy(config, parallel)
+    engine: Any = build_engine(config, policy)
+    sync = WeightSync(policy, engine, config)
+    sync.push(0)
+    if parallel.rank == 1:
+        engine.__class__, engine.fault = FaultyEngine, fault
+        if fault == "changed on the way":
+            sync._transfer.__class__ = FaultyTransfer
+    try:
+        sync.push(1)
+    except WeightSyncError as error:
+        return str(error)
+    return None
 
 
 def exported(config: RunConfig) -> dict[str, torch.Tensor]:

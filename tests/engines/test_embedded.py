@@ -10,12 +10,14 @@ from transformers import AutoModelForCausalLM
 
 from megatron_rl.errors import EngineError, WeightSyncError
 from megatron_rl.models import read_model_spec
-from megatron_rl.rollout.engine import Finished, Request
+from megatron_rl.rollout.engine import EnginePlace, Finished, Request
 from megatron_rl.rollout.engines.embedded import EmbeddedEngine
 from megatron_rl.rollout.sampling import choose, sample_seed, uniforms
 from megatron_rl.types import Completion, SamplingParams
 from tests.toys import VOCAB
 from tools.make_toy_model import FAMILIES
+
+ALONE = EnginePlace(index=0, count=1, tp_rank=0, tp_size=1, leader=0, group=None)
 
 
 def params(**changes: object) -> SamplingParams:
@@ -25,7 +27,11 @@ def params(**changes: object) -> SamplingParams:
 
 def engine_of(folder: Path, max_num_sequences: int = 64) -> EmbeddedEngine:
     engine = EmbeddedEngine(
-        read_model_spec(folder), device=torch.device("cpu"), dtype=torch.float32, max_num_sequences=max_num_sequences
+        read_model_spec(folder),
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        max_num_sequences=max_num_sequences,
+        place=ALONE,
     )
     engine.load_weights(iter(load_file(folder / "model.safetensors").items()), version=3)
     return engine
@@ -39,6 +45,7 @@ def test_reported_routes_are_those_of_transformers(toy_model: Callable[..., Path
         device=torch.device("cpu"),
         dtype=torch.float32,
         max_num_sequences=4,  # rows join and leave
+        place=ALONE,
         reports_routing=True,
     )
     engine.load_weights(iter(load_file(folder / "model.safetensors").items()), version=0)

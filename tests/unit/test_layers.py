@@ -25,7 +25,7 @@ ALLOWED = {
     "cpu_linear": set(),
     "rollout": BASE | {"data", "rewards", "metrics", "algorithms", "models", "weights", "collective", "cpu_linear"},
     "mcore": BASE | {"algorithms", "batching", "metrics", "models", "weights", "collective", "cpu_linear"},
-    "weight_sync": BASE | {"mcore", "weights", "rollout"},
+    "weight_sync": BASE | {"mcore", "models", "weights", "rollout", "batching", "metrics", "collective"},
     "analysis": BASE | {"rollout", "data", "tasks", "rewards", "metrics", "run_folder"},
     "run_folder": {"errors", "config"},
     "integrity": {"errors"},

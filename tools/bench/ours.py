@@ -60,7 +60,7 @@ class OurLoop:
         self.policy = Policy(self.config, self.parallel)
         engine = build_engine(self.config, self.policy)
         self._sampler = build_sampler(self.config, inputs, build_collector(self.config, inputs, engine, self.parallel))
-        self._sync = WeightSync(self.policy, engine)
+        self._sync = WeightSync(self.policy, engine, self.config)
         self._steps = 0
         self._prompts = 0
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_rl.errors import EngineError
 from megatron_rl.models import ModelSpec
-from megatron_rl.rollout.engine import Finished, Request
+from megatron_rl.rollout.engine import EnginePlace, Finished, Request, check_request
 from megatron_rl.rollout.engines.decoder import Decoder, KVCache
 from megatron_rl.rollout.sampling import choose, uniforms
 from megatron_rl.types import Completion, SamplingParams
@@ -80,8 +80,10 @@ class EmbeddedEngine:
         device: torch.device,
         dtype: torch.dtype,
         max_num_sequences: int,
+        place: EnginePlace,
         reports_routing: bool = False,
     ) -> None:
+        self.place = place
         self._decoder = Decoder(spec, device, dtype)
         self._spec = spec
         self._device = device
@@ -99,6 +101,9 @@ class EmbeddedEngine:
         self._decoder.load(tensors)
         self._version = version
 
+    def close(self) -> None:
+        pass
+
     def generate(self, requests: Iterator[Request], params: SamplingParams, *, max_requests: int) -> Iterator[Finished]:
         if self._version < 0:
             raise EngineError("the embedded engine has no weights yet: push them before generating.")
@@ -113,7 +118,7 @@ class EmbeddedEngine:
                 if request is None:
                     exhausted = True
                 else:
-                    self._check(request, params)
+                    check_request(request, params, self._spec)
                     fresh.append(request)
                     self._last_size = len(request.seeds)
                     in_work[request.key] = len(request.seeds)
@@ -136,23 +141,6 @@ class EmbeddedEngine:
             return False
         num_sequences = sum(in_work.values())
         return num_sequences == 0 or num_sequences + self._last_size <= self._max_num_sequences
-
-    def _check(self, request: Request, params: SamplingParams) -> None:
-        ids, limit = request.token_ids, self._spec.max_position_embeddings
-        if ids.numel() == 0 or not request.seeds:
-            raise EngineError(
-                f"request {request.key}: {ids.numel()} tokens, {len(request.seeds)} samples: expected at least 1 each."
-            )
-        if int(ids.min()) < 0 or int(ids.max()) >= self._spec.vocab_size:
-            raise EngineError(
-                f"request {request.key}: token ids {int(ids.min())} to {int(ids.max())}, expected 0 to "
-                f"{self._spec.vocab_size - 1}. The tokenizer and the model do not belong together."
-            )
-        if ids.numel() + params.max_new_tokens > limit:
-            raise EngineError(
-                f"request {request.key}: {ids.numel()} prompt tokens + rollout.max_new_tokens={params.max_new_tokens} "
-                f"are more than the model's {limit} positions. Lower rollout.max_new_tokens or data.max_prompt_tokens."
-            )
 
     def _admit(self, requests: list[Request], params: SamplingParams) -> _Rows:
         """Prefill every prompt once and give each of its samples a row."""

@@ -1,0 +1,164 @@
+"""Keeps the engine at the policy's version: plan once, stream, verify, report."""
+
+import socket
+import time
+
+import torch
+
+from megatron_rl.batching.plan import given_batch
+from megatron_rl.collective import gather_objects, raise_together
+from megatron_rl.config.schema import RunConfig
+from megatron_rl.errors import WeightSyncError
+from megatron_rl.mcore.model import place_of
+from megatron_rl.mcore.policy import Policy
+from megatron_rl.metrics.metric import Max, Mean, Reduction
+from megatron_rl.models import layout_table
+from megatron_rl.models.engine_shards import engine_boxes
+from megatron_rl.rollout.engine import Engine, Request
+from megatron_rl.rollout.sampling import sample_seed
+from megatron_rl.types import SamplingParams, TrainSequence
+from megatron_rl.weight_sync.verify import ReceivedChecksums, sent_checksums
+from megatron_rl.weights.layout import hf_shapes
+from megatron_rl.weights.reshard import ReshardPlan, plan_reshard
+from megatron_rl.weights.transfer import Traffic, Transfer
+
+PROBE_LIMITS = {"fp32": 1e-3, "bf16": 0.2}
+
+
+class WeightSync:
+    """The way from a policy to the engine of the same ranks."""
+
+    def __init__(self, policy: Policy, engine: Engine, config: RunConfig) -> None:
+        """Agree on a plan; collective."""
+        self._policy = policy
+        self._engine = engine
+        self._config = config
+        self._parallel = policy.parallel
+        self._plan = self._make_plan()
+        self._transfer = Transfer(self._plan, self._parallel.rank)
+        self._num_pushes = 0
+
+    def push(self, version: int) -> dict[str, Reduction]:
+        """Give the engine the policy's weights, unless it has that version already; collective.
+
+        Returns:
+            What was moved and how fast; empty when nothing was.
+
+        Raises:
+            WeightSyncError: a tensor is missing, unexpected, misshapen or arrived changed, the engine keeps another
+                version, or its log-probabilities are not the policy's.
+        """
+        if self._engine.version == version:
+            return {}
+        settings = self._config.weight_sync
+        every = settings.verify_every
+        is_checked = self._num_pushes == 0 or (every > 0 and self._num_pushes % every == 0)
+        shards, traffic, start = self._policy.shards(), Traffic(), time.perf_counter()
+        received = ReceivedChecksums(self._plan, self._parallel.rank)
+        tensors = self._transfer.stream(shards, traffic)
+        with raise_together(self._parallel):
+            self._engine.load_weights(received.watch(tensors) if is_checked else tensors, version)
+            for _ in tensors:  # the others wait for this rank's messages, whatever the engine made of them
+                pass
+            if self._engine.version != version:
+                raise WeightSyncError(
+                    f"the engine says version {self._engine.version} after version {version} was pushed."
+                )
+        seconds = time.perf_counter() - start
+        if is_checked:
+            self._check(received, version)
+        metrics = self._report(traffic, seconds)
+        if settings.probe_tokens:
+            metrics |= self._probe(version)
+        self._num_pushes += 1
+        return metrics
+
+    def _make_plan(self) -> ReshardPlan:
+        parallel, place, spec = self._parallel, self._engine.place, self._policy.spec
+        table = layout_table(spec, parallel.tp_size)
+        shapes = hf_shapes(table)
+        mine = (list(self._policy.parameters), place_of(parallel), place.tp_rank, socket.gethostname())
+        told = gather_objects(mine, parallel)
+        hosts = [host for *_, host in told]
+        boxes = [engine_boxes(spec, shapes, tp_rank=rank, tp_size=place.tp_size) for rank in range(place.tp_size)]
+        return plan_reshard(
+            [(names, where) for names, where, _, _ in told],
+            table,
+            [boxes[rank] for _, _, rank, _ in told],
+            [hosts.index(host) for host in hosts],
+            bucket_elements=self._config.weight_sync.bucket_mb * 2**20 // self._element_size(),
+        )
+
+    def _check(self, received: ReceivedChecksums, version: int) -> None:
+        place = self._engine.place
+        readers = list(range(place.tp_size))  # the first engine's ranks stand for those of all
+        sent = sent_checksums(self._plan, self._policy.shards(), readers, self._parallel)
+        with raise_together(self._parallel):
+            received.check(sent[place.tp_rank], version)
+
+    def _report(self, traffic: Traffic, seconds: float) -> dict[str, Reduction]:
+        rank, size = self._parallel.rank, self._element_size()
+        planned, least = self._plan.num_received(rank) * size, self._plan.minimum(rank) * size
+        if traffic.bytes_received != planned:
+            raise WeightSyncError(f"rank {rank} received {traffic.bytes_received} bytes, planned were {planned}.")
+        return {
+            "weight_sync/seconds": Max(seconds),
+            "weight_sync/received_mb": Max(traffic.bytes_received / 1e6),
+            "weight_sync/planned_mb": Max(planned / 1e6),
+            "weight_sync/minimum_mb": Max(least / 1e6),
+            "weight_sync/gb_per_s": Mean(traffic.bytes_received / 1e9 / seconds),
+            "weight_sync/peak_extra_mb": Max(traffic.peak / 1e6),
+        }
+
+    def _probe(self, version: int) -> dict[str, Reduction]:
+        """Let every engine sample a little, and the policy say how likely it finds that.
+
+        Raises:
+            WeightSyncError: on every rank, when the two differ by more than the limit.
+        """
+        settings, rollout = self._config.weight_sync, self._config.rollout
+        limit = settings.probe_limit or PROBE_LIMITS[self._config.model.dtype]
+        params = SamplingParams(
+            temperature=rollout.temperature,
+            top_p=1.0,
+            top_k=0,
+            max_new_tokens=settings.probe_tokens,
+            stop_token_ids=(),
+        )
+        prompt = torch.arange(4) % self._policy.spec.vocab_size
+        seed = sample_seed(self._config.run.seed, version, self._engine.place.index)
+        with raise_together(self._parallel):
+            request = Request(key=0, token_ids=prompt, seeds=(seed,))
+            found = list(self._engine.generate(iter([request]), params, max_requests=1))
+        sampled = [one.completion for part in gather_objects(found, self._parallel) for one in part]
+        sequences = [_scored(prompt, completion.token_ids) for completion in sampled]
+        rows = self._policy.logprobs(given_batch(sequences, [range(len(sequences))]))
+        apart = [
+            float((row[prompt.numel() :] - completion.logprobs).abs().mean())
+            for row, completion in zip(rows, sampled, strict=True)
+        ]
+        if not max(apart) <= limit:  # NaN as well
+            raise WeightSyncError(
+                f"after the push of version {version} the log-probabilities of {settings.probe_tokens} sampled tokens "
+                f"differ by {max(apart):.3g} nats between engine and policy, allowed are {limit:g} "
+                "(weight_sync.probe_limit). The engine does not compute the policy: its weights, its temperature or "
+                "its precision differ."
+            )
+        return {"weight_sync/probe_difference": Max(max(apart))}
+
+    def _element_size(self) -> int:
+        return {"fp32": 4, "bf16": 2}[self._config.model.dtype]
+
+
+def _scored(prompt: torch.Tensor, response: torch.Tensor) -> TrainSequence:
+    token_ids = torch.cat([prompt, response])
+    zeros, mask = torch.zeros(token_ids.numel()), torch.arange(token_ids.numel()) >= prompt.numel()
+    return TrainSequence(
+        token_ids=token_ids,
+        loss_mask=mask,
+        rollout_logprobs=zeros,
+        advantages=zeros,
+        loss_weights=mask.float(),
+        old_logprobs=zeros,
+        ref_logprobs=zeros,
+    )

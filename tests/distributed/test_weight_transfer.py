@@ -1,0 +1,91 @@
+"""The planned transfer on real ranks: what arrives, how much was moved, and what a push notices."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_rl.models import read_model_spec
+from megatron_rl.models.engine_shards import engine_boxes
+from megatron_rl.weights.layout import box_index
+from tests.distributed import cases
+from tests.gang import Gang
+from tests.toys import toy_config
+
+TP2, PP2, EP2 = (f"parallel.{name}_parallel_size=2" for name in ("tensor", "pipeline", "expert"))
+VPP2 = "parallel.virtual_pipeline_parallel_size=2"
+LAYOUTS: dict[str, tuple[str, list[str]]] = {
+    "dp4": ("qwen2", []),
+    "tp2-dp2": ("qwen2", [TP2]),
+    "tp2-pp2": ("qwen2", [TP2, PP2]),
+    "tp2-pp2-untied": ("llama", [TP2, PP2]),
+    "pp2-vpp2": ("qwen3", [PP2, VPP2]),
+    "ep2": ("qwen3_moe", [EP2]),
+    "ep2-pp2": ("mixtral", [EP2, PP2]),
+}
+ONE_NODE, TWO_NODES = [0, 0, 0, 0], [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("nodes", [ONE_NODE, TWO_NODES], ids=["one node", "two nodes"])
+@pytest.mark.parametrize("engine_tp", [1, 2, 4])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_rank_gets_what_its_engine_reads(
+    name: str,
+    engine_tp: int,
+    nodes: list[int],
+    gangs: Callable[[int], Gang],
+    toy_model: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    """Bit for bit, and not a byte more than it lacks; the rest is NaN."""
+    family, overrides = LAYOUTS[name]
+    model = toy_model(family, tied=family == "qwen2", num_hidden_layers=4)
+    wanted, spec = load_file(model / "model.safetensors"), read_model_spec(model)
+    shapes = {key: tuple(tensor.shape) for key, tensor in wanted.items()}
+    for bucket_elements in (1, 10**6):
+        arguments = {"engine_tp": engine_tp, "nodes": nodes, "bucket_elements": bucket_elements}
+        found = gangs(4).call(cases.transferred, config=toy_config(tmp_path, model, *overrides), **arguments)
+        for rank, (tensors, traffic) in enumerate(found):
+            assert set(tensors) == set(wanted)
+            boxes = engine_boxes(spec, shapes, tp_rank=rank % engine_tp, tp_size=engine_tp)
+            for key, tensor in tensors.items():
+                expected = torch.full_like(tensor, float("nan"))
+                expected[box_index(boxes[key])] = wanted[key][box_index(boxes[key])]
+                assert torch.equal(tensor.nan_to_num(7e7), expected.nan_to_num(7e7)), key
+            assert traffic["received"] == traffic["planned"] == traffic["least"]
+            assert traffic["sent"] == traffic["planned to send"]
+            assert traffic["left"] == 0
+        assert sum(traffic["received"] for _, traffic in found) == sum(traffic["sent"] for _, traffic in found)
+
+
+@pytest.mark.parametrize("name", ["tp2-pp2", "ep2"])
+def test_a_push_is_checked_probed_and_reported(
+    name: str, gangs: Callable[[int], Gang], toy_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    family, overrides = LAYOUTS[name]
+    config = toy_config(tmp_path, toy_model(family, tied=False), *overrides, "weight_sync.verify_every=1")
+    for pushes in gangs(4).call(cases.pushed_twice, config=config):
+        for metrics in pushes:
+            assert metrics["weight_sync/received_mb"] == metrics["weight_sync/minimum_mb"] > 0
+            assert 0 <= metrics["weight_sync/probe_difference"] < 1e-5
+            assert metrics["weight_sync/gb_per_s"] > 0
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("changed on the way", r"2 tensors arrived with other contents than the policy has, first lm_head"),
+        ("lost by the engine", r"the log-probabilities of 8 sampled tokens differ by .* nats"),
+        ("stale version", r"the engine says version 0 after version 1 was pushed"),
+    ],
+)
+def test_a_push_that_goes_wrong(
+    fault: str, message: str, gangs: Callable[[int], Gang], toy_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    config = toy_config(tmp_path, toy_model("qwen2", tied=False), TP2, "weight_sync.verify_every=1")
+    for said in gangs(2).call(cases.faulty_push, config=config, fault=fault):
+        assert said is not None
+        assert re.search(message, said), said
