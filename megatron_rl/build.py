@@ -25,6 +25,7 @@ from megatron_rl.mcore.settings import transformer_config
 from megatron_rl.metrics.console import Console, SilentConsole, build_console
 from megatron_rl.metrics.sinks import JsonlSink, Sink, TensorboardSink, WandbSink
 from megatron_rl.models import ModelSpec, read_model_spec
+from megatron_rl.models.engine_shards import check_engine_size
 from megatron_rl.models.flops import peak_tflops
 from megatron_rl.plugins import load_symbol
 from megatron_rl.rewards.pool import RewardPool
@@ -32,10 +33,12 @@ from megatron_rl.rewards.registry import build_grader
 from megatron_rl.rollout.collect import Collector
 from megatron_rl.rollout.engine import Engine, engine_place
 from megatron_rl.rollout.engines.embedded import EmbeddedEngine
+from megatron_rl.rollout.engines.vllm import VllmEngine
 from megatron_rl.rollout.evaluator import Evaluator
 from megatron_rl.rollout.sampler import DemonstrationSampler, EngineSampler, Sampler
 from megatron_rl.run_folder import RunFolder
 from megatron_rl.types import ParallelContext, SamplingParams, TrainState
+from megatron_rl.weight_sync.push import PROBE_PROMPT
 from megatron_rl.weights.hf_files import torch_dtype
 
 Reference = HostedReference | ScoringModel
@@ -58,6 +61,7 @@ class Inputs:
         if config.profiling.memory_snapshot and not torch.cuda.is_available():
             raise ConfigError("profiling.memory_snapshot=true needs a GPU. Set it to false.")
         transformer_config(spec, config, implementation)
+        check_engine_size(spec, config.rollout.tensor_parallel_size)
         check_weights(spec, config.model.path)
         if config.algorithm.kl_coef and config.algorithm.reference_path is not None:
             reference = read_model_spec(config.algorithm.reference_path)
@@ -115,15 +119,38 @@ def build_reference(config: RunConfig, policy: Policy) -> Reference | None:
 
 
 def build_engine(config: RunConfig, policy: Policy) -> Engine:
-    """This rank's rollout engine."""
-    return EmbeddedEngine(
+    """This rank's rollout engine; collective."""
+    rollout, parallel = config.rollout, policy.parallel
+    place = engine_place(parallel, rollout.tensor_parallel_size)
+    dtype = torch_dtype(config.model.dtype)
+    if rollout.engine == "embedded":
+        return EmbeddedEngine(
+            policy.spec,
+            device=parallel.device,
+            dtype=dtype,
+            max_num_sequences=rollout.max_num_sequences,
+            place=place,
+            reports_routing=config.moe.routing_replay,
+        )
+    return VllmEngine(
+        config.model.path,
         policy.spec,
-        device=policy.parallel.device,
-        dtype=torch_dtype(config.model.dtype),
-        max_num_sequences=config.rollout.max_num_sequences,
-        place=engine_place(policy.parallel, 1),
-        reports_routing=config.moe.routing_replay,
+        place=place,
+        device=parallel.device,
+        dtype=dtype,
+        max_num_sequences=rollout.max_num_sequences,
+        max_model_len=longest_sequence(config, policy.spec),
+        rank=parallel.rank,
+        local_rank=parallel.local_rank,
+        identity=gather_objects(uuid.uuid4().hex[:8], parallel)[0],
+        options=rollout.engine_options,
     )
+
+
+def longest_sequence(config: RunConfig, spec: ModelSpec) -> int:
+    """Tokens of prompt and response that an engine must be ready for."""
+    new = max(config.rollout.max_new_tokens, config.evaluation.max_new_tokens or 0, config.weight_sync.probe_tokens)
+    return min(config.data.max_prompt_tokens + new + PROBE_PROMPT, spec.max_position_embeddings)
 
 
 def build_collector(config: RunConfig, inputs: Inputs, engine: Engine, parallel: ParallelContext) -> Collector:

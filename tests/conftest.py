@@ -16,6 +16,11 @@ from tests.gang import Gang
 from tests.toys import write_model
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """--engine vllm: hold the tests of tests/engines against that engine."""
+    parser.addoption("--engine", choices=("embedded", "vllm"), default="embedded")
+
+
 def pytest_report_header() -> str:
     """The versions that a run is about."""
     return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("megatron-core", "torch"))

@@ -106,12 +106,12 @@ class RolloutSection:
 
     source: Literal["engine", "demonstrations"] = "engine"
     """engine: the policy's own samples; demonstrations: supervised fine-tuning."""
-    engine: Literal["embedded", "vllm", "sglang"] = "embedded"
-    """Inference engine; embedded needs nothing but torch, the others are installed beside this package."""
+    engine: Literal["embedded", "vllm"] = "embedded"
+    """Inference engine; embedded needs nothing but torch, vllm is installed beside this package (docs/engines.md)."""
     tensor_parallel_size: int = 1
     """Neighbouring ranks that make up one engine; 1 for the embedded engine."""
     engine_options: dict[str, Any] = field(default_factory=dict)
-    """Passed on to vLLM's or SGLang's own constructor, for instance gpu_memory_utilization."""
+    """Passed on to vLLM's own constructor, for instance gpu_memory_utilization."""
     num_prompts_per_step: int = 16
     """Prompts in each step."""
     group_size: int = 8

@@ -11,6 +11,7 @@ def validate(config: RunConfig, world_size: int) -> None:
         ConfigError: with the values, what was expected and the key to change.
     """
     _check_parallel(config, world_size)
+    _check_engine(config, world_size)
     _check_routing_replay(config)
     _check_batches(config)
     _check_objective(config)
@@ -49,6 +50,20 @@ def _check_parallel(config: RunConfig, world_size: int) -> None:
         raise ConfigError(
             "moe.aux_loss=sequence balances each sequence of its own, which Megatron-Core can only tell apart when "
             "padded. Set batching.packed=false, or moe.aux_loss=micro_batch."
+        )
+
+
+def _check_engine(config: RunConfig, world_size: int) -> None:
+    size = config.rollout.tensor_parallel_size
+    if world_size % size:
+        raise ConfigError(
+            f"world size {world_size} does not divide by rollout.tensor_parallel_size={size}, the ranks of an engine. "
+            f"Start a multiple of {size} ranks or change the key."
+        )
+    if config.moe.routing_replay and config.rollout.engine != "embedded":
+        raise ConfigError(
+            f"moe.routing_replay=true: rollout.engine={config.rollout.engine} does not report its routes. "
+            "Set it to false, or rollout.engine=embedded."
         )
 
 

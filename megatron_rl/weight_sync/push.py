@@ -2,8 +2,10 @@
 
 import socket
 import time
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from megatron_rl.batching.plan import given_batch
 from megatron_rl.collective import gather_objects, raise_together
@@ -11,6 +13,7 @@ from megatron_rl.config.schema import RunConfig
 from megatron_rl.errors import WeightSyncError
 from megatron_rl.mcore.model import place_of
 from megatron_rl.mcore.policy import Policy
+from megatron_rl.mcore.scoring import ScoringModel
 from megatron_rl.metrics.metric import Max, Mean, Reduction
 from megatron_rl.models import layout_table
 from megatron_rl.models.engine_shards import engine_boxes
@@ -22,6 +25,8 @@ from megatron_rl.weights.layout import hf_shapes
 from megatron_rl.weights.reshard import ReshardPlan, plan_reshard
 from megatron_rl.weights.transfer import Traffic, Transfer
 
+# tokens of the prompt that every engine answers after a push
+PROBE_PROMPT = 4
 PROBE_LIMITS = {"fp32": 1e-3, "bf16": 0.2}
 
 
@@ -125,18 +130,14 @@ class WeightSync:
             max_new_tokens=settings.probe_tokens,
             stop_token_ids=(),
         )
-        prompt = torch.arange(4) % self._policy.spec.vocab_size
+        prompt = torch.arange(PROBE_PROMPT) % self._policy.spec.vocab_size
         seed = sample_seed(self._config.run.seed, version, self._engine.place.index)
         with raise_together(self._parallel):
             request = Request(key=0, token_ids=prompt, seeds=(seed,))
             found = list(self._engine.generate(iter([request]), params, max_requests=1))
         sampled = [one.completion for part in gather_objects(found, self._parallel) for one in part]
-        sequences = [_scored(prompt, completion.token_ids) for completion in sampled]
-        rows = self._policy.logprobs(given_batch(sequences, [range(len(sequences))]))
-        apart = [
-            float((row[prompt.numel() :] - completion.logprobs).abs().mean())
-            for row, completion in zip(rows, sampled, strict=True)
-        ]
+        rows = policy_logprobs(self._policy, [(prompt, completion.token_ids) for completion in sampled])
+        apart = [float((row - completion.logprobs).abs().mean()) for row, completion in zip(rows, sampled, strict=True)]
         if not max(apart) <= limit:  # NaN as well
             raise WeightSyncError(
                 f"after the push of version {version} the log-probabilities of {settings.probe_tokens} sampled tokens "
@@ -150,7 +151,22 @@ class WeightSync:
         return {"fp32": 4, "bf16": 2}[self._config.model.dtype]
 
 
-def _scored(prompt: torch.Tensor, response: torch.Tensor) -> TrainSequence:
+def policy_logprobs(policy: ScoringModel, pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """Log-probabilities [R] float32 of every response by the policy; collective.
+
+    Args:
+        pairs: prompts [P] and responses [R], int64, the same on every rank.
+    """
+    parallel = policy.parallel
+    # the interleaved schedule visits chunks in rounds of one micro-batch for each stage
+    rounds = parallel.pp_size if parallel.vp_size > 1 else 1
+    sequences = [_scored(*pair) for pair in pairs]
+    sequences += [sequences[0]] * (-len(sequences) % rounds)
+    rows = policy.logprobs(given_batch(sequences, [range(i, len(sequences), rounds) for i in range(rounds)]))
+    return [row[prompt.numel() :] for row, (prompt, _) in zip(rows, pairs, strict=False)]
+
+
+def _scored(prompt: Tensor, response: Tensor) -> TrainSequence:
     token_ids = torch.cat([prompt, response])
     zeros, mask = torch.zeros(token_ids.numel()), torch.arange(token_ids.numel()) >= prompt.numel()
     return TrainSequence(

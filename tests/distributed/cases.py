@@ -29,9 +29,22 @@ from megatron_rl.mcore.scoring import ScoringModel
 from megatron_rl.metrics.metric import merge, results
 from megatron_rl.models import layout_table
 from megatron_rl.models.engine_shards import engine_boxes
+from megatron_rl.rollout.engine import Request
 from megatron_rl.rollout.engines.embedded import EmbeddedEngine
-from megatron_rl.types import ParallelContext, Prompt, Rollout, RolloutGroup, TrainBatch, TrainSequence
+from megatron_rl.rollout.queue import share
+from megatron_rl.rollout.sampling import sample_seed
+from megatron_rl.types import (
+    Completion,
+    ParallelContext,
+    Prompt,
+    Rollout,
+    RolloutGroup,
+    SamplingParams,
+    TrainBatch,
+    TrainSequence,
+)
 from megatron_rl.weight_sync import WeightSync
+from megatron_rl.weight_sync.push import policy_logprobs
 from megatron_rl.weights.layout import hf_shapes
 from megatron_rl.weights.reshard import plan_reshard
 from megatron_rl.weights.transfer import Traffic, Transfer
@@ -195,6 +208,41 @@ def pushed_twice(config: RunConfig) -> list[dict[str, float]]:
     second = sync.push(1)
     assert sync.push(1) == {}
     return [{name: value.result() for name, value in found.items()} for found in (first, second)]
+
+
+def engine_and_policy(config: RunConfig, num_updates: int) -> list[tuple[Completion, torch.Tensor]]:
+    """Completions of this rank's engine after some updates, each with the policy's own log-probabilities."""
+    parallel = world(config)
+    policy = Policy(config, parallel)
+    key = f"{config.model.path} {config.rollout}"
+    if key not in _engines:
+        for other in list(_engines):
+            _engines.pop(other).close()
+        _engines[key] = build_engine(config, policy)
+    engine = _engines[key]
+    sync = WeightSync(policy, engine, config)
+    found: list[tuple[Completion, torch.Tensor]] = []
+    for version in range(num_updates + 1):
+        if version:
+            policy.update(batch_of())
+        engine._version = -1  # an engine of an earlier call may have the version already
+        sync.push(version)
+        params = SamplingParams(temperature=0.8, top_p=1.0, top_k=0, max_new_tokens=12, stop_token_ids=(1,))
+        asked = [
+            Request(key=key, token_ids=torch.arange(3 + key), seeds=(sample_seed(version, key, 0), 5))
+            for key in range(6)
+        ]
+        mine = share(asked, "static", "", engine.place, None)
+        done = list(engine.generate(mine, params, max_requests=4))
+        everything = [one for part in gather_objects(done, parallel) for one in part]
+        assert len(everything) == 12
+        assert {one.completion.policy_version for one in everything} == {version}
+        rows = policy_logprobs(policy, [(asked[one.key].token_ids, one.completion.token_ids) for one in everything])
+        found += [(one.completion, row) for one, row in zip(everything, rows, strict=True)]
+    return found
+
+
+_engines: dict[str, Any] = {}
 
 
 class FaultyEngine(EmbeddedEngine):

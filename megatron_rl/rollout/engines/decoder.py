@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_rl.cpu_linear import linear
-from megatron_rl.errors import WeightSyncError
 from megatron_rl.models import ModelSpec, layout_table
 from megatron_rl.models.rope import inverse_frequencies, softmax_scale
 from megatron_rl.models.spec import MoeSpec
 from megatron_rl.models.table import EMBEDDING, LM_HEAD
+from megatron_rl.rollout.engines.loading import ExpectedTensors
 from megatron_rl.weights.layout import hf_shapes
 
 # Modules that take the same input, and are kept under the name of the first; gate and up of a feed-forward block too.
@@ -61,6 +61,7 @@ class Decoder:
         self.device = device
         self.dtype = dtype
         self._shapes = hf_shapes(layout_table(spec, 1))
+        self._expected = ExpectedTensors(self._shapes)
         self._weights: dict[str, Tensor] = {}
         """Under the names of Hugging Face; some are parts of a fused one."""
         self._fused: dict[str, Tensor] = {}
@@ -77,21 +78,9 @@ class Decoder:
         Raises:
             WeightSyncError: a name is unexpected, double or missing, or a shape is wrong.
         """
-        seen: set[str] = set()
-        for name, tensor in tensors:
-            if name not in self._shapes or name in seen:
-                raise WeightSyncError(
-                    f"weights for the engine: {name} came {'twice' if name in seen else 'unexpectedly'}."
-                )
-            if tuple(tensor.shape) != self._shapes[name]:
-                raise WeightSyncError(
-                    f"weights for the engine: {name} is {tuple(tensor.shape)}, expected {self._shapes[name]}."
-                )
-            seen.add(name)
+        for name, tensor in self._expected.watch(tensors):
             self._weights[name].copy_(tensor)
-        missing = sorted(set(self._shapes) - seen)
-        if missing:
-            raise WeightSyncError(f"weights for the engine: {len(missing)} tensors did not come, first {missing[0]}.")
+        self._expected.check_complete()
 
     def new_cache(self, rows: int, capacity: int) -> KVCache:
         """An empty cache."""

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from megatron_rl.errors import EngineError
 from megatron_rl.models import ModelSpec
-from megatron_rl.rollout.engine import EnginePlace, Finished, Request, check_request
+from megatron_rl.rollout.engine import EnginePlace, Finished, Request
+from megatron_rl.rollout.engines.admission import Admission
 from megatron_rl.rollout.engines.decoder import Decoder, KVCache
 from megatron_rl.rollout.sampling import choose, uniforms
 from megatron_rl.types import Completion, SamplingParams
@@ -90,7 +91,6 @@ class EmbeddedEngine:
         self._max_num_sequences = max_num_sequences
         self._reports_routing = reports_routing
         self._version = -1
-        self._last_size = 1  # samples of the request pulled last: the next is expected to be like it
 
     @property
     def version(self) -> int:
@@ -108,39 +108,28 @@ class EmbeddedEngine:
         if self._version < 0:
             raise EngineError("the embedded engine has no weights yet: push them before generating.")
         stops = torch.tensor(params.stop_token_ids, dtype=torch.int64, device=self._device)
+        admission = Admission(
+            requests,
+            params,
+            self._spec,
+            self.place,
+            max_requests=max_requests,
+            max_num_sequences=self._max_num_sequences,
+        )
         rows: _Rows | None = None
-        in_work: dict[int, int] = {}  # request key -> samples not finished
-        exhausted = False
         while True:
-            fresh: list[Request] = []
-            while not exhausted and self._has_place(in_work, max_requests):
-                request = next(requests, None)
-                if request is None:
-                    exhausted = True
-                else:
-                    check_request(request, params, self._spec)
-                    fresh.append(request)
-                    self._last_size = len(request.seeds)
-                    in_work[request.key] = len(request.seeds)
+            fresh = admission.pull()
             if fresh:
                 admitted = self._admit(fresh, params)
                 rows = admitted if rows is None else rows.join(admitted)
             if rows is None:
                 return
             for finished in self._step(rows, stops, params):
-                in_work[finished.key] -= 1
-                if in_work[finished.key] == 0:
-                    del in_work[finished.key]
+                admission.finish(finished.key)
                 yield finished
             rows = self._drop_finished(rows)
             if rows is not None:
                 self._advance(rows)
-
-    def _has_place(self, in_work: dict[int, int], max_requests: int) -> bool:
-        if len(in_work) >= max_requests:
-            return False
-        num_sequences = sum(in_work.values())
-        return num_sequences == 0 or num_sequences + self._last_size <= self._max_num_sequences
 
     def _admit(self, requests: list[Request], params: SamplingParams) -> _Rows:
         """Prefill every prompt once and give each of its samples a row."""

@@ -1,0 +1,80 @@
+"""How many requests an engine has in work, the same on all of its ranks."""
+
+from collections.abc import Iterator
+
+from megatron_rl.errors import EngineError
+from megatron_rl.models import ModelSpec
+from megatron_rl.rollout.engine import EnginePlace, Request, check_request
+from megatron_rl.types import SamplingParams
+
+
+class Admission:
+    """Takes requests from a queue as places get free."""
+
+    def __init__(
+        self,
+        requests: Iterator[Request],
+        params: SamplingParams,
+        spec: ModelSpec,
+        place: EnginePlace,
+        *,
+        max_requests: int,
+        max_num_sequences: int,
+    ) -> None:
+        self._requests = requests
+        self._params = params
+        self._spec = spec
+        self._place = place
+        self._max_requests = max_requests
+        self._max_num_sequences = max_num_sequences
+        self._in_work: dict[int, int] = {}  # request key -> samples not finished
+        self._last_size = 1  # samples of the request pulled last: the next is expected to be like it
+        self._exhausted = False
+
+    @property
+    def is_idle(self) -> bool:
+        """Nothing is in work."""
+        return not self._in_work
+
+    def pull(self) -> list[Request]:
+        """What begins now; the leader asks the queue, and every rank of the engine gets the same.
+
+        Raises:
+            EngineError: on every rank, when a request cannot be served.
+        """
+        fresh = []
+        while not self._exhausted and self._has_place():
+            request = self._next()
+            if request is None:
+                self._exhausted = True
+            else:
+                self._last_size = len(request.seeds)
+                self._in_work[request.key] = len(request.seeds)
+                fresh.append(request)
+        return fresh
+
+    def finish(self, key: int) -> None:
+        """A sample of the request is done."""
+        self._in_work[key] -= 1
+        if self._in_work[key] == 0:
+            del self._in_work[key]
+
+    def _has_place(self) -> bool:
+        if len(self._in_work) >= self._max_requests:
+            return False
+        num_sequences = sum(self._in_work.values())
+        return num_sequences == 0 or num_sequences + self._last_size <= self._max_num_sequences
+
+    def _next(self) -> Request | None:
+        request, failure = None, None
+        if self._place.is_leader:
+            try:
+                request = next(self._requests, None)
+                if request is not None:
+                    check_request(request, self._params, self._spec)
+            except EngineError as error:
+                failure = str(error)
+        request, failure = self._place.from_leader((request, failure))
+        if failure is not None:
+            raise EngineError(failure)
+        return request

@@ -1,0 +1,50 @@
+"""The engine beside a Megatron policy in the same processes: both find the same log-probabilities after every push."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.distributed import cases
+from tests.gang import Gang
+from tests.toys import toy_config
+
+TP2, PP2, EP2 = (f"parallel.{name}_parallel_size=2" for name in ("tensor", "pipeline", "expert"))
+VPP2 = "parallel.virtual_pipeline_parallel_size=2"
+LAYOUTS: dict[str, tuple[str, bool, list[str]]] = {
+    "tp2-pp2": ("qwen2", True, [TP2, PP2]),
+    "tp2-dp2": ("qwen2", True, [TP2]),
+    "pp2-vpp2": ("qwen2", True, [PP2, VPP2]),
+    "tp2-pp2-untied": ("qwen3", False, [TP2, PP2]),
+    "ep2": ("qwen3_moe", False, [EP2]),
+}
+
+
+@pytest.mark.parametrize("engine_tp", [1, 2])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_log_probabilities_are_the_policys(
+    name: str,
+    engine_tp: int,
+    engine_name: str,
+    gangs: Callable[[int], Gang],
+    toy_model: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    if engine_name == "embedded" and engine_tp > 1:
+        pytest.skip("the embedded engine holds the whole model on every rank")
+    family, tied, overrides = LAYOUTS[name]
+    model = toy_model(family, tied=tied, num_hidden_layers=4, hidden_size=128, head_dim=32)
+    config = toy_config(
+        tmp_path,
+        model,
+        *overrides,
+        f"rollout.engine={engine_name}",
+        f"rollout.tensor_parallel_size={engine_tp}",
+        "rollout.temperature=0.8",
+        "weight_sync.verify_every=1",
+    )
+    for found in gangs(4).call(cases.engine_and_policy, config=config, num_updates=2):
+        assert len(found) == 3 * 12
+        for completion, own in found:
+            torch.testing.assert_close(completion.logprobs, own, rtol=0, atol=1e-5)
