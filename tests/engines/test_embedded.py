@@ -1,6 +1,6 @@
-"""The embedded engine: the contract that every engine keeps."""
+"""What only the embedded engine does, and how it draws."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -8,33 +8,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from megatron_rl.errors import EngineError, WeightSyncError
 from megatron_rl.models import read_model_spec
-from megatron_rl.rollout.engine import EnginePlace, Finished, Request
 from megatron_rl.rollout.engines.embedded import EmbeddedEngine
 from megatron_rl.rollout.sampling import choose, sample_seed, uniforms
-from megatron_rl.types import Completion, SamplingParams
-from tests.toys import VOCAB
-from tools.make_toy_model import FAMILIES
-
-ALONE = EnginePlace(index=0, count=1, tp_rank=0, tp_size=1, leader=0, group=None)
-
-
-def params(**changes: object) -> SamplingParams:
-    fields = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": 12, "stop_token_ids": (1,), **changes}
-    return SamplingParams(**fields)  # type: ignore[arg-type]
-
-
-def engine_of(folder: Path, max_num_sequences: int = 64) -> EmbeddedEngine:
-    engine = EmbeddedEngine(
-        read_model_spec(folder),
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        max_num_sequences=max_num_sequences,
-        place=ALONE,
-    )
-    engine.load_weights(iter(load_file(folder / "model.safetensors").items()), version=3)
-    return engine
+from tests.engines.contract import ALONE, collect, params, requests
 
 
 def test_reported_routes_are_those_of_transformers(toy_model: Callable[..., Path]) -> None:
@@ -65,107 +42,6 @@ def test_reported_routes_are_those_of_transformers(toy_model: Callable[..., Path
             assert mine[-1].tolist() == [0, 1]
 
 
-def requests(count: int = 5, samples: int = 3) -> list[Request]:
-    generator = torch.Generator().manual_seed(0)
-    return [
-        Request(
-            key=key,
-            token_ids=torch.randint(3, VOCAB, (2 + 3 * (key % 3),), generator=generator),
-            seeds=tuple(sample_seed(0, key, i) for i in range(samples)),
-        )
-        for key in range(count)
-    ]
-
-
-def collect(found: Iterator[Finished]) -> dict[tuple[int, int], Completion]:
-    results = {}
-    for finished in found:
-        assert (finished.key, finished.sample) not in results
-        results[finished.key, finished.sample] = finished.completion
-    return results
-
-
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_tokens_equal_transformers(family: str, tied: bool, toy_model: Callable[..., Path]) -> None:
-    folder = toy_model(family, tied=tied)
-    hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    asked = requests(samples=1)
-    found = collect(engine_of(folder).generate(iter(asked), params(temperature=0.0), max_requests=5))
-    for request in asked:
-        ids = request.token_ids[None]
-        wanted = hf.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, eos_token_id=1, pad_token_id=0
-        )[0, ids.size(1) :]
-        completion = found[request.key, 0]
-        assert completion.token_ids.tolist() == wanted.tolist()
-        assert completion.policy_version == 3
-        assert completion.finish_reason == ("stop" if wanted[-1] == 1 else "length")
-
-
-@pytest.mark.parametrize(
-    "changes", [{}, {"temperature": 0.7}, {"temperature": 1.5, "top_k": 5}, {"top_p": 0.6}], ids=str
-)
-def test_logprobs_are_those_of_the_distribution_really_sampled(
-    changes: dict[str, float], toy_model: Callable[..., Path]
-) -> None:
-    folder = toy_model("qwen2")
-    hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    asked, asked_params = requests(), params(**changes)
-    found = collect(engine_of(folder).generate(iter(asked), asked_params, max_requests=5))
-    assert len(found) == 15
-    for (key, _), completion in found.items():
-        ids = torch.cat([asked[key].token_ids, completion.token_ids])
-        with torch.no_grad():
-            logits = hf(ids[None]).logits[0, asked[key].token_ids.numel() - 1 : -1] / asked_params.temperature
-        if asked_params.top_k:
-            logits = logits.masked_fill(logits < logits.topk(asked_params.top_k).values[:, -1:], float("-inf"))
-        if asked_params.top_p < 1:
-            values, order = logits.softmax(-1).sort(descending=True)
-            outside = torch.zeros_like(logits, dtype=torch.bool).scatter(
-                1, order, values.cumsum(-1) - values >= asked_params.top_p
-            )
-            logits = logits.masked_fill(outside, float("-inf"))
-        wanted = logits.log_softmax(-1).gather(1, completion.token_ids[:, None])[:, 0]
-        torch.testing.assert_close(completion.logprobs, wanted, rtol=0, atol=1e-5)
-
-
-def test_a_sample_depends_on_its_seed_and_not_on_its_company(toy_model: Callable[..., Path]) -> None:
-    folder, asked = toy_model("qwen3"), requests(count=9)
-    together = collect(engine_of(folder).generate(iter(asked), params(), max_requests=9))
-    for limits in ((64, 1), (3, 9), (7, 2)):
-        engine = engine_of(folder, max_num_sequences=limits[0])
-        other = collect(engine.generate(iter(reversed(asked)), params(), max_requests=limits[1]))
-        assert other.keys() == together.keys()
-        for place, completion in together.items():
-            assert other[place].token_ids.tolist() == completion.token_ids.tolist()
-    assert len({tuple(c.token_ids.tolist()) for c in together.values()}) > 20
-
-
-def test_results_come_as_they_finish_and_requests_are_pulled_as_places_get_free(toy_model: Callable[..., Path]) -> None:
-    pulled: list[int] = []
-
-    def queue() -> Iterator[Request]:
-        for request in requests(count=6):
-            pulled.append(request.key)
-            yield request
-
-    engine = engine_of(toy_model("qwen2"), max_num_sequences=6)
-    found = engine.generate(queue(), params(max_new_tokens=40), max_requests=6)
-    next(found)
-    assert pulled == [0, 1]
-    assert len(list(found)) == 17
-    assert pulled == list(range(6))
-
-
-def test_lengths_stop_tokens_and_many_stops(toy_model: Callable[..., Path]) -> None:
-    found = collect(engine_of(toy_model("qwen2")).generate(iter(requests()), params(max_new_tokens=1), max_requests=5))
-    assert {c.token_ids.numel() for c in found.values()} == {1}
-    everything = params(stop_token_ids=tuple(range(VOCAB)))
-    found = collect(engine_of(toy_model("qwen2")).generate(iter(requests()), everything, max_requests=5))
-    assert {(c.token_ids.numel(), c.finish_reason) for c in found.values()} == {(1, "stop")}
-
-
 @pytest.mark.parametrize("temperature", [0.5, 1.0])
 def test_frequencies_match_the_distribution(temperature: float) -> None:
     logits = torch.tensor([1.0, 0.0, -1.0, 2.0])
@@ -183,35 +59,3 @@ def test_seeds_of_neighbours_are_unrelated() -> None:
     lagged = torch.corrcoef(torch.stack([draws[:-1, 0], draws[1:, 0]]))[0, 1]
     assert abs(float(lagged)) < 0.1
     assert 0.45 < float(draws.mean()) < 0.55
-
-
-@pytest.mark.parametrize(
-    ("ids", "message"),
-    [
-        ([], "0 tokens"),
-        ([VOCAB], f"token ids {VOCAB} to {VOCAB}"),
-        ([-1], "token ids -1"),
-        ([5] * 510, "more than the model's 512"),
-    ],
-)
-def test_bad_requests_are_refused(ids: list[int], message: str, toy_model: Callable[..., Path]) -> None:
-    request = Request(key=0, token_ids=torch.tensor(ids, dtype=torch.int64), seeds=(1,))
-    with pytest.raises(EngineError, match=message):
-        list(engine_of(toy_model()).generate(iter([request]), params(), max_requests=1))
-
-
-def test_weights_are_taken_whole_or_refused(toy_model: Callable[..., Path]) -> None:
-    tensors = load_file(toy_model() / "model.safetensors")
-    engine = engine_of(toy_model())
-    without = {name: t for name, t in tensors.items() if "norm.weight" not in name}
-    with pytest.raises(WeightSyncError, match="did not come, first model"):
-        engine.load_weights(iter(without.items()), version=4)
-    assert engine.version == -1
-    with pytest.raises(EngineError, match="no weights yet"):
-        list(engine.generate(iter(requests()), params(), max_requests=1))
-    with pytest.raises(WeightSyncError, match="extra came unexpectedly"):
-        engine.load_weights(iter({**tensors, "extra": torch.zeros(1)}.items()), version=4)
-    with pytest.raises(WeightSyncError, match="expected"):
-        engine.load_weights(iter({**tensors, "model.norm.weight": torch.zeros(1)}.items()), version=4)
-    engine.load_weights(iter(tensors.items()), version=5)
-    assert engine.version == 5

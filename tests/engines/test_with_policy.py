@@ -34,7 +34,9 @@ def test_log_probabilities_are_the_policys(
     if engine_name == "embedded" and engine_tp > 1:
         pytest.skip("the embedded engine holds the whole model on every rank")
     family, tied, overrides = LAYOUTS[name]
-    model = toy_model(family, tied=tied, num_hidden_layers=4, hidden_size=128, head_dim=32)
+    # sizes that the engines' CPU kernels take, also of half an expert
+    experts = {"moe_intermediate_size": 64} if family == "qwen3_moe" else {}
+    model = toy_model(family, tied=tied, num_hidden_layers=4, hidden_size=128, head_dim=32, **experts)
     config = toy_config(
         tmp_path,
         model,

@@ -82,7 +82,7 @@ class VllmEngine:
                 ) from error
             _keep_default_group()
             self._llm = LLM(**arguments)
-        self._tied_head_is_packed = device.type == "cpu" and spec.tied_embeddings
+        self._is_on_cpu = device.type == "cpu"
 
     @property
     def version(self) -> int:
@@ -93,8 +93,8 @@ class VllmEngine:
         arguments = {"weights_iterator": self._expected.watch(tensors)}
         self._llm.collective_rpc("reload_weights", kwargs=arguments)
         self._expected.check_complete()
-        if self._tied_head_is_packed:
-            self._llm.collective_rpc(_pack_head_again)
+        if self._is_on_cpu:
+            self._llm.collective_rpc(_pack_again)
         self._llm.reset_prefix_cache()  # it would answer from the weights before
         self._version = version
 
@@ -223,7 +223,12 @@ def _keep_default_group() -> None:
     core.cleanup_dist_env_and_memory = destroy_model_parallel
 
 
-def _pack_head_again(worker: Any) -> None:
-    """On CPUs a tied output layer keeps a packed copy of the embedding, which a reload does not renew."""
-    head = worker.model_runner.model.lm_head
-    head.quant_method.process_weights_after_loading(head)
+def _pack_again(worker: Any) -> None:
+    """What vLLM packs for CPUs when it first loads a model, and not when it reloads: experts, and a tied head."""
+    model = worker.model_runner.model
+    for module in model.modules():
+        kernel = getattr(getattr(module, "quant_method", None), "moe_kernel", None)
+        if kernel is not None:
+            kernel.fused_experts.process_weights_after_loading(module)
+    if model.config.tie_word_embeddings:
+        model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
