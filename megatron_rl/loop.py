@@ -75,7 +75,7 @@ def run_in(config: RunConfig, resume: str, parallel: ParallelContext) -> None:
     state = checkpoints.restore(checkpoint, policy) if checkpoint else fresh_state(parallel)
     with raise_together(parallel):
         collector = build_collector(config, inputs, engine, parallel)
-    with closing(collector):
+    with closing(engine), closing(collector):
         sampler = build_sampler(config, inputs, collector)
         evaluator = build_evaluator(config, inputs, collector)
         with raise_together(parallel):

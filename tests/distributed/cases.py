@@ -45,7 +45,7 @@ from megatron_rl.types import (
 )
 from megatron_rl.weight_sync import WeightSync
 from megatron_rl.weight_sync.push import policy_logprobs
-from megatron_rl.weights.layout import hf_shapes
+from megatron_rl.weights.layout import Place, hf_shapes
 from megatron_rl.weights.reshard import plan_reshard
 from megatron_rl.weights.transfer import Traffic, Transfer
 from tests.toys import VOCAB, sequences
@@ -171,6 +171,12 @@ def _random_state(parallel: ParallelContext) -> ShardedObject:
     return ShardedObject("rng_state", [{"random": torch.get_rng_state()}], shape, place, replica_id=0)
 
 
+def held(config: RunConfig) -> tuple[list[str], Place]:
+    """This rank's parameters and its place."""
+    parallel = world(config)
+    return list(ScoringModel(config, parallel, config.model.path).parameters), place_of(parallel)
+
+
 def transferred(
     config: RunConfig, engine_tp: int, nodes: list[int], bucket_elements: int
 ) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
@@ -193,7 +199,6 @@ def transferred(
         "planned": 4 * plan.num_received(parallel.rank),
         "planned to send": 4 * plan.num_sent(parallel.rank),
         "least": 4 * plan.minimum(parallel.rank),
-        "left": traffic.held,
         "peak": traffic.peak,
     }
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from megatron_rl.models import read_model_spec
 from megatron_rl.models.engine_shards import engine_boxes
+from megatron_rl.models.placement import held_on_paper
 from megatron_rl.weights.layout import box_index
 from tests.distributed import cases
 from tests.gang import Gang
@@ -57,8 +58,24 @@ def test_every_rank_gets_what_its_engine_reads(
                 assert torch.equal(tensor.nan_to_num(7e7), expected.nan_to_num(7e7)), key
             assert traffic["received"] == traffic["planned"] == traffic["least"]
             assert traffic["sent"] == traffic["planned to send"]
-            assert traffic["left"] == 0
         assert sum(traffic["received"] for _, traffic in found) == sum(traffic["sent"] for _, traffic in found)
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [("dp4", {"dp": 4}), ("tp2-pp2", {"tp": 2, "pp": 2}), ("ep2-pp2", {"pp": 2, "dp": 2, "ep": 2})],
+)
+def test_the_paper_placement_is_megatrons(
+    name: str, sizes: dict[str, int], gangs: Callable[[int], Gang], toy_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    family, overrides = LAYOUTS[name]
+    model = toy_model(family, tied=family == "qwen2", num_hidden_layers=4)
+    found = gangs(4).call(cases.held, config=toy_config(tmp_path, model, *overrides))
+    for (names, place), (paper_names, paper_place) in zip(
+        found, held_on_paper(read_model_spec(model), **sizes), strict=True
+    ):
+        assert set(names) == set(paper_names)
+        assert (place.tp_rank, place.tp_size) == (paper_place.tp_rank, paper_place.tp_size)
 
 
 @pytest.mark.parametrize("name", ["tp2-pp2", "ep2"])

@@ -36,7 +36,7 @@ def test_log_probabilities_are_the_policys(
     family, tied, overrides = LAYOUTS[name]
     # sizes that the engines' CPU kernels take, also of half an expert
     experts = {"moe_intermediate_size": 64} if family == "qwen3_moe" else {}
-    model = toy_model(family, tied=tied, num_hidden_layers=4, hidden_size=128, head_dim=32, **experts)
+    model = toy_model(family, tied=tied, num_hidden_layers=8, hidden_size=128, head_dim=32, **experts)
     config = toy_config(
         tmp_path,
         model,
@@ -44,6 +44,7 @@ def test_log_probabilities_are_the_policys(
         f"rollout.engine={engine_name}",
         f"rollout.tensor_parallel_size={engine_tp}",
         "rollout.temperature=0.8",
+        "weight_sync.bucket_mb=1",
         "weight_sync.verify_every=1",
     )
     for found in gangs(4).call(cases.engine_and_policy, config=config, num_updates=2):

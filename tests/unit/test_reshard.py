@@ -11,35 +11,12 @@ import torch
 from megatron_rl.errors import ConfigError, WeightSyncError
 from megatron_rl.models import ModelSpec, layout_table, read_model_spec
 from megatron_rl.models.engine_shards import check_engine_size, engine_boxes
-from megatron_rl.weights.layout import Box, Place, box_size, hf_shapes, layer_of
-from megatron_rl.weights.reshard import Held, ReshardPlan, plan_reshard
+from megatron_rl.models.placement import held_on_paper
+from megatron_rl.weights.layout import Box, box_size, hf_shapes, layer_of
+from megatron_rl.weights.reshard import ReshardPlan, plan_reshard
 from tests.unit.test_families import PUBLISHED
 
 Layout = Mapping[str, int]
-
-
-def held_by(spec: ModelSpec, *, tp: int = 1, pp: int = 1, dp: int = 1, ep: int = 1) -> Held:
-    """What the ranks of a training layout hold; tensor-parallel ranks are neighbours, stages outermost."""
-    table = layout_table(spec, tp)
-    held = []
-    for stage, replica, tp_rank in itertools.product(range(pp), range(dp), range(tp)):
-        names = [name for name, layout in table.items() if _is_held(spec, name, stage, pp, replica % ep, ep)]
-        held.append((names, Place(tp_rank=tp_rank, tp_size=tp, etp_rank=0, etp_size=1)))
-    return held
-
-
-def _is_held(spec: ModelSpec, name: str, stage: int, pp: int, ep_rank: int, ep: int) -> bool:
-    parts = name.split(".")
-    if parts[:2] != ["decoder", "layers"]:
-        first = name.startswith("embedding")
-        if name == "output_layer.weight" and spec.tied_embeddings and pp == 1:
-            return False
-        return stage == (0 if first else pp - 1)
-    if int(parts[2]) // (spec.num_layers // pp) != stage:
-        return False
-    if "local_experts" not in parts or spec.moe is None:
-        return True
-    return int(parts[parts.index("local_experts") + 1]) // (spec.moe.num_experts // ep) == ep_rank
 
 
 def wanted_by(spec: ModelSpec, num_ranks: int, engine_tp: int) -> list[dict[str, Box]]:
@@ -50,7 +27,7 @@ def wanted_by(spec: ModelSpec, num_ranks: int, engine_tp: int) -> list[dict[str,
 def plan_of(
     spec: ModelSpec, layout: Layout, engine_tp: int, ranks_per_node: int = 8, bucket_elements: int = 10**6
 ) -> ReshardPlan:
-    held = held_by(spec, **layout)
+    held = held_on_paper(spec, **layout)
     nodes = [rank // ranks_per_node for rank in range(len(held))]
     wanted = wanted_by(spec, len(held), engine_tp)
     table = layout_table(spec, layout.get("tp", 1))
@@ -122,7 +99,9 @@ def test_buckets_are_whole_layers_of_all_stages(toy_model: Callable[..., Path]) 
 
 def test_a_parameter_that_nobody_holds(toy_model: Callable[..., Path]) -> None:
     spec = read_model_spec(toy_model("qwen2"))
-    held = [([name for name in names if "layers.1.mlp" not in name], place) for names, place in held_by(spec, tp=2)]
+    held = [
+        ([name for name in names if "layers.1.mlp" not in name], place) for names, place in held_on_paper(spec, tp=2)
+    ]
     with pytest.raises(WeightSyncError, match=r"model\.layers\.1\.mlp\.gate_proj\.weight: rank 0 reads"):
         plan_reshard(held, layout_table(spec, 2), wanted_by(spec, 2, 1), [0, 0], bucket_elements=10**6)
 

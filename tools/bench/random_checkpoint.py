@@ -19,6 +19,16 @@ _QWEN = {
     "max_position_embeddings": 32768,
     "rope_theta": 1e6,
 }
+QWEN25_0_5B: dict[str, Any] = {
+    **_QWEN,
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "vocab_size": 151936,
+    "tie_word_embeddings": True,
+}
 QWEN25_1_5B: dict[str, Any] = {
     **_QWEN,
     "hidden_size": 1536,
