@@ -14,7 +14,7 @@ TRL_INSTALLED := $(TRL_VENV)/.installed
 BENCH ?=
 BIN := $(VENV)/bin
 NEWEST := .megatron-newest
-GATES := $(addprefix tests/distributed/test_,layouts.py checkpoint.py model.py memory.py)
+GATES := $(addprefix tests/distributed/test_,layouts.py checkpoint.py model.py memory.py conversion.py)
 INSTALLED := $(VENV)/.installed
 VLLM_INSTALLED := $(VLLM_VENV)/.installed
 # of the engine that the quickstart runs on
@@ -29,7 +29,7 @@ TORCH := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 'torch>=2.11,<2.1
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install quickstart quickstart-seeds bench-step bench-memory bench-convert test test-vllm test-newest lint clean
+.PHONY: install quickstart quickstart-seeds bench-step bench-memory bench-convert bench-weight-sync test test-vllm test-newest lint clean
 
 install: $(INSTALLED)
 
@@ -68,6 +68,10 @@ bench-memory: $(INSTALLED)
 # conversion against cp, 3 GB and 15 GB; needs four times that on the disk
 bench-convert: $(INSTALLED)
 	$(BIN)/python tools/bench_convert.py $(BENCH)
+
+# planned weight pushes against a gather tensor by tensor; BENCH="--layout tp2-dp2 --engine-tp 2" chooses
+bench-weight-sync: $(INSTALLED)
+	$(BIN)/python tools/bench_weight_sync.py $(BENCH)
 
 $(TRL_INSTALLED):
 	test -x $(TRL_VENV)/bin/python || $(PYTHON) -m venv $(TRL_VENV)
