@@ -33,9 +33,11 @@ from megatron_rl.rewards.registry import build_grader
 from megatron_rl.rollout.collect import Collector
 from megatron_rl.rollout.engine import Engine, engine_place
 from megatron_rl.rollout.engines.embedded import EmbeddedEngine
+from megatron_rl.rollout.engines.sglang import SglangEngine
 from megatron_rl.rollout.engines.vllm import VllmEngine
 from megatron_rl.rollout.evaluator import Evaluator
 from megatron_rl.rollout.sampler import DemonstrationSampler, EngineSampler, Sampler
+from megatron_rl.rollout.sampling import sample_seed
 from megatron_rl.run_folder import RunFolder
 from megatron_rl.types import ParallelContext, SamplingParams, TrainState
 from megatron_rl.weight_sync.push import PROBE_PROMPT
@@ -132,19 +134,20 @@ def build_engine(config: RunConfig, policy: Policy) -> Engine:
             place=place,
             reports_routing=config.moe.routing_replay,
         )
-    return VllmEngine(
-        config.model.path,
-        policy.spec,
-        place=place,
-        device=parallel.device,
-        dtype=dtype,
-        max_num_sequences=rollout.max_num_sequences,
-        max_model_len=longest_sequence(config, policy.spec),
-        rank=parallel.rank,
-        local_rank=parallel.local_rank,
-        identity=gather_objects(uuid.uuid4().hex[:8], parallel)[0],
-        options=rollout.engine_options,
-    )
+    common: dict[str, Any] = {
+        "place": place,
+        "device": parallel.device,
+        "dtype": dtype,
+        "max_num_sequences": rollout.max_num_sequences,
+        "max_model_len": longest_sequence(config, policy.spec),
+        "local_rank": parallel.local_rank,
+        "options": rollout.engine_options,
+    }
+    if rollout.engine == "sglang":
+        seed = sample_seed(config.run.seed, place.index) % 2**31
+        return SglangEngine(config.model.path, policy.spec, seed=seed, **common)
+    identity = gather_objects(uuid.uuid4().hex[:8], parallel)[0]
+    return VllmEngine(config.model.path, policy.spec, rank=parallel.rank, identity=identity, **common)
 
 
 def longest_sequence(config: RunConfig, spec: ModelSpec) -> int:

@@ -25,6 +25,7 @@ from megatron_rl.build import (
 from megatron_rl.checkpoints import Checkpoints
 from megatron_rl.collective import raise_together
 from megatron_rl.config import RunConfig, validate
+from megatron_rl.drift import check_drift
 from megatron_rl.mcore.parallel import init_parallel, launcher_world, leave_world
 from megatron_rl.mcore.policy import Policy
 from megatron_rl.metrics.metric import Mean, Reduction, mean_max_min
@@ -119,6 +120,8 @@ def train(
                 batch = add_advantages(batch, config)
             with watch.span("update_actor"):
                 metrics = pushed | policy.update(batch)
+            if sampler.uses_engine:
+                check_drift(metrics, config.rollout, parallel, log.note)
         state = advance(state, groups, batch)
         if is_due(config.evaluation.every, step, config.run.num_steps):
             metrics |= evaluate(evaluator, policy, config, sync, log, state, watch)

@@ -17,8 +17,8 @@ from tests.toys import write_model
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """--engine vllm: hold the tests of tests/engines against that engine."""
-    parser.addoption("--engine", choices=("embedded", "vllm"), default="embedded")
+    """--engine vllm or sglang: hold the tests of tests/engines against that engine."""
+    parser.addoption("--engine", choices=("embedded", "vllm", "sglang"), default="embedded")
 
 
 def pytest_report_header() -> str:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from megatron_rl.algorithms.importance import rollout_weights
 from megatron_rl.algorithms.kl import KL_ESTIMATORS
 from megatron_rl.algorithms.losses import LOSSES, LossFunction
 from megatron_rl.config.schema import AlgorithmSection
@@ -18,11 +19,13 @@ class ObjectiveTerms:
     policy: Tensor
     clipped: Tensor
     kl: Tensor | None
+    rollout_weights: Tensor | None
+    """By which the policy loss was weighed for engine and trainer to agree; None without correction."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """loss + kl_coef * KL - entropy_coef * entropy, token by token."""
+    """rollout weight * loss + kl_coef * KL - entropy_coef * entropy, token by token."""
 
     loss: LossFunction
     clip_ratio_low: float
@@ -30,9 +33,18 @@ class Objective:
     kl_coef: float
     kl_estimator: str
     entropy_coef: float
+    rollout_is: str
+    rollout_is_low: float
+    rollout_is_high: float
 
     def __call__(
-        self, logprobs: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor, advantages: Tensor, entropy: Tensor
+        self,
+        logprobs: Tensor,
+        old_logprobs: Tensor,
+        ref_logprobs: Tensor,
+        rollout_logprobs: Tensor,
+        advantages: Tensor,
+        entropy: Tensor,
     ) -> ObjectiveTerms:
         policy = self.loss(
             logprobs,
@@ -41,13 +53,17 @@ class Objective:
             clip_ratio_low=self.clip_ratio_low,
             clip_ratio_high=self.clip_ratio_high,
         )
-        total, kl = policy.loss, None
+        weights = rollout_weights(
+            old_logprobs, rollout_logprobs, self.rollout_is, low=self.rollout_is_low, high=self.rollout_is_high
+        )
+        weighed = policy.loss if weights is None else weights * policy.loss
+        total, kl = weighed, None
         if self.kl_coef:
             kl = KL_ESTIMATORS[self.kl_estimator](logprobs, ref_logprobs)
             total = total + self.kl_coef * kl
         if self.entropy_coef:
             total = total - self.entropy_coef * entropy
-        return ObjectiveTerms(total=total, policy=policy.loss, clipped=policy.clipped, kl=kl)
+        return ObjectiveTerms(total=total, policy=weighed, clipped=policy.clipped, kl=kl, rollout_weights=weights)
 
 
 def build_objective(config: AlgorithmSection) -> Objective:
@@ -59,4 +75,7 @@ def build_objective(config: AlgorithmSection) -> Objective:
         kl_coef=config.kl_coef,
         kl_estimator=config.kl_estimator,
         entropy_coef=config.entropy_coef,
+        rollout_is=config.rollout_is,
+        rollout_is_low=config.rollout_is_low,
+        rollout_is_high=config.rollout_is_high,
     )

@@ -106,12 +106,12 @@ class RolloutSection:
 
     source: Literal["engine", "demonstrations"] = "engine"
     """engine: the policy's own samples; demonstrations: supervised fine-tuning."""
-    engine: Literal["embedded", "vllm"] = "embedded"
-    """Inference engine; embedded needs nothing but torch, vllm is installed beside this package (docs/engines.md)."""
+    engine: Literal["embedded", "vllm", "sglang"] = "embedded"
+    """Inference engine; embedded needs nothing but torch, the others are installed beside it (docs/engines.md)."""
     tensor_parallel_size: int = 1
     """Neighbouring ranks that make up one engine; 1 for the embedded engine."""
     engine_options: dict[str, Any] = field(default_factory=dict)
-    """Passed on to vLLM's own constructor, for instance gpu_memory_utilization."""
+    """Passed on to vLLM's or SGLang's own constructor, for instance gpu_memory_utilization."""
     num_prompts_per_step: int = 16
     """Prompts in each step."""
     group_size: int = 8
@@ -130,15 +130,27 @@ class RolloutSection:
     """dynamic: engines take prompts as they get free; static: a fixed split, repeatable bit for bit."""
     max_num_sequences: int = 256
     """Sequences that one engine decodes at a time."""
+    drift_warning: float | None = 0.1
+    """Mean absolute difference in nats between trainer's and engine's log-probabilities that is worth a warning."""
+    drift_limit: float | None = 1.0
+    """The same, at which the run stops; null: never."""
 
     def __post_init__(self) -> None:
         positive("rollout", self, "num_prompts_per_step", "group_size", "max_new_tokens", "max_num_sequences")
         positive("rollout", self, "tensor_parallel_size")
+        for name, limit in (("drift_warning", self.drift_warning), ("drift_limit", self.drift_limit)):
+            require(limit is None or limit > 0, f"rollout.{name}", limit, "null, or more than 0")
         require(
             self.engine != "embedded" or self.tensor_parallel_size == 1,
             "rollout.tensor_parallel_size",
             self.tensor_parallel_size,
             "1 with rollout.engine=embedded, which holds the whole model on every rank",
+        )
+        require(
+            self.engine != "sglang" or (self.top_p == 1 and self.top_k == 0),
+            "rollout.top_p and rollout.top_k",
+            (self.top_p, self.top_k),
+            "1 and 0 with rollout.engine=sglang, which reports log-probabilities of the whole distribution",
         )
         require(
             self.engine != "embedded" or not self.engine_options,
@@ -219,8 +231,21 @@ class AlgorithmSection:
     """Hugging Face folder of the reference model; null: the starting model."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus."""
+    rollout_is: Literal["none", "token_truncate", "token_mask"] = "none"
+    """Weigh each token by the ratio of the trainer's to the engine's probability: truncated above (TIS), or 0 outside
+    of the bounds (IcePop)."""
+    rollout_is_low: float = 0.5
+    """Lower bound of token_mask."""
+    rollout_is_high: float = 2.0
+    """Upper bound of both."""
 
     def __post_init__(self) -> None:
+        require(
+            0 <= self.rollout_is_low <= 1 <= self.rollout_is_high,
+            "algorithm.rollout_is_low and algorithm.rollout_is_high",
+            (self.rollout_is_low, self.rollout_is_high),
+            "low from 0 to 1, high from 1",
+        )
         require(0 <= self.clip_ratio_low <= 1, "algorithm.clip_ratio_low", self.clip_ratio_low, "0 to 1")
         require(self.clip_ratio_high >= 0, "algorithm.clip_ratio_high", self.clip_ratio_high, "0 or more")
         require(self.std_epsilon > 0, "algorithm.std_epsilon", self.std_epsilon, "more than 0")

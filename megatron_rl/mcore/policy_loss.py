@@ -5,8 +5,10 @@ from torch import Tensor
 
 from megatron_rl.algorithms.kl import k1, k3
 from megatron_rl.algorithms.objective import Objective
-from megatron_rl.metrics.metric import Max, Mean, Reduction
+from megatron_rl.metrics.metric import EffectiveShare, Max, Mean, Reduction
 from megatron_rl.types import MicroBatch
+
+DRIFT = "train_rollout_logprob_abs_diff/mean"
 
 
 class PolicyLoss:
@@ -30,7 +32,8 @@ class PolicyLoss:
         mask = batch.loss_mask
         weights = batch.loss_weights[mask]
         old = batch.old_logprobs[mask] if self._scored_before else logprobs.detach()
-        terms = self._objective(logprobs, old, batch.ref_logprobs[mask], batch.advantages[mask], entropy)
+        rollout = batch.rollout_logprobs[mask]
+        terms = self._objective(logprobs, old, batch.ref_logprobs[mask], rollout, batch.advantages[mask], entropy)
         loss = (weights * terms.total).sum()
         sums = {
             "actor/loss": loss,
@@ -42,9 +45,12 @@ class PolicyLoss:
             sums["actor/ppo_kl"] = k1(old, logprobs).sum()
         if terms.kl is not None:
             sums["actor/kl_loss"] = terms.kl.sum()
+        if terms.rollout_weights is not None:
+            sums["rollout_corr/is_weight"] = terms.rollout_weights.sum()
+            sums["rollout_corr/is_changed"] = (terms.rollout_weights != (old - rollout).exp()).float().sum()
         metrics = _means(sums, logprobs.numel())
         if self._on_samples:
-            metrics |= _drift(old, batch.rollout_logprobs[mask])
+            metrics |= _drift(old, rollout)
         # the sum keeps a path to the weights also when no token has a loss
         return loss + 0.0 * logprobs.sum(), mask.sum().int(), metrics
 
@@ -58,10 +64,15 @@ def _drift(trainer: Tensor, engine: Tensor) -> dict[str, Reduction]:
     """How far the trainer's log-probabilities are from those the engine sampled with; [K] both."""
     if not trainer.numel():
         return {}
-    difference = (trainer - engine).abs()
-    total, largest, divergence = torch.stack([difference.sum(), difference.max(), k3(engine, trainer).sum()]).tolist()
+    difference, ratio = (trainer - engine).abs(), (trainer - engine).double().exp()
+    sums = [difference.sum(), difference.max(), k3(engine, trainer).sum(), ratio.sum(), ratio.square().sum()]
+    total, largest, divergence, first, second = torch.stack([value.double() for value in sums]).tolist()
+    count = difference.numel()
     return {
-        "train_rollout_logprob_abs_diff/mean": Mean(total, difference.numel()),
+        DRIFT: Mean(total, count),
         "train_rollout_logprob_abs_diff/max": Max(largest),
-        "rollout_corr/k3_kl": Mean(divergence, difference.numel()),
+        "rollout_corr/k3_kl": Mean(divergence, count),
+        # the mean of squared ratios is 1 + chi-square
+        "rollout_corr/chi2_token": Mean(second - count, count),
+        "rollout_corr/ess": EffectiveShare(first, second, count),
     }

@@ -30,6 +30,23 @@ class Mean:
 
 
 @dataclass(frozen=True)
+class EffectiveShare:
+    """Effective sample size of importance weights, as a share of their number: (sum w)^2 / (n sum w^2)."""
+
+    total: float
+    total_of_squares: float
+    count: float
+
+    def merge(self, other: "EffectiveShare") -> "EffectiveShare":
+        return EffectiveShare(
+            self.total + other.total, self.total_of_squares + other.total_of_squares, self.count + other.count
+        )
+
+    def result(self) -> float:
+        return self.total**2 / (self.count * self.total_of_squares) if self.total_of_squares else float("nan")
+
+
+@dataclass(frozen=True)
 class Sum:
     value: float
 

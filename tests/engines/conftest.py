@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from megatron_rl.models import read_model_spec
 from megatron_rl.rollout.engine import Engine
 from megatron_rl.rollout.engines.embedded import EmbeddedEngine
+from megatron_rl.rollout.engines.sglang import SglangEngine
 from megatron_rl.rollout.engines.vllm import VllmEngine
 from tests.engines.contract import ALONE
 
@@ -67,4 +68,19 @@ def start_vllm(folder: Path, max_num_sequences: int) -> Engine:
     )
 
 
-START = {"embedded": start_embedded, "vllm": start_vllm}
+def start_sglang(folder: Path, max_num_sequences: int) -> Engine:
+    return SglangEngine(
+        str(folder),
+        read_model_spec(folder),
+        place=ALONE,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        max_num_sequences=max_num_sequences,
+        max_model_len=512,
+        local_rank=0,
+        seed=0,
+        options={},
+    )
+
+
+START = {"embedded": start_embedded, "vllm": start_vllm, "sglang": start_sglang}

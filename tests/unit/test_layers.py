@@ -31,7 +31,7 @@ ALLOWED = {
     "integrity": {"errors"},
     "conversion": {"errors", "models", "weights"},
 }
-EVERYTHING = {"profiling", "loop", "build", "train", "checkpoints", "run_log", "dry_run", "stop"}
+EVERYTHING = {"drift", "profiling", "loop", "build", "train", "checkpoints", "run_log", "dry_run", "stop"}
 ONLY_IN = {
     "megatron": {"mcore"},
     "transformer_engine": {"mcore"},

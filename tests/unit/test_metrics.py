@@ -9,7 +9,7 @@ from megatron_rl.analysis.run_report import conclude
 from megatron_rl.config import load_config
 from megatron_rl.errors import DataError
 from megatron_rl.metrics.console import PlainConsole
-from megatron_rl.metrics.metric import Max, Mean, Min, Sum, mean_max_min, merge, results
+from megatron_rl.metrics.metric import EffectiveShare, Max, Mean, Min, Sum, mean_max_min, merge, results
 from megatron_rl.metrics.sinks import JsonlSink, read_rows
 from tests.toys import write_config
 
@@ -22,6 +22,8 @@ def test_each_kind_reduces_in_its_own_way() -> None:
     assert results(merge(ranks)) == {"mean": 2.0, "sum": 3, "max": 5.0, "min": 1.0, "only here": 7}
     assert results(mean_max_min("x", [1.0, 2.0, 6.0])) == {"x/mean": 3.0, "x/max": 6.0, "x/min": 1.0}
     assert mean_max_min("x", []) == {}
+    weights = [EffectiveShare(3.0, 5.0, 2), EffectiveShare(1.0, 1.0, 1)]  # of 1 and 2; of 1
+    assert results(merge([{"ess": one} for one in weights])) == {"ess": pytest.approx(16 / (3 * 6))}
     with pytest.raises(AssertionError, match="x is both Mean and Sum"):
         merge([{"x": Mean(1.0)}, {"x": Sum(1)}])
 

@@ -1,0 +1,263 @@
+"""SGLang beside the trainer: its schedulers are child processes of the first rank of each engine.
+
+Written against SGLang 0.5.11 to 0.5.23. Every rank hands its child the part that it reads, through shared memory.
+"""
+
+import asyncio
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_rl.errors import EngineError, WeightSyncError
+from megatron_rl.models import ModelSpec, layout_table
+from megatron_rl.rollout.engine import EnginePlace, Finished, Request
+from megatron_rl.rollout.engines.admission import Admission
+from megatron_rl.rollout.engines.loading import ExpectedTensors
+from megatron_rl.types import Completion, FinishReason, SamplingParams
+from megatron_rl.weights.layout import hf_shapes, layer_of
+
+FINISH_REASONS: Mapping[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
+DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+# bytes of whole layers that go over at a time
+BUNDLE_BYTES = 2**28
+# with these set, the children would try to join the trainer's world
+LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+LAUNCHER_PREFIXES = ("TORCHELASTIC", "GROUP_", "ROLE_")
+
+
+class SglangEngine:
+    """This rank's part of an SGLang engine; the first rank owns it."""
+
+    def __init__(
+        self,
+        folder: str,
+        spec: ModelSpec,
+        *,
+        place: EnginePlace,
+        device: torch.device,
+        dtype: torch.dtype,
+        max_num_sequences: int,
+        max_model_len: int,
+        local_rank: int,
+        seed: int,
+        options: Mapping[str, Any],
+    ) -> None:
+        """Start the engine.
+
+        Args:
+            folder: config.json of the model; its weights are not read.
+            seed: of this engine's sampling, which has one random state for all requests.
+            options: further arguments of ``sglang.Engine``.
+
+        Raises:
+            EngineError: SGLang is not installed.
+        """
+        self.place = place
+        self._spec = spec
+        self._max_num_sequences = max_num_sequences
+        self._expected = ExpectedTensors(hf_shapes(layout_table(spec, 1)))
+        self._version = -1
+        self._engine: Any = None
+        if device.type == "cpu":
+            # shared memory by name: a child may open it more than once
+            torch.multiprocessing.set_sharing_strategy("file_system")
+        if not place.is_leader:
+            return
+        arguments = {
+            "model_path": folder,
+            "load_format": "dummy",  # the first push brings the weights
+            "skip_tokenizer_init": True,
+            "dtype": DTYPES[dtype],
+            "context_length": max_model_len,
+            "max_running_requests": max_num_sequences,
+            "tp_size": place.tp_size,
+            "base_gpu_id": local_rank,
+            "random_seed": seed,
+            "log_level": "error",
+            **_arguments(device, max_num_sequences * max_model_len),
+            **options,
+        }
+        with _surroundings(_environment(device, place.tp_size)):
+            try:
+                import sglang
+            except ImportError as error:
+                raise EngineError(
+                    f"rollout.engine=sglang, but it cannot be imported: {error}. See docs/engines.md."
+                ) from error
+            self._engine = sglang.Engine(**arguments)
+
+    @property
+    def version(self) -> int:
+        return self._version
+
+    def load_weights(self, tensors: Iterator[tuple[str, Tensor]], version: int) -> None:
+        self._version = -1  # half-loaded weights have no version
+        if self._engine is not None:
+            self._told(self._engine.begin_weight_update())
+        for bundle in _bundles(self._expected.watch(tensors)):
+            self._hand_over(bundle)
+        self._expected.check_complete()
+        if self._engine is not None:
+            self._told(self._engine.end_weight_update())
+            self._engine.flush_cache()  # it would answer from the weights before
+        self._version = version
+
+    def generate(self, requests: Iterator[Request], params: SamplingParams, *, max_requests: int) -> Iterator[Finished]:
+        if self._version < 0:
+            raise EngineError("the SGLang engine has no weights yet: push them before generating.")
+        if params.top_p < 1 or params.top_k > 0:
+            raise EngineError(
+                f"SGLang reports log-probabilities of the whole distribution, but top_p={params.top_p} and "
+                f"top_k={params.top_k} sample from a part of it. Set rollout.top_p=1 and rollout.top_k=0."
+            )
+        if self._engine is None:
+            return
+        admission = Admission(
+            requests,
+            params,
+            self._spec,
+            replace(self.place, group=None),  # the other ranks have nothing to do with requests
+            max_requests=max_requests,
+            max_num_sequences=self._max_num_sequences,
+        )
+        loop = self._engine.loop
+        owners: dict[asyncio.Task[Any], tuple[int, int]] = {}
+        try:
+            while True:
+                for request in admission.pull():
+                    for sample in range(len(request.seeds)):
+                        owners[loop.create_task(self._sample(request, params))] = (request.key, sample)
+                if not owners:
+                    return
+                done, _ = loop.run_until_complete(asyncio.wait(owners, return_when=asyncio.FIRST_COMPLETED))
+                for task in done:
+                    key, sample = owners.pop(task)
+                    admission.finish(key)
+                    yield Finished(key=key, sample=sample, completion=self._completion(task.result()))
+        finally:
+            if owners:
+                self._engine.tokenizer_manager.abort_request(abort_all=True)
+                loop.run_until_complete(asyncio.wait(owners))
+
+    def close(self) -> None:
+        if self._engine is not None:
+            self._engine.shutdown()
+
+    async def _sample(self, request: Request, params: SamplingParams) -> dict[str, Any]:
+        stops = list(params.stop_token_ids)
+        wanted = {
+            "temperature": params.temperature,
+            "max_new_tokens": params.max_new_tokens,
+            "stop_token_ids": stops,
+            "ignore_eos": not stops,  # which would ignore the stop tokens as well
+        }
+        ids = request.token_ids.tolist()
+        found: dict[str, Any] = await self._engine.async_generate(
+            input_ids=ids, sampling_params=wanted, return_logprob=True
+        )
+        return found
+
+    def _completion(self, found: Mapping[str, Any]) -> Completion:
+        tokens, about = list(found["output_ids"]), found["meta_info"]
+        reason = about["finish_reason"]["type"]
+        if reason not in FINISH_REASONS:
+            raise EngineError(f"SGLang ended a request with {reason!r}, expected {list(FINISH_REASONS)}.")
+        logprobs = about["output_token_logprobs"]
+        if [entry[1] for entry in logprobs] != tokens:
+            raise EngineError("SGLang reported log-probabilities of other tokens than those it returned.")
+        return Completion(
+            token_ids=torch.tensor(tokens, dtype=torch.int64),
+            logprobs=torch.tensor([entry[0] for entry in logprobs], dtype=torch.float32),
+            finish_reason=FINISH_REASONS[reason],
+            policy_version=self._version,
+        )
+
+    def _hand_over(self, bundle: list[tuple[str, Tensor]]) -> None:
+        """Give every child of the engine its rank's tensors; collective over the engine's ranks."""
+        from sglang.srt.utils import MultiprocessingSerializer
+        from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket
+
+        flat = FlattenedTensorBucket(named_tensors=bundle)
+        content = {"flattened_tensor": flat.get_flattened_tensor(), "metadata": flat.get_metadata()}
+        mine = MultiprocessingSerializer.serialize(content, output_str=True)
+        payloads: list[Any] = [mine]
+        if self.place.group is not None:
+            payloads = [None] * self.place.tp_size
+            dist.all_gather_object(payloads, mine, group=self.place.group)
+        if self._engine is not None:
+            done = self._engine.update_weights_from_tensor(payloads, load_format="flattened_bucket", flush_cache=False)
+            self._told(done)
+        if self.place.group is not None:
+            dist.barrier(group=self.place.group)  # the memory must live until the children have read it
+
+    def _told(self, answer: Any) -> None:
+        """
+        Raises:
+            WeightSyncError: SGLang says that it failed.
+        """
+        success, message = answer if isinstance(answer, tuple) else (answer.success, answer.message)
+        if not success:
+            raise WeightSyncError(f"SGLang did not take the weights: {message}")
+
+
+def _bundles(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[list[tuple[str, Tensor]]]:
+    """Whole layers, as many as fit a bundle; copied, because the next layer's tensors may use the same memory."""
+    bundle: list[tuple[str, Tensor]] = []
+    size, layer = 0, None
+    for name, tensor in tensors:
+        if layer not in (None, layer_of(name)) and size >= BUNDLE_BYTES:
+            yield bundle
+            bundle, size = [], 0
+        bundle.append((name, tensor.clone()))
+        size += tensor.numel() * tensor.element_size()
+        layer = layer_of(name)
+    if bundle:
+        yield bundle
+
+
+def _arguments(device: torch.device, max_total_tokens: int) -> dict[str, Any]:
+    """What depends on the device."""
+    if device.type == "cuda":
+        return {"enable_memory_saver": True}
+    return {
+        "device": "cpu",
+        "attention_backend": "torch_native",
+        "sampling_backend": "pytorch",
+        "grammar_backend": "none",
+        "disable_cuda_graph": True,
+        "disable_overlap_schedule": True,
+        "max_total_tokens": max(4096, min(max_total_tokens, 2**16)),
+    }
+
+
+def _environment(device: torch.device, tp_size: int) -> dict[str, str]:
+    """Variables that SGLang reads while it starts."""
+    if device.type != "cpu":
+        return {}
+    values = {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1"}
+    if tp_size > 1:  # the cores of each rank
+        cores = sorted(os.sched_getaffinity(0))
+        values["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(str(cores[rank % len(cores)]) for rank in range(tp_size))
+    return values
+
+
+@contextmanager
+def _surroundings(environment: Mapping[str, str]) -> Iterator[None]:
+    """Variables for the time of the start, without the launcher's; put back afterwards."""
+    before, random_state = dict(os.environ), torch.get_rng_state()
+    for name in list(os.environ):
+        if name in LAUNCHER_VARIABLES or name.startswith(LAUNCHER_PREFIXES):
+            del os.environ[name]
+    os.environ.update(environment)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+        torch.set_rng_state(random_state)
