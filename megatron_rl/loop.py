@@ -28,7 +28,7 @@ from megatron_rl.config import RunConfig, validate
 from megatron_rl.drift import check_drift
 from megatron_rl.mcore.parallel import init_parallel, launcher_world, leave_world
 from megatron_rl.mcore.policy import Policy
-from megatron_rl.metrics.metric import Mean, Reduction, mean_max_min
+from megatron_rl.metrics.metric import Mean, Reduction, mean_max_min, merge
 from megatron_rl.metrics.timing import Stopwatch
 from megatron_rl.models import ModelSpec
 from megatron_rl.models.flops import forward_flops
@@ -124,7 +124,7 @@ def train(
                 check_drift(metrics, config.rollout, parallel, log.note)
         state = advance(state, groups, batch)
         if is_due(config.evaluation.every, step, config.run.num_steps):
-            metrics |= evaluate(evaluator, policy, config, sync, log, state, watch)
+            metrics = merge([metrics, evaluate(evaluator, policy, config, sync, log, state, watch)])
         checkpoints.finish_if_written()
         if is_due(config.checkpoint.every, step, config.run.num_steps):
             with watch.span("save_checkpoint"):

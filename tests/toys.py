@@ -10,7 +10,10 @@ from megatron_rl.types import TrainSequence
 from tools.make_toy_model import make_model, make_tokenizer
 
 # metrics that depend on the clock
-TIMED = ("timing_s", "perf/time", "perf/throughput", "perf/tflops", "perf/mfu")
+TIMED = (
+    *("timing_s", "perf/time", "perf/throughput", "perf/tflops", "perf/mfu"),
+    *("weight_sync/seconds", "weight_sync/gb_per_s"),
+)
 VOCAB = 61  # no multiple of 64: the vocabulary is padded
 
 
