@@ -5,6 +5,7 @@ import time
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rl.batching.plan import given_batch
@@ -39,6 +40,8 @@ class WeightSync:
         self._engine = engine
         self._config = config
         self._parallel = policy.parallel
+        # NCCL wants every rank in the first operation of a group, and not every rank sends in every bucket
+        dist.all_reduce(torch.zeros(1, device=self._parallel.device))
         self._plan = self._make_plan()
         self._transfer = Transfer(self._plan, self._parallel.rank)
         self._num_pushes = 0

@@ -64,6 +64,7 @@ class SglangEngine:
         self._expected = ExpectedTensors(hf_shapes(layout_table(spec, 1)))
         self._version = -1
         self._engine: Any = None
+        self._processes: set[Any] = set()
         if device.type == "cpu":
             # shared memory by name: a child may open it more than once
             torch.multiprocessing.set_sharing_strategy("file_system")
@@ -90,7 +91,9 @@ class SglangEngine:
                 raise EngineError(
                     f"rollout.engine=sglang, but it cannot be imported: {error}. See docs/engines.md."
                 ) from error
+            before = _children()
             self._engine = sglang.Engine(**arguments)
+            self._processes = _children() - before
 
     @property
     def version(self) -> int:
@@ -100,11 +103,14 @@ class SglangEngine:
         self._version = -1  # half-loaded weights have no version
         if self._engine is not None:
             self._told(self._engine.begin_weight_update())
-        for bundle in _bundles(self._expected.watch(tensors)):
-            self._hand_over(bundle)
-        self._expected.check_complete()
+        try:
+            for bundle in _bundles(self._expected.watch(tensors)):
+                self._hand_over(bundle)
+            self._expected.check_complete()
+        finally:  # also of a push that failed: the next one could not begin
+            if self._engine is not None:
+                self._told(self._engine.end_weight_update())
         if self._engine is not None:
-            self._told(self._engine.end_weight_update())
             self._engine.flush_cache()  # it would answer from the weights before
         self._version = version
 
@@ -146,8 +152,11 @@ class SglangEngine:
                 loop.run_until_complete(asyncio.wait(owners))
 
     def close(self) -> None:
-        if self._engine is not None:
-            self._engine.shutdown()
+        # SGLang's own shutdown ends all children of this process: reward workers and torch's memory manager as well
+        for process in self._processes:
+            for child in (*process.children(recursive=True), process):
+                child.kill()
+        self._processes = set()
 
     async def _sample(self, request: Request, params: SamplingParams) -> dict[str, Any]:
         stops = list(params.stop_token_ids)
@@ -245,6 +254,13 @@ def _environment(device: torch.device, tp_size: int) -> dict[str, str]:
         cores = sorted(os.sched_getaffinity(0))
         values["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(str(cores[rank % len(cores)]) for rank in range(tp_size))
     return values
+
+
+def _children() -> set[Any]:
+    """This process's children, as psutil knows them; SGLang brings psutil along."""
+    import psutil
+
+    return set(psutil.Process().children())
 
 
 @contextmanager
