@@ -65,9 +65,11 @@ class WeightSync:
         received = ReceivedChecksums(self._plan, self._parallel.rank)
         tensors = self._transfer.stream(shards, traffic)
         with raise_together(self._parallel):
-            self._engine.load_weights(received.watch(tensors) if is_checked else tensors, version)
-            for _ in tensors:  # the others wait for this rank's messages, whatever the engine made of them
-                pass
+            try:
+                self._engine.load_weights(received.watch(tensors) if is_checked else tensors, version)
+            finally:
+                for _ in tensors:  # the others wait for this rank's messages, whatever the engine made of them
+                    pass
             if self._engine.version != version:
                 raise WeightSyncError(
                     f"the engine says version {self._engine.version} after version {version} was pushed."

@@ -256,6 +256,9 @@ class FaultyEngine(EmbeddedEngine):
     fault = ""
 
     def load_weights(self, tensors: Iterator[tuple[str, torch.Tensor]], version: int) -> None:
+        if self.fault == "refused by the engine":
+            next(tensors)
+            raise WeightSyncError("no room")
         received = list(tensors)
         if self.fault == "lost by the engine":
             received = [(name, torch.zeros_like(x) if "k_proj" in name else x) for name, x in received]

@@ -96,6 +96,7 @@ def test_a_push_is_checked_probed_and_reported(
     [
         ("changed on the way", r"2 tensors arrived with other contents than the policy has, first lm_head"),
         ("lost by the engine", r"the log-probabilities of 8 sampled tokens differ by .* nats"),
+        ("refused by the engine", r"no room"),
         ("stale version", r"the engine says version 0 after version 1 was pushed"),
     ],
 )
