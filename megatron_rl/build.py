@@ -31,7 +31,7 @@ from megatron_rl.plugins import load_symbol
 from megatron_rl.rewards.pool import RewardPool
 from megatron_rl.rewards.registry import build_grader
 from megatron_rl.rollout.collect import Collector
-from megatron_rl.rollout.engine import Engine, engine_place
+from megatron_rl.rollout.engine import Engine, EngineSetup, engine_place
 from megatron_rl.rollout.engines.embedded import EmbeddedEngine
 from megatron_rl.rollout.engines.sglang import SglangEngine
 from megatron_rl.rollout.engines.vllm import VllmEngine
@@ -122,38 +122,31 @@ def build_reference(config: RunConfig, policy: Policy) -> Reference | None:
 
 def build_engine(config: RunConfig, policy: Policy) -> Engine:
     """This rank's rollout engine; collective."""
-    rollout, parallel = config.rollout, policy.parallel
-    place = engine_place(parallel, rollout.tensor_parallel_size)
-    dtype = torch_dtype(config.model.dtype)
-    if rollout.engine == "embedded":
-        return EmbeddedEngine(
-            policy.spec,
-            device=parallel.device,
-            dtype=dtype,
-            max_num_sequences=rollout.max_num_sequences,
-            place=place,
-            reports_routing=config.moe.routing_replay,
-        )
-    common: dict[str, Any] = {
-        "place": place,
-        "device": parallel.device,
-        "dtype": dtype,
-        "max_num_sequences": rollout.max_num_sequences,
-        "max_model_len": longest_sequence(config, policy.spec),
-        "local_rank": parallel.local_rank,
-        "options": rollout.engine_options,
-    }
-    if rollout.engine == "sglang":
-        seed = sample_seed(config.run.seed, place.index) % 2**31
-        return SglangEngine(config.model.path, policy.spec, seed=seed, **common)
-    identity = gather_objects(uuid.uuid4().hex[:8], parallel)[0]
-    return VllmEngine(config.model.path, policy.spec, rank=parallel.rank, identity=identity, **common)
+    parallel = policy.parallel
+    setup = EngineSetup(
+        folder=config.model.path,
+        spec=policy.spec,
+        place=engine_place(parallel, config.rollout.tensor_parallel_size),
+        device=parallel.device,
+        dtype=torch_dtype(config.model.dtype),
+        max_num_sequences=config.rollout.max_num_sequences,
+        max_model_len=longest_sequence(config, policy.spec),
+        local_rank=parallel.local_rank,
+        options=config.rollout.engine_options,
+    )
+    match config.rollout.engine:
+        case "vllm":
+            return VllmEngine(setup, identity=gather_objects(uuid.uuid4().hex[:8], parallel)[0])
+        case "sglang":
+            return SglangEngine(setup, seed=sample_seed(config.run.seed, setup.place.index) % 2**31)
+        case "embedded":
+            return EmbeddedEngine(setup, reports_routing=config.moe.routing_replay)
 
 
 def longest_sequence(config: RunConfig, spec: ModelSpec) -> int:
     """Tokens of prompt and response that an engine must be ready for."""
     new = max(config.rollout.max_new_tokens, config.evaluation.max_new_tokens or 0, config.weight_sync.probe_tokens)
-    return min(config.data.max_prompt_tokens + new + PROBE_PROMPT, spec.max_position_embeddings)
+    return min(max(config.data.max_prompt_tokens, PROBE_PROMPT) + new, spec.max_position_embeddings)
 
 
 def build_collector(config: RunConfig, inputs: Inputs, engine: Engine, parallel: ParallelContext) -> Collector:

@@ -1,9 +1,10 @@
 """The protocol of a rollout engine, and which ranks make up which engine."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -50,6 +51,11 @@ class EnginePlace:
     """gloo group of the engine's ranks; None when it has one."""
 
     @property
+    def rank(self) -> int:
+        """In the world."""
+        return self.leader + self.tp_rank
+
+    @property
     def is_leader(self) -> bool:
         """This rank takes the requests and gives the results."""
         return self.tp_rank == 0
@@ -79,6 +85,25 @@ def engine_place(parallel: ParallelContext, tp_size: int) -> EnginePlace:
         leader=index * tp_size,
         group=group,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSetup:
+    """What every engine is built from."""
+
+    folder: str
+    """config.json of the model; weights are not read from it."""
+    spec: ModelSpec
+    place: EnginePlace
+    device: torch.device
+    dtype: torch.dtype
+    max_num_sequences: int
+    """Sequences decoded at a time."""
+    max_model_len: int
+    """Tokens of the longest prompt with its response."""
+    local_rank: int
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Further arguments of the engine's own constructor."""
 
 
 class Engine(Protocol):

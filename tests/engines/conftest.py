@@ -4,16 +4,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from megatron_rl.models import read_model_spec
-from megatron_rl.rollout.engine import Engine
+from megatron_rl.rollout.engine import Engine, EngineSetup
 from megatron_rl.rollout.engines.embedded import EmbeddedEngine
 from megatron_rl.rollout.engines.sglang import SglangEngine
 from megatron_rl.rollout.engines.vllm import VllmEngine
-from tests.engines.contract import ALONE
+from tests.engines.contract import setup_of
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Sizes of an engine: the embedded one holds the whole model on every rank."""
+    if "engine_tp" in metafunc.fixturenames:
+        metafunc.parametrize("engine_tp", [1] if metafunc.config.getoption("--engine") == "embedded" else [1, 2])
 
 
 @pytest.fixture(scope="session")
@@ -31,7 +35,7 @@ def engine_of(engine_name: str) -> Iterator[Callable[..., Engine]]:
         if key not in living:
             for other in list(living):
                 living.pop(other).close()
-            living[key] = START[engine_name](folder, max_num_sequences)
+            living[key] = START[engine_name](setup_of(folder, max_num_sequences))
         living[key].load_weights(iter(load_file(folder / "model.safetensors").items()), version=3)
         return living[key]
 
@@ -40,47 +44,14 @@ def engine_of(engine_name: str) -> Iterator[Callable[..., Engine]]:
         engine.close()
 
 
-def start_embedded(folder: Path, max_num_sequences: int) -> Engine:
-    return EmbeddedEngine(
-        read_model_spec(folder),
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        max_num_sequences=max_num_sequences,
-        place=ALONE,
-    )
-
-
-def start_vllm(folder: Path, max_num_sequences: int) -> Engine:
+def start_vllm(setup: EngineSetup) -> Engine:
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    return VllmEngine(
-        str(folder),
-        read_model_spec(folder),
-        place=ALONE,
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        max_num_sequences=max_num_sequences,
-        max_model_len=512,
-        rank=0,
-        local_rank=0,
-        identity="tests",
-        options={},
-    )
+    return VllmEngine(setup, identity="tests")
 
 
-def start_sglang(folder: Path, max_num_sequences: int) -> Engine:
-    return SglangEngine(
-        str(folder),
-        read_model_spec(folder),
-        place=ALONE,
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        max_num_sequences=max_num_sequences,
-        max_model_len=512,
-        local_rank=0,
-        seed=0,
-        options={},
-    )
-
-
-START = {"embedded": start_embedded, "vllm": start_vllm, "sglang": start_sglang}
+START: dict[str, Callable[[EngineSetup], Engine]] = {
+    "embedded": EmbeddedEngine,
+    "vllm": start_vllm,
+    "sglang": lambda setup: SglangEngine(setup, seed=0),
+}

@@ -1,10 +1,12 @@
 """What the tests of engines ask for, and how they gather it."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
-from megatron_rl.rollout.engine import EnginePlace, Finished, Request
+from megatron_rl.models import read_model_spec
+from megatron_rl.rollout.engine import EnginePlace, EngineSetup, Finished, Request
 from megatron_rl.rollout.sampling import sample_seed
 from megatron_rl.types import Completion, SamplingParams
 from tests.toys import VOCAB
@@ -12,6 +14,19 @@ from tests.toys import VOCAB
 ALONE = EnginePlace(index=0, count=1, tp_rank=0, tp_size=1, leader=0, group=None)
 # heads that the engines' CPU kernels take
 SIZES = {"hidden_size": 128, "head_dim": 32}
+
+
+def setup_of(folder: Path, max_num_sequences: int = 64) -> EngineSetup:
+    return EngineSetup(
+        folder=str(folder),
+        spec=read_model_spec(folder),
+        place=ALONE,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        max_num_sequences=max_num_sequences,
+        max_model_len=512,
+        local_rank=0,
+    )
 
 
 def params(**changes: object) -> SamplingParams:

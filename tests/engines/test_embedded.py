@@ -8,23 +8,15 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from megatron_rl.models import read_model_spec
 from megatron_rl.rollout.engines.embedded import EmbeddedEngine
 from megatron_rl.rollout.sampling import choose, sample_seed, uniforms
-from tests.engines.contract import ALONE, collect, params, requests
+from tests.engines.contract import collect, params, requests, setup_of
 
 
 def test_reported_routes_are_those_of_transformers(toy_model: Callable[..., Path]) -> None:
     folder = toy_model("qwen3_moe", tied=False)
     hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    engine = EmbeddedEngine(
-        read_model_spec(folder),
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        max_num_sequences=4,  # rows join and leave
-        place=ALONE,
-        reports_routing=True,
-    )
+    engine = EmbeddedEngine(setup_of(folder, max_num_sequences=4), reports_routing=True)  # rows join and leave
     engine.load_weights(iter(load_file(folder / "model.safetensors").items()), version=0)
     asked = requests(count=6, samples=2)
     found = collect(engine.generate(iter(asked), params(), max_requests=6))

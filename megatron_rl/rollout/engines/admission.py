@@ -3,8 +3,7 @@
 from collections.abc import Iterator
 
 from megatron_rl.errors import EngineError
-from megatron_rl.models import ModelSpec
-from megatron_rl.rollout.engine import EnginePlace, Request, check_request
+from megatron_rl.rollout.engine import EngineSetup, Request, check_request
 from megatron_rl.types import SamplingParams
 
 
@@ -15,18 +14,21 @@ class Admission:
         self,
         requests: Iterator[Request],
         params: SamplingParams,
-        spec: ModelSpec,
-        place: EnginePlace,
+        setup: EngineSetup,
         *,
+        version: int,
         max_requests: int,
-        max_num_sequences: int,
     ) -> None:
+        """
+        Raises:
+            EngineError: the engine's version says that it has no weights.
+        """
+        if version < 0:
+            raise EngineError("the engine has no weights yet: push them before generating.")
         self._requests = requests
         self._params = params
-        self._spec = spec
-        self._place = place
+        self._setup = setup
         self._max_requests = max_requests
-        self._max_num_sequences = max_num_sequences
         self._in_work: dict[int, int] = {}  # request key -> samples not finished
         self._last_size = 1  # samples of the request pulled last: the next is expected to be like it
         self._exhausted = False
@@ -63,18 +65,18 @@ class Admission:
         if len(self._in_work) >= self._max_requests:
             return False
         num_sequences = sum(self._in_work.values())
-        return num_sequences == 0 or num_sequences + self._last_size <= self._max_num_sequences
+        return num_sequences == 0 or num_sequences + self._last_size <= self._setup.max_num_sequences
 
     def _next(self) -> Request | None:
         request, failure = None, None
-        if self._place.is_leader:
+        if self._setup.place.is_leader:
             try:
                 request = next(self._requests, None)
                 if request is not None:
-                    check_request(request, self._params, self._spec)
+                    check_request(request, self._params, self._setup.spec)
             except EngineError as error:
                 failure = str(error)
-        request, failure = self._place.from_leader((request, failure))
+        request, failure = self._setup.place.from_leader((request, failure))
         if failure is not None:
             raise EngineError(failure)
         return request

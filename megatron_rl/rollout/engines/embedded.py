@@ -10,9 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_rl.errors import EngineError
-from megatron_rl.models import ModelSpec
-from megatron_rl.rollout.engine import EnginePlace, Finished, Request
+from megatron_rl.rollout.engine import EngineSetup, Finished, Request
 from megatron_rl.rollout.engines.admission import Admission
 from megatron_rl.rollout.engines.decoder import Decoder, KVCache
 from megatron_rl.rollout.sampling import choose, uniforms
@@ -74,21 +72,11 @@ class _Rows:
 class EmbeddedEngine:
     """An engine on one rank with the whole model."""
 
-    def __init__(
-        self,
-        spec: ModelSpec,
-        *,
-        device: torch.device,
-        dtype: torch.dtype,
-        max_num_sequences: int,
-        place: EnginePlace,
-        reports_routing: bool = False,
-    ) -> None:
-        self.place = place
-        self._decoder = Decoder(spec, device, dtype)
-        self._spec = spec
-        self._device = device
-        self._max_num_sequences = max_num_sequences
+    def __init__(self, setup: EngineSetup, *, reports_routing: bool = False) -> None:
+        self.place = setup.place
+        self._setup = setup
+        self._decoder = Decoder(setup.spec, setup.device, setup.dtype)
+        self._device = setup.device
         self._reports_routing = reports_routing
         self._version = -1
 
@@ -105,17 +93,8 @@ class EmbeddedEngine:
         pass
 
     def generate(self, requests: Iterator[Request], params: SamplingParams, *, max_requests: int) -> Iterator[Finished]:
-        if self._version < 0:
-            raise EngineError("the embedded engine has no weights yet: push them before generating.")
         stops = torch.tensor(params.stop_token_ids, dtype=torch.int64, device=self._device)
-        admission = Admission(
-            requests,
-            params,
-            self._spec,
-            self.place,
-            max_requests=max_requests,
-            max_num_sequences=self._max_num_sequences,
-        )
+        admission = Admission(requests, params, self._setup, version=self._version, max_requests=max_requests)
         rows: _Rows | None = None
         while True:
             fresh = admission.pull()

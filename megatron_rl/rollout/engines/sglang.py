@@ -6,7 +6,6 @@ Written against SGLang 0.5.11 to 0.5.23. Every rank hands its child the part tha
 import asyncio
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -15,76 +14,68 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rl.errors import EngineError, WeightSyncError
-from megatron_rl.models import ModelSpec, layout_table
-from megatron_rl.rollout.engine import EnginePlace, Finished, Request
+from megatron_rl.models import layout_table
+from megatron_rl.rollout.engine import EngineSetup, Finished, Request
 from megatron_rl.rollout.engines.admission import Admission
+from megatron_rl.rollout.engines.hosting import DTYPES, finish_reason, surroundings
 from megatron_rl.rollout.engines.loading import ExpectedTensors
-from megatron_rl.types import Completion, FinishReason, SamplingParams
+from megatron_rl.types import Completion, SamplingParams
 from megatron_rl.weights.layout import hf_shapes, layer_of
 
-FINISH_REASONS: Mapping[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
-DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 # bytes of whole layers that go over at a time
 BUNDLE_BYTES = 2**28
 # with these set, the children would try to join the trainer's world
-LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-LAUNCHER_PREFIXES = ("TORCHELASTIC", "GROUP_", "ROLE_")
+LAUNCHER_VARIABLES = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_",
+    "TORCHELASTIC",
+    "GROUP_",
+    "ROLE_",
+)
 
 
 class SglangEngine:
     """This rank's part of an SGLang engine; the first rank owns it."""
 
-    def __init__(
-        self,
-        folder: str,
-        spec: ModelSpec,
-        *,
-        place: EnginePlace,
-        device: torch.device,
-        dtype: torch.dtype,
-        max_num_sequences: int,
-        max_model_len: int,
-        local_rank: int,
-        seed: int,
-        options: Mapping[str, Any],
-    ) -> None:
+    def __init__(self, setup: EngineSetup, *, seed: int) -> None:
         """Start the engine.
 
         Args:
-            folder: config.json of the model; its weights are not read.
+            setup: its options are further arguments of ``sglang.Engine``.
             seed: of this engine's sampling, which has one random state for all requests.
-            options: further arguments of ``sglang.Engine``.
 
         Raises:
             EngineError: SGLang is not installed.
         """
-        self.place = place
-        self._spec = spec
-        self._max_num_sequences = max_num_sequences
-        self._expected = ExpectedTensors(hf_shapes(layout_table(spec, 1)))
+        self.place = setup.place
+        self._setup = setup
+        self._expected = ExpectedTensors(hf_shapes(layout_table(setup.spec, 1)))
         self._version = -1
         self._engine: Any = None
         self._processes: set[Any] = set()
-        if device.type == "cpu":
+        if setup.device.type == "cpu":
             # shared memory by name: a child may open it more than once
             torch.multiprocessing.set_sharing_strategy("file_system")
-        if not place.is_leader:
+        if not self.place.is_leader:
             return
         arguments = {
-            "model_path": folder,
+            "model_path": setup.folder,
             "load_format": "dummy",  # the first push brings the weights
             "skip_tokenizer_init": True,
-            "dtype": DTYPES[dtype],
-            "context_length": max_model_len,
-            "max_running_requests": max_num_sequences,
-            "tp_size": place.tp_size,
-            "base_gpu_id": local_rank,
+            "dtype": DTYPES[setup.dtype],
+            "context_length": setup.max_model_len,
+            "max_running_requests": setup.max_num_sequences,
+            "tp_size": self.place.tp_size,
+            "base_gpu_id": setup.local_rank,
             "random_seed": seed,
             "log_level": "error",
-            **_arguments(device, max_num_sequences * max_model_len),
-            **options,
+            **_arguments(setup.device, setup.max_num_sequences * setup.max_model_len),
+            **setup.options,
         }
-        with _surroundings(_environment(device, place.tp_size)):
+        with surroundings(_environment(setup.device, self.place.tp_size), LAUNCHER_VARIABLES):
             try:
                 import sglang
             except ImportError as error:
@@ -115,8 +106,6 @@ class SglangEngine:
         self._version = version
 
     def generate(self, requests: Iterator[Request], params: SamplingParams, *, max_requests: int) -> Iterator[Finished]:
-        if self._version < 0:
-            raise EngineError("the SGLang engine has no weights yet: push them before generating.")
         if params.top_p < 1 or params.top_k > 0:
             raise EngineError(
                 f"SGLang reports log-probabilities of the whole distribution, but top_p={params.top_p} and "
@@ -124,14 +113,9 @@ class SglangEngine:
             )
         if self._engine is None:
             return
-        admission = Admission(
-            requests,
-            params,
-            self._spec,
-            replace(self.place, group=None),  # the other ranks have nothing to do with requests
-            max_requests=max_requests,
-            max_num_sequences=self._max_num_sequences,
-        )
+        # the other ranks have nothing to do with requests
+        alone = replace(self._setup, place=replace(self.place, group=None))
+        admission = Admission(requests, params, alone, version=self._version, max_requests=max_requests)
         loop = self._engine.loop
         owners: dict[asyncio.Task[Any], tuple[int, int]] = {}
         try:
@@ -174,16 +158,13 @@ class SglangEngine:
 
     def _completion(self, found: Mapping[str, Any]) -> Completion:
         tokens, about = list(found["output_ids"]), found["meta_info"]
-        reason = about["finish_reason"]["type"]
-        if reason not in FINISH_REASONS:
-            raise EngineError(f"SGLang ended a request with {reason!r}, expected {list(FINISH_REASONS)}.")
         logprobs = about["output_token_logprobs"]
         if [entry[1] for entry in logprobs] != tokens:
             raise EngineError("SGLang reported log-probabilities of other tokens than those it returned.")
         return Completion(
             token_ids=torch.tensor(tokens, dtype=torch.int64),
             logprobs=torch.tensor([entry[0] for entry in logprobs], dtype=torch.float32),
-            finish_reason=FINISH_REASONS[reason],
+            finish_reason=finish_reason(about["finish_reason"]["type"]),
             policy_version=self._version,
         )
 
@@ -261,19 +242,3 @@ def _children() -> set[Any]:
     import psutil
 
     return set(psutil.Process().children())
-
-
-@contextmanager
-def _surroundings(environment: Mapping[str, str]) -> Iterator[None]:
-    """Variables for the time of the start, without the launcher's; put back afterwards."""
-    before, random_state = dict(os.environ), torch.get_rng_state()
-    for name in list(os.environ):
-        if name in LAUNCHER_VARIABLES or name.startswith(LAUNCHER_PREFIXES):
-            del os.environ[name]
-    os.environ.update(environment)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-        torch.set_rng_state(random_state)

@@ -5,75 +5,56 @@ Written against vLLM 0.20 to 0.32. What differs between a machine with GPUs and 
 
 import gc
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_rl.errors import EngineError
-from megatron_rl.models import ModelSpec, layout_table
-from megatron_rl.rollout.engine import EnginePlace, Finished, Request
+from megatron_rl.models import layout_table
+from megatron_rl.rollout.engine import EngineSetup, Finished, Request
 from megatron_rl.rollout.engines.admission import Admission
+from megatron_rl.rollout.engines.hosting import DTYPES, finish_reason, surroundings
 from megatron_rl.rollout.engines.loading import ExpectedTensors
-from megatron_rl.types import Completion, FinishReason, SamplingParams
+from megatron_rl.types import Completion, SamplingParams
 from megatron_rl.weights.layout import hf_shapes
-
-FINISH_REASONS: Mapping[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
-DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
 class VllmEngine:
     """This rank's part of a vLLM engine."""
 
-    def __init__(
-        self,
-        folder: str,
-        spec: ModelSpec,
-        *,
-        place: EnginePlace,
-        device: torch.device,
-        dtype: torch.dtype,
-        max_num_sequences: int,
-        max_model_len: int,
-        rank: int,
-        local_rank: int,
-        identity: str,
-        options: Mapping[str, Any],
-    ) -> None:
+    def __init__(self, setup: EngineSetup, *, identity: str) -> None:
         """Start the engine; collective over all ranks, which must have joined torch's default group.
 
         Args:
-            folder: config.json of the model; its weights are not read.
+            setup: its options are further arguments of ``vllm.LLM``.
             identity: of this run, by which several on one machine keep their shared memory apart.
-            options: further arguments of ``vllm.LLM``.
 
         Raises:
             EngineError: vLLM is not installed, or does not start.
         """
-        self.place = place
-        self._spec = spec
-        self._max_num_sequences = max_num_sequences
-        self._expected = ExpectedTensors(hf_shapes(layout_table(spec, 1)))
+        self.place = setup.place
+        self._setup = setup
+        self._expected = ExpectedTensors(hf_shapes(layout_table(setup.spec, 1)))
         self._version = -1
         self._count = 0
         arguments = {
-            "model": folder,
+            "model": setup.folder,
             "load_format": "dummy",  # the first push brings the weights
             "skip_tokenizer_init": True,
-            "dtype": DTYPES[dtype],
-            "max_model_len": max_model_len,
-            "max_num_seqs": max_num_sequences,
-            "tensor_parallel_size": place.tp_size,
+            "dtype": DTYPES[setup.dtype],
+            "max_model_len": setup.max_model_len,
+            "max_num_seqs": setup.max_num_sequences,
+            "tensor_parallel_size": setup.place.tp_size,
             "distributed_executor_backend": "external_launcher",
-            "seed": place.index,
+            "seed": setup.place.index,
             "logprobs_mode": "processed_logprobs",  # of the distribution that is sampled from
             "disable_log_stats": True,
-            **_arguments(device, max_model_len),
-            **options,
+            **_arguments(setup.device, setup.max_model_len),
+            **setup.options,
         }
-        with _surroundings(_environment(device, rank, local_rank, identity)):
+        with surroundings(_environment(setup, identity)):
             try:
                 from vllm import LLM
             except ImportError as error:
@@ -82,7 +63,6 @@ class VllmEngine:
                 ) from error
             _keep_default_group()
             self._llm = LLM(**arguments)
-        self._is_on_cpu = device.type == "cpu"
 
     @property
     def version(self) -> int:
@@ -93,22 +73,13 @@ class VllmEngine:
         arguments = {"weights_iterator": self._expected.watch(tensors)}
         self._llm.collective_rpc("reload_weights", kwargs=arguments)
         self._expected.check_complete()
-        if self._is_on_cpu:
+        if self._setup.device.type == "cpu":
             self._llm.collective_rpc(_pack_again)
         self._llm.reset_prefix_cache()  # it would answer from the weights before
         self._version = version
 
     def generate(self, requests: Iterator[Request], params: SamplingParams, *, max_requests: int) -> Iterator[Finished]:
-        if self._version < 0:
-            raise EngineError("the vLLM engine has no weights yet: push them before generating.")
-        admission = Admission(
-            requests,
-            params,
-            self._spec,
-            self.place,
-            max_requests=max_requests,
-            max_num_sequences=self._max_num_sequences,
-        )
+        admission = Admission(requests, params, self._setup, version=self._version, max_requests=max_requests)
         engine = self._llm.llm_engine
         owners: dict[str, tuple[int, int]] = {}
         try:
@@ -162,14 +133,12 @@ class VllmEngine:
         return owners
 
     def _completion(self, output: Any) -> Completion:
-        if output.finish_reason not in FINISH_REASONS:
-            raise EngineError(f"vLLM ended a request with {output.finish_reason!r}, expected {list(FINISH_REASONS)}.")
         tokens = list(output.token_ids)
         logprobs = [found[token].logprob for token, found in zip(tokens, output.logprobs, strict=True)]
         return Completion(
             token_ids=torch.tensor(tokens, dtype=torch.int64),
             logprobs=torch.tensor(logprobs, dtype=torch.float32),
-            finish_reason=FINISH_REASONS[output.finish_reason],
+            finish_reason=finish_reason(output.finish_reason),
             policy_version=self._version,
         )
 
@@ -186,33 +155,19 @@ def _arguments(device: torch.device, max_model_len: int) -> dict[str, Any]:
     }
 
 
-def _environment(device: torch.device, rank: int, local_rank: int, identity: str) -> dict[str, str]:
+def _environment(setup: EngineSetup, identity: str) -> dict[str, str]:
     """Variables that vLLM reads while it starts."""
     values = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_DIST_IDENT": identity,
-        "RANK": str(rank),
-        "LOCAL_RANK": str(local_rank),
+        "RANK": str(setup.place.rank),
+        "LOCAL_RANK": str(setup.local_rank),
     }
-    if device.type == "cpu":
+    if setup.device.type == "cpu":
         values["TORCHDYNAMO_DISABLE"] = "1"
     defaults = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_KVCACHE_SPACE": "1"}
     defaults |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "LOCAL_WORLD_SIZE": "1"}
     return values | {name: value for name, value in defaults.items() if name not in os.environ}
-
-
-@contextmanager
-def _surroundings(environment: Mapping[str, str]) -> Iterator[None]:
-    """Variables for the time of the start; what vLLM changes in the process is put back."""
-    before, random_state, set_num_threads = dict(os.environ), torch.get_rng_state(), torch.set_num_threads
-    os.environ.update(environment)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-        torch.set_rng_state(random_state)
-        torch.set_num_threads = set_num_threads
 
 
 def _keep_default_group() -> None:
