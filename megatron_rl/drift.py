@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from functools import reduce
 
 from megatron_rl.collective import gather_objects
-from megatron_rl.config.schema import RolloutSection
+from megatron_rl.config.rollout import RolloutSection
 from megatron_rl.errors import TrainingDiverged
 from megatron_rl.mcore.policy_loss import DRIFT
 from megatron_rl.metrics.metric import Reduction

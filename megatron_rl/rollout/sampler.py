@@ -4,7 +4,7 @@ from typing import Any, Protocol
 
 import torch
 
-from megatron_rl.config.schema import RolloutSection
+from megatron_rl.config.rollout import RolloutSection
 from megatron_rl.data.prompts import PromptOrder
 from megatron_rl.data.templates import tokenize
 from megatron_rl.errors import DataError

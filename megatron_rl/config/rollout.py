@@ -1,0 +1,96 @@
+"""How samples are generated, and how the engine gets the policy's weights."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from megatron_rl.config.checks import positive, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutSection:
+    """How training sequences come into being."""
+
+    source: Literal["engine", "demonstrations"] = "engine"
+    """engine: the policy's own samples; demonstrations: supervised fine-tuning."""
+    engine: Literal["embedded", "vllm", "sglang"] = "embedded"
+    """Inference engine; embedded needs nothing but torch, the others are installed beside it (docs/engines.md)."""
+    tensor_parallel_size: int = 1
+    """Neighbouring ranks that make up one engine; 1 for the embedded engine."""
+    engine_options: dict[str, Any] = field(default_factory=dict)
+    """Passed on to vLLM's or SGLang's own constructor, for instance gpu_memory_utilization."""
+    num_prompts_per_step: int = 16
+    """Prompts in each step."""
+    group_size: int = 8
+    """Samples of each prompt (n, num_generations)."""
+    temperature: float = 1.0
+    """Sampling temperature; log-probabilities are those of the tempered distribution."""
+    top_p: float = 1.0
+    """Nucleus sampling; 1.0 is off."""
+    top_k: int = 0
+    """Sample among the k most likely tokens; 0 is off."""
+    max_new_tokens: int = 1024
+    """Longest response in tokens."""
+    stop_token_ids: list[int] = field(default_factory=list)
+    """Token ids that end a response, besides the tokenizer's end token."""
+    schedule: Literal["dynamic", "static"] = "dynamic"
+    """dynamic: engines take prompts as they get free; static: a fixed split, repeatable bit for bit."""
+    max_num_sequences: int = 256
+    """Sequences that one engine decodes at a time."""
+    drift_warning: float | None = 0.1
+    """Mean absolute difference in nats between trainer's and engine's log-probabilities that is worth a warning."""
+    drift_limit: float | None = 1.0
+    """The same, at which the run stops; null: never."""
+
+    def __post_init__(self) -> None:
+        positive("rollout", self, "num_prompts_per_step", "group_size", "max_new_tokens", "max_num_sequences")
+        positive("rollout", self, "tensor_parallel_size")
+        for name, limit in (("drift_warning", self.drift_warning), ("drift_limit", self.drift_limit)):
+            require(limit is None or limit > 0, f"rollout.{name}", limit, "null, or more than 0")
+        require(
+            self.engine != "embedded" or self.tensor_parallel_size == 1,
+            "rollout.tensor_parallel_size",
+            self.tensor_parallel_size,
+            "1 with rollout.engine=embedded, which holds the whole model on every rank",
+        )
+        require(
+            self.engine != "sglang" or (self.top_p == 1 and self.top_k == 0),
+            "rollout.top_p and rollout.top_k",
+            (self.top_p, self.top_k),
+            "1 and 0 with rollout.engine=sglang, which reports log-probabilities of the whole distribution",
+        )
+        require(
+            self.engine != "embedded" or not self.engine_options,
+            "rollout.engine_options",
+            self.engine_options,
+            "nothing with rollout.engine=embedded",
+        )
+        require(self.temperature > 0, "rollout.temperature", self.temperature, "more than 0 for training rollouts")
+        require(0 < self.top_p <= 1, "rollout.top_p", self.top_p, "above 0 and at most 1")
+        require(self.top_k >= 0, "rollout.top_k", self.top_k, "0 (off) or more")
+        require(
+            self.max_num_sequences >= self.group_size,
+            "rollout.max_num_sequences",
+            self.max_num_sequences,
+            f"at least rollout.group_size={self.group_size}, as a group is decoded together",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightSyncSection:
+    """How the engine gets the policy's weights."""
+
+    bucket_mb: int = 512
+    """Most MiB that a rank receives at a time, unless a layer of every pipeline stage has more."""
+    verify_every: int = 50
+    """Pushes between checks of every tensor's checksum; the first push is always checked, 0: only that one."""
+    probe_tokens: int = 8
+    """Tokens that every engine samples after a push, for their log-probabilities to be compared; 0 is off."""
+    probe_limit: float | None = None
+    """Largest mean difference of those log-probabilities in nats; null: 0.001 in fp32, 0.2 in bf16."""
+
+    def __post_init__(self) -> None:
+        positive("weight_sync", self, "bucket_mb")
+        require(self.verify_every >= 0, "weight_sync.verify_every", self.verify_every, "0 or more")
+        require(self.probe_tokens >= 0, "weight_sync.probe_tokens", self.probe_tokens, "0 (off) or more")
+        limit = self.probe_limit
+        require(limit is None or limit > 0, "weight_sync.probe_limit", limit, "null, or more than 0")
