@@ -25,6 +25,10 @@ class EngineError(MegatronRLError, RuntimeError):
     """A rollout engine refuses a request or breaks."""
 
 
+class EngineDied(EngineError):
+    """A rollout engine's process is gone, or does not answer; it can be started again."""
+
+
 class WeightSyncError(MegatronRLError, RuntimeError):
     """Weights did not reach the engine as the policy holds them."""
 

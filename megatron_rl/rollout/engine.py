@@ -102,6 +102,8 @@ class EngineSetup:
     max_model_len: int
     """Tokens of the longest prompt with its response."""
     local_rank: int
+    timeout_s: float = 600.0
+    """Longest time that an engine in other processes may take for an answer."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Further arguments of the engine's own constructor."""
 

@@ -4,8 +4,10 @@ Written against SGLang 0.5.11 to 0.5.23. Every rank hands its child the part tha
 """
 
 import asyncio
+import atexit
 import os
-from collections.abc import Iterator, Mapping
+import signal
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +19,7 @@ from megatron_rl.errors import EngineError, WeightSyncError
 from megatron_rl.models import layout_table
 from megatron_rl.rollout.engine import EngineSetup, Finished, Request
 from megatron_rl.rollout.engines.admission import Admission
+from megatron_rl.rollout.engines.children import ChildWatch, own_signals
 from megatron_rl.rollout.engines.hosting import DTYPES, finish_reason, surroundings
 from megatron_rl.rollout.engines.loading import ExpectedTensors
 from megatron_rl.types import Completion, SamplingParams
@@ -54,13 +57,17 @@ class SglangEngine:
         self._setup = setup
         self._expected = ExpectedTensors(hf_shapes(layout_table(setup.spec, 1)))
         self._version = -1
+        self._seed = seed
         self._engine: Any = None
-        self._processes: set[Any] = set()
+        self._watch: Any = None
         if setup.device.type == "cpu":
             # shared memory by name: a child may open it more than once
             torch.multiprocessing.set_sharing_strategy("file_system")
-        if not self.place.is_leader:
-            return
+        if self.place.is_leader:
+            self._start()
+
+    def _start(self) -> None:
+        setup = self._setup
         arguments = {
             "model_path": setup.folder,
             "load_format": "dummy",  # the first push brings the weights
@@ -70,8 +77,9 @@ class SglangEngine:
             "max_running_requests": setup.max_num_sequences,
             "tp_size": self.place.tp_size,
             "base_gpu_id": setup.local_rank,
-            "random_seed": seed,
+            "random_seed": self._seed,
             "log_level": "error",
+            "custom_sigquit_handler": _ignore,  # a child that fails sends it; the trainer would end with the child
             **_arguments(setup.device, setup.max_num_sequences * setup.max_model_len),
             **setup.options,
         }
@@ -83,8 +91,17 @@ class SglangEngine:
                     f"rollout.engine=sglang, but it cannot be imported: {error}. See docs/engines.md."
                 ) from error
             before = _children()
-            self._engine = sglang.Engine(**arguments)
-            self._processes = _children() - before
+            with own_signals((signal.SIGTERM, signal.SIGQUIT)):
+                self._engine = sglang.Engine(**arguments)
+                manager = self._engine.tokenizer_manager
+                manager.auto_create_handle_loop()
+            signal.signal(signal.SIGQUIT, _ignore)
+        # SGLang's own watch ends this process when a child is gone, and its shutdown ends all children of this process,
+        # reward workers and torch's memory manager as well
+        manager._subprocess_watchdog.stop()
+        atexit.unregister(self._engine.shutdown)
+        processes = [child for child in _children() - before if any("sglang" in part for part in child.cmdline())]
+        self._watch = ChildWatch(self._engine.loop, processes, setup.timeout_s)
 
     @property
     def version(self) -> int:
@@ -93,16 +110,16 @@ class SglangEngine:
     def load_weights(self, tensors: Iterator[tuple[str, Tensor]], version: int) -> None:
         self._version = -1  # half-loaded weights have no version
         if self._engine is not None:
-            self._told(self._engine.begin_weight_update())
+            self._tell("begin_weight_update")
         try:
             for bundle in _bundles(self._expected.watch(tensors)):
                 self._hand_over(bundle)
             self._expected.check_complete()
         finally:  # also of a push that failed: the next one could not begin
             if self._engine is not None:
-                self._told(self._engine.end_weight_update())
+                self._tell("end_weight_update")
         if self._engine is not None:
-            self._engine.flush_cache()  # it would answer from the weights before
+            self._tell("flush_cache")  # it would answer from the weights before
         self._version = version
 
     def generate(self, requests: Iterator[Request], params: SamplingParams, *, max_requests: int) -> Iterator[Finished]:
@@ -125,22 +142,37 @@ class SglangEngine:
                         owners[loop.create_task(self._sample(request, params))] = (request.key, sample)
                 if not owners:
                     return
-                done, _ = loop.run_until_complete(asyncio.wait(owners, return_when=asyncio.FIRST_COMPLETED))
+                with self._watch.waiting():
+                    done, _ = loop.run_until_complete(asyncio.wait(owners, return_when=asyncio.FIRST_COMPLETED))
                 for task in done:
                     key, sample = owners.pop(task)
                     admission.finish(key)
                     yield Finished(key=key, sample=sample, completion=self._completion(task.result()))
         finally:
-            if owners:
-                self._engine.tokenizer_manager.abort_request(abort_all=True)
-                loop.run_until_complete(asyncio.wait(owners))
+            self._give_up(owners)
+
+    def restart(self) -> None:
+        self.close()
+        if self.place.is_leader:
+            self._start()
 
     def close(self) -> None:
-        # SGLang's own shutdown ends all children of this process: reward workers and torch's memory manager as well
-        for process in self._processes:
-            for child in (*process.children(recursive=True), process):
-                child.kill()
-        self._processes = set()
+        self._version = -1
+        if self._watch is not None:
+            self._watch.kill()
+        self._watch = self._engine = None
+
+    def _give_up(self, tasks: Collection[asyncio.Task[Any]]) -> None:
+        if not tasks:
+            return
+        if not self._watch.is_lost:
+            self._engine.tokenizer_manager.abort_request(abort_all=True)
+            with self._watch.waiting():
+                self._engine.loop.run_until_complete(asyncio.wait(tasks))
+            return
+        for task in tasks:
+            task.cancel()
+        self._engine.loop.run_until_complete(asyncio.wait(tasks))
 
     async def _sample(self, request: Request, params: SamplingParams) -> dict[str, Any]:
         stops = list(params.stop_token_ids)
@@ -181,19 +213,22 @@ class SglangEngine:
             payloads = [None] * self.place.tp_size
             dist.all_gather_object(payloads, mine, group=self.place.group)
         if self._engine is not None:
-            done = self._engine.update_weights_from_tensor(payloads, load_format="flattened_bucket", flush_cache=False)
-            self._told(done)
+            self._tell("update_weights_from_tensor", payloads, load_format="flattened_bucket", flush_cache=False)
         if self.place.group is not None:
             dist.barrier(group=self.place.group)  # the memory must live until the children have read it
 
-    def _told(self, answer: Any) -> None:
-        """
+    def _tell(self, method: str, *arguments: Any, **options: Any) -> None:
+        """Call a method of the engine that changes it.
+
         Raises:
             WeightSyncError: SGLang says that it failed.
+            EngineDied: SGLang does not answer.
         """
+        with self._watch.waiting():
+            answer = getattr(self._engine, method)(*arguments, **options)
         success, message = answer if isinstance(answer, tuple) else (answer.success, answer.message)
         if not success:
-            raise WeightSyncError(f"SGLang did not take the weights: {message}")
+            raise WeightSyncError(f"SGLang refused {method}: {message}")
 
 
 def _bundles(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[list[tuple[str, Tensor]]]:
@@ -235,6 +270,10 @@ def _environment(device: torch.device, tp_size: int) -> dict[str, str]:
         cores = sorted(os.sched_getaffinity(0))
         values["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(str(cores[rank % len(cores)]) for rank in range(tp_size))
     return values
+
+
+def _ignore(*_: Any) -> None:
+    """What the trainer makes of a child's failure: the watch finds it."""
 
 
 def _children() -> set[Any]:

@@ -1,0 +1,102 @@
+"""A watch over the processes of an engine, so that nobody waits for one that is gone."""
+
+import asyncio
+import signal
+import time
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from megatron_rl.errors import EngineDied
+
+POLL_S = 0.5
+# signals that have a meaning in a training run: an engine must not answer them in its place
+OURS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class ChildWatch:
+    """Ends a wait on an event loop when a process is gone, or when no answer comes for too long."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, processes: Collection[Any], timeout_s: float) -> None:
+        """
+        Args:
+            processes: as psutil knows them.
+            timeout_s: longest time without an answer.
+        """
+        self._loop = loop
+        self._processes = processes
+        self._timeout_s = timeout_s
+        self._lost = ""
+        self._last_answer = time.monotonic()
+        self._task = loop.create_task(self._look())
+
+    @property
+    def is_lost(self) -> bool:
+        """The engine will not answer any more."""
+        return bool(self._lost)
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around a wait for one answer.
+
+        Raises:
+            EngineDied: it will not come.
+        """
+        self._last_answer = time.monotonic()
+        self._lost = self._lost or self._gone()
+        if self._lost:
+            raise EngineDied(self._lost)
+        try:
+            yield
+        except RuntimeError as error:  # how a loop that is stopped ends a wait
+            if self._lost:
+                raise EngineDied(self._lost) from error
+            raise
+
+    def kill(self) -> None:
+        """End the processes and all that they started."""
+        self._task.cancel()
+        for process in self._processes:
+            for one in (*_descendants(process), process):
+                if one.is_running():
+                    one.kill()
+
+    async def _look(self) -> None:
+        while not self._lost:
+            await asyncio.sleep(POLL_S)
+            silent = time.monotonic() - self._last_answer
+            if silent > self._timeout_s:
+                self._lost = f"the engine gave no answer for {silent:.0f} s (rollout.engine_timeout_s)"
+            self._lost = self._lost or self._gone()
+        self._loop.stop()
+
+    def _gone(self) -> str:
+        dead = [process.pid for process in self._processes if not process.is_running() or process.status() == "zombie"]
+        return f"the engine's process {dead[0]} is gone" if dead else ""
+
+
+@contextmanager
+def own_signals(loop_signals: Collection[signal.Signals]) -> Iterator[None]:
+    """Keep this process's handlers of signals although an engine that starts sets its own.
+
+    Args:
+        loop_signals: those of which the engine makes its event loop the handler.
+    """
+    before = {one: signal.getsignal(one) for one in OURS}
+    try:
+        yield
+    finally:
+        loop = asyncio.get_event_loop()
+        for one in loop_signals:
+            loop.remove_signal_handler(one)
+        for one, handler in before.items():
+            signal.signal(one, handler)
+
+
+def _descendants(process: Any) -> list[Any]:
+    import psutil
+
+    try:
+        return list(process.children(recursive=True))
+    except psutil.NoSuchProcess:
+        return []
