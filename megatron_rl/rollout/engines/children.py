@@ -76,19 +76,12 @@ class ChildWatch:
 
 
 @contextmanager
-def own_signals(loop_signals: Collection[signal.Signals]) -> Iterator[None]:
-    """Keep this process's handlers of signals although an engine that starts sets its own.
-
-    Args:
-        loop_signals: those of which the engine makes its event loop the handler.
-    """
+def own_signals() -> Iterator[None]:
+    """Keep this process's handlers of signals although an engine that starts sets its own."""
     before = {one: signal.getsignal(one) for one in OURS}
     try:
         yield
     finally:
-        loop = asyncio.get_event_loop()
-        for one in loop_signals:
-            loop.remove_signal_handler(one)
         for one, handler in before.items():
             signal.signal(one, handler)
 

@@ -91,17 +91,19 @@ class SglangEngine:
                     f"rollout.engine=sglang, but it cannot be imported: {error}. See docs/engines.md."
                 ) from error
             before = _children()
-            with own_signals((signal.SIGTERM, signal.SIGQUIT)):
+            with own_signals():
                 self._engine = sglang.Engine(**arguments)
-                manager = self._engine.tokenizer_manager
-                manager.auto_create_handle_loop()
+                manager, loop = self._engine.tokenizer_manager, self._engine.loop
+                loop.run_until_complete(_begin_answers(manager))
+                for one in (signal.SIGTERM, signal.SIGQUIT):
+                    loop.remove_signal_handler(one)
             signal.signal(signal.SIGQUIT, _ignore)
         # SGLang's own watch ends this process when a child is gone, and its shutdown ends all children of this process,
         # reward workers and torch's memory manager as well
         manager._subprocess_watchdog.stop()
         atexit.unregister(self._engine.shutdown)
         processes = [child for child in _children() - before if any("sglang" in part for part in child.cmdline())]
-        self._watch = ChildWatch(self._engine.loop, processes, setup.timeout_s)
+        self._watch = ChildWatch(loop, processes, setup.timeout_s)
 
     @property
     def version(self) -> int:
@@ -270,6 +272,11 @@ def _environment(device: torch.device, tp_size: int) -> dict[str, str]:
         cores = sorted(os.sched_getaffinity(0))
         values["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(str(cores[rank % len(cores)]) for rank in range(tp_size))
     return values
+
+
+async def _begin_answers(manager: Any) -> None:
+    """What SGLang does at its first request, together with the handlers of signals that it sets then."""
+    manager.auto_create_handle_loop()
 
 
 def _ignore(*_: Any) -> None:
