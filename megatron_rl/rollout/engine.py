@@ -1,6 +1,6 @@
 """The protocol of a rollout engine, and which ranks make up which engine."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -23,6 +23,12 @@ class Request:
     """[P] int64."""
     seeds: tuple[int, ...]
     """One for each sample; a sample depends on its seed and not on what else runs."""
+    max_new_tokens: int | None = None
+    """Fewer than the sampling parameters allow; None: as many."""
+
+    def limit(self, params: SamplingParams) -> int:
+        """Tokens after which a sample ends."""
+        return params.max_new_tokens if self.max_new_tokens is None else self.max_new_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,16 +138,31 @@ class Engine(Protocol):
         """
         ...
 
-    def generate(self, requests: Iterator[Request], params: SamplingParams, *, max_requests: int) -> Iterator[Finished]:
+    def generate(
+        self,
+        requests: Iterator[Request | None],
+        params: SamplingParams,
+        *,
+        max_requests: int,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> Iterator[Finished]:
         """Samples in the order in which they finish; every rank of the engine takes part, its leader gets them.
 
         Args:
-            requests: pulled one by one by the leader, as places get free, so that engines can share a queue.
+            requests: pulled one by one by the leader, as places get free, so that engines can share a queue; None:
+                there is no request now, but there may be after the next sample.
             max_requests: requests that may be in work at a time.
+            should_stop: asked by the leader all the time; once it says yes, what is in work is returned as it is, with
+                the finish reason "abort", and the iterator ends.
 
         Raises:
             EngineError: a request is empty, too long or has a token outside the vocabulary.
+            EngineDied: the engine is gone and may be restarted.
         """
+        ...
+
+    def restart(self) -> None:
+        """Start again after EngineDied, without weights; every rank of the engine takes part."""
         ...
 
     def close(self) -> None:
@@ -165,8 +186,8 @@ def check_request(request: Request, params: SamplingParams, spec: ModelSpec) -> 
             f"request {request.key}: token ids {int(ids.min())} to {int(ids.max())}, expected 0 to "
             f"{spec.vocab_size - 1}. The tokenizer and the model do not belong together."
         )
-    if ids.numel() + params.max_new_tokens > limit:
+    if ids.numel() + request.limit(params) > limit:
         raise EngineError(
-            f"request {request.key}: {ids.numel()} prompt tokens + rollout.max_new_tokens={params.max_new_tokens} "
+            f"request {request.key}: {ids.numel()} prompt tokens + rollout.max_new_tokens={request.limit(params)} "
             f"are more than the model's {limit} positions. Lower rollout.max_new_tokens or data.max_prompt_tokens."
         )

@@ -1,6 +1,7 @@
 """How many requests an engine has in work, the same on all of its ranks."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Literal
 
 from megatron_rl.errors import EngineError
 from megatron_rl.rollout.engine import EngineSetup, Request, check_request
@@ -12,12 +13,13 @@ class Admission:
 
     def __init__(
         self,
-        requests: Iterator[Request],
+        requests: Iterator[Request | None],
         params: SamplingParams,
         setup: EngineSetup,
         *,
         version: int,
         max_requests: int,
+        should_stop: Callable[[], bool] | None,
     ) -> None:
         """
         Raises:
@@ -29,6 +31,7 @@ class Admission:
         self._params = params
         self._setup = setup
         self._max_requests = max_requests
+        self._should_stop = should_stop
         self._in_work: dict[int, int] = {}  # request key -> samples not finished
         self._last_size = 1  # samples of the request pulled last: the next is expected to be like it
         self._exhausted = False
@@ -48,12 +51,21 @@ class Admission:
         while not self._exhausted and self._has_place():
             request = self._next()
             if request is None:
+                break
+            if request == "end":
                 self._exhausted = True
             else:
                 self._last_size = len(request.seeds)
                 self._in_work[request.key] = len(request.seeds)
                 fresh.append(request)
         return fresh
+
+    def is_over(self) -> bool:
+        """What is in work is to be given up; the same on every rank of the engine."""
+        if self._should_stop is None:
+            return False
+        place = self._setup.place
+        return bool(place.from_leader(place.is_leader and self._should_stop()))
 
     def finish(self, key: int) -> None:
         """A sample of the request is done."""
@@ -67,12 +79,13 @@ class Admission:
         num_sequences = sum(self._in_work.values())
         return num_sequences == 0 or num_sequences + self._last_size <= self._setup.max_num_sequences
 
-    def _next(self) -> Request | None:
-        request, failure = None, None
+    def _next(self) -> Request | Literal["end"] | None:
+        request: Request | Literal["end"] | None = None
+        failure = None
         if self._setup.place.is_leader:
             try:
-                request = next(self._requests, None)
-                if request is not None:
+                request = next(self._requests, "end")
+                if isinstance(request, Request):
                     check_request(request, self._params, self._setup.spec)
             except EngineError as error:
                 failure = str(error)

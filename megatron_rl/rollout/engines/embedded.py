@@ -3,7 +3,7 @@
 Rows join as others finish (continuous batching); the samples of a prompt share its prefill.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ from megatron_rl.rollout.engine import EngineSetup, Finished, Request
 from megatron_rl.rollout.engines.admission import Admission
 from megatron_rl.rollout.engines.decoder import Decoder, KVCache
 from megatron_rl.rollout.sampling import choose, uniforms
-from megatron_rl.types import Completion, SamplingParams
+from megatron_rl.types import Completion, FinishReason, SamplingParams
 
 # Finished rows are dropped from the batch when they are at least this share of it.
 DROP_SHARE = 0.125
@@ -35,6 +35,8 @@ class _Rows:
     """[B, max_new_tokens] float32."""
     counts: Tensor
     """[B] int64, tokens so far."""
+    limits: Tensor
+    """[B] int64, tokens at the end."""
     working: Tensor
     """[B] bool; the others are finished and about to be dropped."""
     owners: list[tuple[int, int]]
@@ -50,6 +52,7 @@ class _Rows:
             tokens=self.tokens[rows],
             logprobs=self.logprobs[rows],
             counts=self.counts[rows],
+            limits=self.limits[rows],
             working=self.working[rows],
             owners=[self.owners[row] for row in rows.tolist()],
             routing=None if self.routing is None else self.routing[rows],
@@ -63,6 +66,7 @@ class _Rows:
             tokens=torch.cat([self.tokens, other.tokens]),
             logprobs=torch.cat([self.logprobs, other.logprobs]),
             counts=torch.cat([self.counts, other.counts]),
+            limits=torch.cat([self.limits, other.limits]),
             working=torch.cat([self.working, other.working]),
             owners=self.owners + other.owners,
             routing=_join_routing(self.routing, other.routing),
@@ -89,12 +93,24 @@ class EmbeddedEngine:
         self._decoder.load(tensors)
         self._version = version
 
+    def restart(self) -> None:
+        self._version = -1
+
     def close(self) -> None:
         pass
 
-    def generate(self, requests: Iterator[Request], params: SamplingParams, *, max_requests: int) -> Iterator[Finished]:
+    def generate(
+        self,
+        requests: Iterator[Request | None],
+        params: SamplingParams,
+        *,
+        max_requests: int,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> Iterator[Finished]:
         stops = torch.tensor(params.stop_token_ids, dtype=torch.int64, device=self._device)
-        admission = Admission(requests, params, self._setup, version=self._version, max_requests=max_requests)
+        admission = Admission(
+            requests, params, self._setup, version=self._version, max_requests=max_requests, should_stop=should_stop
+        )
         rows: _Rows | None = None
         while True:
             fresh = admission.pull()
@@ -102,6 +118,9 @@ class EmbeddedEngine:
                 admitted = self._admit(fresh, params)
                 rows = admitted if rows is None else rows.join(admitted)
             if rows is None:
+                return
+            if admission.is_over():
+                yield from self._finish(rows, rows.working.nonzero()[:, 0], "abort")
                 return
             for finished in self._step(rows, stops, params):
                 admission.finish(finished.key)
@@ -121,6 +140,7 @@ class EmbeddedEngine:
         seeds = [seed for request in requests for seed in request.seeds]
         repeats = torch.tensor([len(request.seeds) for request in requests], device=self._device)
         of_request = torch.arange(len(requests), device=self._device).repeat_interleave(repeats)
+        limits = torch.tensor([request.limit(params) for request in requests], device=self._device)
         shape = (len(seeds), params.max_new_tokens)
         return _Rows(
             cache=cache.select(of_request),
@@ -129,6 +149,7 @@ class EmbeddedEngine:
             tokens=torch.zeros(shape, dtype=torch.int64, device=self._device),
             logprobs=torch.zeros(shape, dtype=torch.float32, device=self._device),
             counts=torch.zeros(len(seeds), dtype=torch.int64, device=self._device),
+            limits=limits[of_request],
             working=torch.ones(len(seeds), dtype=torch.bool, device=self._device),
             owners=[(request.key, sample) for request in requests for sample in range(len(request.seeds))],
             routing=None if routing is None else routing[of_request],
@@ -158,24 +179,23 @@ class EmbeddedEngine:
             kept.scatter_(1, places, torch.where(rows.working[:, None], new[:, None], kept.gather(1, places)))
         rows.counts += rows.working
         stopped = torch.isin(tokens, stops)
-        ended = rows.working & (stopped | (rows.counts == params.max_new_tokens))
+        ended = rows.working & (stopped | (rows.counts == rows.limits))
         rows.working &= ~ended
-        return self._finish(rows, ended.nonzero()[:, 0], stopped)
+        at_stop, at_limit = (ended & stopped).nonzero()[:, 0], (ended & ~stopped).nonzero()[:, 0]
+        return self._finish(rows, at_stop, "stop") + self._finish(rows, at_limit, "length")
 
-    def _finish(self, rows: _Rows, ended: Tensor, stopped: Tensor) -> list[Finished]:
+    def _finish(self, rows: _Rows, ended: Tensor, reason: FinishReason) -> list[Finished]:
         if ended.numel() == 0:
             return []
         tokens, logprobs = rows.tokens[ended].cpu(), rows.logprobs[ended].cpu()
         routes = self._routing_of_ended(rows, ended)
         finished = []
-        for place, (row, count, stop) in enumerate(
-            zip(ended.tolist(), rows.counts[ended].tolist(), stopped[ended].tolist(), strict=True)
-        ):
+        for place, (row, count) in enumerate(zip(ended.tolist(), rows.counts[ended].tolist(), strict=True)):
             key, sample = rows.owners[row]
             completion = Completion(
                 token_ids=tokens[place, :count],
                 logprobs=logprobs[place, :count],
-                finish_reason="stop" if stop else "length",
+                finish_reason=reason,
                 policy_version=self._version,
                 routing=routes[place],
             )

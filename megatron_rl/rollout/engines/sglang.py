@@ -7,7 +7,7 @@ import asyncio
 import atexit
 import os
 import signal
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +27,8 @@ from megatron_rl.weights.layout import hf_shapes, layer_of
 
 # bytes of whole layers that go over at a time
 BUNDLE_BYTES = 2**28
+# how often a job that may be stopped is asked
+STOP_POLL_S = 0.05
 # with these set, the children would try to join the trainer's world
 LAUNCHER_VARIABLES = (
     "RANK",
@@ -102,7 +104,7 @@ class SglangEngine:
         # reward workers and torch's memory manager as well
         manager._subprocess_watchdog.stop()
         atexit.unregister(self._engine.shutdown)
-        processes = [child for child in _children() - before if any("sglang" in part for part in child.cmdline())]
+        processes = [child for child in _children() - before if any(part.startswith("sglang::") for part in child.cmdline())]
         self._watch = ChildWatch(loop, processes, setup.timeout_s)
 
     @property
@@ -124,7 +126,14 @@ class SglangEngine:
             self._tell("flush_cache")  # it would answer from the weights before
         self._version = version
 
-    def generate(self, requests: Iterator[Request], params: SamplingParams, *, max_requests: int) -> Iterator[Finished]:
+    def generate(
+        self,
+        requests: Iterator[Request | None],
+        params: SamplingParams,
+        *,
+        max_requests: int,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> Iterator[Finished]:
         if params.top_p < 1 or params.top_k > 0:
             raise EngineError(
                 f"SGLang reports log-probabilities of the whole distribution, but top_p={params.top_p} and "
@@ -134,18 +143,24 @@ class SglangEngine:
             return
         # the other ranks have nothing to do with requests
         alone = replace(self._setup, place=replace(self.place, group=None))
-        admission = Admission(requests, params, alone, version=self._version, max_requests=max_requests)
+        admission = Admission(
+            requests, params, alone, version=self._version, max_requests=max_requests, should_stop=should_stop
+        )
+        is_over = False
         loop = self._engine.loop
         owners: dict[asyncio.Task[Any], tuple[int, int]] = {}
         try:
             while True:
-                for request in admission.pull():
+                for request in () if is_over else admission.pull():
                     for sample in range(len(request.seeds)):
                         owners[loop.create_task(self._sample(request, params))] = (request.key, sample)
                 if not owners:
                     return
+                if not is_over and admission.is_over():
+                    is_over = True
+                    self._engine.tokenizer_manager.abort_request(abort_all=True)
                 with self._watch.waiting():
-                    done, _ = loop.run_until_complete(asyncio.wait(owners, return_when=asyncio.FIRST_COMPLETED))
+                    done = loop.run_until_complete(_some_of(owners, None if should_stop is None else STOP_POLL_S))
                 for task in done:
                     key, sample = owners.pop(task)
                     admission.finish(key)
@@ -180,7 +195,7 @@ class SglangEngine:
         stops = list(params.stop_token_ids)
         wanted = {
             "temperature": params.temperature,
-            "max_new_tokens": params.max_new_tokens,
+            "max_new_tokens": request.limit(params),
             "stop_token_ids": stops,
             "ignore_eos": not stops,  # which would ignore the stop tokens as well
         }
@@ -192,7 +207,7 @@ class SglangEngine:
 
     def _completion(self, found: Mapping[str, Any]) -> Completion:
         tokens, about = list(found["output_ids"]), found["meta_info"]
-        logprobs = about["output_token_logprobs"]
+        logprobs = about["output_token_logprobs"] if tokens else []
         if [entry[1] for entry in logprobs] != tokens:
             raise EngineError("SGLang reported log-probabilities of other tokens than those it returned.")
         return Completion(
@@ -272,6 +287,12 @@ def _environment(device: torch.device, tp_size: int) -> dict[str, str]:
         cores = sorted(os.sched_getaffinity(0))
         values["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(str(cores[rank % len(cores)]) for rank in range(tp_size))
     return values
+
+
+async def _some_of(tasks: Collection[asyncio.Task[Any]], timeout_s: float | None) -> set[asyncio.Task[Any]]:
+    """Those that are done, at least one of them unless the time is over."""
+    done, _ = await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+    return done
 
 
 async def _begin_answers(manager: Any) -> None:

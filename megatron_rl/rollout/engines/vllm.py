@@ -5,13 +5,14 @@ Written against vLLM 0.20 to 0.32. What differs between a machine with GPUs and 
 
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_rl.errors import EngineError
+from megatron_rl.errors import EngineDied, EngineError
 from megatron_rl.models import layout_table
 from megatron_rl.rollout.engine import EngineSetup, Finished, Request
 from megatron_rl.rollout.engines.admission import Admission
@@ -37,8 +38,13 @@ class VllmEngine:
         self.place = setup.place
         self._setup = setup
         self._expected = ExpectedTensors(hf_shapes(layout_table(setup.spec, 1)))
+        self._identity = identity
         self._version = -1
         self._count = 0
+        self._start()
+
+    def _start(self) -> None:
+        setup = self._setup
         arguments = {
             "model": setup.folder,
             "load_format": "dummy",  # the first push brings the weights
@@ -54,7 +60,7 @@ class VllmEngine:
             **_arguments(setup.device, setup.max_model_len),
             **setup.options,
         }
-        with surroundings(_environment(setup, identity)):
+        with surroundings(_environment(setup, self._identity)):
             try:
                 from vllm import LLM
             except ImportError as error:
@@ -78,42 +84,77 @@ class VllmEngine:
         self._llm.reset_prefix_cache()  # it would answer from the weights before
         self._version = version
 
-    def generate(self, requests: Iterator[Request], params: SamplingParams, *, max_requests: int) -> Iterator[Finished]:
-        admission = Admission(requests, params, self._setup, version=self._version, max_requests=max_requests)
+    def generate(
+        self,
+        requests: Iterator[Request | None],
+        params: SamplingParams,
+        *,
+        max_requests: int,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> Iterator[Finished]:
+        admission = Admission(
+            requests, params, self._setup, version=self._version, max_requests=max_requests, should_stop=should_stop
+        )
         engine = self._llm.llm_engine
-        owners: dict[str, tuple[int, int]] = {}
+        in_work: dict[str, _Sample] = {}
         try:
             while True:
                 for request in admission.pull():
-                    owners |= self._add(request, params)
+                    in_work |= self._add(request, params, in_parts=should_stop is not None)
                 if admission.is_idle:
                     return
-                for output in engine.step():
-                    if not output.finished:
-                        continue
-                    key, sample = owners.pop(output.request_id)
-                    admission.finish(key)
+                if admission.is_over():
                     if self.place.is_leader:
-                        yield Finished(key=key, sample=sample, completion=self._completion(output.outputs[0]))
+                        yield from [self._finished(sample, "abort") for sample in in_work.values()]
+                    return
+                for output in self._stepped(engine):
+                    sample = in_work[output.request_id]
+                    sample.take(output.outputs[0])
+                    if output.finished:
+                        del in_work[output.request_id]
+                        admission.finish(sample.key)
+                        if self.place.is_leader:
+                            yield self._finished(sample, output.outputs[0].finish_reason)
         finally:
-            if owners:
-                engine.abort_request(list(owners))
+            if in_work:
+                engine.abort_request(list(in_work))
+
+    def restart(self) -> None:
+        self.close()
+        self._start()
 
     def close(self) -> None:
+        self._version = -1
         self._llm.llm_engine.engine_core.shutdown()
         del self._llm
         gc.collect()  # its parts refer to each other
 
-    def _add(self, request: Request, params: SamplingParams) -> dict[str, tuple[int, int]]:
+    def _stepped(self, engine: Any) -> list[Any]:
+        """One step of the scheduler.
+
+        Raises:
+            EngineDied: it failed; what it holds is in an unknown state.
+        """
+        try:
+            outputs: list[Any] = engine.step()
+        except Exception as error:  # of any kind: vLLM's own state is then unknown
+            raise EngineDied(f"vLLM failed in a step: {error!r}") from error
+        return outputs
+
+    def _add(self, request: Request, params: SamplingParams, *, in_parts: bool) -> dict[str, "_Sample"]:
         """Begin every sample as a request of its own: vLLM would seed those of one request seed, seed + 1, ….
 
+        Args:
+            in_parts: let vLLM report tokens as they come, so that a sample can be given up without losing them.
+
         Returns:
-            vLLM's name -> (key, sample).
+            The samples under vLLM's names.
         """
         from vllm import SamplingParams as VllmParams
         from vllm import TokensPrompt
+        from vllm.sampling_params import RequestOutputKind
 
-        owners = {}
+        samples = {}
         for sample, seed in enumerate(request.seeds):
             name = str(self._count)
             self._count += 1
@@ -122,25 +163,41 @@ class VllmEngine:
                 top_p=params.top_p,
                 top_k=params.top_k,
                 seed=seed,
-                max_tokens=params.max_new_tokens,
+                max_tokens=request.limit(params),
                 stop_token_ids=list(params.stop_token_ids),
                 ignore_eos=True,  # the stop tokens are all given
                 logprobs=0,
                 detokenize=False,
+                output_kind=RequestOutputKind.DELTA if in_parts else RequestOutputKind.FINAL_ONLY,
             )
             self._llm.llm_engine.add_request(name, TokensPrompt(prompt_token_ids=request.token_ids.tolist()), wanted)
-            owners[name] = (request.key, sample)
-        return owners
+            samples[name] = _Sample(key=request.key, sample=sample)
+        return samples
 
-    def _completion(self, output: Any) -> Completion:
-        tokens = list(output.token_ids)
-        logprobs = [found[token].logprob for token, found in zip(tokens, output.logprobs, strict=True)]
-        return Completion(
-            token_ids=torch.tensor(tokens, dtype=torch.int64),
-            logprobs=torch.tensor(logprobs, dtype=torch.float32),
-            finish_reason=finish_reason(output.finish_reason),
+    def _finished(self, sample: "_Sample", reason: str) -> Finished:
+        completion = Completion(
+            token_ids=torch.tensor(sample.tokens, dtype=torch.int64),
+            logprobs=torch.tensor(sample.logprobs, dtype=torch.float32),
+            finish_reason=finish_reason(reason),
             policy_version=self._version,
         )
+        return Finished(key=sample.key, sample=sample.sample, completion=completion)
+
+
+@dataclass(kw_only=True)
+class _Sample:
+    """What has come of one sample."""
+
+    key: int
+    sample: int
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+
+    def take(self, output: Any) -> None:
+        """Further tokens; with those of the end vLLM may send none."""
+        tokens = list(output.token_ids)
+        self.tokens += tokens
+        self.logprobs += [found[token].logprob for token, found in zip(tokens, output.logprobs or (), strict=True)]
 
 
 def _arguments(device: torch.device, max_model_len: int) -> dict[str, Any]:
