@@ -15,15 +15,21 @@ from tests.toys import VOCAB
 from tools.make_toy_model import FAMILIES
 
 EngineOf = Callable[..., Engine]
+# the family whose toy has a sliding window, which SGLang does not honour
+WINDOWED = ("mistral",)
 
 
 @pytest.mark.parametrize(
     ("family", "tied"), [*((family, False) for family in FAMILIES), ("qwen2", True), ("llama", True)]
 )
 def test_greedy_tokens_equal_transformers(
-    family: str, tied: bool, engine_of: EngineOf, toy_model: Callable[..., Path]
+    family: str, tied: bool, engine_of: EngineOf, engine_name: str, toy_model: Callable[..., Path]
 ) -> None:
     folder = toy_model(family, tied=tied, **SIZES)
+    if engine_name == "sglang" and family in WINDOWED:
+        with pytest.raises(EngineError, match="attends to the last 8"):
+            engine_of(folder)
+        return
     hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     asked = requests(samples=1)
     found = collect(engine_of(folder).generate(iter(asked), params(temperature=0.0), max_requests=5))

@@ -53,8 +53,14 @@ class SglangEngine:
             seed: of this engine's sampling, which has one random state for all requests.
 
         Raises:
-            EngineError: SGLang is not installed.
+            EngineError: SGLang is not installed, does not start, or would not compute the model.
         """
+        window = setup.spec.sliding_window
+        if window is not None and window.size < setup.max_model_len:
+            raise EngineError(
+                f"SGLang attends to all tokens where this model attends to the last {window.size}, and sequences may have "
+                f"{setup.max_model_len}. Use rollout.engine=vllm, or shorten prompts and responses to the window."
+            )
         self.place = setup.place
         self._setup = setup
         self._expected = ExpectedTensors(hf_shapes(layout_table(setup.spec, 1)))
@@ -94,7 +100,10 @@ class SglangEngine:
                 ) from error
             before = _children()
             with own_signals():
-                self._engine = sglang.Engine(**arguments)
+                try:
+                    self._engine = sglang.Engine(**arguments)
+                except RuntimeError as error:
+                    raise EngineError(f"SGLang does not start: {error}") from error
                 manager, loop = self._engine.tokenizer_manager, self._engine.loop
                 loop.run_until_complete(_begin_answers(manager))
                 for one in (signal.SIGTERM, signal.SIGQUIT):
@@ -104,7 +113,9 @@ class SglangEngine:
         # reward workers and torch's memory manager as well
         manager._subprocess_watchdog.stop()
         atexit.unregister(self._engine.shutdown)
-        processes = [child for child in _children() - before if any(part.startswith("sglang::") for part in child.cmdline())]
+        processes = [
+            child for child in _children() - before if any(part.startswith("sglang::") for part in child.cmdline())
+        ]
         self._watch = ChildWatch(loop, processes, setup.timeout_s)
 
     @property
