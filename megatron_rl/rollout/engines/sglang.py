@@ -58,8 +58,8 @@ class SglangEngine:
         window = setup.spec.sliding_window
         if window is not None and window.size < setup.max_model_len:
             raise EngineError(
-                f"SGLang attends to all tokens where this model attends to the last {window.size}, and sequences may have "
-                f"{setup.max_model_len}. Use rollout.engine=vllm, or shorten prompts and responses to the window."
+                f"SGLang attends to all tokens where this model attends to the last {window.size}, and sequences may "
+                f"have {setup.max_model_len}. Use rollout.engine=vllm, or shorten prompts and responses to the window."
             )
         self.place = setup.place
         self._setup = setup
@@ -316,7 +316,8 @@ def _ignore(*_: Any) -> None:
 
 
 def _children() -> set[Any]:
-    """This process's children, as psutil knows them; SGLang brings psutil along."""
+    """This process's children that are SGLang's; psutil comes with SGLang."""
     import psutil
 
-    return set(psutil.Process().children())
+    children = psutil.Process().children()
+    return {child for child in children if any(part.startswith("sglang::") for part in child.cmdline())}
