@@ -14,6 +14,7 @@ from megatron_rl.config.load import flatten
 from megatron_rl.config.schema import RewardFunctionSection
 from megatron_rl.data.prompts import PromptOrder, PromptSet, load_prompts
 from megatron_rl.data.templates import load_tokenizer
+from megatron_rl.environments import build_environment
 from megatron_rl.errors import ConfigError, DataError
 from megatron_rl.mcore.model import check_weights
 from megatron_rl.mcore.optimizer import check_optimizer
@@ -30,16 +31,18 @@ from megatron_rl.models.flops import peak_tflops
 from megatron_rl.plugins import load_symbol
 from megatron_rl.rewards.pool import RewardPool
 from megatron_rl.rewards.registry import build_grader
-from megatron_rl.rollout.collect import Collector
+from megatron_rl.rollout.collect import Collector, CollectorLimits
 from megatron_rl.rollout.engine import Engine, EngineSetup, engine_place
+from megatron_rl.rollout.engine_sampler import EngineSampler
 from megatron_rl.rollout.engines.embedded import EmbeddedEngine
 from megatron_rl.rollout.engines.sglang import SglangEngine
 from megatron_rl.rollout.engines.vllm import VllmEngine
 from megatron_rl.rollout.evaluator import Evaluator
-from megatron_rl.rollout.sampler import DemonstrationSampler, EngineSampler, Sampler
+from megatron_rl.rollout.sampler import DemonstrationSampler, Sampler
 from megatron_rl.rollout.sampling import sample_seed
 from megatron_rl.run_folder import RunFolder
 from megatron_rl.types import ParallelContext, SamplingParams, TrainState
+from megatron_rl.weight_sync import WeightSync
 from megatron_rl.weight_sync.push import PROBE_PROMPT
 from megatron_rl.weights.hf_files import torch_dtype
 
@@ -132,6 +135,7 @@ def build_engine(config: RunConfig, policy: Policy) -> Engine:
         max_num_sequences=config.rollout.max_num_sequences,
         max_model_len=longest_sequence(config, policy.spec),
         local_rank=parallel.local_rank,
+        timeout_s=config.rollout.engine_timeout_s,
         options=config.rollout.engine_options,
     )
     match config.rollout.engine:
@@ -149,10 +153,20 @@ def longest_sequence(config: RunConfig, spec: ModelSpec) -> int:
     return min(max(config.data.max_prompt_tokens, PROBE_PROMPT) + new, spec.max_position_embeddings)
 
 
-def build_collector(config: RunConfig, inputs: Inputs, engine: Engine, parallel: ParallelContext) -> Collector:
+def build_collector(config: RunConfig, inputs: Inputs, engine: Engine, sync: WeightSync, policy: Policy) -> Collector:
     """Engine, reward workers and tokenizer together."""
-    pool = RewardPool(config.reward, reward_functions(config))
-    return Collector(engine, pool, inputs.tokenizer, parallel, max_failure_fraction=config.reward.max_failure_fraction)
+    return Collector(
+        engine,
+        RewardPool(config.reward, reward_functions(config)),
+        inputs.tokenizer,
+        policy.parallel,
+        limits=CollectorLimits(
+            reward_failure_fraction=config.reward.max_failure_fraction,
+            engine_failures=config.rollout.max_engine_failures,
+            max_length=longest_sequence(config, policy.spec),
+        ),
+        push=sync.push,
+    )
 
 
 def build_sampler(config: RunConfig, inputs: Inputs, collector: Collector) -> Sampler:
@@ -167,7 +181,16 @@ def build_sampler(config: RunConfig, inputs: Inputs, collector: Collector) -> Sa
         max_new_tokens=config.rollout.max_new_tokens,
         stop_token_ids=_stop_token_ids(config, inputs.tokenizer),
     )
-    return EngineSampler(config.rollout, order, collector, params, seed=config.run.seed)
+    name = config.rollout.environment
+    return EngineSampler(
+        config.rollout,
+        order,
+        collector,
+        params,
+        environment=build_environment(name, config.rollout.environment_options) if name is not None else None,
+        seed=config.run.seed,
+        num_updates=config.batching.num_updates,
+    )
 
 
 def build_evaluator(config: RunConfig, inputs: Inputs, collector: Collector) -> Evaluator | None:

@@ -3,6 +3,7 @@
 checkpoints/step_000020/policy/        Megatron distributed checkpoint (weights, optimizer, schedule)
 checkpoints/step_000020/rng/           random state of every rank
 checkpoints/step_000020/trainer.json   step, data position, wandb id, configuration
+checkpoints/step_000020/in_flight.jsonl samples that are carried over to the next step, when there are any
 checkpoints/step_000020/integrity.json sizes and hashes of all of these
 checkpoints/step_000020/hf/            Hugging Face folder, when asked for
 checkpoints/latest                     name of the newest
@@ -11,7 +12,7 @@ checkpoints/latest                     name of the newest
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -27,9 +28,13 @@ from megatron_rl.integrity import Seal, check_seals, seal_files, write_seals
 from megatron_rl.mcore.async_save import PendingSave
 from megatron_rl.mcore.checkpoint import begin_save, complete_save, load_policy, save_policy
 from megatron_rl.mcore.policy import Policy
+from megatron_rl.rollout.record import group_from_json, group_to_json, read_lines, write_lines
+from megatron_rl.rollout.work import GroupWork
 from megatron_rl.run_folder import LATEST, write_atomically
 from megatron_rl.types import ParallelContext, TrainState
 from megatron_rl.weights.hf_files import write_hf_folder
+
+IN_FLIGHT = "in_flight.jsonl"
 
 # What may differ between a run and its continuation: nothing that changes what is learnt.
 FREE_KEYS = (
@@ -50,6 +55,8 @@ FREE_KEYS = (
     "reward.max_failure_fraction",
     "rollout.schedule",
     "rollout.max_num_sequences",
+    "rollout.engine_timeout_s",
+    "rollout.max_engine_failures",
     "batching.micro_batch_size",
     "batching.max_tokens_per_micro_batch",
     "batching.packed",
@@ -70,7 +77,7 @@ class Checkpoints:
         self._last: Path | None = None  # begun or restored last
         self._pending: tuple[PendingSave, Path, Path] | None = None
 
-    def save(self, state: TrainState, policy: Policy) -> Path:
+    def save(self, state: TrainState, policy: Policy, in_flight: Sequence[GroupWork] = ()) -> Path:
         """Begin a checkpoint, unless it is the last one already; it appears under its name only when complete.
 
         Collective. With checkpoint.in_background the files are written while training goes on, and
@@ -99,6 +106,8 @@ class Checkpoints:
                     "world_size": self._parallel.world_size,
                 }
                 write_atomically(partial / "trainer.json", json.dumps(trainer, indent=2))
+                if in_flight:
+                    write_lines(partial / IN_FLIGHT, [group_to_json(group) for group in in_flight])
         self._last = final
         if self._config.checkpoint.in_background:
             pending = begin_save(policy, partial / "policy", then=lambda: self._seal_own(partial))
@@ -146,7 +155,8 @@ class Checkpoints:
             if self._parallel.is_main:
                 sealed = {name: seal for part in everyone for name, seal in part.items()}
                 shared = [f"policy/{path.name}" for path in (partial / "policy").iterdir()]
-                rest = [name for name in [*shared, "trainer.json"] if name not in sealed]
+                kept = [name for name in ("trainer.json", IN_FLIGHT) if (partial / name).exists()]
+                rest = [name for name in [*shared, *kept] if name not in sealed]
                 write_seals(partial, {**sealed, **seal_files(partial, rest)})
                 _replace_folder(partial, final)
                 write_atomically(self._folder / LATEST, final.name)
@@ -174,6 +184,15 @@ class Checkpoints:
         barrier(self._parallel)
         self._last = path
         return TrainState(**trainer["state"])
+
+    def in_flight(self, path: Path) -> list[GroupWork]:
+        """The samples that a checkpoint carries over.
+
+        Raises:
+            DataError: they cannot be read.
+        """
+        file = path / IN_FLIGHT
+        return [group_from_json(line) for line in read_lines(file)] if file.exists() else []
 
     def _save_hf(self, policy: Policy, partial: Path) -> None:
         if not self._config.checkpoint.save_hf:

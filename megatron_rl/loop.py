@@ -26,6 +26,7 @@ from megatron_rl.checkpoints import Checkpoints
 from megatron_rl.collective import raise_together
 from megatron_rl.config import RunConfig, validate
 from megatron_rl.drift import check_drift
+from megatron_rl.errors import EngineDied
 from megatron_rl.mcore.parallel import init_parallel, launcher_world, leave_world
 from megatron_rl.mcore.policy import Policy
 from megatron_rl.metrics.metric import Mean, Reduction, mean_max_min, merge
@@ -35,7 +36,7 @@ from megatron_rl.models.flops import forward_flops
 from megatron_rl.plugins import load_symbol
 from megatron_rl.profiling import profiled
 from megatron_rl.rollout.evaluator import Evaluator
-from megatron_rl.rollout.sampler import Sampler
+from megatron_rl.rollout.sampler import Collected, Sampler
 from megatron_rl.rollout.statistics import length_metrics, reward_metrics
 from megatron_rl.run_folder import RunFolder
 from megatron_rl.run_log import RunLog
@@ -74,18 +75,28 @@ def run_in(config: RunConfig, resume: str, parallel: ParallelContext) -> None:
     engine = build_engine(config, policy)
     checkpoints = Checkpoints(folder.checkpoints, config, parallel)
     state = checkpoints.restore(checkpoint, policy) if checkpoint else fresh_state(parallel)
+    sync = WeightSync(policy, engine, config)
     with raise_together(parallel):
-        collector = build_collector(config, inputs, engine, parallel)
+        collector = build_collector(config, inputs, engine, sync, policy)
     with closing(engine), closing(collector):
         sampler = build_sampler(config, inputs, collector)
+        sampler.resume(checkpoints.in_flight(checkpoint) if checkpoint else ())
         evaluator = build_evaluator(config, inputs, collector)
         with raise_together(parallel):
             if parallel.is_main:
                 folder.create(config)
             console, sinks = build_log(config, folder, state, parallel)
-        with closing(RunLog(console, sinks, folder, parallel, device_peak(config, parallel))) as log:
+        with closing(
+            RunLog(
+                console,
+                sinks,
+                folder,
+                parallel,
+                device_peak(config, parallel),
+                keep_rollouts_every=config.metrics.keep_rollouts_every,
+            )
+        ) as log:
             log.note(describe(config, inputs, parallel, checkpoint.name if checkpoint else None))
-            sync = WeightSync(policy, engine, config)
             train(config, state, policy, reference, sampler, evaluator, sync, checkpoints, log, parallel)
 
 
@@ -104,17 +115,20 @@ def train(
     """Step after step until the last, or until a signal asks to stop."""
     stop = StopRequest(parallel)
     if state.step == 0:
-        log.step(0, evaluate(evaluator, policy, config, sync, log, state, Stopwatch()))
+        log.step(0, evaluate(evaluator, sampler, policy, config, sync, log, state, Stopwatch()))
     while state.step < config.run.num_steps and not stop.agreed():
         watch, step = Stopwatch(), state.step + 1
         pushed: dict[str, Reduction] = {}
         with profiled(config.profiling, log.profile_folder, step, parallel):
-            if sampler.uses_engine:
-                with watch.span("update_weights"):
-                    pushed = sync.push(version=state.step)
-            with room_for_engine(policy, config, watch), watch.span("gen"):
-                groups = sampler.collect(step, state.num_prompts_consumed)
-            batch = plan(groups, config, parallel)
+            with saved_if_engines_die(checkpoints, state, policy, sampler):
+                with watch.span("gen"):
+                    sampler.settle(version=state.step)
+                if sampler.uses_engine:
+                    with watch.span("update_weights"):
+                        pushed = sync.push(version=state.step)
+                with room_for_engine(policy, config, watch), watch.span("gen"):
+                    collected = sampler.collect(step, state.num_prompts_consumed)
+            batch = plan(collected.groups, config, parallel)
             if sampler.uses_engine:
                 batch = score(batch, policy, reference, watch)
                 batch = add_advantages(batch, config)
@@ -122,22 +136,36 @@ def train(
                 metrics = pushed | policy.update(batch)
             if sampler.uses_engine:
                 check_drift(metrics, config.rollout, parallel, log.note)
-        state = advance(state, groups, batch)
+        state = advance(state, collected, batch)
         if is_due(config.evaluation.every, step, config.run.num_steps):
-            metrics = merge([metrics, evaluate(evaluator, policy, config, sync, log, state, watch)])
+            metrics = merge([metrics, evaluate(evaluator, sampler, policy, config, sync, log, state, watch)])
         checkpoints.finish_if_written()
         if is_due(config.checkpoint.every, step, config.run.num_steps):
             with watch.span("save_checkpoint"):
-                checkpoints.save(state, policy)
-        metrics |= rollout_metrics(groups, batch, policy.spec, graded=sampler.uses_engine, parallel=parallel)
+                checkpoints.save(state, policy, sampler.in_flight())
+        metrics |= rollout_metrics(collected, batch, policy.spec, graded=sampler.uses_engine, parallel=parallel)
+        log.collected(step, collected)
         if evaluator is None and sampler.uses_engine and step % config.metrics.log_every == 0:
-            log.show(step, groups[0])
+            log.show(step, collected.groups[0])
         log.step(step, metrics | watch.metrics())
     checkpoints.finish()
     if state.step < config.run.num_steps:
-        path = checkpoints.save(state, policy)
+        path = checkpoints.save(state, policy, sampler.in_flight())
         checkpoints.finish()
         log.note(f"stopped as asked after step {state.step}; saved {path}. Start the same command again to go on.")
+
+
+@contextmanager
+def saved_if_engines_die(
+    checkpoints: Checkpoints, state: TrainState, policy: Policy, sampler: Sampler
+) -> Iterator[None]:
+    """Leave a checkpoint behind when engines died too often to go on."""
+    try:
+        yield
+    except EngineDied:
+        checkpoints.save(state, policy, sampler.in_flight())
+        checkpoints.finish()
+        raise
 
 
 @contextmanager
@@ -148,9 +176,11 @@ def room_for_engine(policy: Policy, config: RunConfig, watch: Stopwatch) -> Iter
         return
     with watch.span("offload"):
         policy.to_host()
-    yield
-    with watch.span("onload"):
-        policy.to_device()
+    try:
+        yield
+    finally:
+        with watch.span("onload"):
+            policy.to_device()
 
 
 def is_due(every: int, step: int, num_steps: int) -> bool:
@@ -158,12 +188,12 @@ def is_due(every: int, step: int, num_steps: int) -> bool:
     return step == num_steps or (every > 0 and step % every == 0)
 
 
-def advance(state: TrainState, groups: Sequence[RolloutGroup], batch: TrainBatch) -> TrainState:
+def advance(state: TrainState, collected: Collected, batch: TrainBatch) -> TrainState:
     """The state after a step."""
     return replace(
         state,
         step=state.step + 1,
-        num_prompts_consumed=state.num_prompts_consumed + len(groups),
+        num_prompts_consumed=state.num_prompts_consumed + collected.num_prompts,
         num_updates=state.num_updates + len(batch.updates),
     )
 
@@ -225,6 +255,7 @@ def add_advantages(batch: TrainBatch, config: RunConfig) -> TrainBatch:
 
 def evaluate(
     evaluator: Evaluator | None,
+    sampler: Sampler,
     policy: Policy,
     config: RunConfig,
     sync: WeightSync,
@@ -236,6 +267,7 @@ def evaluate(
     if evaluator is None:
         return {}
     with watch.span("testing"):
+        sampler.settle(version=state.step)
         pushed = sync.push(version=state.step)
         with room_for_engine(policy, config, watch):
             metrics, samples = evaluator.evaluate(state.step)
@@ -247,12 +279,13 @@ def evaluate(
 
 
 def rollout_metrics(
-    groups: Sequence[RolloutGroup], batch: TrainBatch, spec: ModelSpec, *, graded: bool, parallel: ParallelContext
+    collected: Collected, batch: TrainBatch, spec: ModelSpec, *, graded: bool, parallel: ParallelContext
 ) -> dict[str, Reduction]:
     """Metrics of the step's rollouts, which every rank knows and the first one counts."""
-    metrics: dict[str, Reduction] = {}
+    groups = collected.groups
+    metrics: dict[str, Reduction] = {name: Mean(value) for name, value in collected.counts.items()}
     if not parallel.is_main:
-        return metrics
+        return {}
     metrics["perf/actor_tflop"] = Mean(sum(update_flops(spec, update) for update in batch.updates) / 1e12)
     metrics |= length_metrics(groups)
     metrics |= mean_max_min("batch/imbalance", [update.imbalance for update in batch.updates])

@@ -7,6 +7,8 @@ from megatron_rl.metrics.console import Console
 from megatron_rl.metrics.metric import Metrics, merge, results
 from megatron_rl.metrics.sinks import Sink
 from megatron_rl.rollout.evaluator import Sample
+from megatron_rl.rollout.record import step_file, write_groups
+from megatron_rl.rollout.sampler import Collected
 from megatron_rl.run_folder import RunFolder
 from megatron_rl.types import ParallelContext, RolloutGroup
 
@@ -21,12 +23,19 @@ class RunLog:
         folder: RunFolder,
         parallel: ParallelContext,
         peak_tflops: float | None,
+        *,
+        keep_rollouts_every: int,
     ) -> None:
+        """
+        Args:
+            keep_rollouts_every: steps of which one has its rollouts written; 0: none has.
+        """
         self._console = console
         self._sinks = sinks
         self._folder = folder
         self._parallel = parallel
         self._peak_tflops = peak_tflops
+        self._keep_rollouts_every = keep_rollouts_every
         self.profile_folder = folder.path / "profile"
 
     def note(self, text: str) -> None:
@@ -55,6 +64,13 @@ class RunLog:
         self._folder.append_samples(samples)
         first = samples[0]
         self._console.sample(first.step, first.prompt, first.response, first.reward)
+
+    def collected(self, step: int, collected: Collected) -> None:
+        """Keep the rollouts of a step, when it is their turn, and tell what happened to them."""
+        for note in collected.notes:
+            self.note(f"step {step}: {note}")
+        if self._parallel.is_main and self._keep_rollouts_every and step % self._keep_rollouts_every == 0:
+            write_groups(step_file(self._folder.rollouts, step), step, collected.groups)
 
     def show(self, step: int, group: RolloutGroup) -> None:
         """Show a training rollout, for runs that have no held-out ones to show."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 FinishReason = Literal["stop", "length", "abort"]
-RolloutStatus = Literal["ok", "reward_error", "reward_timeout"]
+RolloutStatus = Literal["ok", "reward_error", "reward_timeout", "environment_error"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,10 @@ class Rollout:
     text: str
     """The response as text, without special tokens."""
     finish_reason: FinishReason
-    policy_version: int
+    policy_versions: Tensor
+    """[L] int32, of the policy that sampled each token; -1 outside the mask."""
+    seed: int
+    """Of its sampling."""
     reward: float
     """Weighted sum; NaN unless status is "ok"."""
     reward_parts: Mapping[str, float]

@@ -36,6 +36,34 @@ class RolloutSection:
     """dynamic: engines take prompts as they get free; static: a fixed split, repeatable bit for bit."""
     max_num_sequences: int = 256
     """Sequences that one engine decodes at a time."""
+    over_sampling: float = 1.0
+    """Prompts in work for each that the step needs; the slowest beyond those are given up, or carried over."""
+    partial: bool = False
+    """Carry what is given up unfinished over to the next step, which goes on with it."""
+    max_staleness: int = 0
+    """Policy versions that any token may be behind the one that learns from it; what is older is sampled again."""
+    max_tokens_per_round: int | None = None
+    """New tokens of a sample before it has to wait for the next round or step; null: all that it needs."""
+    max_seconds_per_round: float | None = None
+    """Seconds after which a step goes on with the groups that are complete; null: no bound."""
+    dynamic_sampling: bool = False
+    """Replace groups whose samples are all worth the same by those of further prompts."""
+    max_rounds: int = 10
+    """Rounds of sampling after which dynamic_sampling fills a step with groups without spread."""
+    asynchronous: bool = False
+    """Sample the next step's groups while the policy learns from this step's."""
+    environment: str | None = None
+    """guess_number, or package.module:symbol: what answers the policy in problems of several turns; null: none."""
+    environment_options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the environment."""
+    max_turns: int = 8
+    """Responses of the policy in one conversation."""
+    turn_template: str = "\n{observation}\n"
+    """What stands between two responses; {observation} is what the environment said."""
+    engine_timeout_s: float = 600.0
+    """Seconds without any answer after which an engine in processes of its own counts as dead."""
+    max_engine_failures: int = 3
+    """Times that engines may die in a run and be started again; beyond it the run saves a checkpoint and stops."""
     drift_warning: float | None = 0.1
     """Mean absolute difference in nats between trainer's and engine's log-probabilities that is worth a warning."""
     drift_limit: float | None = 1.0
@@ -44,6 +72,7 @@ class RolloutSection:
     def __post_init__(self) -> None:
         positive("rollout", self, "num_prompts_per_step", "group_size", "max_new_tokens", "max_num_sequences")
         positive("rollout", self, "tensor_parallel_size")
+        self._check_long_tails()
         for name, limit in (("drift_warning", self.drift_warning), ("drift_limit", self.drift_limit)):
             require(limit is None or limit > 0, f"rollout.{name}", limit, "null, or more than 0")
         require(
@@ -72,6 +101,28 @@ class RolloutSection:
             "rollout.max_num_sequences",
             self.max_num_sequences,
             f"at least rollout.group_size={self.group_size}, as a group is decoded together",
+        )
+
+    def _check_long_tails(self) -> None:
+        positive("rollout", self, "max_tokens_per_round", "max_rounds", "max_turns")
+        require(self.over_sampling >= 1, "rollout.over_sampling", self.over_sampling, "1 or more")
+        require(self.max_staleness >= 0, "rollout.max_staleness", self.max_staleness, "0 or more")
+        require(self.max_engine_failures >= 0, "rollout.max_engine_failures", self.max_engine_failures, "0 or more")
+        require(self.engine_timeout_s > 0, "rollout.engine_timeout_s", self.engine_timeout_s, "more than 0 seconds")
+        seconds = self.max_seconds_per_round
+        require(seconds is None or seconds > 0, "rollout.max_seconds_per_round", seconds, "null, or more than 0")
+        for name, is_on in (("partial", self.partial), ("asynchronous", self.asynchronous)):
+            require(
+                not is_on or self.max_staleness >= 1,
+                "rollout.max_staleness",
+                self.max_staleness,
+                f"at least 1 with rollout.{name}=true, which trains on tokens of earlier policies",
+            )
+        require(
+            "{observation}" in self.turn_template,
+            "rollout.turn_template",
+            repr(self.turn_template),
+            "a text with {observation}",
         )
 
 

@@ -313,8 +313,13 @@ class MetricsSection:
     """Print a console line every so many steps; files get every step."""
     num_samples: int = 4
     """Rollouts kept for the report at each evaluation."""
+    keep_rollouts_every: int = 0
+    """Write all rollouts of every so many steps to rollouts/step_*.jsonl; 0: of none."""
 
     def __post_init__(self) -> None:
+        require(
+            self.keep_rollouts_every >= 0, "metrics.keep_rollouts_every", self.keep_rollouts_every, "0 (off) or more"
+        )
         positive("metrics", self, "log_every")
         require(self.num_samples >= 0, "metrics.num_samples", self.num_samples, "0 or more")
 

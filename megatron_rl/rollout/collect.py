@@ -1,20 +1,22 @@
-"""Generate and grade one list of prompts on the engines of all ranks."""
+"""Generate and grade the samples of one job on the engines of all ranks."""
 
-from collections.abc import Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import torch
-import torch.nn.functional as F
-
 from megatron_rl.collective import gather_objects, raise_together
-from megatron_rl.errors import RewardError
+from megatron_rl.environments import Environment
+from megatron_rl.errors import EngineDied, RewardError
 from megatron_rl.rewards.pool import RewardPool
 from megatron_rl.rewards.record import RewardInput, RewardResult
-from megatron_rl.rollout.engine import Engine, Request
+from megatron_rl.rollout.conversation import Conversation, Rules
+from megatron_rl.rollout.desk import Desk
+from megatron_rl.rollout.engine import Engine
 from megatron_rl.rollout.queue import fair_share, share
-from megatron_rl.types import Completion, ParallelContext, Prompt, Rollout, RolloutGroup, SamplingParams
+from megatron_rl.rollout.work import GroupWork, Unfinished
+from megatron_rl.types import ParallelContext, Rollout, SamplingParams
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,14 +24,55 @@ class Job:
     """What to generate."""
 
     name: str
-    """Different for every job of a run; the shared counter carries it."""
-    prompts: Sequence[Prompt]
-    seeds: Sequence[tuple[int, ...]]
-    """The seeds of every prompt's samples."""
+    """Different for every job of a run; the shared counters carry it."""
+    work: Sequence[GroupWork]
     params: SamplingParams
     schedule: Literal["dynamic", "static"]
     functions: str
     """The set of reward functions."""
+    version: int
+    """Of the policy now, whose weights an engine gets that has to be started again."""
+    environment: Environment | None = None
+    max_turns: int = 1
+    turn_template: str = "{observation}"
+    enough: int | None = None
+    """Complete groups at which the others are given up; None: all."""
+    max_tokens_now: int | None = None
+    """Tokens after which a sample stays unfinished; None: no bound."""
+    max_seconds: float | None = None
+    """After which what is in work is given up; None: no bound."""
+
+
+@dataclass(frozen=True)
+class CollectorLimits:
+    """When a run gives up."""
+
+    reward_failure_fraction: float
+    """Of the rewards of a job."""
+    engine_failures: int
+    """Restarts of engines in the whole run."""
+    max_length: int
+    """Tokens of the longest sequence."""
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A job that is generated, perhaps still."""
+
+    job: Job
+    first: "Future[_Found]"
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What one rank's engine has made."""
+
+    samples: dict[tuple[int, int], Rollout | Unfinished]
+    """By (group, sample)."""
+    death: str
+    """How the engine ended; empty when it lives."""
+    engine: int
+    """Which one it was."""
 
 
 class Collector:
@@ -42,98 +85,205 @@ class Collector:
         tokenizer: Any,
         parallel: ParallelContext,
         *,
-        max_failure_fraction: float,
+        limits: CollectorLimits,
+        push: Callable[[int], object],
     ) -> None:
+        """
+        Args:
+            push: brings the policy's weights to every engine, as the version given; collective.
+        """
         self._engine = engine
         self._pool = pool
         self._tokenizer = tokenizer
         self._parallel = parallel
-        self._max_failure_fraction = max_failure_fraction
+        self._limits = limits
+        self._push = push
+        self._notes: list[str] = []
+        self._background = ThreadPoolExecutor(max_workers=1)
+        self.num_engine_failures = 0
+        """Of the run so far."""
 
-    def collect(self, job: Job) -> list[RolloutGroup]:
-        """All groups of the job in the order of its prompts, the same on every rank; collective.
+    def collect(self, job: Job) -> list[GroupWork]:
+        """All groups of the job as far as they came, in order, the same on every rank; collective.
 
-        Rewards of finished samples are computed while others are still generated.
+        Rewards of finished samples are computed while others are still generated. An engine that dies is started
+        again, and what it had not finished is shared out again.
 
         Raises:
             EngineError: a prompt does not fit the engine.
+            EngineDied: engines died too often.
             RewardError: too large a share of the rewards failed.
         """
+        first: Future[_Found] = Future()
         with raise_together(self._parallel):
-            mine = self._generate(job)
-        groups = [group for part in gather_objects(mine, self._parallel) for group in part]
-        groups.sort(key=lambda group: group.index)
-        self._check_failures(groups)
-        return groups
+            first.set_result(self._generate(job, 0))
+        return self.finish(Pending(job, first), job.version)
+
+    def begin(self, job: Job) -> Pending:
+        """Begin a job in the background; the engine belongs to it until ``finish``."""
+        return Pending(job, self._background.submit(self._generate, job, 0))
+
+    def finish(self, pending: Pending, version: int) -> list[GroupWork]:
+        """What ``collect`` returns, of a job that was begun; collective.
+
+        Args:
+            version: of the policy now.
+        """
+        job = replace(pending.job, version=version)
+        with raise_together(self._parallel):
+            found = pending.first.result()
+        attempt = 0
+        while True:
+            told = gather_objects(found, self._parallel)
+            job = replace(job, work=_merged(job.work, [one.samples for one in told]))
+            if not any(one.death for one in told):
+                break
+            self._recover(told, job.version)
+            if _is_enough(job):
+                break
+            attempt += 1
+            with raise_together(self._parallel):
+                found = self._generate(job, attempt)
+        self._check_failures(job.work)
+        return list(job.work)
+
+    def take_notes(self) -> list[str]:
+        """What the user should know, once."""
+        notes, self._notes = self._notes, []
+        return notes
 
     def close(self) -> None:
         """End the reward workers."""
+        self._background.shutdown()
         self._pool.close()
 
-    def _generate(self, job: Job) -> list[RolloutGroup]:
-        requests = [
-            Request(key=index, token_ids=prompt.token_ids, seeds=seeds)
-            for index, (prompt, seeds) in enumerate(zip(job.prompts, job.seeds, strict=True))
-        ]
-        place = self._engine.place
-        mine = share(requests, job.schedule, job.name, place, self._parallel.store)
-        done: dict[int, dict[int, tuple[Completion, str]]] = {}
-        grades: dict[int, Future[list[RewardResult]]] = {}
-        limit = fair_share(len(requests), place)
-        for finished in self._engine.generate(mine, job.params, max_requests=limit):
-            siblings = done.setdefault(finished.key, {})
-            text = self._tokenizer.decode(finished.completion.token_ids, skip_special_tokens=True)
-            siblings[finished.sample] = (finished.completion, text)
-            if len(siblings) == len(job.seeds[finished.key]):
-                samples = [_reward_input(job, finished.key, i, *siblings[i]) for i in range(len(siblings))]
-                grades[finished.key] = self._pool.submit(job.functions, samples)
-        return [
-            RolloutGroup(
-                index=key,
-                prompt=job.prompts[key],
-                rollouts=[
-                    _rollout(job.prompts[key], *done[key][i], result) for i, result in enumerate(grades[key].result())
-                ],
-            )
-            for key in done
-        ]
+    def _generate(self, job: Job, attempt: int) -> _Found:
+        """This engine's part of the job."""
+        place, store, name = self._engine.place, self._parallel.store, f"{job.name}/{attempt}"
+        open_ = [index for index, group in enumerate(job.work) if not group.is_complete]
+        grades: dict[tuple[int, int], tuple[Conversation, Future[list[RewardResult]]]] = {}
 
-    def _check_failures(self, groups: Sequence[RolloutGroup]) -> None:
-        rollouts = [rollout for group in groups for rollout in group.rollouts]
+        def on_done(index: int, sample: int, conversation: Conversation) -> None:
+            graded = self._pool.submit(job.functions, [_reward_input(conversation)])
+            grades[index, sample] = conversation, graded
+
+        desk = Desk(
+            job.work,
+            share(open_, job.schedule, name, place, store),
+            self._rules(job),
+            on_done,
+            on_group=lambda: store.add(f"{name}/complete", 1),
+        )
+        death = ""
+        limit = fair_share(sum(_num_requests(job.work[index], job) for index in open_), place)
+        should_stop = self._should_stop(job, name)
+        try:
+            for finished in self._engine.generate(
+                desk.requests(), job.params, max_requests=limit, should_stop=should_stop
+            ):
+                desk.take(finished)
+        except EngineDied as error:
+            death = str(error)
+        samples: dict[tuple[int, int], Rollout | Unfinished] = {
+            place: conversation.rollout(graded.result()[0]) for place, (conversation, graded) in grades.items()
+        }
+        samples |= {place: conversation.sample for place, conversation in desk.unfinished.items()}
+        return _Found(samples, death, place.index)
+
+    def _rules(self, job: Job) -> Rules:
+        return Rules(
+            max_new_tokens=job.params.max_new_tokens,
+            max_tokens_now=job.max_tokens_now,
+            max_length=self._limits.max_length,
+            max_turns=job.max_turns,
+            environment=job.environment,
+            encode=lambda text: self._tokenizer.encode(
+                job.turn_template.replace("{observation}", text), add_special_tokens=False
+            ),
+            decode=lambda ids: self._tokenizer.decode(ids, skip_special_tokens=True),
+        )
+
+    def _should_stop(self, job: Job, name: str) -> Callable[[], bool] | None:
+        """Whether the groups are enough, or the time is over; None when neither matters."""
+        if job.enough is None and job.max_seconds is None:
+            return None
+        begun = sum(group.is_complete for group in job.work)
+        deadline = float("inf") if job.max_seconds is None else time.monotonic() + job.max_seconds
+
+        def should_stop() -> bool:
+            if time.monotonic() > deadline:
+                return True
+            if job.enough is None:
+                return False
+            return begun + self._parallel.store.add(f"{name}/complete", 0) >= job.enough
+
+        return should_stop
+
+    def _recover(self, told: Sequence[_Found], version: int) -> None:
+        """Start the engines again that died, and give all of them the weights; collective.
+
+        Raises:
+            EngineDied: on every rank, when that has happened too often.
+        """
+        dead = {one.engine: one.death for one in told if one.death}
+        self.num_engine_failures += len(dead)
+        which = "; ".join(f"engine {index}: {death}" for index, death in sorted(dead.items()))
+        if self.num_engine_failures > self._limits.engine_failures:
+            raise EngineDied(
+                f"engines died {self.num_engine_failures} times in this run, more than rollout.max_engine_failures="
+                f"{self._limits.engine_failures}. Last: {which}. Look for what ended it (out of memory?)."
+            )
+        self._notes.append(
+            f"{which}; starting again, {self.num_engine_failures} of at most {self._limits.engine_failures} times"
+        )
+        with raise_together(self._parallel):
+            if self._engine.place.index in dead:
+                self._engine.restart()
+        self._push(version)
+
+    def _check_failures(self, work: Sequence[GroupWork]) -> None:
+        rollouts = [sample for group in work for sample in group.samples if isinstance(sample, Rollout)]
         failed = [rollout for rollout in rollouts if rollout.status != "ok"]
-        if len(failed) > self._max_failure_fraction * len(rollouts):
+        limit = self._limits.reward_failure_fraction
+        if len(failed) > limit * len(rollouts):
             raise RewardError(
                 f"{len(failed)} of {len(rollouts)} rewards failed, more than reward.max_failure_fraction="
-                f"{self._max_failure_fraction}. First: {failed[0].status}: {failed[0].failure}. "
+                f"{limit}. First: {failed[0].status}: {failed[0].failure}. "
                 "Mend the reward function, or raise the limit."
             )
 
 
-def _reward_input(job: Job, key: int, sample: int, completion: Completion, text: str) -> RewardInput:
-    prompt = job.prompts[key]
+def _merged(work: Sequence[GroupWork], found: Sequence[dict[tuple[int, int], Rollout | Unfinished]]) -> list[GroupWork]:
+    """The work with what the ranks have made of it."""
+    made = {place: sample for part in found for place, sample in part.items()}
+    return [
+        replace(group, samples=tuple(made.get((index, i), sample) for i, sample in enumerate(group.samples)))
+        for index, group in enumerate(work)
+    ]
+
+
+def _num_requests(group: GroupWork, job: Job) -> int:
+    """That may be in work for a group at a time."""
+    open_ = [sample for sample in group.samples if isinstance(sample, Unfinished)]
+    if job.environment is not None:
+        return len(open_)
+    return sum(bool(sample.parts) for sample in open_) + any(not sample.parts for sample in open_)
+
+
+def _is_enough(job: Job) -> bool:
+    wanted = len(job.work) if job.enough is None else job.enough
+    return sum(group.is_complete for group in job.work) >= wanted
+
+
+def _reward_input(conversation: Conversation) -> RewardInput:
+    prompt = conversation.prompt
+    assert conversation.finish_reason is not None
     return RewardInput(
         prompt=prompt.text,
-        response=text,
+        response=conversation.text,
         answer=prompt.answer,
-        finish_reason=completion.finish_reason,
-        num_tokens=completion.token_ids.numel(),
-        seed=job.seeds[key][sample],
+        finish_reason=conversation.finish_reason,
+        num_tokens=conversation.sample.num_sampled,
+        seed=conversation.sample.seed,
         metadata=prompt.metadata,
-    )
-
-
-def _rollout(prompt: Prompt, completion: Completion, text: str, result: RewardResult) -> Rollout:
-    token_ids, num_prompt = torch.cat([prompt.token_ids, completion.token_ids]), prompt.token_ids.numel()
-    return Rollout(
-        token_ids=token_ids,
-        loss_mask=torch.arange(token_ids.numel()) >= num_prompt,
-        rollout_logprobs=F.pad(completion.logprobs, (num_prompt, 0)),
-        text=text,
-        finish_reason=completion.finish_reason,
-        policy_version=completion.policy_version,
-        reward=result.total,
-        reward_parts=result.parts,
-        status=result.status,
-        failure=result.message,
-        routing=completion.routing,
     )

@@ -7,6 +7,7 @@ from itertools import islice
 from megatron_rl.metrics.metric import Reduction, mean_max_min, mean_of
 from megatron_rl.rollout.collect import Collector, Job
 from megatron_rl.rollout.sampling import sample_seed
+from megatron_rl.rollout.work import begin_group
 from megatron_rl.types import Prompt, SamplingParams
 
 EVALUATION = 1_000_000_007  # keeps the seeds of evaluation apart from those of steps
@@ -45,13 +46,16 @@ class Evaluator:
         """
         job = Job(
             name=f"evaluation/{step}",
-            prompts=self._prompts,
-            seeds=[(sample_seed(self._seed, EVALUATION, step, index),) for index in range(len(self._prompts))],
+            work=[
+                begin_group(prompt, (sample_seed(self._seed, EVALUATION, step, index),))
+                for index, prompt in enumerate(self._prompts)
+            ],
             params=self._params,
             schedule="static",
             functions="evaluation",
+            version=step,
         )
-        groups = self._collector.collect(job)
+        groups = [group.as_group(index) for index, group in enumerate(self._collector.collect(job))]
         rollouts = [group.rollouts[0] for group in groups]
         names = sorted({name for rollout in rollouts for name in rollout.reward_parts})
         metrics: dict[str, Reduction] = {

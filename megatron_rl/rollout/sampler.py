@@ -1,5 +1,7 @@
 """Samplers: where the sequences of a step come from."""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -8,9 +10,22 @@ from megatron_rl.config.rollout import RolloutSection
 from megatron_rl.data.prompts import PromptOrder
 from megatron_rl.data.templates import tokenize
 from megatron_rl.errors import DataError
-from megatron_rl.rollout.collect import Collector, Job
-from megatron_rl.rollout.sampling import sample_seed
-from megatron_rl.types import Prompt, Rollout, RolloutGroup, SamplingParams
+from megatron_rl.rollout.work import GroupWork
+from megatron_rl.types import Prompt, Rollout, RolloutGroup
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collected:
+    """What a sampler has for one step."""
+
+    groups: Sequence[RolloutGroup]
+    """The same on every rank."""
+    num_prompts: int
+    """Taken from the data for it."""
+    counts: Mapping[str, float] = field(default_factory=dict)
+    """Metrics of the sampling, by name."""
+    notes: Sequence[str] = ()
+    """For the user."""
 
 
 class Sampler(Protocol):
@@ -21,36 +36,25 @@ class Sampler(Protocol):
         """The engine must hold the current weights before ``collect``."""
         ...
 
-    def collect(self, step: int, num_prompts_consumed: int) -> list[RolloutGroup]:
-        """All groups of a step, the same on every rank; collective."""
+    def settle(self, version: int) -> None:
+        """Let the engine come to rest, so that it can take weights or answer others; collective.
+
+        Args:
+            version: of the policy now.
+        """
         ...
 
+    def collect(self, step: int, num_prompts_consumed: int) -> Collected:
+        """All groups of a step; collective."""
+        ...
 
-class EngineSampler:
-    """The policy's own samples, graded."""
+    def in_flight(self) -> Sequence[GroupWork]:
+        """What a checkpoint must keep for the steps to come, the same on every rank."""
+        ...
 
-    uses_engine = True
-
-    def __init__(
-        self, config: RolloutSection, order: PromptOrder, collector: Collector, params: SamplingParams, *, seed: int
-    ) -> None:
-        self._config = config
-        self._order = order
-        self._collector = collector
-        self._params = params
-        self._seed = seed
-
-    def collect(self, step: int, num_prompts_consumed: int) -> list[RolloutGroup]:
-        count, size = self._config.num_prompts_per_step, self._config.group_size
-        job = Job(
-            name=f"rollout/{step}",
-            prompts=self._order.take(num_prompts_consumed, count),
-            seeds=[tuple(sample_seed(self._seed, step, index, k) for k in range(size)) for index in range(count)],
-            params=self._params,
-            schedule=self._config.schedule,
-            functions="train",
-        )
-        return self._collector.collect(job)
+    def resume(self, in_flight: Sequence[GroupWork]) -> None:
+        """Go on with what ``in_flight`` gave."""
+        ...
 
 
 class DemonstrationSampler:
@@ -63,11 +67,20 @@ class DemonstrationSampler:
         self._order = order
         self._tokenizer = tokenizer
 
-    def collect(self, step: int, num_prompts_consumed: int) -> list[RolloutGroup]:
+    def settle(self, version: int) -> None:
+        pass
+
+    def in_flight(self) -> Sequence[GroupWork]:
+        return ()
+
+    def resume(self, in_flight: Sequence[GroupWork]) -> None:
+        pass
+
+    def collect(self, step: int, num_prompts_consumed: int) -> Collected:
         prompts = self._order.take(num_prompts_consumed, self._config.num_prompts_per_step)
         texts = [_demonstration(prompt) for prompt in prompts]
         responses = tokenize(texts, self._tokenizer, special_tokens=False)
-        return [
+        groups = [
             RolloutGroup(
                 index=index,
                 prompt=prompt,
@@ -75,6 +88,7 @@ class DemonstrationSampler:
             )
             for index, (prompt, text, response) in enumerate(zip(prompts, texts, responses, strict=True))
         ]
+        return Collected(groups=groups, num_prompts=len(groups))
 
     def _rollout(self, prompt: Prompt, text: str, response: list[int]) -> Rollout:
         ids = torch.tensor([*response, self._tokenizer.eos_token_id])
@@ -92,7 +106,8 @@ class DemonstrationSampler:
             rollout_logprobs=torch.zeros(token_ids.numel()),
             text=text,
             finish_reason="stop",
-            policy_version=-1,
+            policy_versions=torch.full_like(token_ids, -1).int(),
+            seed=0,
             reward=0.0,
             reward_parts={},
             status="ok",

@@ -37,7 +37,7 @@ def reward_metrics(
         "rollout/zero_std/count": Sum(count_zero_variance_groups(rewards, group_of)),
         "rollout/zero_std/fraction": Mean(count_zero_variance_groups(rewards, group_of), len(groups)),
     }
-    for status in ("reward_error", "reward_timeout"):
+    for status in ("reward_error", "reward_timeout", "environment_error"):
         metrics[f"rollout/{status}/count"] = Sum(sum(rollout.status == status for rollout in rollouts))
     for name in sorted({name for rollout in rollouts for name in rollout.reward_parts}):
         values = [rollout.reward_parts[name] for rollout in rollouts if name in rollout.reward_parts]

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rl.batching.plan import given_batch
-from megatron_rl.collective import gather_objects, raise_together
+from megatron_rl.collective import any_rank, gather_objects, raise_together
 from megatron_rl.config.schema import RunConfig
 from megatron_rl.errors import WeightSyncError
 from megatron_rl.mcore.model import place_of
@@ -47,7 +47,7 @@ class WeightSync:
         self._num_pushes = 0
 
     def push(self, version: int) -> dict[str, Reduction]:
-        """Give the engine the policy's weights, unless it has that version already; collective.
+        """Give the engines the policy's weights, unless all have that version already; collective.
 
         Returns:
             What was moved and how fast; empty when nothing was.
@@ -56,7 +56,7 @@ class WeightSync:
             WeightSyncError: a tensor is missing, unexpected, misshapen or arrived changed, the engine keeps another
                 version, or its log-probabilities are not the policy's.
         """
-        if self._engine.version == version:
+        if not any_rank(self._engine.version != version, self._parallel):
             return {}
         settings = self._config.weight_sync
         every = settings.verify_every

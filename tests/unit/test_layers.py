@@ -23,7 +23,9 @@ ALLOWED = {
     "weights": {"errors", "types"},
     "collective": {"errors", "types"},
     "cpu_linear": set(),
-    "rollout": BASE | {"data", "rewards", "metrics", "algorithms", "models", "weights", "collective", "cpu_linear"},
+    "environments": BASE,
+    "rollout": BASE
+    | {"data", "rewards", "environments", "metrics", "algorithms", "models", "weights", "collective", "cpu_linear"},
     "mcore": BASE | {"algorithms", "batching", "metrics", "models", "weights", "collective", "cpu_linear"},
     "weight_sync": BASE | {"mcore", "models", "weights", "rollout", "batching", "metrics", "collective"},
     "analysis": BASE | {"rollout", "data", "tasks", "rewards", "metrics", "run_folder"},

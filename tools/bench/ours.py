@@ -19,7 +19,8 @@ from megatron_rl.loop import add_advantages, plan, rollout_metrics, score
 from megatron_rl.mcore.parallel import init_parallel
 from megatron_rl.mcore.policy import Policy
 from megatron_rl.metrics.timing import Stopwatch
-from megatron_rl.types import RolloutGroup, TrainBatch
+from megatron_rl.rollout.sampler import Collected
+from megatron_rl.types import TrainBatch
 from megatron_rl.weight_sync import WeightSync
 
 
@@ -59,32 +60,33 @@ class OurLoop:
         inputs = read_inputs(self.config, self.parallel)
         self.policy = Policy(self.config, self.parallel)
         engine = build_engine(self.config, self.policy)
-        self._sampler = build_sampler(self.config, inputs, build_collector(self.config, inputs, engine, self.parallel))
         self._sync = WeightSync(self.policy, engine, self.config)
+        collector = build_collector(self.config, inputs, engine, self._sync, self.policy)
+        self._sampler = build_sampler(self.config, inputs, collector)
         self._steps = 0
         self._prompts = 0
 
-    def rollouts(self, clock: Clock) -> tuple[list[RolloutGroup], TrainBatch]:
+    def rollouts(self, clock: Clock) -> tuple[Collected, TrainBatch]:
         """Sampled, graded and scored: ready for the update."""
         with clock.phase("push"):
             self._sync.push(version=self._steps)
         with clock.phase("generation"):
-            groups = self._sampler.collect(self._steps + 1, self._prompts)
-        batch = plan(groups, self.config, self.parallel)
+            collected = self._sampler.collect(self._steps + 1, self._prompts)
+        batch = plan(collected.groups, self.config, self.parallel)
         batch = add_advantages(score(batch, self.policy, None, Stopwatch()), self.config)
         self._steps += 1
-        self._prompts += len(groups)
-        return groups, batch
+        self._prompts += collected.num_prompts
+        return collected, batch
 
     def step(self, clock: Clock) -> dict[str, Any]:
         """One step of the loop."""
-        groups, batch = self.rollouts(clock)
+        collected, batch = self.rollouts(clock)
         with clock.apart("logprobs"):  # which several updates, or a reference, would need
             self.policy.logprobs(batch)
         with clock.phase("update"):
             metrics = self.policy.update(batch)
-        metrics |= rollout_metrics(groups, batch, self.policy.spec, graded=True, parallel=self.parallel)
-        rollouts = [rollout for group in groups for rollout in group.rollouts]
+        metrics |= rollout_metrics(collected, batch, self.policy.spec, graded=True, parallel=self.parallel)
+        rollouts = [rollout for group in collected.groups for rollout in group.rollouts]
         return {
             "sequences": len(rollouts),
             "new_tokens": sum(int(rollout.loss_mask.sum()) for rollout in rollouts),

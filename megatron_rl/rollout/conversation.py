@@ -1,0 +1,176 @@
+"""One sample under way: what the policy says, and what an environment answers."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_rl.environments.base import Environment, Episode
+from megatron_rl.rewards.record import RewardResult
+from megatron_rl.rollout.engine import Request
+from megatron_rl.rollout.sampling import sample_seed
+from megatron_rl.rollout.work import Observation, Unfinished, all_tokens
+from megatron_rl.types import Completion, FinishReason, Prompt, Rollout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """What holds for every conversation of a job."""
+
+    max_new_tokens: int
+    """Of the policy, over all turns."""
+    max_tokens_now: int | None
+    """Of the policy in this job; what is longer stays unfinished. None: no bound."""
+    max_length: int
+    """Tokens of the longest sequence, observations counted in."""
+    max_turns: int
+    environment: Environment | None
+    encode: Callable[[str], Sequence[int]]
+    """An observation to the tokens that the policy sees, with what stands around it."""
+    decode: Callable[[Tensor], str]
+
+
+class Conversation:
+    """A sample that the engine works at, turn by turn; tokens go in and out, nothing is tokenised again."""
+
+    def __init__(self, prompt: Prompt, sample: Unfinished, rules: Rules) -> None:
+        self.prompt = prompt
+        self.sample = sample
+        self.reward = 0.0
+        """Of the environment so far."""
+        self.finish_reason: FinishReason | None = None
+        """None while it is not finished."""
+        self.failure = ""
+        """How the environment failed; empty when it did not."""
+        self._rules = rules
+        self._begun_with = sample.num_sampled
+        self._num_turns = 0
+        self._turn: list[Tensor] = []
+        self._episode: Episode | None = None
+        if rules.environment is not None:
+            self._guarded(self._begin)
+
+    @property
+    def request(self) -> tuple[Tensor, int, int]:
+        """(tokens so far [L], seed, most new tokens) of the next turn."""
+        parts = len(self.sample.parts)
+        seed = sample_seed(self.sample.seed, parts) if parts else self.sample.seed
+        return all_tokens(self.prompt, self.sample), seed, self._room()
+
+    def take(self, completion: Completion) -> bool:
+        """The engine's answer; True when the conversation goes on at once."""
+        if completion.token_ids.numel():
+            self.sample = self.sample.with_part(completion)
+            self._turn.append(completion.token_ids)
+        if completion.finish_reason == "abort":
+            return False
+        if completion.finish_reason == "length":
+            is_cut = self.sample.num_sampled < self._rules.max_new_tokens and not self._is_full()
+            self.finish_reason = None if is_cut else "length"
+            return False
+        if self._episode is None:
+            self.finish_reason = "stop"
+            return False
+        self._guarded(self._answer)
+        return self.finish_reason is None and self._room() > 0
+
+    def rollout(self, result: RewardResult) -> Rollout:
+        """The finished sample with its grade."""
+        assert self.finish_reason is not None
+        parts, length = self.sample.parts, self.prompt.token_ids.numel()
+        versions = [torch.full((length,), -1), *(torch.full_like(p.token_ids, _version(p)) for p in parts)]
+        logprobs = [torch.zeros(length), *(_logprobs(p) for p in parts)]
+        policy_versions = torch.cat(versions).int()
+        is_ok = result.status == "ok" and not self.failure
+        graded = dict(result.parts)
+        if self._episode is not None:
+            graded["environment"] = self.reward
+        return Rollout(
+            token_ids=all_tokens(self.prompt, self.sample),
+            loss_mask=policy_versions >= 0,
+            rollout_logprobs=torch.cat(logprobs),
+            text=self.text,
+            finish_reason=self.finish_reason,
+            policy_versions=policy_versions,
+            seed=self.sample.seed,
+            reward=result.total + self.reward if is_ok else float("nan"),
+            reward_parts=graded if is_ok else {},
+            status="environment_error" if self.failure else result.status,
+            failure=self.failure or result.message,
+            routing=next((p.routing for p in reversed(parts) if isinstance(p, Completion)), None),
+        )
+
+    @property
+    def text(self) -> str:
+        """All that was said after the prompt."""
+        said = [part.token_ids for part in self.sample.parts]
+        return self._rules.decode(torch.cat(said)) if said else ""
+
+    def _begin(self) -> None:
+        """Begin the episode, and go through the turns that were taken before."""
+        assert self._rules.environment is not None
+        self._episode = self._rules.environment.begin(self.prompt, self.sample.seed)
+        for part in self.sample.parts:
+            if isinstance(part, Completion):
+                self._turn.append(part.token_ids)
+            else:
+                self._step()
+
+    def _answer(self) -> None:
+        """Let the environment answer the turn."""
+        observation = self._step()
+        if observation is None:
+            self.finish_reason = "stop"
+            return
+        if self._num_turns == self._rules.max_turns:
+            self.finish_reason = "length"
+            return
+        tokens = torch.tensor(list(self._rules.encode(observation)), dtype=torch.int64)
+        longer = self.sample.with_part(Observation(token_ids=tokens))
+        is_over = all_tokens(self.prompt, longer).numel() >= self._rules.max_length
+        if is_over or self.sample.num_sampled >= self._rules.max_new_tokens:
+            self.finish_reason = "length"
+            return
+        self.sample = longer
+
+    def _step(self) -> str | None:
+        assert self._episode is not None
+        turn = self._episode.step(self._rules.decode(torch.cat(self._turn)))
+        self._turn = []
+        self._num_turns += 1
+        self.reward += turn.reward
+        return turn.observation
+
+    def _guarded(self, part: Callable[[], None]) -> None:
+        try:
+            part()
+        except Exception as error:  # a user's environment may raise anything: the sample fails, the run goes on
+            self.finish_reason, self.failure = "stop", f"the environment raised {error!r}"
+
+    def _room(self) -> int:
+        """New tokens that the next turn may have."""
+        rules, sampled = self._rules, self.sample.num_sampled
+        rooms = [rules.max_new_tokens - sampled, rules.max_length - all_tokens(self.prompt, self.sample).numel()]
+        if rules.max_tokens_now is not None:
+            rooms.append(rules.max_tokens_now - (sampled - self._begun_with))
+        return max(0, min(rooms))
+
+    def _is_full(self) -> bool:
+        return all_tokens(self.prompt, self.sample).numel() >= self._rules.max_length
+
+
+def new_request(key: int, conversations: Sequence[Conversation]) -> Request:
+    """A request of samples that have come equally far."""
+    asked = [conversation.request for conversation in conversations]
+    token_ids, _, limit = asked[0]
+    return Request(key=key, token_ids=token_ids, seeds=tuple(seed for _, seed, _ in asked), max_new_tokens=limit)
+
+
+def _version(part: Any) -> int:
+    return part.policy_version if isinstance(part, Completion) else -1
+
+
+def _logprobs(part: Any) -> Tensor:
+    return part.logprobs if isinstance(part, Completion) else torch.zeros(part.token_ids.numel())

@@ -1,0 +1,191 @@
+"""The policy's own samples, graded: with long tails cut short and carried over, and groups without spread replaced."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from megatron_rl.config.rollout import RolloutSection
+from megatron_rl.data.prompts import PromptOrder
+from megatron_rl.environments import Environment
+from megatron_rl.rollout.collect import Collector, Job, Pending
+from megatron_rl.rollout.sampler import Collected
+from megatron_rl.rollout.sampling import sample_seed
+from megatron_rl.rollout.work import GroupWork, Unfinished, begin_group
+from megatron_rl.types import SamplingParams
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Harvest:
+    """What the rounds of a step have brought so far."""
+
+    step: int
+    start: int
+    """Place in the data of the next prompt."""
+    num_prompts: int = 0
+    """Taken from there."""
+    kept: tuple[GroupWork, ...] = ()
+    """Complete groups that teach."""
+    idle: tuple[GroupWork, ...] = ()
+    """Complete groups whose samples are all worth the same."""
+    open: tuple[GroupWork, ...] = ()
+    num_rounds: int = 0
+    num_restarted: int = 0
+    """Samples that were too old to go on with."""
+    num_given_up: int = 0
+    """Groups that were dropped unfinished."""
+
+
+class EngineSampler:
+    """Groups sampled by the policy for each step.
+
+    A step is made of rounds. Each takes up what is carried over, adds fresh prompts, and ends when enough groups are
+    complete; a step of plain GRPO has one round of ``num_prompts_per_step`` fresh prompts.
+    """
+
+    uses_engine = True
+
+    def __init__(
+        self,
+        config: RolloutSection,
+        order: PromptOrder,
+        collector: Collector,
+        params: SamplingParams,
+        *,
+        environment: Environment | None,
+        seed: int,
+        num_updates: int,
+    ) -> None:
+        """
+        Args:
+            num_updates: equal shares that the sequences of a step must divide into.
+        """
+        self._config = config
+        self._order = order
+        self._collector = collector
+        self._params = params
+        self._environment = environment
+        self._seed = seed
+        self._multiple = num_updates // math.gcd(num_updates, config.group_size)
+        self._carried: tuple[GroupWork, ...] = ()
+        self._pending: Pending | None = None
+        self._ahead: _Harvest | None = None  # of the step to come, where one is prepared
+
+    def settle(self, version: int) -> None:
+        if self._pending is not None:
+            assert self._ahead is not None
+            pending, self._pending = self._pending, None
+            self._ahead = self._sorted(self._ahead, self._collector.finish(pending, version))
+
+    def collect(self, step: int, num_prompts_consumed: int) -> Collected:
+        self.settle(step - 1)
+        harvest = self._ahead if self._ahead is not None else self._take_up(step, num_prompts_consumed)
+        while not self._is_enough(harvest):
+            harvest = self._round(harvest)
+        self._ahead = None
+        collected = self._close(harvest)
+        if self._config.asynchronous:  # the next step's samples, while the policy learns from these
+            begun = self._with_fresh(self._take_up(step + 1, num_prompts_consumed + collected.num_prompts))
+            self._pending, self._ahead = self._collector.begin(self._job(begun, version=step - 1)), begun
+        return collected
+
+    def in_flight(self) -> Sequence[GroupWork]:
+        # what the engine has begun in the background is sampled again, from the prompts that are next
+        return self._carried
+
+    def resume(self, in_flight: Sequence[GroupWork]) -> None:
+        self._carried = tuple(in_flight)
+
+    def _take_up(self, step: int, start: int) -> _Harvest:
+        """What is carried over, as far as it is not too old when the step learns from it."""
+        oldest = step - 1 - self._config.max_staleness
+        fresh = [group.fresh_enough(oldest) for group in self._carried]
+        restarted = sum(
+            old is not new
+            for before, after in zip(self._carried, fresh, strict=True)
+            for old, new in zip(before.samples, after.samples, strict=True)
+        )
+        return self._sorted(_Harvest(step=step, start=start, num_restarted=restarted), fresh)
+
+    def _round(self, harvest: _Harvest) -> _Harvest:
+        harvest = self._with_fresh(harvest)
+        return self._sorted(harvest, self._collector.collect(self._job(harvest, version=harvest.step - 1)))
+
+    def _with_fresh(self, harvest: _Harvest) -> _Harvest:
+        """Open groups filled up with prompts from the data."""
+        config = self._config
+        missing = config.num_prompts_per_step - len(harvest.kept)
+        wanted = max(0, math.ceil(missing * config.over_sampling) - len(harvest.open))
+        begun = []
+        for number in range(harvest.num_prompts, harvest.num_prompts + wanted):
+            seeds = [sample_seed(self._seed, harvest.step, number, k) for k in range(config.group_size)]
+            begun.append(begin_group(self._order.take(harvest.start + number, 1)[0], seeds))
+        return replace(harvest, num_prompts=harvest.num_prompts + wanted, open=(*harvest.open, *begun))
+
+    def _job(self, harvest: _Harvest, version: int) -> Job:
+        config = self._config
+        missing = config.num_prompts_per_step - len(harvest.kept)
+        return Job(
+            name=f"rollout/{harvest.step}/{harvest.num_rounds}",
+            work=harvest.open,
+            params=self._params,
+            schedule=config.schedule,
+            functions="train",
+            version=version,
+            environment=self._environment,
+            max_turns=config.max_turns,
+            turn_template=config.turn_template,
+            enough=missing if len(harvest.open) > missing else None,
+            max_tokens_now=config.max_tokens_per_round,
+            max_seconds=config.max_seconds_per_round,
+        )
+
+    def _sorted(self, harvest: _Harvest, work: Sequence[GroupWork]) -> _Harvest:
+        """The harvest after a round over its open groups."""
+        complete = [(group, self._config.dynamic_sampling and _is_idle(group)) for group in work if group.is_complete]
+        return replace(
+            harvest,
+            kept=(*harvest.kept, *(group for group, is_idle in complete if not is_idle)),
+            idle=(*harvest.idle, *(group for group, is_idle in complete if is_idle)),
+            open=tuple(group for group in work if not group.is_complete),
+            num_rounds=harvest.num_rounds + 1,
+        )
+
+    def _is_enough(self, harvest: _Harvest) -> bool:
+        config, num_kept = self._config, len(harvest.kept)
+        if num_kept >= config.num_prompts_per_step:
+            return True
+        if num_kept + len(harvest.idle) >= config.num_prompts_per_step and harvest.num_rounds > config.max_rounds:
+            return True
+        return config.max_seconds_per_round is not None and num_kept >= self._multiple and harvest.num_rounds > 1
+
+    def _close(self, harvest: _Harvest) -> Collected:
+        """The groups of the step; the others are carried over, or given up where that is not asked for."""
+        config = self._config
+        count = config.num_prompts_per_step
+        if config.max_seconds_per_round is not None:
+            count = min(count, len(harvest.kept) // self._multiple * self._multiple) or count
+        filling = harvest.idle[: max(0, count - len(harvest.kept))]  # what no round could fill otherwise
+        taken = (*harvest.kept[:count], *filling)
+        rest = (*harvest.kept[count:], *harvest.open)
+        self._carried = rest if config.partial else ()
+        dropped = 0 if config.partial else len(rest)
+        counts = {
+            "rollout/rounds": harvest.num_rounds - 1,
+            "rollout/carried_over": len(self._carried),
+            "rollout/given_up": dropped,
+            "rollout/restarted_as_stale": harvest.num_restarted,
+            "rollout/replaced_without_spread": len(harvest.idle) - len(filling),
+            "rollout/engine_failures": self._collector.num_engine_failures,
+        }
+        return Collected(
+            groups=[group.as_group(index) for index, group in enumerate(taken)],
+            num_prompts=harvest.num_prompts,
+            counts=counts,
+            notes=self._collector.take_notes(),
+        )
+
+
+def _is_idle(group: GroupWork) -> bool:
+    """All samples that have a grade have the same, so their advantages are zero."""
+    rewards = {s.reward for s in group.samples if not isinstance(s, Unfinished) and s.status == "ok"}
+    return len(rewards) <= 1

@@ -1,0 +1,87 @@
+"""The samples of a step on their way: what is finished, and how far the others have come."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from megatron_rl.types import Completion, Prompt, Rollout, RolloutGroup
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observation:
+    """What an environment said in between."""
+
+    token_ids: Tensor
+    """[O] int64."""
+
+
+Part = Completion | Observation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unfinished:
+    """A sample that is not done: perhaps not begun, perhaps cut short and to be gone on with."""
+
+    seed: int
+    parts: tuple[Part, ...] = ()
+    """In order; those sampled by one policy version together."""
+
+    @property
+    def num_sampled(self) -> int:
+        """Tokens that the policy has sampled."""
+        return sum(part.token_ids.numel() for part in self.parts if isinstance(part, Completion))
+
+    @property
+    def oldest_version(self) -> int | None:
+        """Of the policies that sampled it; None before it is begun."""
+        return min((part.policy_version for part in self.parts if isinstance(part, Completion)), default=None)
+
+    def with_part(self, part: Part) -> "Unfinished":
+        return replace(self, parts=(*self.parts, part))
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupWork:
+    """A prompt and its samples."""
+
+    prompt: Prompt
+    samples: tuple[Rollout | Unfinished, ...]
+    """[G]; a rollout is finished and graded."""
+
+    @property
+    def is_complete(self) -> bool:
+        """Every sample is finished."""
+        return all(isinstance(sample, Rollout) for sample in self.samples)
+
+    def as_group(self, index: int) -> RolloutGroup:
+        """The siblings of a complete group."""
+        rollouts = [sample for sample in self.samples if isinstance(sample, Rollout)]
+        return RolloutGroup(index=index, prompt=self.prompt, rollouts=rollouts)
+
+    def fresh_enough(self, oldest: int) -> "GroupWork":
+        """The same with every sample begun anew that has a token of a policy before ``oldest``."""
+        return replace(self, samples=tuple(_fresh_enough(sample, oldest) for sample in self.samples))
+
+
+def begin_group(prompt: Prompt, seeds: Sequence[int]) -> GroupWork:
+    """A group of which nothing is sampled."""
+    return GroupWork(prompt=prompt, samples=tuple(Unfinished(seed=seed) for seed in seeds))
+
+
+def oldest_version(rollout: Rollout) -> int:
+    """Of the policies that sampled it."""
+    return int(rollout.policy_versions[rollout.loss_mask].min())
+
+
+def _fresh_enough(sample: Rollout | Unfinished, oldest: int) -> Rollout | Unfinished:
+    if isinstance(sample, Rollout):
+        return Unfinished(seed=sample.seed) if oldest_version(sample) < oldest else sample
+    version = sample.oldest_version
+    return Unfinished(seed=sample.seed) if version is not None and version < oldest else sample
+
+
+def all_tokens(prompt: Prompt, sample: Unfinished) -> Tensor:
+    """[L] int64: prompt, responses and observations so far."""
+    return torch.cat([prompt.token_ids, *(part.token_ids for part in sample.parts)])
