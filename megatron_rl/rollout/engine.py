@@ -170,24 +170,24 @@ class Engine(Protocol):
         ...
 
 
-def check_request(request: Request, params: SamplingParams, spec: ModelSpec) -> None:
+def check_request(request: Request, params: SamplingParams, setup: EngineSetup) -> None:
     """Refuse what an engine cannot take, before it sees it.
 
     Raises:
         EngineError: the request is empty, too long or has a token outside the vocabulary.
     """
-    ids, limit = request.token_ids, spec.max_position_embeddings
+    ids, limit, vocab_size = request.token_ids, setup.max_model_len, setup.spec.vocab_size
     if ids.numel() == 0 or not request.seeds:
         raise EngineError(
             f"request {request.key}: {ids.numel()} tokens, {len(request.seeds)} samples: expected at least 1 each."
         )
-    if int(ids.min()) < 0 or int(ids.max()) >= spec.vocab_size:
+    if int(ids.min()) < 0 or int(ids.max()) >= vocab_size:
         raise EngineError(
             f"request {request.key}: token ids {int(ids.min())} to {int(ids.max())}, expected 0 to "
-            f"{spec.vocab_size - 1}. The tokenizer and the model do not belong together."
+            f"{vocab_size - 1}. The tokenizer and the model do not belong together."
         )
     if ids.numel() + request.limit(params) > limit:
         raise EngineError(
             f"request {request.key}: {ids.numel()} prompt tokens + rollout.max_new_tokens={request.limit(params)} "
-            f"are more than the model's {limit} positions. Lower rollout.max_new_tokens or data.max_prompt_tokens."
+            f"are more than the engine's {limit} tokens. Lower rollout.max_new_tokens or data.max_prompt_tokens."
         )

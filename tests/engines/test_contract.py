@@ -127,7 +127,7 @@ def test_lengths_stop_tokens_and_many_stops(engine_of: EngineOf, toy_model: Call
         ([], "0 tokens"),
         ([VOCAB], f"token ids {VOCAB} to {VOCAB}"),
         ([-1], "token ids -1"),
-        ([5] * 510, "more than the model's 512"),
+        ([5] * 510, "more than the engine's 512"),
     ],
 )
 def test_bad_requests_are_refused(

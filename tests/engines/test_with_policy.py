@@ -40,6 +40,7 @@ def test_log_probabilities_are_the_policys(
         *overrides,
         f"rollout.engine={engine_name}",
         f"rollout.tensor_parallel_size={engine_tp}",
+        "data.max_prompt_tokens=16",
         "rollout.temperature=0.8",
         "weight_sync.bucket_mb=1",
         "weight_sync.verify_every=1",

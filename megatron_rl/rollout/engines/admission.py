@@ -86,7 +86,7 @@ class Admission:
             try:
                 request = next(self._requests, "end")
                 if isinstance(request, Request):
-                    check_request(request, self._params, self._setup.spec)
+                    check_request(request, self._params, self._setup)
             except EngineError as error:
                 failure = str(error)
         request, failure = self._setup.place.from_leader((request, failure))
