@@ -293,7 +293,8 @@ def _environment(device: torch.device, tp_size: int) -> dict[str, str]:
     """Variables that SGLang reads while it starts."""
     if device.type != "cpu":
         return {}
-    values = {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1"}
+    # compiling takes longer than the short runs that engines on CPUs are for
+    values = {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
     if tp_size > 1:  # the cores of each rank
         cores = sorted(os.sched_getaffinity(0))
         values["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(str(cores[rank % len(cores)]) for rank in range(tp_size))

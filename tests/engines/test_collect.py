@@ -1,0 +1,297 @@
+"""Jobs on a real engine: cut short and gone on with, conversations, and engines that die."""
+
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from megatron_rl.config.schema import RewardFunctionSection, RewardSection
+from megatron_rl.data.templates import load_tokenizer
+from megatron_rl.environments import Environment, Turn
+from megatron_rl.errors import EngineDied
+from megatron_rl.rewards.pool import RewardPool
+from megatron_rl.rollout.collect import Collector, CollectorLimits, Job
+from megatron_rl.rollout.engine import Engine
+from megatron_rl.rollout.sampling import sample_seed
+from megatron_rl.rollout.work import GroupWork, Unfinished, begin_group
+from megatron_rl.types import ParallelContext, Prompt, Rollout
+from tests.engines.contract import SIZES, params
+from tests.toys import VOCAB
+
+EngineOf = Callable[..., Engine]
+# all tokens are wanted: no toy would stop by itself otherwise
+ENDLESS = params(stop_token_ids=(), max_new_tokens=24)
+
+
+@pytest.fixture
+def folder(toy_model: Callable[..., Path]) -> Path:
+    return toy_model("qwen2", **SIZES)
+
+
+@pytest.fixture
+def collector_of(engine_of: EngineOf, folder: Path) -> Iterator[Callable[..., Collector]]:
+    """A function to a collector over the engine; weights are pushed from the folder."""
+    made: list[Collector] = []
+
+    def get(engine: Engine | None = None, max_failures: int = 3) -> Collector:
+        chosen = engine_of(folder) if engine is None else engine
+        collector = Collector(
+            chosen,
+            RewardPool(RewardSection(), {"train": [RewardFunctionSection(name="coin_flip")]}),
+            load_tokenizer(str(folder)),
+            alone(),
+            limits=CollectorLimits(reward_failure_fraction=0.0, engine_failures=max_failures, max_length=512),
+            push=lambda version: chosen.load_weights(weights(folder), version),
+        )
+        made.append(collector)
+        return collector
+
+    yield get
+    for collector in made:
+        collector.close()
+
+
+def weights(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    return iter(load_file(folder / "model.safetensors").items())
+
+
+def alone() -> ParallelContext:
+    single = {f"{name}_rank": 0 for name in ("dp", "tp", "pp", "cp", "ep", "etp")}
+    sizes = {f"{name}_size": 1 for name in ("dp", "tp", "pp", "vp", "cp", "ep", "etp")}
+    return ParallelContext(
+        rank=0,
+        world_size=1,
+        local_rank=0,
+        device=torch.device("cpu"),
+        groups=None,
+        host_group=None,
+        store=dist.HashStore(),
+        **single,
+        **sizes,
+    )
+
+
+def groups(count: int = 6, samples: int = 3) -> list[GroupWork]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        begin_group(
+            Prompt(
+                prompt_id=str(index),
+                token_ids=torch.randint(3, VOCAB, (3 + index % 3,), generator=generator),
+                text="?",
+                answer="7",
+            ),
+            [sample_seed(0, index, k) for k in range(samples)],
+        )
+        for index in range(count)
+    ]
+
+
+def job(work: Sequence[GroupWork], name: str = "job", **changes: Any) -> Job:
+    fields = {"params": ENDLESS, "schedule": "dynamic", "functions": "train", "version": 3, **changes}
+    return Job(name=name, work=work, **fields)
+
+
+def finished(work: Sequence[GroupWork]) -> list[Rollout]:
+    assert all(group.is_complete for group in work)
+    return [sample for group in work for sample in group.samples if isinstance(sample, Rollout)]
+
+
+def trainer_logprobs(folder: Path, rollout: Rollout) -> torch.Tensor:
+    hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        rows = hf(rollout.token_ids[None]).logits[0, :-1].log_softmax(-1)
+    return torch.cat([torch.zeros(1), rows.gather(1, rollout.token_ids[1:, None])[:, 0]])
+
+
+def test_every_sample_of_every_prompt_is_there_once(collector_of: Callable[..., Collector]) -> None:
+    rollouts = finished(collector_of().collect(job(groups())))
+    assert len(rollouts) == 18
+    assert len({rollout.seed for rollout in rollouts}) == 18
+    assert {int(rollout.loss_mask.sum()) for rollout in rollouts} == {24}
+    assert {rollout.reward for rollout in rollouts} == {0.0, 1.0}
+
+
+def test_samples_cut_short_are_gone_on_with_where_they_were(
+    collector_of: Callable[..., Collector], engine_of: EngineOf, folder: Path
+) -> None:
+    greedy = replace(ENDLESS, temperature=0.0)
+    collector = collector_of()
+    whole = finished(collector.collect(job(groups(), "whole", params=greedy)))
+    work: Sequence[GroupWork] = groups()
+    for version, lengths in ((3, 10), (4, 20), (5, 24)):
+        engine_of(folder).load_weights(weights(folder), version)  # the same weights under another name
+        work = collector.collect(job(work, f"part {version}", params=greedy, max_tokens_now=10))
+        sampled = [s.num_sampled if isinstance(s, Unfinished) else 24 for group in work for s in group.samples]
+        assert set(sampled) == {lengths}
+    for rollout, wanted in zip(finished(work), whole, strict=True):
+        assert rollout.token_ids.tolist() == wanted.token_ids.tolist()
+        versions = rollout.policy_versions[rollout.loss_mask].tolist()
+        assert versions == [3] * 10 + [4] * 10 + [5] * 4
+        assert set(rollout.policy_versions[~rollout.loss_mask].tolist()) == {-1}
+        own = trainer_logprobs(folder, rollout)[rollout.loss_mask]
+        torch.testing.assert_close(rollout.rollout_logprobs[rollout.loss_mask], own, rtol=0, atol=1e-5)
+
+
+def test_the_rest_is_given_up_once_enough_groups_are_complete(
+    collector_of: Callable[..., Collector], engine_of: EngineOf, folder: Path
+) -> None:
+    stops = params(stop_token_ids=tuple(range(0, VOCAB, 7)), max_new_tokens=200)  # lengths of a long tail
+    collector = collector_of(engine_of(folder, max_num_sequences=9))
+    work = collector.collect(job(groups(count=12), params=stops, enough=5))
+    complete = [group for group in work if group.is_complete]
+    begun = [s for group in work for s in group.samples if isinstance(s, Unfinished) and s.parts]
+    assert 5 <= len(complete) < 12
+    assert begun, "what was in work is given back as far as it came"
+    assert all(part.finish_reason == "abort" for sample in begun for part in sample.parts[-1:])
+    work = collector.collect(job(work, "rest", params=stops))
+    rollouts = finished(work)
+    assert len({rollout.seed for rollout in rollouts}) == 36
+    kept = {id(sample) for group in work for sample in group.samples}
+    assert {id(sample) for group in complete for sample in group.samples} <= kept, "what is complete stays as it is"
+    for rollout in rollouts[:6]:
+        own = trainer_logprobs(folder, rollout)[rollout.loss_mask]
+        torch.testing.assert_close(rollout.rollout_logprobs[rollout.loss_mask], own, rtol=0, atol=1e-5)
+
+
+class Echo:
+    """Says how often it was spoken to, until the third time."""
+
+    def begin(self, prompt: Prompt, seed: int) -> "Echo":
+        made = type(self)()
+        made.said = []  # type: ignore[attr-defined]
+        return made
+
+    def step(self, response: str) -> Turn:
+        self.said.append(response)  # type: ignore[attr-defined]
+        return Turn(None if len(self.said) == 3 else f"{len(self.said)}", 0.5)  # type: ignore[attr-defined]
+
+
+class Broken(Echo):
+    """Fails in the middle."""
+
+    def step(self, response: str) -> Turn:
+        raise KeyError("no such thing")
+
+
+TURNS = params(stop_token_ids=tuple(range(0, VOCAB, 5)), max_new_tokens=200)
+
+
+@pytest.mark.parametrize("budget", [None, 7])
+def test_conversations_go_in_and_out_as_tokens(
+    budget: int | None, collector_of: Callable[..., Collector], folder: Path
+) -> None:
+    collector, work = collector_of(), groups()
+    changes = {"params": TURNS, "environment": Echo(), "max_turns": 8, "turn_template": "={observation}+"}
+    for round_ in range(40):
+        work = collector.collect(job(work, f"round {round_}", max_tokens_now=budget, **changes))
+        if all(group.is_complete for group in work):
+            break
+    tokenizer = load_tokenizer(str(folder))
+    said = [torch.tensor(tokenizer.encode(f"={number}+", add_special_tokens=False)) for number in (1, 2)]
+    for rollout in finished(work):
+        assert rollout.finish_reason == "stop"
+        assert rollout.reward == rollout.reward_parts["coin_flip"] + 1.5
+        sampled = rollout.loss_mask
+        stops = [i for i in range(len(sampled)) if sampled[i] and int(rollout.token_ids[i]) % 5 == 0]
+        assert len(stops) == 3, "one stop token ends each turn, and nothing is tokenised again"
+        for stop, observation in zip(stops[:2], said, strict=True):
+            place = slice(stop + 1, stop + 1 + len(observation))
+            assert rollout.token_ids[place].tolist() == observation.tolist()
+            assert not sampled[place].any()
+        own = trainer_logprobs(folder, rollout)[sampled]
+        torch.testing.assert_close(rollout.rollout_logprobs[sampled], own, rtol=0, atol=1e-5)
+
+
+def test_a_conversation_ends_at_its_turns_or_tokens(collector_of: Callable[..., Collector]) -> None:
+    collector = collector_of()
+    environment: Environment = Echo()
+    rollouts = finished(collector.collect(job(groups(), params=TURNS, environment=environment, max_turns=2)))
+    assert {rollout.finish_reason for rollout in rollouts} == {"length"}
+    short = params(stop_token_ids=TURNS.stop_token_ids, max_new_tokens=4)
+    rollouts = finished(collector.collect(job(groups(), "short", params=short, environment=environment, max_turns=9)))
+    assert max(int(rollout.loss_mask.sum()) for rollout in rollouts) == 4
+
+
+def test_an_environment_that_raises_fails_its_samples(collector_of: Callable[..., Collector]) -> None:
+    collector = collector_of()
+    collector._limits = replace(collector._limits, reward_failure_fraction=1.0)
+    rollouts = finished(collector.collect(job(groups(), params=TURNS, environment=Broken(), max_turns=2)))
+    assert {rollout.status for rollout in rollouts} == {"environment_error"}
+    assert "no such thing" in rollouts[0].failure
+
+
+def kill(engine: Any, name: str) -> None:
+    """End a real engine in the middle of its work: its process, or its next step where it has none of its own."""
+    if name == "sglang":
+        scheduler = next(p for p in psutil.Process().children() if "scheduler" in p.cmdline()[0])
+        os.kill(scheduler.pid, signal.SIGKILL)
+        return
+
+    def die(*_: Any, **__: Any) -> None:
+        raise EngineDied("killed by the test") if name == "embedded" else RuntimeError("killed by the test")
+
+    if name == "vllm":
+        engine._llm.llm_engine.step = die
+    else:
+        engine._step = die
+
+
+class Dying:
+    """The engine with an end after so many results, again and again."""
+
+    def __init__(self, engine: Any, name: str, deaths: int) -> None:
+        self._engine, self._name, self.left = engine, name, deaths
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def generate(self, *arguments: Any, **options: Any) -> Iterator[Any]:
+        for number, one in enumerate(self._engine.generate(*arguments, **options)):
+            yield one
+            if number == 1 and self.left:
+                self.left -= 1
+                kill(self._engine, self._name)
+
+    def restart(self) -> None:
+        self._engine.__dict__.pop("_step", None)
+        self._engine.restart()
+
+
+def test_nothing_is_lost_when_the_engine_dies_ten_times(
+    engine_of: EngineOf, engine_name: str, collector_of: Callable[..., Collector], folder: Path
+) -> None:
+    # without seeds for each sample only greedy tokens are the same every time
+    wanted_params = replace(ENDLESS, temperature=0.0 if engine_name == "sglang" else 1.0)
+    engine = engine_of(folder, max_num_sequences=6)
+    undisturbed = finished(collector_of(engine).collect(job(groups(count=16), params=wanted_params)))
+    dying = Dying(engine, engine_name, deaths=10)
+    collector = collector_of(dying, max_failures=10)
+    with closing(collector):
+        rollouts = finished(collector.collect(job(groups(count=16), params=wanted_params)))
+    assert dying.left == 0
+    assert collector.num_engine_failures == 10
+    assert len(collector.take_notes()) == 10
+    assert [r.token_ids.tolist() for r in rollouts] == [r.token_ids.tolist() for r in undisturbed]
+    assert [r.seed for r in rollouts] == [r.seed for r in undisturbed]
+
+
+def test_an_engine_that_dies_too_often_ends_the_run(
+    engine_of: EngineOf, engine_name: str, collector_of: Callable[..., Collector], folder: Path
+) -> None:
+    engine = engine_of(folder)
+    collector = collector_of(Dying(engine, engine_name, deaths=3), max_failures=1)
+    with pytest.raises(EngineDied, match=r"died 2 times.*rollout\.max_engine_failures=1"):
+        collector.collect(job(groups()))
+    engine.__dict__.pop("_step", None)  # type: ignore[attr-defined]
+    engine.restart()
