@@ -5,6 +5,7 @@ import signal
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from multiprocessing.util import Finalize
 from typing import Any
 
 from megatron_rl.errors import EngineDied
@@ -29,6 +30,8 @@ class ChildWatch:
         self._lost = ""
         self._last_answer = time.monotonic()
         self._task = loop.create_task(self._look())
+        # a process that ends joins its children first, which an engine's never do
+        self._at_exit = Finalize(None, self._kill, exitpriority=10)
 
     @property
     def is_lost(self) -> bool:
@@ -56,6 +59,9 @@ class ChildWatch:
     def kill(self) -> None:
         """End the processes and all that they started."""
         self._task.cancel()
+        self._at_exit()
+
+    def _kill(self) -> None:
         for process in self._processes:
             for one in (*_descendants(process), process):
                 if one.is_running():
