@@ -61,6 +61,12 @@ class Inputs:
         spec = read_model_spec(config.model.path)
         implementation = choose_implementation(config)
         check_optimizer(config)
+        rollout = config.rollout
+        self.environment = (
+            build_environment(rollout.environment, rollout.environment_options)
+            if rollout.environment is not None
+            else None
+        )
         if config.moe.routing_replay and spec.moe is None:
             raise ConfigError(f"moe.routing_replay=true: {spec.family} has no experts. Set it to false.")
         if config.profiling.memory_snapshot and not torch.cuda.is_available():
@@ -181,13 +187,12 @@ def build_sampler(config: RunConfig, inputs: Inputs, collector: Collector) -> Sa
         max_new_tokens=config.rollout.max_new_tokens,
         stop_token_ids=_stop_token_ids(config, inputs.tokenizer),
     )
-    name = config.rollout.environment
     return EngineSampler(
         config.rollout,
         order,
         collector,
         params,
-        environment=build_environment(name, config.rollout.environment_options) if name is not None else None,
+        environment=inputs.environment,
         seed=config.run.seed,
         num_updates=config.batching.num_updates,
     )

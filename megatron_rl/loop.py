@@ -37,7 +37,7 @@ from megatron_rl.plugins import load_symbol
 from megatron_rl.profiling import profiled
 from megatron_rl.rollout.evaluator import Evaluator
 from megatron_rl.rollout.sampler import Collected, Sampler
-from megatron_rl.rollout.statistics import length_metrics, reward_metrics
+from megatron_rl.rollout.statistics import length_metrics, reward_metrics, staleness_metrics
 from megatron_rl.run_folder import RunFolder
 from megatron_rl.run_log import RunLog
 from megatron_rl.stop import StopRequest
@@ -144,6 +144,8 @@ def train(
             with watch.span("save_checkpoint"):
                 checkpoints.save(state, policy, sampler.in_flight())
         metrics |= rollout_metrics(collected, batch, policy.spec, graded=sampler.uses_engine, parallel=parallel)
+        if sampler.uses_engine and parallel.is_main:
+            metrics |= staleness_metrics(collected.groups, version=step - 1)
         log.collected(step, collected)
         if evaluator is None and sampler.uses_engine and step % config.metrics.log_every == 0:
             log.show(step, collected.groups[0])

@@ -60,6 +60,17 @@ def _check_engine(config: RunConfig, world_size: int) -> None:
             f"world size {world_size} does not divide by rollout.tensor_parallel_size={size}, the ranks of an engine. "
             f"Start a multiple of {size} ranks or change the key."
         )
+    if config.rollout.asynchronous and config.memory.offload:
+        raise ConfigError(
+            "rollout.asynchronous=true samples while the policy learns, so memory.offload cannot lend "
+            "the policy's memory to the engine. Set memory.offload=[]."
+        )
+    if config.rollout.asynchronous and config.rollout.engine == "vllm" and size > 1:
+        raise ConfigError(
+            f"rollout.asynchronous=true with rollout.engine=vllm and rollout.tensor_parallel_size={size}: "
+            "collectives of the engine and of the training would meet in any order and could wait for each other. "
+            "Set rollout.tensor_parallel_size=1, or rollout.engine=sglang, which has processes of its own."
+        )
     if config.moe.routing_replay and config.rollout.engine != "embedded":
         raise ConfigError(
             f"moe.routing_replay=true: rollout.engine={config.rollout.engine} does not report its routes. "
@@ -119,7 +130,7 @@ def _check_objective(config: RunConfig) -> None:
         )
     if source == "demonstrations" and config.data.train.demonstration_field is None:
         raise ConfigError("rollout.source=demonstrations needs data.train.demonstration_field: the column to imitate.")
-    if source == "engine" and not config.reward.functions:
+    if source == "engine" and not (config.reward.functions or config.rollout.environment):
         raise ConfigError("reward.functions is empty: rollouts need at least one reward, for instance [{name: math}].")
     if source == "demonstrations" and config.algorithm.kl_coef:
         raise ConfigError(

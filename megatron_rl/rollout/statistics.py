@@ -9,6 +9,16 @@ from megatron_rl.metrics.metric import Mean, Reduction, Sum, mean_max_min, mean_
 from megatron_rl.types import RolloutGroup
 
 
+def staleness_metrics(groups: Sequence[RolloutGroup], version: int) -> dict[str, Reduction]:
+    """How many versions the policy that learns is ahead of those that sampled, over all sampled tokens.
+
+    Args:
+        version: of the policy that learns.
+    """
+    sampled = [rollout.policy_versions[rollout.loss_mask] for group in groups for rollout in group.rollouts]
+    return mean_max_min("rollout/staleness", (version - torch.cat(sampled)).float())
+
+
 def length_metrics(groups: Sequence[RolloutGroup]) -> dict[str, Reduction]:
     """Prompt and response lengths in tokens, and the share of responses cut at the limit."""
     rollouts = [rollout for group in groups for rollout in group.rollouts]

@@ -1,0 +1,140 @@
+"""Runs whose steps do not simply wait for their own prompts: long tails, refills, work ahead, conversations."""
+
+import json
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_rl.build import Inputs
+from megatron_rl.errors import ConfigError
+from megatron_rl.rollout.record import read_rollouts, rollout_from_json
+from tests.distributed import cases
+from tests.gang import Gang
+from tests.toys import TIMED, toy_config
+
+PARTIAL = ("rollout.partial=true", "rollout.max_staleness=2", "rollout.over_sampling=2", "rollout.max_new_tokens=24")
+LONG = ("data.max_prompt_tokens=8", "batching.num_updates=1", "run.num_steps=6", "metrics.keep_rollouts_every=1")
+
+
+@pytest.fixture
+def run(gangs: Callable[[int], Gang], toy_model: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
+    """A function from ranks and overrides to the folder of such a run."""
+
+    def start(world_size: int, *overrides: str, name: str = "run") -> Path:
+        folder = tmp_path / name
+        config = toy_config(tmp_path, toy_model("qwen2"), f"run.output_dir={folder}", *overrides)
+        gangs(world_size).call(cases.run_training, config=config)
+        return folder
+
+    return start
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in found if row["step"] > 0]
+
+
+def untimed(folder: Path) -> list[dict[str, Any]]:
+    timed = (*TIMED, "eval/")  # the run that ended early evaluated at its end
+    return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in rows(folder)]
+
+
+def all_lines(folder: Path) -> list[dict[str, Any]]:
+    return [line for path in sorted((folder / "rollouts").glob("*.jsonl")) for line in read_rollouts(path)]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_unfinished_samples_are_carried_over_and_none_is_learnt_from_twice(
+    world_size: int, run: Callable[..., Path]
+) -> None:
+    folder = run(world_size, *LONG, *PARTIAL, "rollout.max_num_sequences=8", "rollout.schedule=dynamic")
+    found = rows(folder)
+    assert max(row["rollout/carried_over"] for row in found) > 0
+    assert 0 < max(row["rollout/staleness/max"] for row in found) <= 2
+    lines = all_lines(folder)
+    assert len(lines) == 6 * 4 * 4
+    assert len({(line["prompt_id"], line["seed"]) for line in lines}) == len(lines)
+    mixed = [line for line in lines if len({v for v in line["policy_versions"] if v >= 0}) > 1]
+    assert mixed, "some samples were begun by one policy and ended by another"
+    for line in lines:
+        versions = [v for v in line["policy_versions"] if v >= 0]
+        assert versions == sorted(versions)
+        assert line["step"] - 1 - versions[0] <= 2
+
+
+def test_what_is_carried_over_survives_a_resume_bit_for_bit(run: Callable[..., Path]) -> None:
+    options = (*LONG, *PARTIAL, "rollout.max_num_sequences=8")
+    whole = run(1, *options, name="whole")
+    run(1, *options, "run.num_steps=3", name="parts")
+    assert (whole.parent / "parts/checkpoints/step_000003/in_flight.jsonl").exists()
+    parts = run(1, *options, name="parts")
+    assert untimed(parts) == untimed(whole)
+
+
+def test_too_old_samples_begin_anew(run: Callable[..., Path]) -> None:
+    stale = (*LONG, *PARTIAL, "rollout.max_staleness=1", "rollout.max_num_sequences=64", "rollout.over_sampling=4")
+    found = rows(run(1, *stale))
+    assert sum(row["rollout/restarted_as_stale"] for row in found) > 0
+    assert max(row["rollout/staleness/max"] for row in found) <= 1
+
+
+def test_without_partial_the_rest_is_given_up_and_counted(run: Callable[..., Path]) -> None:
+    found = rows(run(1, *LONG, "rollout.over_sampling=2", "rollout.max_num_sequences=8"))
+    assert sum(row["rollout/given_up"] for row in found) > 0
+    assert {row["rollout/carried_over"] for row in found} == {0}
+    assert {row["rollout/staleness/max"] for row in found} == {0}
+
+
+def test_groups_without_spread_are_replaced(run: Callable[..., Path]) -> None:
+    flips = ("reward.functions=[{name: coin_flip, options: {probability: 0.1}}]", "rollout.dynamic_sampling=true")
+    found = rows(run(2, *LONG, *flips))
+    assert sum(row["rollout/replaced_without_spread"] for row in found) > 0
+    assert {row["rollout/zero_std/count"] for row in found} == {0}
+    assert max(row["rollout/rounds"] for row in found) > 1
+
+
+def test_a_step_is_filled_when_no_round_brings_spread(run: Callable[..., Path]) -> None:
+    never = ("reward.functions=[{name: coin_flip, options: {probability: 0.0}}]", "rollout.dynamic_sampling=true")
+    found = rows(run(1, *LONG, *never, "rollout.max_rounds=2", "run.num_steps=2"))
+    assert {(row["rollout/rounds"], row["rollout/zero_std/count"]) for row in found} == {(2, 4)}
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_next_step_is_sampled_while_the_policy_learns(world_size: int, run: Callable[..., Path]) -> None:
+    options = ("rollout.asynchronous=true", "rollout.max_staleness=1", "evaluation.every=2")
+    found = rows(run(world_size, *LONG, *options))
+    assert [row["rollout/staleness/mean"] for row in found] == [0, 1, 1, 1, 1, 1]
+    assert [row["rollout/staleness/max"] for row in found] == [0, 1, 1, 1, 1, 1]
+
+
+def test_a_conversation_is_learnt_from_where_the_policy_spoke(run: Callable[..., Path]) -> None:
+    options = ("rollout.environment=guess_number", "rollout.max_turns=3", "rollout.max_new_tokens=48")
+    folder = run(2, *LONG, *options, "reward.functions=[]", "evaluation.functions=[{name: coin_flip}]")
+    lines = all_lines(folder)
+    turns = []
+    for line in lines:
+        rollout = rollout_from_json(line)
+        mask = rollout.loss_mask.tolist()
+        turns.append(sum(b and not a for a, b in pairwise(mask)))
+        assert rollout.reward_parts.keys() == {"environment"}
+    assert max(turns) > 1, "some samples have several turns"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("rollout.partial=true", "rollout.max_staleness=0.*at least 1 with rollout.partial=true"),
+        ("rollout.asynchronous=true", "rollout.max_staleness=0.*at least 1 with rollout.asynchronous=true"),
+        ("rollout.over_sampling=0.5", "rollout.over_sampling=0.5.*1 or more"),
+        ("rollout.turn_template=abc", r"rollout.turn_template='abc'.*\{observation\}"),
+        ("rollout.environment=sokoban", "rollout.environment='sokoban'.*guess_number"),
+    ],
+)
+def test_contradictions_are_refused(
+    override: str, message: str, toy_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Inputs(toy_config(tmp_path, toy_model("qwen2"), override), 1)
