@@ -1,9 +1,11 @@
 """Tiny models, configurations and sequences that the tests share."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from megatron_rl.batching.sequences import bare_sequence
 from megatron_rl.config import RunConfig
 from megatron_rl.config.load import load_config
 from megatron_rl.types import TrainSequence
@@ -69,12 +71,9 @@ def sequences(lengths: tuple[int, ...] = (9, 17, 6, 30), num_prompt: int = 3) ->
     for length in lengths:
         mask = torch.arange(length) >= num_prompt
         made.append(
-            TrainSequence(
-                token_ids=torch.randint(0, VOCAB, (length,), generator=generator),
-                loss_mask=mask,
-                rollout_logprobs=torch.zeros(length),
+            replace(
+                bare_sequence(torch.randint(0, VOCAB, (length,), generator=generator), mask),
                 advantages=torch.randn(1, generator=generator).expand(length).contiguous(),
-                loss_weights=mask.float(),
                 old_logprobs=-4 + torch.randn(length, generator=generator) * 0.1,
                 ref_logprobs=-4 + torch.randn(length, generator=generator) * 0.1,
             )

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,6 +21,7 @@ import torch
 from bench.random_checkpoint import QWEN25_1_5B, QWEN25_7B, write_random_checkpoint
 
 from megatron_rl.batching.plan import given_batch
+from megatron_rl.batching.sequences import bare_sequence
 from megatron_rl.config.load import load_config
 from megatron_rl.errors import ConfigError
 from megatron_rl.loop import update_flops
@@ -51,16 +53,8 @@ def make_batch(length: int, count: int, vocab_size: int) -> TrainBatch:
     """Equally long sequences, a quarter of each a prompt, in one micro-batch."""
 
     def sequence() -> TrainSequence:
-        zeros, mask = torch.zeros(length), torch.arange(length) >= length // 4
-        return TrainSequence(
-            token_ids=torch.randint(0, vocab_size, (length,)),
-            loss_mask=mask,
-            rollout_logprobs=zeros,
-            advantages=torch.ones(length),
-            loss_weights=mask.float(),
-            old_logprobs=zeros,
-            ref_logprobs=zeros,
-        )
+        bare = bare_sequence(torch.randint(0, vocab_size, (length,)), torch.arange(length) >= length // 4)
+        return replace(bare, advantages=torch.ones(length))
 
     return given_batch([sequence() for _ in range(count)], [range(count)])
 

@@ -48,26 +48,15 @@ def measure(folder: Path, overrides: list[str]) -> dict[str, float]:
     import torch
 
     from megatron_rl.batching.plan import given_batch
+    from megatron_rl.batching.sequences import bare_sequence
     from megatron_rl.config.load import load_config
     from megatron_rl.mcore.parallel import init_parallel, leave_world
     from megatron_rl.mcore.policy import Policy
-    from megatron_rl.types import TrainSequence
-
-    def sequence(length: int) -> TrainSequence:
-        zeros, mask = torch.zeros(length), torch.ones(length, dtype=torch.bool)
-        return TrainSequence(
-            token_ids=torch.randint(0, SIZES["vocab_size"], (length,)),
-            loss_mask=mask,
-            rollout_logprobs=zeros,
-            advantages=zeros,
-            loss_weights=mask.float(),
-            old_logprobs=zeros,
-            ref_logprobs=zeros,
-        )
 
     config = load_config(folder / "run.yaml", overrides)
     policy = Policy(config, init_parallel(config.parallel))
-    batch = given_batch([sequence(length) for length in LENGTHS], [range(len(LENGTHS))])
+    tokens = [torch.randint(0, SIZES["vocab_size"], (length,)) for length in LENGTHS]
+    batch = given_batch([bare_sequence(row, torch.ones_like(row).bool()) for row in tokens], [range(len(LENGTHS))])
     before, start = _peak_mib(), time.perf_counter()
     policy.update(batch)
     seconds = time.perf_counter() - start

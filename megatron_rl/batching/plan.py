@@ -7,7 +7,7 @@ import torch
 
 from megatron_rl.algorithms.loss_weights import Aggregation, sequence_loss_weights
 from megatron_rl.batching.pack import balance, imbalance, micro_batches
-from megatron_rl.batching.sequences import flatten_groups, to_sequence
+from megatron_rl.batching.sequences import bare_sequence, flatten_groups, to_sequence
 from megatron_rl.config.schema import BatchingSection
 from megatron_rl.errors import DataError
 from megatron_rl.types import RolloutGroup, TrainBatch, TrainSequence, UpdatePlan
@@ -128,13 +128,5 @@ def _with_weight(sequence: TrainSequence, weight: float) -> TrainSequence:
 
 def _filler(sequence: TrainSequence) -> TrainSequence:
     """A short copy without loss, for a rank that has no sequence left."""
-    return TrainSequence(
-        token_ids=sequence.token_ids[:2],
-        loss_mask=torch.zeros(2, dtype=torch.bool),
-        rollout_logprobs=torch.zeros(2),
-        advantages=torch.zeros(2),
-        loss_weights=torch.zeros(2),
-        old_logprobs=torch.zeros(2),
-        ref_logprobs=torch.zeros(2),
-        routing=None if sequence.routing is None else sequence.routing[:2],
-    )
+    bare = bare_sequence(sequence.token_ids[:2], torch.zeros(2, dtype=torch.bool))
+    return replace(bare, routing=None if sequence.routing is None else sequence.routing[:2])

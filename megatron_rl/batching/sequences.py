@@ -1,29 +1,41 @@
 """Rollout groups to training sequences, before anything is known about ranks."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from megatron_rl.types import Rollout, RolloutGroup, TrainSequence
 
 
+def bare_sequence(token_ids: Tensor, loss_mask: Tensor) -> TrainSequence:
+    """Tokens alone: advantages and log-probabilities are zero, and every token with loss has weight 1.
+
+    Args:
+        token_ids: [L] int64.
+        loss_mask: [L] bool.
+    """
+    zeros = torch.zeros(token_ids.numel())
+    return TrainSequence(
+        token_ids=token_ids,
+        loss_mask=loss_mask,
+        rollout_logprobs=zeros,
+        advantages=zeros,
+        loss_weights=loss_mask.float(),
+        old_logprobs=zeros,
+        ref_logprobs=zeros,
+    )
+
+
 def to_sequence(rollout: Rollout) -> TrainSequence:
-    """A training sequence whose advantages, weights and log-probabilities are still zero.
+    """A training sequence of which only tokens, routes and the engine's log-probabilities are known.
 
     A rollout whose reward failed keeps its tokens but loses its loss mask: it teaches nothing.
     """
-    zeros = torch.zeros(rollout.token_ids.numel())
     mask = rollout.loss_mask if rollout.status == "ok" else torch.zeros_like(rollout.loss_mask)
-    return TrainSequence(
-        token_ids=rollout.token_ids,
-        loss_mask=mask,
-        rollout_logprobs=rollout.rollout_logprobs,
-        advantages=zeros,
-        loss_weights=zeros,
-        old_logprobs=zeros,
-        ref_logprobs=zeros,
-        routing=rollout.routing,
-    )
+    bare = bare_sequence(rollout.token_ids, mask)
+    return replace(bare, rollout_logprobs=rollout.rollout_logprobs, routing=rollout.routing)
 
 
 def flatten_groups(groups: Sequence[RolloutGroup]) -> tuple[list[Rollout], torch.Tensor, torch.Tensor]:

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rl.batching.plan import given_batch
+from megatron_rl.batching.sequences import bare_sequence
 from megatron_rl.collective import any_rank, gather_objects, raise_together
 from megatron_rl.config.schema import RunConfig
 from megatron_rl.errors import WeightSyncError
@@ -173,13 +174,4 @@ def policy_logprobs(policy: ScoringModel, pairs: Sequence[tuple[Tensor, Tensor]]
 
 def _scored(prompt: Tensor, response: Tensor) -> TrainSequence:
     token_ids = torch.cat([prompt, response])
-    zeros, mask = torch.zeros(token_ids.numel()), torch.arange(token_ids.numel()) >= prompt.numel()
-    return TrainSequence(
-        token_ids=token_ids,
-        loss_mask=mask,
-        rollout_logprobs=zeros,
-        advantages=zeros,
-        loss_weights=mask.float(),
-        old_logprobs=zeros,
-        ref_logprobs=zeros,
-    )
+    return bare_sequence(token_ids, torch.arange(token_ids.numel()) >= prompt.numel())
