@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 
 from megatron_rl.algorithms.advantages import ADVANTAGES
+from megatron_rl.algorithms.importance import RolloutCorrection, build_correction
 from megatron_rl.batching.plan import plan_batch
 from megatron_rl.batching.sequences import flatten_groups
 from megatron_rl.build import (
@@ -25,6 +26,7 @@ from megatron_rl.build import (
 from megatron_rl.checkpoints import Checkpoints
 from megatron_rl.collective import raise_together
 from megatron_rl.config import RunConfig, validate
+from megatron_rl.correction import correct
 from megatron_rl.drift import check_drift
 from megatron_rl.errors import EngineDied
 from megatron_rl.mcore.parallel import init_parallel, launcher_world, leave_world
@@ -113,27 +115,29 @@ def train(
     parallel: ParallelContext,
 ) -> None:
     """Step after step until the last, or until a signal asks to stop."""
-    stop = StopRequest(parallel)
+    stop, correction = StopRequest(parallel), build_correction(config.algorithm)
     if state.step == 0:
         log.step(0, evaluate(evaluator, sampler, policy, config, sync, log, state, Stopwatch()))
     while state.step < config.run.num_steps and not stop.agreed():
         watch, step = Stopwatch(), state.step + 1
-        pushed: dict[str, Reduction] = {}
+        metrics: dict[str, Reduction] = {}
         with profiled(config.profiling, log.profile_folder, step, parallel):
             with saved_if_engines_die(checkpoints, state, policy, sampler):
                 with watch.span("gen"):
                     sampler.settle(version=state.step)
                 if sampler.uses_engine:
                     with watch.span("update_weights"):
-                        pushed = sync.push(version=state.step)
+                        metrics |= sync.push(version=state.step)
                 with room_for_engine(policy, config, watch), watch.span("gen"):
                     collected = sampler.collect(step, state.num_prompts_consumed)
             batch = plan(collected.groups, config, parallel)
             if sampler.uses_engine:
-                batch = score(batch, policy, reference, watch)
+                batch = score(batch, policy, reference, correction, watch)
                 batch = add_advantages(batch, config)
+                batch, corrected = correct(batch, correction)
+                metrics |= corrected
             with watch.span("update_actor"):
-                metrics = pushed | policy.update(batch)
+                metrics |= policy.update(batch)
             if sampler.uses_engine:
                 check_drift(metrics, config.rollout, parallel, log.note)
         state = advance(state, collected, batch)
@@ -216,13 +220,16 @@ def plan(groups: Sequence[RolloutGroup], config: RunConfig, parallel: ParallelCo
     )
 
 
-def score(batch: TrainBatch, policy: Policy, reference: Reference | None, watch: Stopwatch) -> TrainBatch:
+def score(
+    batch: TrainBatch, policy: Policy, reference: Reference | None, correction: RolloutCorrection, watch: Stopwatch
+) -> TrainBatch:
     """Add the trainer's own log-probabilities before the update, and the reference model's.
 
-    A single update finds its own: the weights are still those that would be asked.
+    A single update finds its own: the weights are still those that would be asked. Unless whole responses are
+    corrected, for which the update is too late.
     """
     sequences = list(batch.sequences)
-    if len(batch.updates) > 1:
+    if len(batch.updates) > 1 or correction.needs_responses:
         with watch.span("old_log_prob"):
             old = policy.logprobs(batch, replay_routing=True)
         sequences = [replace(s, old_logprobs=row) for s, row in zip(sequences, old, strict=True)]

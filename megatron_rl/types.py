@@ -107,6 +107,8 @@ class TrainSequence:
     """float32."""
     loss_weights: Tensor
     """float32; their meaning is in algorithms/loss_weights.py."""
+    rollout_weights: Tensor
+    """float32, of the policy loss alone, as the response's importance weight; ones where responses are not weighed."""
     old_logprobs: Tensor
     """float32, by the trainer before the update."""
     ref_logprobs: Tensor
@@ -172,6 +174,8 @@ class MicroBatch:
     advantages: Tensor
     """float32."""
     rollout_logprobs: Tensor
+    """float32."""
+    rollout_weights: Tensor
     """float32."""
     old_logprobs: Tensor
     """float32."""

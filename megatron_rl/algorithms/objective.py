@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from megatron_rl.algorithms.importance import rollout_weights
 from megatron_rl.algorithms.kl import KL_ESTIMATORS
 from megatron_rl.algorithms.losses import LOSSES, LossFunction
 from megatron_rl.config.schema import AlgorithmSection
@@ -19,8 +18,6 @@ class ObjectiveTerms:
     policy: Tensor
     clipped: Tensor
     kl: Tensor | None
-    rollout_weights: Tensor | None
-    """By which the policy loss was weighed for engine and trainer to agree; None without correction."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,16 +30,13 @@ class Objective:
     kl_coef: float
     kl_estimator: str
     entropy_coef: float
-    rollout_is: str
-    rollout_is_low: float
-    rollout_is_high: float
 
     def __call__(
         self,
         logprobs: Tensor,
         old_logprobs: Tensor,
         ref_logprobs: Tensor,
-        rollout_logprobs: Tensor,
+        rollout_weights: Tensor,
         advantages: Tensor,
         entropy: Tensor,
     ) -> ObjectiveTerms:
@@ -53,17 +47,14 @@ class Objective:
             clip_ratio_low=self.clip_ratio_low,
             clip_ratio_high=self.clip_ratio_high,
         )
-        weights = rollout_weights(
-            old_logprobs, rollout_logprobs, self.rollout_is, low=self.rollout_is_low, high=self.rollout_is_high
-        )
-        weighed = policy.loss if weights is None else weights * policy.loss
+        weighed = rollout_weights * policy.loss
         total, kl = weighed, None
         if self.kl_coef:
             kl = KL_ESTIMATORS[self.kl_estimator](logprobs, ref_logprobs)
             total = total + self.kl_coef * kl
         if self.entropy_coef:
             total = total - self.entropy_coef * entropy
-        return ObjectiveTerms(total=total, policy=weighed, clipped=policy.clipped, kl=kl, rollout_weights=weights)
+        return ObjectiveTerms(total=total, policy=weighed, clipped=policy.clipped, kl=kl)
 
 
 def build_objective(config: AlgorithmSection) -> Objective:
@@ -75,7 +66,4 @@ def build_objective(config: AlgorithmSection) -> Objective:
         kl_coef=config.kl_coef,
         kl_estimator=config.kl_estimator,
         entropy_coef=config.entropy_coef,
-        rollout_is=config.rollout_is,
-        rollout_is_low=config.rollout_is_low,
-        rollout_is_high=config.rollout_is_high,
     )

@@ -62,6 +62,7 @@ def align(
         loss_weights=shifted(lambda s: s.loss_weights),
         advantages=shifted(lambda s: s.advantages),
         rollout_logprobs=shifted(lambda s: s.rollout_logprobs),
+        rollout_weights=shifted(lambda s: s.rollout_weights),
         old_logprobs=shifted(lambda s: s.old_logprobs),
         ref_logprobs=shifted(lambda s: s.ref_logprobs),
         cu_seqlens=cu_seqlens,

@@ -10,7 +10,7 @@ from megatron_rl.types import Rollout, RolloutGroup, TrainSequence
 
 
 def bare_sequence(token_ids: Tensor, loss_mask: Tensor) -> TrainSequence:
-    """Tokens alone: advantages and log-probabilities are zero, and every token with loss has weight 1.
+    """Tokens alone: advantages and log-probabilities are zero, all weights are 1.
 
     Args:
         token_ids: [L] int64.
@@ -23,6 +23,7 @@ def bare_sequence(token_ids: Tensor, loss_mask: Tensor) -> TrainSequence:
         rollout_logprobs=zeros,
         advantages=zeros,
         loss_weights=loss_mask.float(),
+        rollout_weights=torch.ones(token_ids.numel()),
         old_logprobs=zeros,
         ref_logprobs=zeros,
     )

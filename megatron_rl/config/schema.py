@@ -163,13 +163,22 @@ class AlgorithmSection:
     """Hugging Face folder of the reference model; null: the starting model."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus."""
-    rollout_is: Literal["none", "token_truncate", "token_mask"] = "none"
-    """Weigh each token by the ratio of the trainer's to the engine's probability: truncated above (TIS), or 0 outside
-    of the bounds (IcePop)."""
+    rollout_is: Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = "none"
+    """Weigh the policy loss by the ratio of the trainer's to the engine's probability, of each token or of its whole
+    response: truncated above (TIS), or 0 outside of the bounds (IcePop)."""
     rollout_is_low: float = 0.5
-    """Lower bound of token_mask."""
+    """Lower bound of the masks."""
     rollout_is_high: float = 2.0
-    """Upper bound of both."""
+    """Upper bound of all."""
+    rollout_rejection: Literal["none", "sequence", "geometric"] = "none"
+    """Leave a response out of the loss when that ratio of the whole response, or the geometric mean of its tokens'
+    ratios, is outside of the bounds; its tokens still count where the loss is normalised."""
+    rollout_rejection_low: float | None = None
+    """Lower bound of that; needed for it. 0.5 for sequence and 0.999 for geometric are usual."""
+    rollout_rejection_high: float | None = None
+    """Upper bound of that; needed for it. 2 for sequence and 1.001 for geometric are usual."""
+    rollout_veto: float | None = None
+    """Leave a response out as well when one token's ratio is below this, for instance 1e-4; null: never."""
 
     def __post_init__(self) -> None:
         require(
@@ -178,6 +187,22 @@ class AlgorithmSection:
             (self.rollout_is_low, self.rollout_is_high),
             "low from 0 to 1, high from 1",
         )
+        low, high = self.rollout_rejection_low, self.rollout_rejection_high
+        require(
+            (low is not None and high is not None) or self.rollout_rejection == "none",
+            "algorithm.rollout_rejection_low and algorithm.rollout_rejection_high",
+            (low, high),
+            f"both bounds with algorithm.rollout_rejection={self.rollout_rejection}",
+            "0.5 and 2 are usual for sequence, 0.999 and 1.001 for geometric.",
+        )
+        require(
+            (low is None or 0 <= low <= 1) and (high is None or high >= 1),
+            "algorithm.rollout_rejection_low and algorithm.rollout_rejection_high",
+            (low, high),
+            "low from 0 to 1, high from 1",
+        )
+        veto = self.rollout_veto
+        require(veto is None or 0 < veto < 1, "algorithm.rollout_veto", veto, "null, or between 0 and 1")
         require(0 <= self.clip_ratio_low <= 1, "algorithm.clip_ratio_low", self.clip_ratio_low, "0 to 1")
         require(self.clip_ratio_high >= 0, "algorithm.clip_ratio_high", self.clip_ratio_high, "0 or more")
         require(self.std_epsilon > 0, "algorithm.std_epsilon", self.std_epsilon, "more than 0")

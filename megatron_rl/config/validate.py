@@ -132,6 +132,14 @@ def _check_objective(config: RunConfig) -> None:
         raise ConfigError("rollout.source=demonstrations needs data.train.demonstration_field: the column to imitate.")
     if source == "engine" and not (config.reward.functions or config.rollout.environment):
         raise ConfigError("reward.functions is empty: rollouts need at least one reward, for instance [{name: math}].")
+    algorithm = config.algorithm
+    corrected = [name for name in ("rollout_is", "rollout_rejection") if getattr(algorithm, name) != "none"]
+    corrected += ["rollout_veto"] if algorithm.rollout_veto is not None else []
+    if source == "demonstrations" and corrected:
+        raise ConfigError(
+            f"algorithm.{corrected[0]}={getattr(algorithm, corrected[0])} has no meaning for demonstrations, "
+            "which no engine sampled. Leave it out."
+        )
     if source == "demonstrations" and config.algorithm.kl_coef:
         raise ConfigError(
             f"algorithm.kl_coef={config.algorithm.kl_coef} has no meaning for demonstrations. Set it to 0."

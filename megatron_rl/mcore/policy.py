@@ -6,6 +6,7 @@ from typing import Any
 
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 
+from megatron_rl.algorithms.importance import build_correction
 from megatron_rl.algorithms.objective import build_objective
 from megatron_rl.collective import any_rank
 from megatron_rl.config.schema import RunConfig
@@ -32,6 +33,7 @@ class Policy(ScoringModel):
         num_updates = max(1, config.run.num_steps * config.batching.num_updates * config.batching.num_epochs)
         self.scheduler = build_scheduler(config.optimizer, self.optimizer, num_updates)
         self._objective = build_objective(config.algorithm)
+        self._correction = build_correction(config.algorithm)
 
     def update(self, batch: TrainBatch) -> dict[str, Reduction]:
         """Make every optimizer update of the batch.
@@ -94,6 +96,7 @@ class Policy(ScoringModel):
             [[batch.sequences[i] for i in places] for places in plan.micro_batches],
             PolicyLoss(
                 self._objective,
+                self._correction,
                 on_samples=self.config.rollout.source == "engine",
                 scored_before=len(batch.updates) > 1,
             ),

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from megatron_rl.algorithms.importance import RolloutCorrection, token_ratio
 from megatron_rl.algorithms.kl import k1, k3
 from megatron_rl.algorithms.objective import Objective
 from megatron_rl.metrics.metric import EffectiveShare, Max, Mean, Reduction
@@ -14,14 +15,18 @@ DRIFT = "train_rollout_logprob_abs_diff/mean"
 class PolicyLoss:
     """Called with the log-probabilities and entropies of the tokens with loss."""
 
-    def __init__(self, objective: Objective, *, on_samples: bool, scored_before: bool) -> None:
+    def __init__(
+        self, objective: Objective, correction: RolloutCorrection, *, on_samples: bool, scored_before: bool
+    ) -> None:
         """
         Args:
+            correction: whose weights of tokens are found here; those of responses are in the batch.
             on_samples: the policy sampled the sequences; demonstrations have no log-probabilities of before.
             scored_before: the batch holds the log-probabilities before the update; otherwise the weights have
                 not changed since, and the current ones are those.
         """
         self._objective = objective
+        self._correction = correction
         self._on_samples = on_samples
         self._scored_before = scored_before
 
@@ -33,7 +38,9 @@ class PolicyLoss:
         weights = batch.loss_weights[mask]
         old = batch.old_logprobs[mask] if self._scored_before else logprobs.detach()
         rollout = batch.rollout_logprobs[mask]
-        terms = self._objective(logprobs, old, batch.ref_logprobs[mask], rollout, batch.advantages[mask], entropy)
+        by_token = self._correction.level == "token"
+        corrections = self._correction.token_weights(old, rollout) if by_token else batch.rollout_weights[mask]
+        terms = self._objective(logprobs, old, batch.ref_logprobs[mask], corrections, batch.advantages[mask], entropy)
         loss = (weights * terms.total).sum()
         sums = {
             "actor/loss": loss,
@@ -45,9 +52,9 @@ class PolicyLoss:
             sums["actor/ppo_kl"] = k1(old, logprobs).sum()
         if terms.kl is not None:
             sums["actor/kl_loss"] = terms.kl.sum()
-        if terms.rollout_weights is not None:
-            sums["rollout_corr/is_weight"] = terms.rollout_weights.sum()
-            sums["rollout_corr/is_changed"] = (terms.rollout_weights != (old - rollout).exp()).float().sum()
+        if by_token:
+            sums["rollout_corr/is_weight"] = corrections.sum()
+            sums["rollout_corr/is_changed"] = (corrections != token_ratio(old, rollout)).float().sum()
         metrics = _means(sums, logprobs.numel())
         if self._on_samples:
             metrics |= _drift(old, rollout)

@@ -12,13 +12,15 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from megatron_rl.algorithms.importance import build_correction
 from megatron_rl.batching.plan import given_batch
 from megatron_rl.build import build_engine
 from megatron_rl.collective import gather_objects
 from megatron_rl.config import RunConfig
 from megatron_rl.config.machine import ParallelSection
+from megatron_rl.correction import correct
 from megatron_rl.errors import WeightSyncError
-from megatron_rl.loop import plan, run_in
+from megatron_rl.loop import plan, run_in, score
 from megatron_rl.mcore import event_loop, patches
 from megatron_rl.mcore.checkpoint import begin_save, complete_save, load_policy, save_policy
 from megatron_rl.mcore.model import PolicyModel, place_of
@@ -27,6 +29,7 @@ from megatron_rl.mcore.policy import Policy
 from megatron_rl.mcore.reference import HostedReference
 from megatron_rl.mcore.scoring import ScoringModel
 from megatron_rl.metrics.metric import merge, results
+from megatron_rl.metrics.timing import Stopwatch
 from megatron_rl.models import layout_table
 from megatron_rl.models.engine_shards import engine_boxes
 from megatron_rl.rollout.engine import Request
@@ -306,6 +309,9 @@ def batch_of(*micro_batches: list[int]) -> TrainBatch:
     return given_batch(sequences(), micro_batches or ([0, 1], [2, 3]))
 
 
+LENGTHS = (9, 17, 6, 30, 12, 21, 8, 3)
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What a policy is after some updates."""
@@ -314,17 +320,30 @@ class Outcome:
     norms: list[float]
     balance: list[float]
     """Router losses, of a mixture of experts that has them."""
+    corrections: dict[str, float]
+    """Metrics of the samples' corrections, where an engine sampled them."""
     logprobs: dict[int, torch.Tensor]
     """Place of a sequence in the step -> its log-probabilities before the first update."""
     weights: dict[str, torch.Tensor]
 
 
-def some_updates(config: RunConfig, lengths: tuple[int, ...] = (9, 17, 6, 30, 12, 21, 8, 3)) -> Outcome:
-    """Score and learn from the same sequences, shared out over the data-parallel ranks, in two pairs of updates."""
+def some_updates(config: RunConfig, engine: dict[int, torch.Tensor] | None = None) -> Outcome:
+    """Score and learn from the same sequences, shared out over the data-parallel ranks, in two pairs of updates.
+
+    Args:
+        engine: log-probabilities that an engine found, by place; the policy's own are then those before the update.
+    """
     parallel = world(config)
     policy = Policy(config, parallel)
-    once = shared_out(sequences(lengths), config, parallel)
+    found, corrections = sequences(LENGTHS), {}
+    if engine is not None:
+        found = [replace(s, rollout_logprobs=engine[place]) for place, s in enumerate(found)]
+    once = shared_out(found, config, parallel)
     rows = policy.logprobs(once)
+    if engine is not None:
+        correction = build_correction(config.algorithm)
+        once, corrected = correct(score(once, policy, None, correction, Stopwatch()), correction)
+        corrections = results(merge(gather_objects(corrected, parallel)))
     batch = replace(once, updates=[*once.updates, *once.updates])  # several, so that ratios are taken
     losses, norms, balance = [], [], []
     for _ in range(2):
@@ -338,6 +357,7 @@ def some_updates(config: RunConfig, lengths: tuple[int, ...] = (9, 17, 6, 30, 12
         losses=losses,
         norms=norms,
         balance=balance,
+        corrections=corrections,
         logprobs={i: row for i, row in zip(once.global_index, rows, strict=True) if i >= 0},
         weights={name: tensor.clone() for name, tensor in policy.export()},
     )

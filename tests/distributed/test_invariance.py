@@ -85,6 +85,38 @@ def test_same_numbers_for_every_split(
                 assert mine[name] == pytest.approx(wanted[name], rel=0, abs=1e-5), (mine["step"], name)
 
 
+CORRECTIONS = (
+    "algorithm.rollout_is=sequence_truncate",
+    "algorithm.rollout_rejection=geometric",
+    "algorithm.rollout_rejection_low=0.999",
+    "algorithm.rollout_rejection_high=1.001",
+    "algorithm.rollout_veto=0.5",
+)
+
+
+def test_corrections_of_an_engine_that_agrees_change_nothing(
+    gangs: Callable[[int], Gang], toy_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A single update scores the responses beforehand for it."""
+    found = {}
+    for name, corrections in (("plain", ()), ("corrected", CORRECTIONS)):
+        folder = tmp_path / name
+        folder.mkdir()
+        config = toy_config(folder, toy_model("qwen2", tied=True), "batching.num_updates=1", *corrections)
+        gangs(2).call(cases.run_training, config=config)
+        found[name] = rows(folder / "run")
+    assert len(found["corrected"]) == 4
+    for mine, wanted in zip(found["corrected"], found["plain"], strict=True):
+        for name in COMPARED:
+            if name in wanted:
+                assert mine[name] == pytest.approx(wanted[name], rel=0, abs=1e-4), (mine["step"], name)
+        if mine["step"]:
+            assert "timing_s/old_log_prob" in mine
+            assert "timing_s/old_log_prob" not in wanted
+            assert mine["rollout_corr/is_weight"] == pytest.approx(1, abs=1e-4)
+            assert mine["rollout_corr/rejected"] == mine["rollout_corr/vetoed"] == 0
+
+
 def test_a_mixture_of_experts_learns_along_the_engines_routes(
     gangs: Callable[[int], Gang], toy_model: Callable[..., Path], tmp_path: Path
 ) -> None:

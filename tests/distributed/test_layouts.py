@@ -1,5 +1,6 @@
 """One update is the same update under every layout."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -85,10 +86,15 @@ EXPERTS = [
 
 
 def outcome(
-    gangs: Callable[[int], Gang], world_size: int, text: str, model: Path, folder: Path, *more: str
+    gangs: Callable[[int], Gang],
+    world_size: int,
+    text: str,
+    model: Path,
+    folder: Path,
+    engine: dict[int, torch.Tensor] | None = None,
 ) -> list[cases.Outcome]:
-    config = toy_config(folder, model, "batching.num_updates=1", *keys(text), *more)
-    return gangs(world_size).call(cases.some_updates, config=config)
+    config = toy_config(folder, model, "batching.num_updates=1", *keys(text))
+    return gangs(world_size).call(cases.some_updates, config=config, engine=engine)
 
 
 def assert_same(found: list[cases.Outcome], wanted: cases.Outcome) -> None:
@@ -97,6 +103,7 @@ def assert_same(found: list[cases.Outcome], wanted: cases.Outcome) -> None:
         assert one.losses == pytest.approx(wanted.losses, abs=1e-5)
         assert one.norms == pytest.approx(wanted.norms, rel=1e-6, abs=1e-5)
         assert one.balance == pytest.approx(wanted.balance, rel=1e-5)
+        assert one.corrections == pytest.approx(wanted.corrections, rel=1e-4)
         scored |= one.logprobs
         assert set(one.weights) == set(wanted.weights)
         for name, tensor in one.weights.items():
@@ -144,6 +151,53 @@ def test_router_losses(
     assert wanted.norms != pytest.approx(without.norms, rel=1e-4)
     size, text = layout.split(":")
     assert_same(outcome(gangs, int(size), f"{alone} {text}", model, tmp_path), wanted)
+
+
+CORRECTED = [
+    "1:batching.packed=false batching.micro_batch_size=3",
+    "1:batching.micro_batch_size=1",
+    "2:",
+    "2:tp2 sp",
+    "2:pp2 vpp2",
+    "2:cp2",
+    "2:cp2 batching.packed=false batching.micro_batch_size=2",
+    "4:tp2 cp2 sp",
+    "4:cp4 batching.micro_batch_size=2",
+]
+# the log of trainer / engine for every token of a response, by place: among them weights above and below 1, one
+# that is cut, a response that is too likely on the whole, one that is too unlikely
+APART = (0.05, 0.01, -0.2, -0.02, 0.4, 0.004, -0.6, 0.0)
+VETOED = 5  # by a single token
+CORRECTION = (
+    "algorithm.rollout_is=sequence_truncate algorithm.rollout_is_high=1.2 algorithm.rollout_veto=0.001 "
+    "algorithm.rollout_rejection=geometric algorithm.rollout_rejection_low=0.7 algorithm.rollout_rejection_high=1.3"
+)
+
+
+@pytest.mark.parametrize("layout", CORRECTED)
+def test_corrections_of_responses(
+    layout: str, gangs: Callable[[int], Gang], toy_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A response is weighed and rejected by all its tokens, wherever its parts are computed."""
+    model = toy_model("qwen2", tied=True, num_hidden_layers=4)
+    (without,) = outcome(gangs, 1, "", model, tmp_path)
+    engine = {place: row - APART[place] for place, row in without.logprobs.items()}
+    engine[VETOED][12] += 8.0
+    (wanted,) = outcome(gangs, 1, CORRECTION, model, tmp_path, engine)
+    # tokens of the responses: 6, 14, 3, 27, 9, 18, 5 and none
+    weights = [1.2, math.exp(0.14), math.exp(-0.6), math.exp(-0.54), 1.2, math.exp(18 * 0.004 - 8), math.exp(-3)]
+    assert wanted.corrections == pytest.approx(
+        {
+            "rollout_corr/rejected": 3 / 7,
+            "rollout_corr/vetoed": 1 / 7,
+            "rollout_corr/is_weight": sum(weights) / 7,
+            "rollout_corr/is_changed": 2 / 7,
+        },
+        rel=1e-4,
+    )
+    assert wanted.norms != pytest.approx(without.norms, rel=1e-2)
+    size, text = layout.split(":")
+    assert_same(outcome(gangs, int(size), f"{CORRECTION} {text}", model, tmp_path, engine), wanted)
 
 
 REPLAYED = ["1:batching.packed=false", "2:ep2", "2:tp2 sp", "2:cp2", "4:pp2 vpp2 ep2", "4:tp2 cp2 sp"]

@@ -32,7 +32,7 @@ def loss_of(
         flat(NEW),
         flat(OLD),
         flat(REF),
-        flat(OLD),
+        torch.ones(10, dtype=torch.float64),
         advantages.repeat_interleave(LENGTHS),
         torch.zeros(10, dtype=torch.float64),
     )
@@ -99,7 +99,7 @@ def test_kl_estimators_and_clip_fraction() -> None:
     new, ref = flat(NEW), flat(REF)
     assert [float(k(new, ref).mean()) for k in (k1, k2, k3)] == pytest.approx([0.04, 0.034, 0.0352970], abs=1e-6)
     advantages = group_advantages(REWARDS, GROUP, normalize_by_std=True, epsilon=1e-4).repeat_interleave(LENGTHS)
-    terms = build_objective(AlgorithmSection())(new, flat(OLD), ref, flat(OLD), advantages, torch.zeros(10))
+    terms = build_objective(AlgorithmSection())(new, flat(OLD), ref, torch.ones(10), advantages, torch.zeros(10))
     assert float(terms.clipped.double().mean()) == pytest.approx(0.3)
 
 
@@ -111,33 +111,24 @@ def test_entropy_bonus_and_nll() -> None:
         kl_coef=0.0,
         kl_estimator="k3",
         entropy_coef=0.5,
-        rollout_is="none",
-        rollout_is_low=0.5,
-        rollout_is_high=2.0,
     )
     logprobs, entropy = torch.tensor([-1.0, -2.0]), torch.tensor([0.4, 0.6])
-    total = objective(logprobs, *[torch.zeros(2)] * 4, entropy).total
+    total = objective(logprobs, *[torch.ones(2)] * 4, entropy).total
     assert total.tolist() == pytest.approx([1 - 0.2, 2 - 0.3])
 
 
-@pytest.mark.parametrize(
-    ("kind", "factors"),
-    [("none", [1, 1, 1, 1]), ("token_truncate", [1, 1.5, 0.25, 2]), ("token_mask", [1, 1.5, 0, 0])],
-)
-def test_rollout_corrections_weigh_the_policy_loss_alone(kind: str, factors: list[float]) -> None:
-    """Trainer / engine ratios of 1, 1.5, 0.25 and 4 with bounds 0.5 and 2; KL and entropy stay as they are."""
+def test_rollout_weights_weigh_the_policy_loss_alone() -> None:
+    """KL and entropy stay as they are, and no gradient goes through the weights."""
     old = torch.tensor([-1.0, -0.5, -2.0, -0.1], dtype=torch.float64)
-    rollout = old - torch.tensor([1.0, 1.5, 0.25, 4.0], dtype=torch.float64).log()
-    logprobs = (old + 0.05).requires_grad_()
-    section = AlgorithmSection(kl_coef=0.1, entropy_coef=0.01, rollout_is=kind)  # type: ignore[arg-type]
+    logprobs, factors = (old + 0.05).requires_grad_(), torch.tensor([1.0, 1.5, 0, 0.25]).double()
     advantages, entropy = torch.tensor([1.0, -1.0, 2.0, 0.5]).double(), torch.ones(4).double()
-    plain = build_objective(AlgorithmSection())(logprobs, old, old, rollout, advantages, entropy).policy
-    terms = build_objective(section)(logprobs, old, old, rollout, advantages, entropy)
-    wanted = torch.tensor(factors).double() * plain + 0.1 * k3(logprobs, old) - 0.01 * entropy
-    torch.testing.assert_close(terms.total, wanted)
+    plain = build_objective(AlgorithmSection())(logprobs, old, old, torch.ones(4), advantages, entropy).policy
+    objective = build_objective(AlgorithmSection(kl_coef=0.1, entropy_coef=0.01))
+    terms = objective(logprobs, old, old, factors, advantages, entropy)
+    torch.testing.assert_close(terms.total, factors * plain + 0.1 * k3(logprobs, old) - 0.01 * entropy)
     (found,) = torch.autograd.grad(terms.policy.sum(), logprobs, retain_graph=True)
     (before,) = torch.autograd.grad(plain.sum(), logprobs)
-    torch.testing.assert_close(found, torch.tensor(factors).double() * before)  # no gradient through the weights
+    torch.testing.assert_close(found, factors * before)
 
 
 def test_sequences_without_loss_take_no_part() -> None:

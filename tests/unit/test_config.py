@@ -53,6 +53,9 @@ def test_precedence_and_round_trip(config: Path, tmp_path: Path) -> None:
         ("n-samples-per-prompt", "rollout.group_size"),
         ("beta", "algorithm.kl_coef"),
         ("lr", "optimizer.lr"),
+        ("algorithm.rollout_correction.rollout_rs", "algorithm.rollout_rejection"),
+        ("rs_veto_threshold", "algorithm.rollout_veto"),
+        ("vllm_importance_sampling_mode", "algorithm.rollout_is"),
     ],
 )
 def test_unknown_keys_get_a_suggestion(config: Path, key: str, meant: str) -> None:
@@ -74,6 +77,11 @@ def test_every_suggestion_for_a_foreign_name_exists() -> None:
         (["parallel.sequence_parallel=true"], r"parallel\.sequence_parallel"),
         (["nonsense"], "expected key=value"),
         (["run=3"], "run is 3: expected a section"),
+        (["algorithm.rollout_is=geometric_mask"], r"rollout_is.*geometric_mask"),
+        (["algorithm.rollout_is_high=0.9"], r"rollout_is_high=\(0\.5, 0\.9\): expected low from 0 to 1, high from 1"),
+        (["algorithm.rollout_rejection=geometric"], r"\(None, None\): expected both bounds .*geometric.* 0\.999 and 1"),
+        (["algorithm.rollout_rejection_low=1.1"], r"rollout_rejection_high=\(1\.1, None\): expected low from 0 to 1"),
+        (["algorithm.rollout_veto=1"], r"rollout_veto=1.*between 0 and 1"),
         (["reward.functions=[{nam: math}]"], r"unknown key reward\.functions\.nam\. Did you mean"),
     ],
 )
@@ -97,6 +105,9 @@ def test_files_that_are_missing_broken_or_loop(config: Path, tmp_path: Path) -> 
         load_config(broken)
 
 
+DEMONSTRATIONS = ("rollout.source=demonstrations", "algorithm.loss=nll", "data.train.demonstration_field=text")
+
+
 @pytest.mark.parametrize(
     ("overrides", "world_size", "message"),
     [
@@ -107,6 +118,8 @@ def test_files_that_are_missing_broken_or_loop(config: Path, tmp_path: Path) -> 
         (["reward.functions=[]"], 1, r"reward\.functions is empty"),
         (["rollout.source=demonstrations"], 1, r"algorithm\.loss=nll"),
         (["rollout.source=demonstrations", "algorithm.loss=nll"], 1, r"data\.train\.demonstration_field"),
+        ([*DEMONSTRATIONS, "algorithm.rollout_is=token_mask"], 1, r"rollout_is=token_mask has no meaning"),
+        ([*DEMONSTRATIONS, "algorithm.rollout_veto=0.001"], 1, r"rollout_veto=0\.001 has no meaning"),
         (["optimizer.lr_warmup_updates=5", "optimizer.lr_decay_updates=5"], 1, r"lr_decay_updates=5"),
         (["data.evaluation=null", "evaluation.every=1"], 1, r"evaluation\.every=1"),
     ],

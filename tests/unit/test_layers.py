@@ -33,7 +33,7 @@ ALLOWED = {
     "integrity": {"errors"},
     "conversion": {"errors", "models", "weights"},
 }
-EVERYTHING = {"drift", "profiling", "loop", "build", "train", "checkpoints", "run_log", "dry_run", "stop"}
+EVERYTHING = {"correction", "drift", "profiling", "loop", "build", "train", "checkpoints", "run_log", "dry_run", "stop"}
 ONLY_IN = {
     "megatron": {"mcore"},
     "transformer_engine": {"mcore"},

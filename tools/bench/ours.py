@@ -12,6 +12,7 @@ import yaml
 
 from bench.worker import Clock, serve
 from bench.workload import BETAS, CLIP_GRAD, STD_EPSILON, Workload
+from megatron_rl.algorithms.importance import build_correction
 from megatron_rl.build import build_collector, build_engine, build_sampler, read_inputs
 from megatron_rl.config import RunConfig
 from megatron_rl.config.load import load_config
@@ -73,7 +74,8 @@ class OurLoop:
         with clock.phase("generation"):
             collected = self._sampler.collect(self._steps + 1, self._prompts)
         batch = plan(collected.groups, self.config, self.parallel)
-        batch = add_advantages(score(batch, self.policy, None, Stopwatch()), self.config)
+        correction = build_correction(self.config.algorithm)
+        batch = add_advantages(score(batch, self.policy, None, correction, Stopwatch()), self.config)
         self._steps += 1
         self._prompts += collected.num_prompts
         return collected, batch
