@@ -1,13 +1,12 @@
 """Whether engine and trainer still compute the same model, by every step's own samples."""
 
 from collections.abc import Callable, Mapping
-from functools import reduce
 
 from megatron_rl.collective import gather_objects
 from megatron_rl.config.rollout import RolloutSection
 from megatron_rl.errors import TrainingDiverged
 from megatron_rl.mcore.policy_loss import DRIFT
-from megatron_rl.metrics.metric import Reduction
+from megatron_rl.metrics.metric import Reduction, merge
 from megatron_rl.types import ParallelContext
 
 
@@ -22,10 +21,11 @@ def check_drift(
     Raises:
         TrainingDiverged: on every rank.
     """
-    found = [one for one in gather_objects(metrics.get(DRIFT), parallel) if one is not None]
-    if not found:
+    mine = {DRIFT: metrics[DRIFT]} if DRIFT in metrics else {}
+    found = merge(gather_objects(mine, parallel))
+    if DRIFT not in found:
         return
-    drift = reduce(lambda a, b: a.merge(b), found).result()
+    drift = found[DRIFT].result()
     if config.drift_limit is not None and not drift <= config.drift_limit:  # NaN as well
         raise TrainingDiverged(
             f"the log-probabilities of trainer and engine differ by {drift:.3g} nats in the mean, more than "
