@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping
 from megatron_rl.collective import gather_objects
 from megatron_rl.config.rollout import RolloutSection
 from megatron_rl.errors import TrainingDiverged
-from megatron_rl.mcore.policy_loss import DRIFT
-from megatron_rl.metrics.metric import Reduction, merge
+from megatron_rl.mcore.policy_loss import DRIFT, WORST
+from megatron_rl.metrics.metric import Largest, Reduction, merge
 from megatron_rl.types import ParallelContext
 
 
@@ -21,19 +21,20 @@ def check_drift(
     Raises:
         TrainingDiverged: on every rank.
     """
-    mine = {DRIFT: metrics[DRIFT]} if DRIFT in metrics else {}
-    found = merge(gather_objects(mine, parallel))
+    found = merge(gather_objects({name: metrics[name] for name in (DRIFT, WORST) if name in metrics}, parallel))
     if DRIFT not in found:
         return
-    drift = found[DRIFT].result()
+    drift, worst = found[DRIFT].result(), found[WORST]
+    assert isinstance(worst, Largest)
+    tokens = "Most apart: " + "; ".join(place for _, place in worst.found) + "."
     if config.drift_limit is not None and not drift <= config.drift_limit:  # NaN as well
         raise TrainingDiverged(
             f"the log-probabilities of trainer and engine differ by {drift:.3g} nats in the mean, more than "
             f"rollout.drift_limit={config.drift_limit:g}: the samples are not the policy's. Look at the precision of "
-            "both, at the temperature, and at weight_sync/probe_difference; or raise the limit."
+            "both, at the temperature, and at weight_sync/probe_difference; or raise the limit. " + tokens
         )
     if config.drift_warning is not None and drift > config.drift_warning:
         note(
             f"warning: trainer and engine differ by {drift:.3g} nats in the mean (rollout.drift_warning="
-            f"{config.drift_warning:g}); algorithm.rollout_is=token_truncate corrects for it"
+            f"{config.drift_warning:g}); algorithm.rollout_is=token_truncate corrects for it. {tokens}"
         )

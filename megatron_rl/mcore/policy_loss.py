@@ -6,10 +6,11 @@ from torch import Tensor
 from megatron_rl.algorithms.importance import RolloutCorrection, token_ratio
 from megatron_rl.algorithms.kl import k1, k3
 from megatron_rl.algorithms.objective import Objective
-from megatron_rl.metrics.metric import EffectiveShare, Max, Mean, Reduction
+from megatron_rl.metrics.metric import NUM_LARGEST, EffectiveShare, Largest, Mean, Reduction
 from megatron_rl.types import MicroBatch
 
 DRIFT = "train_rollout_logprob_abs_diff/mean"
+WORST = "train_rollout_logprob_abs_diff/max"
 
 
 class PolicyLoss:
@@ -57,7 +58,7 @@ class PolicyLoss:
             sums["rollout_corr/is_changed"] = (corrections != token_ratio(old, rollout)).float().sum()
         metrics = _means(sums, logprobs.numel())
         if self._on_samples:
-            metrics |= _drift(old, rollout)
+            metrics |= _drift(old, rollout, batch.labels[mask], batch.position_ids[mask] + 1)
         # the sum keeps a path to the weights also when no token has a loss
         return loss + 0.0 * logprobs.sum(), mask.sum().int(), metrics
 
@@ -67,19 +68,35 @@ def _means(sums: dict[str, Tensor], count: int) -> dict[str, Reduction]:
     return {name: Mean(value, count) for name, value in zip(sums, values, strict=True)}
 
 
-def _drift(trainer: Tensor, engine: Tensor) -> dict[str, Reduction]:
-    """How far the trainer's log-probabilities are from those the engine sampled with; [K] both."""
+def _drift(trainer: Tensor, engine: Tensor, token_ids: Tensor, positions: Tensor) -> dict[str, Reduction]:
+    """How far the trainer's log-probabilities are from those the engine sampled with, and for which tokens most.
+
+    Args:
+        trainer: [K] before the update.
+        engine: [K].
+        token_ids: [K].
+        positions: [K], of each token in its sequence.
+    """
     if not trainer.numel():
         return {}
     difference, ratio = (trainer - engine).abs(), (trainer - engine).double().exp()
-    sums = [difference.sum(), difference.max(), k3(engine, trainer).sum(), ratio.sum(), ratio.square().sum()]
-    total, largest, divergence, first, second = torch.stack([value.double() for value in sums]).tolist()
     count = difference.numel()
+    worst = difference.topk(min(NUM_LARGEST, count)).indices
+    columns = [values[worst].double() for values in (difference, token_ids, positions, trainer, engine)]
+    sums = [difference.sum(), k3(engine, trainer).sum(), ratio.sum(), ratio.square().sum()]
+    numbers = torch.cat([torch.stack([value.double() for value in sums]), *columns])
+    total, divergence, first, second, *rest = numbers.tolist()  # one wait for the device
+    places = [_place(*(rest[row :: worst.numel()])) for row in range(worst.numel())]
     return {
         DRIFT: Mean(total, count),
-        "train_rollout_logprob_abs_diff/max": Max(largest),
+        WORST: Largest(tuple(places)),
         "rollout_corr/k3_kl": Mean(divergence, count),
         # the mean of squared ratios is 1 + chi-square
         "rollout_corr/chi2_token": Mean(second - count, count),
         "rollout_corr/ess": EffectiveShare(first, second, count),
     }
+
+
+def _place(difference: float, token_id: float, position: float, trainer: float, engine: float) -> tuple[float, str]:
+    """A difference, and where to look for it."""
+    return difference, f"token {token_id:.0f} at position {position:.0f}: trainer {trainer:.3f}, engine {engine:.3f}"

@@ -1,10 +1,13 @@
 """Typed metrics that reduce over ranks: a name and one of Mean, Sum, Max, Min."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, Self
 
 from torch import Tensor
+
+NUM_LARGEST = 3
 
 
 class Reduction(Protocol):
@@ -69,6 +72,21 @@ class Max:
 
 
 @dataclass(frozen=True)
+class Largest:
+    """A maximum that says where it and the next smaller values are."""
+
+    found: tuple[tuple[float, str], ...]
+    """Values and their places, the largest first and NaN before all; NUM_LARGEST at most, 1 at least."""
+
+    def merge(self, other: "Largest") -> "Largest":
+        both = {*self.found, *other.found}  # another pass over the same samples finds the same once more
+        return Largest(tuple(sorted(both, key=_size, reverse=True)[:NUM_LARGEST]))
+
+    def result(self) -> float:
+        return self.found[0][0]
+
+
+@dataclass(frozen=True)
 class Min:
     value: float
 
@@ -77,6 +95,10 @@ class Min:
 
     def result(self) -> float:
         return self.value
+
+
+def _size(one: tuple[float, str]) -> tuple[float, str]:
+    return math.inf if math.isnan(one[0]) else one[0], one[1]
 
 
 Metrics = Mapping[str, Reduction]

@@ -1,6 +1,7 @@
 """Metrics reduce over ranks, reach their files and become a report."""
 
 import json
+from math import nan
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from megatron_rl.analysis.run_report import conclude
 from megatron_rl.config import load_config
 from megatron_rl.errors import DataError
 from megatron_rl.metrics.console import PlainConsole
-from megatron_rl.metrics.metric import EffectiveShare, Max, Mean, Min, Sum, mean_max_min, merge, results
+from megatron_rl.metrics.metric import EffectiveShare, Largest, Max, Mean, Min, Sum, mean_max_min, merge, results
 from megatron_rl.metrics.sinks import JsonlSink, read_rows
 from tests.toys import write_config
 
@@ -24,6 +25,9 @@ def test_each_kind_reduces_in_its_own_way() -> None:
     assert mean_max_min("x", []) == {}
     weights = [EffectiveShare(3.0, 5.0, 2), EffectiveShare(1.0, 1.0, 1)]  # of 1 and 2; of 1
     assert results(merge([{"ess": one} for one in weights])) == {"ess": pytest.approx(16 / (3 * 6))}
+    few = [Largest(((3.0, "c"), (1.0, "a"))), Largest(((4.0, "d"), (3.0, "c"), (2.0, "b"))), Largest(((nan, "e"),))]
+    assert few[0].merge(few[1]) == few[1].merge(few[0]) == Largest(((4.0, "d"), (3.0, "c"), (2.0, "b")))
+    assert [place for _, place in few[1].merge(few[2]).found] == ["e", "d", "c"]
     with pytest.raises(AssertionError, match="x is both Mean and Sum"):
         merge([{"x": Mean(1.0)}, {"x": Sum(1)}])
 

@@ -1,9 +1,11 @@
 """Importance weights and rejection of responses: against values by hand, and the same for every split."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -14,10 +16,14 @@ from megatron_rl.batching.align import align
 from megatron_rl.batching.context import context_share
 from megatron_rl.batching.plan import given_batch
 from megatron_rl.batching.sequences import bare_sequence
+from megatron_rl.config.rollout import RolloutSection
 from megatron_rl.config.schema import AlgorithmSection
 from megatron_rl.correction import correct
+from megatron_rl.drift import check_drift
+from megatron_rl.errors import TrainingDiverged
 from megatron_rl.mcore.policy_loss import PolicyLoss
-from megatron_rl.types import TrainBatch
+from megatron_rl.metrics.metric import Reduction, merge, results
+from megatron_rl.types import ParallelContext, TrainBatch
 
 # log(trainer / engine) of the tokens of four responses; the last has none
 LOG_RATIOS = [[0.1, -0.3, 0.4], [-0.5, -0.7], [1.2], []]
@@ -246,3 +252,48 @@ def test_loss_and_gradient_are_the_same_for_every_split(split: list[list[int]], 
     assert float(total.detach() / count) == pytest.approx(wanted, abs=1e-6)
     for found, row in zip(torch.autograd.grad(total / count, rows), gradient, strict=True):
         assert found.tolist() == pytest.approx([0.0] * PROMPT + row, abs=1e-6)
+
+
+def found_by(split: list[list[int]], rows: Sequence[Sequence[float]]) -> dict[str, Reduction]:
+    """The metrics of a batch's first update."""
+    sequences = batch_of(rows).sequences
+    loss_of = PolicyLoss(build_objective(section()), build_correction(section()), on_samples=True, scored_before=True)
+    parts = []
+    for places in split:
+        batch = align([sequences[i] for i in places], packed=True)
+        logprobs = batch.old_logprobs[batch.loss_mask]
+        parts.append(loss_of(batch, logprobs, torch.zeros_like(logprobs))[2])
+    return merge(parts)
+
+
+@pytest.mark.parametrize("split", [[[0, 1, 2, 3]], [[3, 1], [2, 0]], [[0], [1], [2], [3]]], ids=str)
+def test_what_every_step_says_of_the_difference(split: list[list[int]]) -> None:
+    flat = list(itertools.chain(*LOG_RATIOS))
+    ratios = [math.exp(x) for x in flat]
+    values = results(found_by(split, LOG_RATIOS))
+    wanted = {
+        "train_rollout_logprob_abs_diff/mean": sum(map(abs, flat)) / 6,
+        "train_rollout_logprob_abs_diff/max": 1.2,
+        "rollout_corr/k3_kl": sum(math.exp(x) - 1 - x for x in flat) / 6,
+        "rollout_corr/chi2_token": sum(r * r for r in ratios) / 6 - 1,
+        "rollout_corr/ess": sum(ratios) ** 2 / (6 * sum(r * r for r in ratios)),
+    }
+    assert {name: values[name] for name in wanted} == pytest.approx(wanted, rel=1e-5)
+
+
+def test_a_warning_names_the_worst_tokens() -> None:
+    """A response's token number n is its sequence's number n after two of the prompt, and has the id of its place."""
+    metrics = found_by([[0, 1], [2, 3]], LOG_RATIOS)
+    alone, notes = cast(ParallelContext, SimpleNamespace(world_size=1)), []
+    check_drift(metrics, RolloutSection(), alone, notes.append)
+    (note,) = notes
+    assert note.endswith(
+        "Most apart: token 2 at position 2: trainer -0.300, engine -1.500; "
+        "token 3 at position 3: trainer -2.200, engine -1.500; "
+        "token 2 at position 2: trainer -2.000, engine -1.500."
+    )
+    with pytest.raises(TrainingDiverged, match=r"Most apart: token 2 at position 2: trainer -0\.300"):
+        check_drift(metrics, RolloutSection(drift_limit=0.2), alone, notes.append)
+    check_drift(metrics, RolloutSection(drift_warning=None), alone, notes.append)
+    check_drift({}, RolloutSection(), alone, notes.append)
+    assert len(notes) == 1
