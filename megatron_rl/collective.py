@@ -15,10 +15,15 @@ T = TypeVar("T")
 
 def gather_objects(value: T, parallel: ParallelContext) -> list[T]:
     """The value of every rank, on every rank, in rank order."""
-    if parallel.world_size == 1:
+    return gather_over(value, parallel.world_size, parallel.host_group)
+
+
+def gather_over(value: T, size: int, group: Any = None) -> list[T]:
+    """The value of every one of a group's ranks, on each; group: None is all of them."""
+    if size == 1:
         return [value]
-    gathered: list[Any] = [None] * parallel.world_size
-    dist.all_gather_object(gathered, value, group=parallel.host_group)
+    gathered: list[Any] = [None] * size
+    dist.all_gather_object(gathered, value, group=group)
     return gathered
 
 
@@ -45,11 +50,32 @@ def raise_together(parallel: ParallelContext) -> Iterator[None]:
         yield
     except Exception as error:  # of any kind: the others must hear of it before it goes on
         failure = error
-    told = None if failure is None else (type(failure) if isinstance(failure, MegatronRLError) else None, str(failure))
-    failures = gather_objects(told, parallel)
+    values_or_raise(None, failure, parallel.world_size, parallel.host_group)
+
+
+def values_or_raise(
+    value: T,
+    failure: Exception | None,
+    size: int,
+    group: Any = None,
+    *,
+    otherwise: type[MegatronRLError] = MegatronRLError,
+) -> list[T]:
+    """The value of every rank, or the failure of one on all of them.
+
+    Args:
+        failure: what this rank raised instead of finding a value.
+        size, group: as of ``gather_over``.
+        otherwise: what the other ranks raise for an exception that is none of this package.
+
+    Raises:
+        Exception: this rank's failure; without one the first failure of another rank.
+    """
+    kind = type(failure) if isinstance(failure, MegatronRLError) else otherwise
+    told = gather_over((value, kind, None if failure is None else str(failure)), size, group)
     if failure is not None:
         raise failure
-    for rank, found in enumerate(failures):
-        if found is not None:
-            kind, message = found
-            raise (kind or MegatronRLError)(f"{message} (on rank {rank})")
+    for rank, (_, kind, message) in enumerate(told):
+        if message is not None:
+            raise kind(f"{message} (on rank {rank})")
+    return [value for value, _, _ in told]

@@ -4,10 +4,11 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar, cast
 
 import torch.distributed as dist
 
+from megatron_rl.collective import values_or_raise
 from megatron_rl.errors import ConversionError
 
 T = TypeVar("T")
@@ -28,23 +29,14 @@ class Ranks:
         """What the function returns on every rank; an exception of one is raised on all.
 
         Raises:
-            ConversionError: the function failed on another rank.
+            MegatronRLError: the function failed on another rank; ConversionError unless it is of another kind.
         """
-        if self.size == 1:
-            return [function()]
         result, failure = None, None
         try:
             result = function()
         except Exception as error:  # of any kind: the others must hear of it before it goes on
             failure = error
-        told: list[Any] = [None] * self.size
-        dist.all_gather_object(told, (result, None if failure is None else str(failure)))
-        if failure is not None:
-            raise failure
-        failures = [f"{message} (on rank {rank})" for rank, (_, message) in enumerate(told) if message is not None]
-        if failures:
-            raise ConversionError(failures[0])
-        return [value for value, _ in told]
+        return values_or_raise(cast(T, result), failure, self.size, otherwise=ConversionError)
 
     def add_up(self, name: str, amount: int) -> int:
         """Add to a count that all ranks share; the new count."""

@@ -31,7 +31,7 @@ ALLOWED = {
     "analysis": BASE | {"rollout", "data", "tasks", "rewards", "metrics", "run_folder"},
     "run_folder": {"errors", "config"},
     "integrity": {"errors"},
-    "conversion": {"errors", "models", "weights"},
+    "conversion": {"errors", "models", "weights", "collective"},
 }
 EVERYTHING = {"correction", "drift", "profiling", "loop", "build", "train", "checkpoints", "run_log", "dry_run", "stop"}
 ONLY_IN = {

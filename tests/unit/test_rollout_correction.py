@@ -284,7 +284,7 @@ def test_what_every_step_says_of_the_difference(split: list[list[int]]) -> None:
 def test_a_warning_names_the_worst_tokens() -> None:
     """A response's token number n is its sequence's number n after two of the prompt, and has the id of its place."""
     metrics = found_by([[0, 1], [2, 3]], LOG_RATIOS)
-    alone, notes = cast(ParallelContext, SimpleNamespace(world_size=1)), []
+    alone, notes = cast(ParallelContext, SimpleNamespace(world_size=1, host_group=None)), []
     check_drift(metrics, RolloutSection(), alone, notes.append)
     (note,) = notes
     assert note.endswith(
