@@ -2,6 +2,7 @@
 
 import uuid
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ from megatron_rl.rollout.engines.embedded import EmbeddedEngine
 from megatron_rl.rollout.engines.sglang import SglangEngine
 from megatron_rl.rollout.engines.vllm import VllmEngine
 from megatron_rl.rollout.evaluator import Evaluator
+from megatron_rl.rollout.replay import ReplaySampler
 from megatron_rl.rollout.sampler import DemonstrationSampler, Sampler
 from megatron_rl.rollout.sampling import sample_seed
 from megatron_rl.run_folder import RunFolder
@@ -180,6 +182,8 @@ def build_sampler(config: RunConfig, inputs: Inputs, collector: Collector) -> Sa
     order = PromptOrder(inputs.train.prompts, shuffle=config.data.shuffle, seed=config.run.seed)
     if config.rollout.source == "demonstrations":
         return DemonstrationSampler(config.rollout, order, inputs.tokenizer)
+    if config.rollout.replay_path is not None:
+        return ReplaySampler(Path(config.rollout.replay_path))
     params = SamplingParams(
         temperature=config.rollout.temperature,
         top_p=config.rollout.top_p,

@@ -131,14 +131,14 @@ def train(
                 with room_for_engine(policy, config, watch), watch.span("gen"):
                     collected = sampler.collect(step, state.num_prompts_consumed)
             batch = plan(collected.groups, config, parallel)
-            if sampler.uses_engine:
+            if sampler.is_graded:
                 batch = score(batch, policy, reference, correction, watch)
                 batch = add_advantages(batch, config)
                 batch, corrected = correct(batch, correction)
                 metrics |= corrected
             with watch.span("update_actor"):
                 metrics |= policy.update(batch)
-            if sampler.uses_engine:
+            if sampler.is_graded:
                 check_drift(metrics, config.rollout, parallel, log.note)
         state = advance(state, collected, batch)
         if is_due(config.evaluation.every, step, config.run.num_steps):
@@ -147,11 +147,11 @@ def train(
         if is_due(config.checkpoint.every, step, config.run.num_steps):
             with watch.span("save_checkpoint"):
                 checkpoints.save(state, policy, sampler.in_flight())
-        metrics |= rollout_metrics(collected, batch, policy.spec, graded=sampler.uses_engine, parallel=parallel)
-        if sampler.uses_engine and parallel.is_main:
+        metrics |= rollout_metrics(collected, batch, policy.spec, graded=sampler.is_graded, parallel=parallel)
+        if sampler.is_graded and parallel.is_main:
             metrics |= staleness_metrics(collected.groups, version=step - 1)
         log.collected(step, collected)
-        if evaluator is None and sampler.uses_engine and step % config.metrics.log_every == 0:
+        if evaluator is None and sampler.is_graded and step % config.metrics.log_every == 0:
             log.show(step, collected.groups[0])
         log.step(step, metrics | watch.metrics())
     checkpoints.finish()
@@ -328,7 +328,7 @@ def describe_layout(parallel: ParallelContext) -> str:
 def describe(config: RunConfig, inputs: Inputs, parallel: ParallelContext, resumed: str | None) -> str:
     """What is about to happen, in a few lines."""
     rollout, batching = config.rollout, config.batching
-    group = rollout.group_size if rollout.source == "engine" else 1
+    group = rollout.group_size if rollout.source != "demonstrations" else 1
     sequences = rollout.num_prompts_per_step * group
     lines = [
         f"{config.run.name}: {config.model.path} in {config.model.dtype}, "

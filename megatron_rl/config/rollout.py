@@ -10,8 +10,11 @@ from megatron_rl.config.checks import positive, require
 class RolloutSection:
     """How training sequences come into being."""
 
-    source: Literal["engine", "demonstrations"] = "engine"
-    """engine: the policy's own samples; demonstrations: supervised fine-tuning."""
+    source: Literal["engine", "replay", "demonstrations"] = "engine"
+    """engine: the policy's own samples; replay: those that another run has recorded, with their rewards;
+    demonstrations: supervised fine-tuning."""
+    replay_path: str | None = None
+    """Folder rollouts/ of the run to replay."""
     engine: Literal["embedded", "vllm", "sglang"] = "embedded"
     """Inference engine; embedded needs nothing but torch, the others are installed beside it (docs/engines.md)."""
     tensor_parallel_size: int = 1

@@ -26,7 +26,7 @@ def validate(config: RunConfig, world_size: int) -> None:
 
 def sequences_per_step(config: RunConfig) -> int:
     """Training sequences that one step produces."""
-    group = config.rollout.group_size if config.rollout.source == "engine" else 1
+    group = config.rollout.group_size if config.rollout.source != "demonstrations" else 1
     return config.rollout.num_prompts_per_step * group
 
 
@@ -130,6 +130,11 @@ def _check_objective(config: RunConfig) -> None:
         )
     if source == "demonstrations" and config.data.train.demonstration_field is None:
         raise ConfigError("rollout.source=demonstrations needs data.train.demonstration_field: the column to imitate.")
+    if (source == "replay") != (config.rollout.replay_path is not None):
+        raise ConfigError(
+            f"rollout.source={source} and rollout.replay_path={config.rollout.replay_path}: they belong together. "
+            "Set both to replay a run, or neither."
+        )
     if source == "engine" and not (config.reward.functions or config.rollout.environment):
         raise ConfigError("reward.functions is empty: rollouts need at least one reward, for instance [{name: math}].")
     algorithm = config.algorithm

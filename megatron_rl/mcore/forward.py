@@ -29,7 +29,7 @@ class ForwardPass:
     def __init__(self, chunks: Sequence[torch.nn.Module], config: RunConfig, parallel: ParallelContext) -> None:
         self._chunks = list(chunks)
         self._parallel = parallel
-        self._temperature = config.rollout.temperature if config.rollout.source == "engine" else 1.0
+        self._temperature = config.rollout.temperature if config.rollout.source != "demonstrations" else 1.0
         self._batching = config.batching
         self._sequence_multiple = 2 * parallel.cp_size if parallel.cp_size > 1 else 1
         shards = parallel.tp_size if config.parallel.sequence_parallel else 1

@@ -97,7 +97,7 @@ class Policy(ScoringModel):
             PolicyLoss(
                 self._objective,
                 self._correction,
-                on_samples=self.config.rollout.source == "engine",
+                on_samples=self.config.rollout.source != "demonstrations",
                 scored_before=len(batch.updates) > 1,
             ),
             forward_only=False,

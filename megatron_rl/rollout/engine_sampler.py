@@ -43,6 +43,7 @@ class EngineSampler:
     """
 
     uses_engine = True
+    is_graded = True
 
     def __init__(
         self,

@@ -36,6 +36,11 @@ class Sampler(Protocol):
         """The engine must hold the current weights before ``collect``."""
         ...
 
+    @property
+    def is_graded(self) -> bool:
+        """The samples have rewards to learn from; the others are imitated."""
+        ...
+
     def settle(self, version: int) -> None:
         """Let the engine come to rest, so that it can take weights or answer others; collective.
 
@@ -61,6 +66,7 @@ class DemonstrationSampler:
     """Demonstrations to imitate: every prompt with the response of its row."""
 
     uses_engine = False
+    is_graded = False
 
     def __init__(self, config: RolloutSection, order: PromptOrder, tokenizer: Any) -> None:
         self._config = config

@@ -1,12 +1,15 @@
 """Runs whose steps do not simply wait for their own prompts: long tails, refills, work ahead, conversations."""
 
 import json
+import re
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from megatron_rl.build import Inputs
 from megatron_rl.errors import ConfigError
@@ -14,6 +17,7 @@ from megatron_rl.rollout.record import read_rollouts, rollout_from_json
 from tests.distributed import cases
 from tests.gang import Gang
 from tests.toys import TIMED, toy_config
+from tools import inspect_rollouts
 
 PARTIAL = ("rollout.partial=true", "rollout.max_staleness=2", "rollout.over_sampling=2", "rollout.max_new_tokens=24")
 LONG = ("data.max_prompt_tokens=8", "batching.num_updates=1", "run.num_steps=6", "metrics.keep_rollouts_every=1")
@@ -123,6 +127,23 @@ def test_a_conversation_is_learnt_from_where_the_policy_spoke(run: Callable[...,
     assert max(turns) > 1, "some samples have several turns"
 
 
+def test_recorded_rollouts_teach_the_same_again(run: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    options = (*LONG, "checkpoint.save_hf=true", "algorithm.rollout_is=token_truncate")
+    recorded = run(2, *options, name="recorded")
+    replay = ("rollout.source=replay", f"rollout.replay_path={recorded / 'rollouts'}", "metrics.keep_rollouts_every=0")
+    replayed = run(2, *options, *replay, name="replayed")
+    saved = [load_file(run_ / "checkpoints/step_000006/hf/model.safetensors") for run_ in (recorded, replayed)]
+    assert all(torch.equal(saved[0][name], saved[1][name]) for name in saved[0])
+    assert inspect_rollouts.main([str(recorded / "rollouts")]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 7
+    assert inspect_rollouts.main([str(recorded / "rollouts"), "--step", "2", "--sort", "best", "--tokens"]) == 0
+    shown = capsys.readouterr().out
+    assert "16 of 16 rollouts of step 2, 8 shown" in shown
+    rewards = [float(text) for text in re.findall(r"reward (\S+) \(", shown)]
+    assert len(rewards) == 8
+    assert rewards == sorted(rewards, reverse=True)
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -130,6 +151,7 @@ def test_a_conversation_is_learnt_from_where_the_policy_spoke(run: Callable[...,
         ("rollout.asynchronous=true", "rollout.max_staleness=0.*at least 1 with rollout.asynchronous=true"),
         ("rollout.over_sampling=0.5", "rollout.over_sampling=0.5.*1 or more"),
         ("rollout.turn_template=abc", r"rollout.turn_template='abc'.*\{observation\}"),
+        ("rollout.source=replay", "rollout.replay_path=None.*belong together"),
         ("rollout.environment=sokoban", "rollout.environment='sokoban'.*guess_number"),
     ],
 )

@@ -1,0 +1,51 @@
+"""Rollouts of an earlier run fed back: the same updates without an engine."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_rl.errors import DataError
+from megatron_rl.rollout.record import prompt_from_json, read_rollouts, rollout_from_json, step_file
+from megatron_rl.rollout.sampler import Collected
+from megatron_rl.rollout.work import GroupWork
+from megatron_rl.types import Prompt, Rollout, RolloutGroup
+
+
+class ReplaySampler:
+    """Every step gets the groups that the recorded run had in it, with the rewards that they had."""
+
+    uses_engine = False
+    is_graded = True
+
+    def __init__(self, folder: Path) -> None:
+        """
+        Args:
+            folder: step_*.jsonl, as metrics.keep_rollouts_every=1 leaves them in rollouts/ of a run's folder.
+
+        Raises:
+            DataError: there are none.
+        """
+        if not any(folder.glob("step_*.jsonl")):
+            raise DataError(
+                f"rollout.replay_path={folder} has no step_*.jsonl. Record them with metrics.keep_rollouts_every=1."
+            )
+        self._folder = folder
+
+    def settle(self, version: int) -> None:
+        pass
+
+    def collect(self, step: int, num_prompts_consumed: int) -> Collected:
+        prompts: dict[int, Prompt] = {}
+        rollouts: dict[int, list[Rollout]] = {}
+        for line in read_rollouts(step_file(self._folder, step)):
+            prompts.setdefault(line["group"], prompt_from_json(line))
+            rollouts.setdefault(line["group"], []).append(rollout_from_json(line))
+        groups = [
+            RolloutGroup(index=index, prompt=prompts[index], rollouts=rollouts[index]) for index in sorted(prompts)
+        ]
+        return Collected(groups=groups, num_prompts=len(groups))
+
+    def in_flight(self) -> Sequence[GroupWork]:
+        return ()
+
+    def resume(self, in_flight: Sequence[GroupWork]) -> None:
+        pass
