@@ -29,6 +29,7 @@ from megatron_rl.config import RunConfig, validate
 from megatron_rl.correction import correct
 from megatron_rl.drift import check_drift
 from megatron_rl.errors import EngineDied
+from megatron_rl.ledger import Ledger
 from megatron_rl.mcore.parallel import init_parallel, launcher_world, leave_world
 from megatron_rl.mcore.policy import Policy
 from megatron_rl.metrics.metric import Mean, Reduction, mean_max_min, merge
@@ -37,6 +38,7 @@ from megatron_rl.models import ModelSpec
 from megatron_rl.models.flops import forward_flops
 from megatron_rl.plugins import load_symbol
 from megatron_rl.profiling import profiled
+from megatron_rl.rollout.engine import Engine
 from megatron_rl.rollout.evaluator import Evaluator
 from megatron_rl.rollout.sampler import Collected, Sampler
 from megatron_rl.rollout.statistics import length_metrics, reward_metrics, staleness_metrics
@@ -99,7 +101,7 @@ def run_in(config: RunConfig, resume: str, parallel: ParallelContext) -> None:
             )
         ) as log:
             log.note(describe(config, inputs, parallel, checkpoint.name if checkpoint else None))
-            train(config, state, policy, reference, sampler, evaluator, sync, checkpoints, log, parallel)
+            train(config, state, policy, reference, engine, sampler, evaluator, sync, checkpoints, log, parallel)
 
 
 def train(
@@ -107,6 +109,7 @@ def train(
     state: TrainState,
     policy: Policy,
     reference: Reference | None,
+    engine: Engine,
     sampler: Sampler,
     evaluator: Evaluator | None,
     sync: WeightSync,
@@ -115,9 +118,9 @@ def train(
     parallel: ParallelContext,
 ) -> None:
     """Step after step until the last, or until a signal asks to stop."""
-    stop, correction = StopRequest(parallel), build_correction(config.algorithm)
+    stop, correction, ledger = StopRequest(parallel), build_correction(config.algorithm), Ledger(policy, engine)
     if state.step == 0:
-        log.step(0, evaluate(evaluator, sampler, policy, config, sync, log, state, Stopwatch()))
+        log.step(0, evaluate(evaluator, engine, sampler, policy, config, sync, log, state, Stopwatch()))
     while state.step < config.run.num_steps and not stop.agreed():
         watch, step = Stopwatch(), state.step + 1
         metrics: dict[str, Reduction] = {}
@@ -128,7 +131,9 @@ def train(
                 if sampler.uses_engine:
                     with watch.span("update_weights"):
                         metrics |= sync.push(version=state.step)
-                with room_for_engine(policy, config, watch), watch.span("gen"):
+                    ledger.look("push")
+                with room_for_engine(policy, engine, config, watch), watch.span("gen"):
+                    ledger.look("generation")
                     collected = sampler.collect(step, state.num_prompts_consumed)
             batch = plan(collected.groups, config, parallel)
             if sampler.is_graded:
@@ -138,11 +143,12 @@ def train(
                 metrics |= corrected
             with watch.span("update_actor"):
                 metrics |= policy.update(batch)
+            ledger.look("update")
             if sampler.is_graded:
                 check_drift(metrics, config.rollout, parallel, log.note)
         state = advance(state, collected, batch)
         if is_due(config.evaluation.every, step, config.run.num_steps):
-            metrics = merge([metrics, evaluate(evaluator, sampler, policy, config, sync, log, state, watch)])
+            metrics = merge([metrics, evaluate(evaluator, engine, sampler, policy, config, sync, log, state, watch)])
         checkpoints.finish_if_written()
         if is_due(config.checkpoint.every, step, config.run.num_steps):
             with watch.span("save_checkpoint"):
@@ -153,7 +159,9 @@ def train(
         log.collected(step, collected)
         if evaluator is None and sampler.is_graded and step % config.metrics.log_every == 0:
             log.show(step, collected.groups[0])
-        log.step(step, metrics | watch.metrics())
+        if step == 1:
+            log.note(ledger.table())
+        log.step(step, metrics | ledger.metrics() | watch.metrics())
     checkpoints.finish()
     if state.step < config.run.num_steps:
         path = checkpoints.save(state, policy, sampler.in_flight())
@@ -175,18 +183,21 @@ def saved_if_engines_die(
 
 
 @contextmanager
-def room_for_engine(policy: Policy, config: RunConfig, watch: Stopwatch) -> Iterator[None]:
-    """Lend the memory of memory.offload to the engine."""
-    if not config.memory.offload:
-        yield
-        return
-    with watch.span("offload"):
-        policy.to_host()
+def room_for_engine(policy: Policy, engine: Engine, config: RunConfig, watch: Stopwatch) -> Iterator[None]:
+    """Lend the memory of memory.offload to the engine, and wake it for as long as rollout.sleep lets it."""
+    if config.memory.offload:
+        with watch.span("offload"):
+            policy.to_host()
+    if config.rollout.sleep:
+        engine.wake("kv_cache")
     try:
         yield
     finally:
-        with watch.span("onload"):
-            policy.to_device()
+        if config.rollout.sleep:
+            engine.sleep()
+        if config.memory.offload:
+            with watch.span("onload"):
+                policy.to_device()
 
 
 def is_due(every: int, step: int, num_steps: int) -> bool:
@@ -264,6 +275,7 @@ def add_advantages(batch: TrainBatch, config: RunConfig) -> TrainBatch:
 
 def evaluate(
     evaluator: Evaluator | None,
+    engine: Engine,
     sampler: Sampler,
     policy: Policy,
     config: RunConfig,
@@ -278,7 +290,7 @@ def evaluate(
     with watch.span("testing"):
         sampler.settle(version=state.step)
         pushed = sync.push(version=state.step)
-        with room_for_engine(policy, config, watch):
+        with room_for_engine(policy, engine, config, watch):
             metrics, samples = evaluator.evaluate(state.step)
     headline = {name.removeprefix("eval/"): metrics[name].result() for name in evaluator.headline}
     shown = [f"{name} {value:.4g}" for name, value in headline.items()]

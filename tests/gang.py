@@ -7,7 +7,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-LIMIT_S = 200  # eight processes that import Megatron on two cores
+LIMIT_S = 400  # eight processes that import Megatron, or start an engine each, on two cores
 
 
 class Gang:

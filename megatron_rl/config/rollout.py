@@ -63,6 +63,8 @@ class RolloutSection:
     """Responses of the policy in one conversation."""
     turn_template: str = "\n{observation}\n"
     """What stands between two responses; {observation} is what the environment said."""
+    sleep: bool = False
+    """Engines give up the memory of weights and caches while the policy learns; weights are pushed after each step."""
     engine_timeout_s: float = 600.0
     """Seconds without any answer after which an engine in processes of its own counts as dead."""
     max_engine_failures: int = 3

@@ -65,6 +65,11 @@ def _check_engine(config: RunConfig, world_size: int) -> None:
             "rollout.asynchronous=true samples while the policy learns, so memory.offload cannot lend "
             "the policy's memory to the engine. Set memory.offload=[]."
         )
+    if config.rollout.asynchronous and config.rollout.sleep:
+        raise ConfigError(
+            "rollout.asynchronous=true samples while the policy learns, so the engine cannot sleep. "
+            "Set rollout.sleep=false."
+        )
     if config.rollout.asynchronous and config.rollout.engine == "vllm" and size > 1:
         raise ConfigError(
             f"rollout.asynchronous=true with rollout.engine=vllm and rollout.tensor_parallel_size={size}: "

@@ -28,7 +28,12 @@ class Offloader:
             "grads": [_Moved(storage, keep=False) for storage in gradients],
             "optimizer": [_Moved(storage, keep=True) for storage in states],
         }
+        self._found = found
         self._moved = [moved for part in parts for moved in found[part]]
+
+    def held(self) -> dict[OffloadPart, int]:
+        """Bytes of each part on the device now."""
+        return {part: sum(moved.held for moved in every) for part, every in self._found.items()}
 
     def to_host(self) -> int:
         """Free the device memory; the number of bytes that were freed."""
@@ -56,6 +61,11 @@ class _Moved:
         self.size = storage.nbytes()
         self._keep = keep
         self._host: Tensor | None = None
+
+    @property
+    def held(self) -> int:
+        """Bytes that the storage has now."""
+        return self._storage.nbytes()
 
     def copy_out(self) -> None:
         if not self._keep:

@@ -9,6 +9,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron_rl.algorithms.importance import build_correction
 from megatron_rl.algorithms.objective import build_objective
 from megatron_rl.collective import any_rank
+from megatron_rl.config.machine import OffloadPart
 from megatron_rl.config.schema import RunConfig
 from megatron_rl.errors import TrainingDiverged
 from megatron_rl.mcore import patches
@@ -54,6 +55,10 @@ class Policy(ScoringModel):
     def to_host(self) -> int:
         """Move the parts of memory.offload to the host; the bytes of device memory that are free then."""
         return self._offloader.to_host()
+
+    def memory(self) -> dict[OffloadPart, int]:
+        """Bytes of each part on this rank's device now."""
+        return self._offloader.held()
 
     def to_device(self) -> None:
         """Undo ``to_host``."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
@@ -114,6 +114,9 @@ class EngineSetup:
     """Further arguments of the engine's own constructor."""
 
 
+EnginePart = Literal["weights", "kv_cache"]
+
+
 class Engine(Protocol):
     """Samples from the policy."""
 
@@ -159,6 +162,21 @@ class Engine(Protocol):
             EngineError: a request is empty, too long or has a token outside the vocabulary.
             EngineDied: the engine is gone and may be restarted.
         """
+        ...
+
+    def sleep(self) -> None:
+        """Give up the memory of weights and caches; the engine has no version until weights are pushed again."""
+        ...
+
+    def wake(self, part: EnginePart) -> None:
+        """Take the memory of a part again: that of the weights before a push, that of the cache before generating.
+
+        Nothing happens when it is awake.
+        """
+        ...
+
+    def memory(self) -> Mapping[EnginePart, int]:
+        """Bytes that this rank's part of the engine holds now, as far as it can tell."""
         ...
 
     def restart(self) -> None:

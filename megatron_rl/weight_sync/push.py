@@ -59,6 +59,8 @@ class WeightSync:
         """
         if not any_rank(self._engine.version != version, self._parallel):
             return {}
+        if self._config.rollout.sleep:
+            self._engine.wake("weights")
         settings = self._config.weight_sync
         every = settings.verify_every
         is_checked = self._num_pushes == 0 or (every > 0 and self._num_pushes % every == 0)
@@ -80,6 +82,8 @@ class WeightSync:
             self._check(received, version)
         metrics = self._report(traffic, seconds)
         if settings.probe_tokens:
+            if self._config.rollout.sleep:
+                self._engine.wake("kv_cache")
             metrics |= self._probe(version)
         self._num_pushes += 1
         return metrics

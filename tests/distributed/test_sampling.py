@@ -160,3 +160,21 @@ def test_contradictions_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         Inputs(toy_config(tmp_path, toy_model("qwen2"), override), 1)
+
+
+def test_fifty_steps_leave_nothing_behind(run: Callable[..., Path]) -> None:
+    options = (
+        "run.num_steps=50",
+        "rollout.sleep=true",
+        "memory.offload=[params,grads,optimizer]",
+        "evaluation.every=10",
+    )
+    found = rows(run(1, *LONG, *options, "metrics.keep_rollouts_every=0"))
+    for phase, asleep, awake in (
+        ("generation", "policy_params", "engine_weights"),
+        ("update", "engine_weights", "policy_params"),
+    ):
+        assert {row[f"memory/{phase}/{asleep}_mb"] for row in found} == {0}
+        assert len({row[f"memory/{phase}/{awake}_mb"] for row in found} - {0}) == 1
+    held = [row["memory/update/rank_mb"] for row in found]
+    assert max(held[40:]) - max(held[10:20]) < 2, "the process grows by less than 2 MB in 30 steps"

@@ -153,3 +153,27 @@ def test_weights_are_taken_whole_or_refused(engine_of: EngineOf, toy_model: Call
         engine.load_weights(iter({**tensors, "model.norm.weight": torch.zeros(1)}.items()), version=4)
     engine.load_weights(iter(tensors.items()), version=5)
     assert engine.version == 5
+
+
+def test_a_sleeping_engine_holds_nothing_and_wakes_part_by_part(
+    engine_of: EngineOf, engine_name: str, toy_model: Callable[..., Path]
+) -> None:
+    folder = toy_model("qwen2", **SIZES)
+    engine, greedy = engine_of(folder), params(temperature=0.0)
+    before = collect(engine.generate(iter(requests()), greedy, max_requests=5))
+    awake = engine.memory()
+    engine.sleep()
+    assert engine.version == -1
+    assert set(engine.memory().values()) <= {0}
+    with pytest.raises(EngineError, match="no weights yet"):
+        list(engine.generate(iter(requests()), greedy, max_requests=5))
+    engine.wake("weights")
+    if engine_name == "vllm":
+        assert engine.memory() == {"weights": awake["weights"], "kv_cache": 0}
+    engine.load_weights(iter(load_file(folder / "model.safetensors").items()), version=6)
+    engine.wake("kv_cache")
+    engine.wake("kv_cache")
+    assert engine.memory() == awake
+    after = collect(engine.generate(iter(requests()), greedy, max_requests=5))
+    assert {k: c.token_ids.tolist() for k, c in after.items()} == {k: c.token_ids.tolist() for k, c in before.items()}
+    assert {completion.policy_version for completion in after.values()} == {6}

@@ -33,7 +33,19 @@ ALLOWED = {
     "integrity": {"errors"},
     "conversion": {"errors", "models", "weights", "collective"},
 }
-EVERYTHING = {"correction", "drift", "profiling", "loop", "build", "train", "checkpoints", "run_log", "dry_run", "stop"}
+EVERYTHING = {
+    "ledger",
+    "correction",
+    "drift",
+    "profiling",
+    "loop",
+    "build",
+    "train",
+    "checkpoints",
+    "run_log",
+    "dry_run",
+    "stop",
+}
 ONLY_IN = {
     "megatron": {"mcore"},
     "transformer_engine": {"mcore"},

@@ -72,6 +72,10 @@ class Decoder:
         self.routes: list[Tensor] = []
         """[B, P, experts per token] int64 of each layer of the last pass; empty without experts."""
 
+    def weights(self) -> list[Tensor]:
+        """All of them."""
+        return list(self._weights.values())
+
     def load(self, tensors: Iterator[tuple[str, Tensor]]) -> None:
         """Copy whole tensors in.
 

@@ -3,16 +3,17 @@
 Rows join as others finish (continuous batching); the samples of a prompt share its prefill.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_rl.rollout.engine import EngineSetup, Finished, Request
+from megatron_rl.rollout.engine import EnginePart, EngineSetup, Finished, Request
 from megatron_rl.rollout.engines.admission import Admission
 from megatron_rl.rollout.engines.decoder import Decoder, KVCache
+from megatron_rl.rollout.engines.storages import Storages
 from megatron_rl.rollout.sampling import choose, uniforms
 from megatron_rl.types import Completion, FinishReason, SamplingParams
 
@@ -82,6 +83,7 @@ class EmbeddedEngine:
         self._decoder = Decoder(setup.spec, setup.device, setup.dtype)
         self._device = setup.device
         self._reports_routing = reports_routing
+        self._weights = Storages(self._decoder.weights())
         self._version = -1
 
     @property
@@ -92,6 +94,17 @@ class EmbeddedEngine:
         self._version = -1  # half-loaded weights have no version
         self._decoder.load(tensors)
         self._version = version
+
+    def sleep(self) -> None:
+        self._version = -1
+        self._weights.give_up()  # there is no cache between calls
+
+    def wake(self, part: EnginePart) -> None:
+        if part == "weights":
+            self._weights.take_again()
+
+    def memory(self) -> Mapping[EnginePart, int]:
+        return {"weights": self._weights.num_bytes, "kv_cache": 0}
 
     def restart(self) -> None:
         self._version = -1

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_rl.errors import EngineError, WeightSyncError
 from megatron_rl.models import layout_table
-from megatron_rl.rollout.engine import EngineSetup, Finished, Request
+from megatron_rl.rollout.engine import EnginePart, EngineSetup, Finished, Request
 from megatron_rl.rollout.engines.admission import Admission
 from megatron_rl.rollout.engines.children import ChildWatch, own_signals
 from megatron_rl.rollout.engines.hosting import DTYPES, finish_reason, surroundings
@@ -68,6 +68,7 @@ class SglangEngine:
         self._seed = seed
         self._engine: Any = None
         self._watch: Any = None
+        self._asleep: set[EnginePart] = set()
         if setup.device.type == "cpu":
             # shared memory by name: a child may open it more than once
             torch.multiprocessing.set_sharing_strategy("file_system")
@@ -76,6 +77,7 @@ class SglangEngine:
 
     def _start(self) -> None:
         setup = self._setup
+        self._asleep = set()
         arguments = {
             "model_path": setup.folder,
             "load_format": "dummy",  # the first push brings the weights
@@ -178,6 +180,23 @@ class SglangEngine:
                     yield Finished(key=key, sample=sample, completion=self._completion(task.result()))
         finally:
             self._give_up(owners)
+
+    def sleep(self) -> None:
+        self._version = -1
+        # on CPUs SGLang keeps its memory
+        if self._engine is not None and self._setup.device.type == "cuda" and not self._asleep:
+            self._asleep = {"weights", "kv_cache"}
+            with self._watch.waiting():
+                self._engine.release_memory_occupation(["kv_cache", "weights"])
+
+    def wake(self, part: EnginePart) -> None:
+        if part in self._asleep:
+            self._asleep.remove(part)
+            with self._watch.waiting():
+                self._engine.resume_memory_occupation([part])
+
+    def memory(self) -> Mapping[EnginePart, int]:
+        return {}  # it is its children's
 
     def restart(self) -> None:
         self.close()

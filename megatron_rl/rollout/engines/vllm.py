@@ -5,7 +5,7 @@ Written against vLLM 0.20 to 0.32. What differs between a machine with GPUs and 
 
 import gc
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,10 +14,11 @@ from torch import Tensor
 
 from megatron_rl.errors import EngineDied, EngineError
 from megatron_rl.models import layout_table
-from megatron_rl.rollout.engine import EngineSetup, Finished, Request
+from megatron_rl.rollout.engine import EnginePart, EngineSetup, Finished, Request
 from megatron_rl.rollout.engines.admission import Admission
 from megatron_rl.rollout.engines.hosting import DTYPES, finish_reason, surroundings
 from megatron_rl.rollout.engines.loading import ExpectedTensors
+from megatron_rl.rollout.engines.storages import Storages
 from megatron_rl.types import Completion, SamplingParams
 from megatron_rl.weights.layout import hf_shapes
 
@@ -45,6 +46,7 @@ class VllmEngine:
 
     def _start(self) -> None:
         setup = self._setup
+        self._asleep: set[EnginePart] = set()
         arguments = {
             "model": setup.folder,
             "load_format": "dummy",  # the first push brings the weights
@@ -69,6 +71,10 @@ class VllmEngine:
                 ) from error
             _keep_default_group()
             self._llm = LLM(**arguments)
+        # vLLM's own sleep is for GPUs
+        self._on_host: Mapping[EnginePart, Storages] = (
+            self._llm.collective_rpc(_storages)[0] if setup.device.type == "cpu" else {}
+        )
 
     @property
     def version(self) -> int:
@@ -119,6 +125,30 @@ class VllmEngine:
             if in_work:
                 engine.abort_request(list(in_work))
 
+    def sleep(self) -> None:
+        self._version = -1
+        if self._setup.device.type == "cuda" and not self._asleep:
+            self._llm.sleep(level=2)  # weights are pushed anew, so they need no copy
+        self._asleep = {"weights", "kv_cache"}
+        for storages in self._on_host.values():
+            storages.give_up()
+
+    def wake(self, part: EnginePart) -> None:
+        if part not in self._asleep:
+            return
+        self._asleep.remove(part)
+        if self._setup.device.type == "cuda":
+            self._llm.wake_up(tags=[part])
+        else:
+            self._on_host[part].take_again()
+
+    def memory(self) -> Mapping[EnginePart, int]:
+        return (
+            self._llm.collective_rpc(_memory)[0]
+            if not self._on_host
+            else {part: storages.num_bytes for part, storages in self._on_host.items()}
+        )
+
     def restart(self) -> None:
         self.close()
         self._start()
@@ -127,6 +157,7 @@ class VllmEngine:
         self._version = -1
         self._llm.llm_engine.engine_core.shutdown()
         del self._llm
+        self._on_host = {}
         gc.collect()  # its parts refer to each other
 
     def _stepped(self, engine: Any) -> list[Any]:
@@ -233,6 +264,17 @@ def _keep_default_group() -> None:
     from vllm.v1.engine import core
 
     core.cleanup_dist_env_and_memory = destroy_model_parallel
+
+
+def _storages(worker: Any) -> dict[EnginePart, Storages]:
+    """What a worker on the host holds."""
+    runner = worker.model_runner
+    return {"weights": Storages(runner.model.parameters()), "kv_cache": Storages(runner.kv_caches)}
+
+
+def _memory(worker: Any) -> dict[EnginePart, int]:
+    """What a worker on a GPU holds; what sleeps has addresses, but no memory."""
+    return {part: storages.num_bytes for part, storages in _storages(worker).items()}
 
 
 def _pack_again(worker: Any) -> None:
