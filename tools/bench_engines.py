@@ -1,0 +1,76 @@
+"""The quickstart's GRPO run on several engines, from the same fine-tuned models: python tools/bench_engines.py.
+
+Prints the mean held-out accuracy over the seeds at every evaluation, engine by engine, with the standard deviation
+between seeds: the learning curves must agree within it.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from statistics import fmean, stdev
+
+ROOT = Path(__file__).resolve().parents[1]
+METRIC = "eval/exact_match"
+ENVIRONMENTS = {"embedded": ".venv", "vllm": ".venv-vllm", "sglang": ".venv-sglang"}
+# as many parameters as the quickstart's model, in heads that the engines' CPU kernels take
+HEADS = ("--num-attention-heads", "2", "--num-key-value-heads", "1")
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="The quickstart's learning curve on several engines.")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--engines", nargs="+", choices=ENVIRONMENTS, default=list(ENVIRONMENTS))
+    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "engines")
+    arguments = parser.parse_args()
+    curves = {
+        engine: [curve(arguments.folder / f"seed_{seed}", seed, engine) for seed in arguments.seeds]
+        for engine in arguments.engines
+    }
+    steps = list(next(iter(curves.values()))[0])
+    print("| engine | " + " | ".join(f"step {step}" for step in steps) + " |")
+    print("|---" * (len(steps) + 1) + "|")
+    for engine, found in curves.items():
+        cells = [_cell([one[step] for one in found]) for step in steps]
+        print(f"| {engine} | " + " | ".join(cells) + " |")
+
+
+def curve(folder: Path, seed: int, engine: str) -> dict[int, float]:
+    """Held-out accuracy by step of one GRPO run, which is made unless it is there."""
+    model = folder / "sft" / "checkpoints" / "step_001800" / "hf"
+    if not model.exists():
+        _run("embedded", folder / "sft.log", "python", "tools/make_toy_model.py", "--output", str(folder / "init"),
+             "--seed", str(seed), *HEADS)  # fmt: skip
+        _train("embedded", folder / "sft.log", seed, "sft", folder / "init", folder / "sft")
+    run = folder / engine
+    _train(engine, folder / f"{engine}.log", seed, "grpo", model, run)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row[METRIC] for row in rows if METRIC in row}
+
+
+def _train(engine: str, log: Path, seed: int, recipe: str, model: Path, run: Path) -> None:
+    _run(
+        engine, log, "torchrun", "--standalone", "--nproc-per-node", "2", "-m", "megatron_rl.train",
+        "--config", f"configs/quickstart/{recipe}.yaml", f"model.path={model}", f"run.output_dir={run}",
+        f"run.seed={seed}", f"rollout.engine={engine}",
+    )  # fmt: skip
+
+
+def _run(engine: str, log: Path, *command: str) -> None:
+    log.parent.mkdir(parents=True, exist_ok=True)
+    path = f"{ROOT / ENVIRONMENTS[engine] / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    with log.open("a") as output:
+        done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PATH": path}, stdout=output, stderr=output)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)} ended with {done.returncode}; see {log}")
+
+
+def _cell(values: list[float]) -> str:
+    return f"{fmean(values):.1%} ± {stdev(values):.1%}" if len(values) > 1 else f"{values[0]:.1%}"
+
+
+if __name__ == "__main__":
+    main()
