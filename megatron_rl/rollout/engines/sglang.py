@@ -1,11 +1,13 @@
 """SGLang beside the trainer: its schedulers are child processes of the first rank of each engine.
 
-Written against SGLang 0.5.11 to 0.5.23. Every rank hands its child the part that it reads, through shared memory.
+Written against SGLang 0.5.11 to 0.5.23. Every rank hands its child the part that it reads.
 """
 
 import asyncio
 import atexit
+import base64
 import os
+import pickle
 import signal
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
@@ -69,9 +71,6 @@ class SglangEngine:
         self._engine: Any = None
         self._watch: Any = None
         self._asleep: set[EnginePart] = set()
-        if setup.device.type == "cpu":
-            # shared memory by name: a child may open it more than once
-            torch.multiprocessing.set_sharing_strategy("file_system")
         if self.place.is_leader:
             self._start()
 
@@ -249,12 +248,11 @@ class SglangEngine:
 
     def _hand_over(self, bundle: list[tuple[str, Tensor]]) -> None:
         """Give every child of the engine its rank's tensors; collective over the engine's ranks."""
-        from sglang.srt.utils import MultiprocessingSerializer
         from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket
 
         flat = FlattenedTensorBucket(named_tensors=bundle)
         content = {"flattened_tensor": flat.get_flattened_tensor(), "metadata": flat.get_metadata()}
-        mine = MultiprocessingSerializer.serialize(content, output_str=True)
+        mine = _serialized(content, self._setup.device)
         payloads: list[Any] = [mine]
         if self.place.group is not None:
             payloads = [None] * self.place.tp_size
@@ -276,6 +274,19 @@ class SglangEngine:
         success, message = answer if isinstance(answer, tuple) else (answer.success, answer.message)
         if not success:
             raise WeightSyncError(f"SGLang refused {method}: {message}")
+
+
+def _serialized(content: Mapping[str, Any], device: torch.device) -> str:
+    """As SGLang's children read it: handles of GPU memory, or the bytes themselves on the host.
+
+    torch's shared memory of the host is not used: its manager gives up after a second on a busy machine.
+    """
+    if device.type == "cpu":
+        return base64.b64encode(pickle.dumps(content)).decode()
+    from sglang.srt.utils import MultiprocessingSerializer
+
+    handles: str = MultiprocessingSerializer.serialize(content, output_str=True)
+    return handles
 
 
 def _bundles(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[list[tuple[str, Tensor]]]:
