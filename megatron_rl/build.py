@@ -12,6 +12,7 @@ from megatron_rl.algorithms.objective import build_objective
 from megatron_rl.collective import gather_objects, raise_together
 from megatron_rl.config import RunConfig, validate
 from megatron_rl.config.load import flatten
+from megatron_rl.config.rollout import RolloutSection
 from megatron_rl.config.schema import RewardFunctionSection
 from megatron_rl.data.prompts import PromptOrder, PromptSet, load_prompts
 from megatron_rl.data.templates import load_tokenizer
@@ -33,6 +34,7 @@ from megatron_rl.plugins import load_symbol
 from megatron_rl.rewards.pool import RewardPool
 from megatron_rl.rewards.registry import build_grader
 from megatron_rl.rollout.collect import Collector, CollectorLimits
+from megatron_rl.rollout.conversation import Dialogue
 from megatron_rl.rollout.engine import Engine, EngineSetup, engine_place
 from megatron_rl.rollout.engine_sampler import EngineSampler
 from megatron_rl.rollout.engines.embedded import EmbeddedEngine
@@ -63,12 +65,7 @@ class Inputs:
         spec = read_model_spec(config.model.path)
         implementation = choose_implementation(config)
         check_optimizer(config)
-        rollout = config.rollout
-        self.environment = (
-            build_environment(rollout.environment, rollout.environment_options)
-            if rollout.environment is not None
-            else None
-        )
+        self.dialogue = build_dialogue(config.rollout)
         if config.moe.routing_replay and spec.moe is None:
             raise ConfigError(f"moe.routing_replay=true: {spec.family} has no experts. Set it to false.")
         if config.profiling.memory_snapshot and not torch.cuda.is_available():
@@ -129,6 +126,14 @@ def build_reference(config: RunConfig, policy: Policy) -> Reference | None:
     if read_model_spec(path) == policy.spec and not config.precision.fp8_params:
         return HostedReference(policy, path)
     return ScoringModel(config, policy.parallel, path)  # cannot take the policy's place
+
+
+def build_dialogue(config: RolloutSection) -> Dialogue | None:
+    """With whom the policy speaks; None without an environment."""
+    if config.environment is None:
+        return None
+    environment = build_environment(config.environment, config.environment_options)
+    return Dialogue(environment=environment, max_turns=config.max_turns, template=config.turn_template)
 
 
 def build_engine(config: RunConfig, policy: Policy) -> Engine:
@@ -196,7 +201,7 @@ def build_sampler(config: RunConfig, inputs: Inputs, collector: Collector) -> Sa
         order,
         collector,
         params,
-        environment=inputs.environment,
+        dialogue=inputs.dialogue,
         seed=config.run.seed,
         num_updates=config.batching.num_updates,
     )
@@ -217,6 +222,7 @@ def build_evaluator(config: RunConfig, inputs: Inputs, collector: Collector) -> 
         collector,
         inputs.evaluation.prompts[: config.evaluation.num_prompts],
         params,
+        dialogue=inputs.dialogue,
         seed=config.run.seed,
         num_samples=config.metrics.num_samples,
     )

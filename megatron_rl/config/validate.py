@@ -15,7 +15,8 @@ def validate(config: RunConfig, world_size: int) -> None:
     _check_routing_replay(config)
     _check_batches(config)
     _check_objective(config)
-    if config.data.evaluation is not None and not (config.evaluation.functions or config.reward.functions):
+    graded = config.evaluation.functions or config.reward.functions or config.rollout.environment
+    if config.data.evaluation is not None and not graded:
         raise ConfigError("data.evaluation is set but nothing grades it. Set evaluation.functions or reward.functions.")
     if config.evaluation.every and config.data.evaluation is None:
         raise ConfigError(

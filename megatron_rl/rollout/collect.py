@@ -7,11 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from megatron_rl.collective import gather_objects, raise_together
-from megatron_rl.environments import Environment
-from megatron_rl.errors import EngineDied, RewardError
+from megatron_rl.errors import EngineDied, EngineError, RewardError
 from megatron_rl.rewards.pool import RewardPool
 from megatron_rl.rewards.record import RewardInput, RewardResult
-from megatron_rl.rollout.conversation import Conversation, Rules
+from megatron_rl.rollout.conversation import Conversation, Dialogue, Rules
 from megatron_rl.rollout.desk import Desk
 from megatron_rl.rollout.engine import Engine
 from megatron_rl.rollout.queue import fair_share, share
@@ -32,9 +31,8 @@ class Job:
     """The set of reward functions."""
     version: int
     """Of the policy now, whose weights an engine gets that has to be started again."""
-    environment: Environment | None = None
-    max_turns: int = 1
-    turn_template: str = "{observation}"
+    dialogue: Dialogue | None = None
+    """With whom the policy speaks; None: a sample is one response."""
     enough: int | None = None
     """Complete groups at which the others are given up; None: all."""
     max_tokens_now: int | None = None
@@ -145,6 +143,7 @@ class Collector:
             with raise_together(self._parallel):
                 found = self._generate(job, attempt)
         self._check_failures(job.work)
+        _check_complete(job)
         return list(job.work)
 
     def take_notes(self) -> list[str]:
@@ -195,11 +194,8 @@ class Collector:
             max_new_tokens=job.params.max_new_tokens,
             max_tokens_now=job.max_tokens_now,
             max_length=self._limits.max_length,
-            max_turns=job.max_turns,
-            environment=job.environment,
-            encode=lambda text: self._tokenizer.encode(
-                job.turn_template.replace("{observation}", text), add_special_tokens=False
-            ),
+            dialogue=job.dialogue,
+            encode=lambda text: self._tokenizer.encode(text, add_special_tokens=False),
             decode=lambda ids: self._tokenizer.decode(ids, skip_special_tokens=True),
         )
 
@@ -265,9 +261,20 @@ def _merged(work: Sequence[GroupWork], found: Sequence[dict[tuple[int, int], Rol
 def _num_requests(group: GroupWork, job: Job) -> int:
     """That may be in work for a group at a time."""
     open_ = [sample for sample in group.samples if isinstance(sample, Unfinished)]
-    if job.environment is not None:
+    if job.dialogue is not None:
         return len(open_)
     return sum(bool(sample.parts) for sample in open_) + any(not sample.parts for sample in open_)
+
+
+def _check_complete(job: Job) -> None:
+    """
+    Raises:
+        EngineError: an engine gave up samples although nobody asked it to.
+    """
+    missing = sum(not group.is_complete for group in job.work)
+    may_stop = job.enough is not None or job.max_seconds is not None or job.max_tokens_now is not None
+    if missing and not may_stop:
+        raise EngineError(f"the engine gave up samples of {missing} prompts without being asked to. See its own log.")
 
 
 def _is_enough(job: Job) -> bool:

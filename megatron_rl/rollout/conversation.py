@@ -16,6 +16,17 @@ from megatron_rl.types import Completion, FinishReason, Prompt, Rollout
 
 
 @dataclass(frozen=True, kw_only=True)
+class Dialogue:
+    """Who answers the policy, and how."""
+
+    environment: Environment
+    max_turns: int
+    """Responses of the policy."""
+    template: str
+    """What stands between two responses, around {observation}."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Rules:
     """What holds for every conversation of a job."""
 
@@ -25,10 +36,9 @@ class Rules:
     """Of the policy in this job; what is longer stays unfinished. None: no bound."""
     max_length: int
     """Tokens of the longest sequence, observations counted in."""
-    max_turns: int
-    environment: Environment | None
+    dialogue: Dialogue | None
+    """None: a sample is one response."""
     encode: Callable[[str], Sequence[int]]
-    """An observation to the tokens that the policy sees, with what stands around it."""
     decode: Callable[[Tensor], str]
 
 
@@ -49,7 +59,7 @@ class Conversation:
         self._num_turns = 0
         self._turn: list[Tensor] = []
         self._episode: Episode | None = None
-        if rules.environment is not None:
+        if rules.dialogue is not None:
             self._guarded(self._begin)
 
     @property
@@ -110,8 +120,8 @@ class Conversation:
 
     def _begin(self) -> None:
         """Begin the episode, and go through the turns that were taken before."""
-        assert self._rules.environment is not None
-        self._episode = self._rules.environment.begin(self.prompt, self.sample.seed)
+        assert self._rules.dialogue is not None
+        self._episode = self._rules.dialogue.environment.begin(self.prompt, self.sample.seed)
         for part in self.sample.parts:
             if isinstance(part, Completion):
                 self._turn.append(part.token_ids)
@@ -120,14 +130,16 @@ class Conversation:
 
     def _answer(self) -> None:
         """Let the environment answer the turn."""
-        observation = self._step()
+        dialogue, observation = self._rules.dialogue, self._step()
+        assert dialogue is not None
         if observation is None:
             self.finish_reason = "stop"
             return
-        if self._num_turns == self._rules.max_turns:
+        if self._num_turns == dialogue.max_turns:
             self.finish_reason = "length"
             return
-        tokens = torch.tensor(list(self._rules.encode(observation)), dtype=torch.int64)
+        text = dialogue.template.replace("{observation}", observation)
+        tokens = torch.tensor(list(self._rules.encode(text)), dtype=torch.int64)
         longer = self.sample.with_part(Observation(token_ids=tokens))
         is_over = all_tokens(self.prompt, longer).numel() >= self._rules.max_length
         if is_over or self.sample.num_sampled >= self._rules.max_new_tokens:

@@ -46,7 +46,7 @@ class Desk:
                 if index is not None:
                     self._begin(index)
                     continue
-                if self._open == 0 or self._rules.environment is None:
+                if self._open == 0 or self._rules.dialogue is None:
                     return
                 yield None
                 continue

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 from megatron_rl.config.rollout import RolloutSection
 from megatron_rl.data.prompts import PromptOrder
-from megatron_rl.environments import Environment
 from megatron_rl.rollout.collect import Collector, Job, Pending
+from megatron_rl.rollout.conversation import Dialogue
 from megatron_rl.rollout.sampler import Collected
 from megatron_rl.rollout.sampling import sample_seed
 from megatron_rl.rollout.work import GroupWork, Unfinished, begin_group
@@ -52,7 +52,7 @@ class EngineSampler:
         collector: Collector,
         params: SamplingParams,
         *,
-        environment: Environment | None,
+        dialogue: Dialogue | None,
         seed: int,
         num_updates: int,
     ) -> None:
@@ -64,7 +64,7 @@ class EngineSampler:
         self._order = order
         self._collector = collector
         self._params = params
-        self._environment = environment
+        self._dialogue = dialogue
         self._seed = seed
         self._multiple = num_updates // math.gcd(num_updates, config.group_size)
         self._carried: tuple[GroupWork, ...] = ()
@@ -132,9 +132,7 @@ class EngineSampler:
             schedule=config.schedule,
             functions="train",
             version=version,
-            environment=self._environment,
-            max_turns=config.max_turns,
-            turn_template=config.turn_template,
+            dialogue=self._dialogue,
             enough=missing if len(harvest.open) > missing else None,
             max_tokens_now=config.max_tokens_per_round,
             max_seconds=config.max_seconds_per_round,

@@ -6,6 +6,7 @@ from itertools import islice
 
 from megatron_rl.metrics.metric import Reduction, mean_max_min, mean_of
 from megatron_rl.rollout.collect import Collector, Job
+from megatron_rl.rollout.conversation import Dialogue
 from megatron_rl.rollout.sampling import sample_seed
 from megatron_rl.rollout.work import begin_group
 from megatron_rl.types import Prompt, SamplingParams
@@ -31,11 +32,19 @@ class Evaluator:
     """What a person looks at first."""
 
     def __init__(
-        self, collector: Collector, prompts: Sequence[Prompt], params: SamplingParams, *, seed: int, num_samples: int
+        self,
+        collector: Collector,
+        prompts: Sequence[Prompt],
+        params: SamplingParams,
+        *,
+        dialogue: Dialogue | None,
+        seed: int,
+        num_samples: int,
     ) -> None:
         self._collector = collector
         self._prompts = prompts
         self._params = params
+        self._dialogue = dialogue
         self._seed = seed
         self._num_samples = num_samples
 
@@ -54,6 +63,7 @@ class Evaluator:
             schedule="static",
             functions="evaluation",
             version=step,
+            dialogue=self._dialogue,
         )
         groups = [group.as_group(index) for index, group in enumerate(self._collector.collect(job))]
         rollouts = [group.rollouts[0] for group in groups]

@@ -116,7 +116,7 @@ def test_the_next_step_is_sampled_while_the_policy_learns(world_size: int, run: 
 
 def test_a_conversation_is_learnt_from_where_the_policy_spoke(run: Callable[..., Path]) -> None:
     options = ("rollout.environment=guess_number", "rollout.max_turns=3", "rollout.max_new_tokens=48")
-    folder = run(2, *LONG, *options, "reward.functions=[]", "evaluation.functions=[{name: coin_flip}]")
+    folder = run(2, *LONG, *options, "reward.functions=[]")
     lines = all_lines(folder)
     turns = []
     for line in lines:

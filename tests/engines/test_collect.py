@@ -17,10 +17,11 @@ from transformers import AutoModelForCausalLM
 
 from megatron_rl.config.schema import RewardFunctionSection, RewardSection
 from megatron_rl.data.templates import load_tokenizer
-from megatron_rl.environments import Environment, Turn
+from megatron_rl.environments import Turn
 from megatron_rl.errors import EngineDied
 from megatron_rl.rewards.pool import RewardPool
 from megatron_rl.rollout.collect import Collector, CollectorLimits, Job
+from megatron_rl.rollout.conversation import Dialogue
 from megatron_rl.rollout.engine import Engine
 from megatron_rl.rollout.sampling import sample_seed
 from megatron_rl.rollout.work import GroupWork, Unfinished, begin_group
@@ -192,7 +193,7 @@ def test_conversations_go_in_and_out_as_tokens(
     budget: int | None, collector_of: Callable[..., Collector], folder: Path
 ) -> None:
     collector, work = collector_of(), groups()
-    changes = {"params": TURNS, "environment": Echo(), "max_turns": 8, "turn_template": "={observation}+"}
+    changes = {"params": TURNS, "dialogue": Dialogue(environment=Echo(), max_turns=8, template="={observation}+")}
     for round_ in range(40):
         work = collector.collect(job(work, f"round {round_}", max_tokens_now=budget, **changes))
         if all(group.is_complete for group in work):
@@ -214,19 +215,19 @@ def test_conversations_go_in_and_out_as_tokens(
 
 
 def test_a_conversation_ends_at_its_turns_or_tokens(collector_of: Callable[..., Collector]) -> None:
-    collector = collector_of()
-    environment: Environment = Echo()
-    rollouts = finished(collector.collect(job(groups(), params=TURNS, environment=environment, max_turns=2)))
+    collector, dialogue = collector_of(), Dialogue(environment=Echo(), max_turns=2, template=".{observation}.")
+    rollouts = finished(collector.collect(job(groups(), params=TURNS, dialogue=dialogue)))
     assert {rollout.finish_reason for rollout in rollouts} == {"length"}
     short = params(stop_token_ids=TURNS.stop_token_ids, max_new_tokens=4)
-    rollouts = finished(collector.collect(job(groups(), "short", params=short, environment=environment, max_turns=9)))
+    rollouts = finished(collector.collect(job(groups(), "short", params=short, dialogue=dialogue)))
     assert max(int(rollout.loss_mask.sum()) for rollout in rollouts) == 4
 
 
 def test_an_environment_that_raises_fails_its_samples(collector_of: Callable[..., Collector]) -> None:
     collector = collector_of()
     collector._limits = replace(collector._limits, reward_failure_fraction=1.0)
-    rollouts = finished(collector.collect(job(groups(), params=TURNS, environment=Broken(), max_turns=2)))
+    broken = Dialogue(environment=Broken(), max_turns=2, template="{observation}")
+    rollouts = finished(collector.collect(job(groups(), params=TURNS, dialogue=broken)))
     assert {rollout.status for rollout in rollouts} == {"environment_error"}
     assert "no such thing" in rollouts[0].failure
 
