@@ -1,14 +1,11 @@
 """Jobs on a real engine: cut short and gone on with, conversations, and engines that die."""
 
-import os
-import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -235,8 +232,7 @@ def test_an_environment_that_raises_fails_its_samples(collector_of: Callable[...
 def kill(engine: Any, name: str) -> None:
     """End a real engine in the middle of its work: its process, or its next step where it has none of its own."""
     if name == "sglang":
-        scheduler = next(p for p in psutil.Process().children() if "scheduler" in p.cmdline()[0])
-        os.kill(scheduler.pid, signal.SIGKILL)
+        next(iter(engine._watch._processes)).kill()
         return
 
     def die(*_: Any, **__: Any) -> None:

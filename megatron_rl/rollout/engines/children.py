@@ -5,12 +5,14 @@ import signal
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
 from typing import Any
 
 from megatron_rl.errors import EngineDied
 
 POLL_S = 0.5
+JOIN_S = 10.0
 # signals that have a meaning in a training run: an engine must not answer them in its place
 OURS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -18,10 +20,10 @@ OURS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 class ChildWatch:
     """Ends a wait on an event loop when a process is gone, or when no answer comes for too long."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, processes: Collection[Any], timeout_s: float) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, processes: Collection[BaseProcess], timeout_s: float) -> None:
         """
         Args:
-            processes: as psutil knows them.
+            processes: children of this one.
             timeout_s: longest time without an answer.
         """
         self._loop = loop
@@ -63,9 +65,10 @@ class ChildWatch:
 
     def _kill(self) -> None:
         for process in self._processes:
-            for one in (*_descendants(process), process):
-                if one.is_running():
-                    one.kill()
+            for one in _descendants(process.pid):
+                one.kill()
+            process.kill()
+            process.join(JOIN_S)
 
     async def _look(self) -> None:
         while not self._lost:
@@ -77,7 +80,7 @@ class ChildWatch:
         self._loop.stop()
 
     def _gone(self) -> str:
-        dead = [process.pid for process in self._processes if not process.is_running() or process.status() == "zombie"]
+        dead = [process.pid for process in self._processes if not process.is_alive()]
         return f"the engine's process {dead[0]} is gone" if dead else ""
 
 
@@ -92,10 +95,11 @@ def own_signals() -> Iterator[None]:
             signal.signal(one, handler)
 
 
-def _descendants(process: Any) -> list[Any]:
+def _descendants(pid: int | None) -> list[Any]:
+    """As psutil knows them, which SGLang brings along."""
     import psutil
 
     try:
-        return list(process.children(recursive=True))
+        return list(psutil.Process(pid).children(recursive=True))
     except psutil.NoSuchProcess:
         return []

@@ -11,6 +11,7 @@ import pickle
 import signal
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
+from multiprocessing import active_children
 from typing import Any
 
 import torch
@@ -99,7 +100,7 @@ class SglangEngine:
                 raise EngineError(
                     f"rollout.engine=sglang, but it cannot be imported: {error}. See docs/engines.md."
                 ) from error
-            before = _children()
+            before = set(active_children())
             with own_signals():
                 try:
                     self._engine = sglang.Engine(**arguments)
@@ -114,10 +115,7 @@ class SglangEngine:
         # reward workers and torch's memory manager as well
         manager._subprocess_watchdog.stop()
         atexit.unregister(self._engine.shutdown)
-        processes = [
-            child for child in _children() - before if any(part.startswith("sglang::") for part in child.cmdline())
-        ]
-        self._watch = ChildWatch(loop, processes, setup.timeout_s)
+        self._watch = ChildWatch(loop, set(active_children()) - before, setup.timeout_s)
 
     @property
     def version(self) -> int:
@@ -344,11 +342,3 @@ async def _begin_answers(manager: Any) -> None:
 
 def _ignore(*_: Any) -> None:
     """What the trainer makes of a child's failure: the watch finds it."""
-
-
-def _children() -> set[Any]:
-    """This process's children that are SGLang's; psutil comes with SGLang."""
-    import psutil
-
-    children = psutil.Process().children()
-    return {child for child in children if any(part.startswith("sglang::") for part in child.cmdline())}
