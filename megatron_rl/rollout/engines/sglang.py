@@ -6,12 +6,15 @@ Written against SGLang 0.5.11 to 0.5.23. Every rank hands its child the part tha
 import asyncio
 import atexit
 import base64
+import json
 import os
 import pickle
 import signal
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from multiprocessing import active_children
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -76,10 +79,15 @@ class SglangEngine:
             self._start()
 
     def _start(self) -> None:
+        with TemporaryDirectory() as folder:
+            _write_config(Path(self._setup.folder), Path(folder))
+            self._start_from(folder)
+
+    def _start_from(self, folder: str) -> None:
         setup = self._setup
         self._asleep = set()
         arguments = {
-            "model_path": setup.folder,
+            "model_path": folder,
             "load_format": "dummy",  # the first push brings the weights
             "skip_tokenizer_init": True,
             "dtype": DTYPES[setup.dtype],
@@ -272,6 +280,12 @@ class SglangEngine:
         success, message = answer if isinstance(answer, tuple) else (answer.success, answer.message)
         if not success:
             raise WeightSyncError(f"SGLang refused {method}: {message}")
+
+
+def _write_config(source: Path, target: Path) -> None:
+    """The model's configuration without tokens that end a response: SGLang would stop at those as well."""
+    config = json.loads((source / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps({**config, "eos_token_id": None}))
 
 
 def _serialized(content: Mapping[str, Any], device: torch.device) -> str:
