@@ -269,13 +269,13 @@ def test_nothing_is_lost_when_the_engine_dies_ten_times(
     engine_of: EngineOf, engine_name: str, collector_of: Callable[..., Collector], folder: Path
 ) -> None:
     # without seeds for each sample only greedy tokens are the same every time
-    wanted_params = replace(ENDLESS, temperature=0.0 if engine_name == "sglang" else 1.0)
+    wanted_params = replace(ENDLESS, max_new_tokens=60, temperature=0.0 if engine_name == "sglang" else 1.0)
     engine = engine_of(folder, max_num_sequences=6)
-    undisturbed = finished(collector_of(engine).collect(job(groups(count=24), params=wanted_params)))
+    undisturbed = finished(collector_of(engine).collect(job(groups(count=40), params=wanted_params)))
     dying = Dying(engine, engine_name, deaths=10)
     collector = collector_of(dying, max_failures=10)
     with closing(collector):
-        rollouts = finished(collector.collect(job(groups(count=24), params=wanted_params)))
+        rollouts = finished(collector.collect(job(groups(count=40), params=wanted_params)))
     assert dying.left == 0
     assert collector.num_engine_failures == 10
     assert len(collector.take_notes()) == 10
