@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megatron_rl.errors import WeightSyncError
 from megatron_rl.types import ParallelContext
-from megatron_rl.weights.checksum import box_checksum, shard_part
+from megatron_rl.weights.checksum import box_checksum
 from megatron_rl.weights.layout import box_index, intersection
 from megatron_rl.weights.reshard import ReshardPlan
 
@@ -36,8 +36,7 @@ def sent_checksums(
             for row, reader in enumerate(readers):
                 common = intersection(plan.wanted[reader][name], box)
                 if common is not None:
-                    part = shard_part(shards[piece.parameter], common, box, piece.slice.shard_box)
-                    sums[row, column] += box_checksum(part, common)
+                    sums[row, column] += box_checksum(piece.part(shards, common), common)
     dist.all_reduce(sums, group=parallel.host_group)
     return sums
 

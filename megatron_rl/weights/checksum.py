@@ -7,7 +7,7 @@ element shows; equal sums from different values are as likely as with any 64-bit
 import torch
 from torch import Tensor
 
-from megatron_rl.weights.layout import Box, box_index, moved_box
+from megatron_rl.weights.layout import Box
 
 # elements that are widened to 64 bits at a time
 CHUNK = 2**22
@@ -39,8 +39,3 @@ def _factors(extent: tuple[int, int], multiplier: int, device: torch.device) -> 
     places = torch.arange(*extent, dtype=torch.int64, device=device)
     mixed = (places + 1) * signed
     return (mixed ^ (mixed >> 29)) | 1
-
-
-def shard_part(shard: Tensor, box: Box, hf_box: Box, shard_box: Box) -> Tensor:
-    """The elements of a shard that are a box of the Hugging Face tensor."""
-    return shard[box_index(moved_box(box, hf_box, shard_box))]

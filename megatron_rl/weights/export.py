@@ -23,6 +23,7 @@ from megatron_rl.weights.layout import (
     box_size,
     hf_shapes,
     layer_of,
+    moved_box,
 )
 
 
@@ -32,6 +33,10 @@ class Piece:
 
     parameter: str
     slice: Slice
+
+    def part(self, parameters: Mapping[str, Tensor], box: Box) -> Tensor:
+        """A box of the Hugging Face tensor that lies inside this piece, as a view of the parameter."""
+        return parameters[self.parameter][box_index(moved_box(box, self.slice.hf_box, self.slice.shard_box))]
 
 
 @dataclass(frozen=True)

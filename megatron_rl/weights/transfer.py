@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_rl.weights.layout import box_index, box_shape, box_size, intersection, layer_of, moved_box, relative_box
+from megatron_rl.weights.layout import box_index, box_shape, box_size, intersection, layer_of, relative_box
 from megatron_rl.weights.reshard import Bucket, Move, ReshardPlan
 
 # elements from which a box is a message of its own
@@ -123,9 +123,7 @@ class Transfer:
             for piece in self._pieces.get(name, ()):
                 common = intersection(self._wanted[name], piece.slice.hf_box)
                 if common is not None:
-                    source = moved_box(common, piece.slice.hf_box, piece.slice.shard_box)
-                    index = box_index(relative_box(common, self._wanted[name]))
-                    target[index] = parameters[piece.parameter][box_index(source)]
+                    target[box_index(relative_box(common, self._wanted[name]))] = piece.part(parameters, common)
         return _Landing(bucket, tensors, self._exchange(bucket.across, parameters, tensors, memory, traffic))
 
     def _exchange(
@@ -165,8 +163,7 @@ class Transfer:
     def _source(self, move: Move, parameters: Mapping[str, Tensor], landed: Mapping[str, Tensor]) -> Tensor:
         for piece in self._pieces.get(move.name, ()):
             if intersection(move.box, piece.slice.hf_box) == move.box:
-                box = moved_box(move.box, piece.slice.hf_box, piece.slice.shard_box)
-                return parameters[piece.parameter][box_index(box)]
+                return piece.part(parameters, move.box)
         return self._target(move, landed)
 
     def _target(self, move: Move, landed: Mapping[str, Tensor]) -> Tensor:
