@@ -44,7 +44,10 @@ class WeightSync:
         # NCCL wants every rank in the first operation of a group, and not every rank sends in every bucket
         dist.all_reduce(torch.zeros(1, device=self._parallel.device))
         self._plan = self._make_plan()
-        self._transfer = Transfer(self._plan, self._parallel.rank)
+        rank, size = self._parallel.rank, self._element_size()
+        self._planned_bytes = self._plan.num_received(rank) * size
+        self._least_bytes = self._plan.minimum(rank) * size
+        self._transfer = Transfer(self._plan, rank)
         self._num_pushes = 0
 
     def push(self, version: int) -> dict[str, Reduction]:
@@ -112,15 +115,16 @@ class WeightSync:
             received.check(sent[place.tp_rank], version)
 
     def _report(self, traffic: Traffic, seconds: float) -> dict[str, Reduction]:
-        rank, size = self._parallel.rank, self._element_size()
-        planned, least = self._plan.num_received(rank) * size, self._plan.minimum(rank) * size
-        if traffic.bytes_received != planned:
-            raise WeightSyncError(f"rank {rank} received {traffic.bytes_received} bytes, planned were {planned}.")
+        rank = self._parallel.rank
+        if traffic.bytes_received != self._planned_bytes:
+            raise WeightSyncError(
+                f"rank {rank} received {traffic.bytes_received} bytes, planned were {self._planned_bytes}."
+            )
         return {
             "weight_sync/seconds": Max(seconds),
             "weight_sync/received_mb": Max(traffic.bytes_received / 1e6),
-            "weight_sync/planned_mb": Max(planned / 1e6),
-            "weight_sync/minimum_mb": Max(least / 1e6),
+            "weight_sync/planned_mb": Max(self._planned_bytes / 1e6),
+            "weight_sync/minimum_mb": Max(self._least_bytes / 1e6),
             "weight_sync/gb_per_s": Mean(traffic.bytes_received / 1e9 / seconds),
             "weight_sync/peak_extra_mb": Max(traffic.peak / 1e6),
         }
