@@ -34,9 +34,13 @@ class Piece:
     parameter: str
     slice: Slice
 
+    def shard_box(self, box: Box) -> Box:
+        """A box of the Hugging Face tensor that lies inside this piece, in the parameter."""
+        return moved_box(box, self.slice.hf_box, self.slice.shard_box)
+
     def part(self, parameters: Mapping[str, Tensor], box: Box) -> Tensor:
-        """A box of the Hugging Face tensor that lies inside this piece, as a view of the parameter."""
-        return parameters[self.parameter][box_index(moved_box(box, self.slice.hf_box, self.slice.shard_box))]
+        """The same as a view of the parameter."""
+        return parameters[self.parameter][box_index(self.shard_box(box))]
 
 
 @dataclass(frozen=True)
