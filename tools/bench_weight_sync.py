@@ -2,7 +2,8 @@
 
 Four ranks on this machine over gloo hold random shards of a real model's shapes under a training layout and give
 them, in turns, to engines of one size by the plan, and by broadcasting every tensor's parts one by one to every
-rank, which is what the plan is held against. Printed: seconds, GB/s, the ratio in the same round, and the buffers.
+rank, which is what the plan is held against. Either way the engine copies its part into its own memory, as loaders
+do. Printed: seconds, GB/s, the ratio in the same round, and the buffers.
 """
 
 import argparse
@@ -11,25 +12,27 @@ import os
 import socket
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from bench.random_checkpoint import QWEN25_0_5B
 from bench.report import Spread
+from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
 from megatron_rl.models import layout_table, read_model_spec
 from megatron_rl.models.engine_shards import engine_boxes
 from megatron_rl.models.placement import held_on_paper
 from megatron_rl.weights.export import Bucket, export_weights, plan_export
-from megatron_rl.weights.layout import hf_shapes
+from megatron_rl.weights.layout import box_index, box_shape, hf_shapes
 from megatron_rl.weights.reshard import plan_reshard
 from megatron_rl.weights.transfer import Traffic, Transfer
 
 RANKS = 4
+Tensors = Iterator[tuple[str, Tensor]]
 LAYOUTS = {"tp2-pp2": {"tp": 2, "pp": 2}, "tp2-dp2": {"tp": 2, "dp": 2}, "pp4": {"pp": 4}, "dp4": {"dp": 4}}
 
 
@@ -59,11 +62,17 @@ def work(rank: int, port: int, arguments: argparse.Namespace, folder: str) -> No
     wanted = [engine_boxes(spec, shapes, tp_rank=one % tp, tp_size=tp) for one in range(RANKS)]
     plan = plan_reshard(held, table, wanted, [0] * RANKS, bucket_elements=arguments.bucket_mb * 2**19)
     gather = [single for bucket in plan_export(held, table) for single in one_by_one(bucket)]
-    transfer, rounds = Transfer(plan, rank), []
+    transfer, rounds = Transfer(plan, rank, reads_neighbours=not arguments.messages), []
+    engine = {name: torch.zeros(box_shape(box), dtype=torch.bfloat16) for name, box in wanted[rank].items()}
+
+    def load(tensors: Tensors) -> None:
+        for name, tensor in tensors:
+            engine[name].copy_(tensor[box_index(wanted[rank][name])])
+
     for _ in range(arguments.rounds + 1):
         traffic = Traffic()
-        planned = timed(lambda traffic=traffic: transfer.stream(shards, traffic))
-        gathered = timed(lambda: export_weights(gather, shards, dist.group.WORLD))
+        planned = timed(load, transfer.stream(shards, traffic))
+        gathered = timed(load, export_weights(gather, shards, dist.group.WORLD))
         bucket = max(
             sum(torch.Size([b - a for a, b in wanted[rank][name]]).numel() for name in one.names)
             for one in plan.buckets
@@ -97,12 +106,11 @@ def one_by_one(bucket: Bucket) -> list[Bucket]:
     ]
 
 
-def timed(stream: Any) -> float:
-    """Seconds until the slowest rank has seen every tensor."""
+def timed(load: Callable[[Tensors], None], tensors: Tensors) -> float:
+    """Seconds until the slowest rank has every tensor."""
     dist.barrier()
     start = time.perf_counter()
-    for _ in stream():
-        pass
+    load(tensors)
     dist.barrier()
     return time.perf_counter() - start
 
@@ -134,6 +142,9 @@ def main() -> None:
     parser.add_argument("--layout", choices=LAYOUTS, default="tp2-pp2", help="of the training (default: tp2-pp2)")
     parser.add_argument("--engine-tp", type=int, default=1, help="ranks of an engine (default: 1)")
     parser.add_argument("--bucket-mb", type=int, default=64, help="weight_sync.bucket_mb (default: 64)")
+    parser.add_argument(
+        "--messages", action="store_true", help="the plan sends everything; ranks do not read each other's memory"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""A planned weight transfer, carried out: full-shaped tensors of which the parts that are read are filled."""
+"""A planned weight transfer, carried out: full-shaped tensors of which the parts that are read are in memory."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,7 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_rl.weights.layout import box_index, box_shape, box_size, intersection, layer_of, relative_box
+from megatron_rl.weights.export import Piece
+from megatron_rl.weights.layout import box_index, box_shape, intersection, relative_box
+from megatron_rl.weights.neighbours import Neighbours, meet_neighbours
+from megatron_rl.weights.partial import PartialTensor
 from megatron_rl.weights.reshard import Bucket, Move, ReshardPlan
 
 # elements from which a box is a message of its own
@@ -49,8 +52,10 @@ class _Landing:
     """A bucket on its way to this rank."""
 
     bucket: Bucket
-    tensors: dict[str, Tensor]
+    tensors: Mapping[str, Tensor]
     """Of each tensor the box that is read."""
+    buffers: Sequence[Tensor]
+    """Those of them that are not views of this rank's own shards."""
     exchange: _Exchange
 
 
@@ -80,22 +85,28 @@ class _Memory:
 class Transfer:
     """This rank's part in the transfers of one plan."""
 
-    def __init__(self, plan: ReshardPlan, rank: int, group: Any = None) -> None:
+    def __init__(self, plan: ReshardPlan, rank: int, group: Any = None, *, reads_neighbours: bool = True) -> None:
         """
         Args:
             group: process group of all ranks of the plan; None: the default one.
+            reads_neighbours: what a rank of the same host holds is read from its memory where that is possible,
+                instead of sent.
         """
         self._plan = plan
         self._rank = rank
         self._group = group
         self._wanted = plan.wanted[rank]
         self._pieces = plan.pieces[rank]
+        inside = [move for bucket in plan.buckets for move in bucket.inside]
+        self._reads_neighbours = reads_neighbours and bool(inside)
+        self._near = {move.source for move in inside if move.target == rank and self._holding(move)}
 
     def stream(self, parameters: Mapping[str, Tensor], traffic: Traffic) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor of the whole shape) of everything this rank reads; what it does not read is NaN.
 
-        Collective: every rank of the plan must exhaust the iterator. While a bucket is handed over the next one is
-        under way. A tensor keeps its contents until a tensor of another layer has come.
+        Collective: every rank of the plan must exhaust the iterator. While a bucket is handed over, what the next one
+        brings from other nodes is under way. A tensor keeps its contents until a tensor of another layer has come; it
+        is to be read only, for it may be a view of the rank's own shard.
 
         Args:
             parameters: this rank's shards.
@@ -103,28 +114,65 @@ class Transfer:
         """
         buckets = self._plan.buckets
         memory = _Memory(next(iter(parameters.values())), traffic)
-        wholes: dict[str, Tensor] = {}
-        ahead = self._begin(buckets[0], parameters, memory, traffic)
-        for place in range(len(buckets)):
-            landing = ahead
+        neighbours = meet_neighbours(parameters, self._near, self._group) if self._reads_neighbours else {}
+        ahead: _Landing | None = None
+        for place, bucket in enumerate(buckets):
+            landing = ahead or self._begin(bucket, parameters, memory, traffic)
             self._finish(landing, memory)
-            if place + 1 < len(buckets):
-                ahead = self._begin(buckets[place + 1], parameters, memory, traffic)
-            landing.exchange = self._exchange(landing.bucket.inside, parameters, landing.tensors, memory, traffic)
+            following = buckets[place + 1] if place + 1 < len(buckets) else None
+            # what stays inside the nodes comes last in a bucket, so that alone would only fill memory earlier
+            ahead = self._begin(following, parameters, memory, traffic) if following and following.across else None
+            sent = self._read(bucket.inside, neighbours, parameters, landing.tensors, traffic)
+            landing.exchange = self._exchange(sent, parameters, landing.tensors, memory, traffic)
             self._finish(landing, memory)
-            for name in landing.bucket.names:
+            for name in bucket.names:
                 if name in landing.tensors:
-                    yield name, self._whole(name, landing.tensors[name], wholes, traffic)
-            memory.give(*landing.tensors.values())
+                    yield name, self._whole(name, landing.tensors[name])
+            memory.give(*landing.buffers)
+        if neighbours:
+            dist.barrier(self._group)  # this rank's shards must stay as they are until all have read them
 
     def _begin(self, bucket: Bucket, parameters: Mapping[str, Tensor], memory: _Memory, traffic: Traffic) -> _Landing:
-        tensors = {name: memory.take(*box_shape(self._wanted[name])) for name in bucket.names if name in self._wanted}
-        for name, target in tensors.items():
-            for piece in self._pieces.get(name, ()):
-                common = intersection(self._wanted[name], piece.slice.hf_box)
-                if common is not None:
-                    target[box_index(relative_box(common, self._wanted[name]))] = piece.part(parameters, common)
-        return _Landing(bucket, tensors, self._exchange(bucket.across, parameters, tensors, memory, traffic))
+        tensors, buffers = {}, []
+        for name in bucket.names:
+            if name not in self._wanted:
+                continue
+            wanted, pieces = self._wanted[name], self._pieces.get(name, ())
+            own = [(piece, common) for piece in pieces if (common := intersection(wanted, piece.slice.hf_box))]
+            if len(own) == 1 and own[0][1] == wanted:
+                tensors[name] = own[0][0].part(parameters, wanted)
+                continue
+            tensors[name] = memory.take(*box_shape(wanted))
+            buffers.append(tensors[name])
+            for piece, common in own:
+                tensors[name][box_index(relative_box(common, wanted))] = piece.part(parameters, common)
+        return _Landing(bucket, tensors, buffers, self._exchange(bucket.across, parameters, tensors, memory, traffic))
+
+    def _read(
+        self,
+        moves: Sequence[Move],
+        neighbours: Neighbours,
+        parameters: Mapping[str, Tensor],
+        landed: Mapping[str, Tensor],
+        traffic: Traffic,
+    ) -> list[Move]:
+        """Copy what neighbours hold out of their memory.
+
+        Returns:
+            The moves that remain to be sent.
+        """
+        remaining = []
+        for move in moves:
+            piece = self._holding(move) if neighbours else None
+            if piece is None:
+                remaining.append(move)
+            elif move.target == self._rank:
+                target = self._target(move, landed)
+                neighbours[move.source][piece.parameter].read(piece.shard_box(move.box), target)
+                traffic.bytes_received += _bytes(target)
+            elif move.source == self._rank:
+                traffic.bytes_sent += _bytes(piece.part(parameters, move.box))
+        return remaining
 
     def _exchange(
         self,
@@ -161,10 +209,13 @@ class Transfer:
         return _Exchange(works, incoming, buffers)
 
     def _source(self, move: Move, parameters: Mapping[str, Tensor], landed: Mapping[str, Tensor]) -> Tensor:
-        for piece in self._pieces.get(move.name, ()):
-            if intersection(move.box, piece.slice.hf_box) == move.box:
-                return piece.part(parameters, move.box)
-        return self._target(move, landed)
+        piece = self._holding(move)
+        return self._target(move, landed) if piece is None else piece.part(parameters, move.box)
+
+    def _holding(self, move: Move) -> Piece | None:
+        """What the source has it from; None: from another node."""
+        pieces = self._plan.pieces[move.source].get(move.name, ())
+        return next((one for one in pieces if intersection(move.box, one.slice.hf_box) == move.box), None)
 
     def _target(self, move: Move, landed: Mapping[str, Tensor]) -> Tensor:
         return landed[move.name][box_index(relative_box(move.box, self._wanted[move.name]))]
@@ -179,21 +230,9 @@ class Transfer:
                 self._target(move, landing.tensors).copy_(part.view(box_shape(move.box)))
         memory.give(*exchange.buffers)
 
-    def _whole(self, name: str, part: Tensor, wholes: dict[str, Tensor], traffic: Traffic) -> Tensor:
-        """The part in a tensor of the whole shape; each is used again for the same tensor of later layers."""
-        box, shape = self._wanted[name], self._plan.shapes[name]
-        if box_size(box) == torch.Size(shape).numel():
-            return part
-        key = name.removeprefix(layer_of(name))
-        whole = wholes.get(key) if key else None
-        if whole is None:
-            whole = part.new_full(shape, float("nan"))
-            traffic.peak = max(traffic.peak, traffic.held + _bytes(whole))
-        if key and key not in wholes:
-            traffic.hold(whole)
-            wholes[key] = whole
-        whole[box_index(box)] = part
-        return whole
+    def _whole(self, name: str, part: Tensor) -> Tensor:
+        shape = self._plan.shapes[name]
+        return part if part.shape == shape else PartialTensor(part, self._wanted[name], shape)
 
 
 def _messages(moves: Sequence[Move], *, by_target: bool) -> list[tuple[int, list[Move]]]:

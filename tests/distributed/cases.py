@@ -181,7 +181,7 @@ def held(config: RunConfig) -> tuple[list[str], Place]:
 
 
 def transferred(
-    config: RunConfig, engine_tp: int, nodes: list[int], bucket_elements: int
+    config: RunConfig, engine_tp: int, nodes: list[int], bucket_elements: int, reads_neighbours: bool
 ) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
     """What a planned transfer brings to this rank, and the bytes: received, sent, planned, least, peak."""
     parallel = world(config)
@@ -195,7 +195,8 @@ def transferred(
     ]
     plan = plan_reshard(held, table, wanted, nodes, bucket_elements=bucket_elements)
     traffic = Traffic()
-    found = {name: tensor.clone() for name, tensor in Transfer(plan, parallel.rank).stream(scorer.shards(), traffic)}
+    transfer = Transfer(plan, parallel.rank, reads_neighbours=reads_neighbours)
+    found = {name: tensor.clone() for name, tensor in transfer.stream(scorer.shards(), traffic)}
     return found, {
         "received": traffic.bytes_received,
         "sent": traffic.bytes_sent,

@@ -30,13 +30,18 @@ LAYOUTS: dict[str, tuple[str, list[str]]] = {
 ONE_NODE, TWO_NODES = [0, 0, 0, 0], [0, 0, 1, 1]
 
 
-@pytest.mark.parametrize("nodes", [ONE_NODE, TWO_NODES], ids=["one node", "two nodes"])
+@pytest.mark.parametrize(
+    ("nodes", "reads_neighbours"),
+    [(ONE_NODE, True), (ONE_NODE, False), (TWO_NODES, True), (TWO_NODES, False)],
+    ids=["one node", "one node by messages", "two nodes", "two nodes by messages"],
+)
 @pytest.mark.parametrize("engine_tp", [1, 2, 4])
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_rank_gets_what_its_engine_reads(
     name: str,
     engine_tp: int,
     nodes: list[int],
+    reads_neighbours: bool,
     gangs: Callable[[int], Gang],
     toy_model: Callable[..., Path],
     tmp_path: Path,
@@ -47,7 +52,12 @@ def test_every_rank_gets_what_its_engine_reads(
     wanted, spec = load_file(model / "model.safetensors"), read_model_spec(model)
     shapes = {key: tuple(tensor.shape) for key, tensor in wanted.items()}
     for bucket_elements in (1, 10**6):
-        arguments = {"engine_tp": engine_tp, "nodes": nodes, "bucket_elements": bucket_elements}
+        arguments = {
+            "engine_tp": engine_tp,
+            "nodes": nodes,
+            "bucket_elements": bucket_elements,
+            "reads_neighbours": reads_neighbours,
+        }
         found = gangs(4).call(cases.transferred, config=toy_config(tmp_path, model, *overrides), **arguments)
         for rank, (tensors, traffic) in enumerate(found):
             assert set(tensors) == set(wanted)
