@@ -60,12 +60,18 @@ class _Landing:
 
 
 class _Memory:
-    """Buffers of a push, used again: fresh memory costs more than what is copied into it."""
+    """Buffers that are used again: fresh memory costs more than what is copied into it."""
 
-    def __init__(self, example: Tensor, traffic: Traffic) -> None:
-        self._example = example
-        self._traffic = traffic
+    def __init__(self, example: Tensor) -> None:
+        self._example = example.new_empty(0)
         self._free: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)
+        self._made: list[Tensor] = []
+        self._traffic = Traffic()
+
+    def begin(self, traffic: Traffic) -> None:
+        """Count for this push what there is and what will be made."""
+        self._traffic = traffic
+        traffic.hold(*self._made)
 
     def take(self, *shape: int) -> Tensor:
         """A buffer with any contents."""
@@ -73,6 +79,7 @@ class _Memory:
         if free:
             return free.pop()
         made = self._example.new_empty(shape)
+        self._made.append(made)
         self._traffic.hold(made)
         return made
 
@@ -97,6 +104,7 @@ class Transfer:
         self._group = group
         self._wanted = plan.wanted[rank]
         self._pieces = plan.pieces[rank]
+        self._memory: _Memory | None = None
         inside = [move for bucket in plan.buckets for move in bucket.inside]
         self._reads_neighbours = reads_neighbours and bool(inside)
         self._near = {move.source for move in inside if move.target == rank and self._holding(move)}
@@ -113,7 +121,10 @@ class Transfer:
             traffic: counts what is moved.
         """
         buckets = self._plan.buckets
-        memory = _Memory(next(iter(parameters.values())), traffic)
+        example = next(iter(parameters.values()))
+        # kept for the next push where nothing else does that; it is made anew if a push is left half-way
+        memory, self._memory = self._memory or _Memory(example), None
+        memory.begin(traffic)
         neighbours = meet_neighbours(parameters, self._near, self._group) if self._reads_neighbours else {}
         ahead: _Landing | None = None
         for place, bucket in enumerate(buckets):
@@ -129,6 +140,7 @@ class Transfer:
                 if name in landing.tensors:
                     yield name, self._whole(name, landing.tensors[name])
             memory.give(*landing.buffers)
+        self._memory = None if example.is_cuda else memory
         if neighbours:
             dist.barrier(self._group)  # this rank's shards must stay as they are until all have read them
 
