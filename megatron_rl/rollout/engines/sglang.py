@@ -94,14 +94,14 @@ class SglangEngine:
             "context_length": setup.max_model_len,
             "max_running_requests": setup.max_num_sequences,
             "tp_size": self.place.tp_size,
-            "base_gpu_id": setup.local_rank,
+            "base_gpu_id": setup.local_rank if setup.device.type == "cuda" else 0,
             "random_seed": self._seed,
             "log_level": "error",
             "custom_sigquit_handler": _ignore,  # a child that fails sends it; the trainer would end with the child
             **_arguments(setup.device, setup.max_num_sequences * setup.max_model_len),
             **setup.options,
         }
-        with surroundings(_environment(setup.device, self.place.tp_size), LAUNCHER_VARIABLES):
+        with surroundings(_environment(setup), LAUNCHER_VARIABLES):
             try:
                 import sglang
             except ImportError as error:
@@ -331,15 +331,15 @@ def _arguments(device: torch.device, max_total_tokens: int) -> dict[str, Any]:
     }
 
 
-def _environment(device: torch.device, tp_size: int) -> dict[str, str]:
+def _environment(setup: EngineSetup) -> dict[str, str]:
     """Variables that SGLang reads while it starts."""
-    if device.type != "cpu":
+    if setup.device.type != "cpu":
         return {}
     # compiling takes longer than the short runs that engines on CPUs are for
     values = {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
-    if tp_size > 1:  # the cores of each rank
-        cores = sorted(os.sched_getaffinity(0))
-        values["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(str(cores[rank % len(cores)]) for rank in range(tp_size))
+    cores, first = sorted(os.sched_getaffinity(0)), setup.place.leader
+    ranks = range(first, first + setup.place.tp_size)
+    values["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(str(cores[rank % len(cores)]) for rank in ranks)
     return values
 
 

@@ -62,7 +62,7 @@ class VllmEngine:
             **_arguments(setup.device, setup.max_model_len),
             **setup.options,
         }
-        with surroundings(_environment(setup, self._identity)):
+        with surroundings(_environment(setup)):
             try:
                 from vllm import LLM
             except ImportError as error:
@@ -70,6 +70,8 @@ class VllmEngine:
                     f"rollout.engine=vllm, but vLLM cannot be imported: {error}. Install it as docs/engines.md says."
                 ) from error
             _keep_default_group()
+            if setup.device.type == "cpu":
+                _name_shared_memory(self._identity)
             self._llm = LLM(**arguments)
         # vLLM's own sleep is for GPUs
         self._on_host: Mapping[EnginePart, Storages] = (
@@ -243,11 +245,10 @@ def _arguments(device: torch.device, max_model_len: int) -> dict[str, Any]:
     }
 
 
-def _environment(setup: EngineSetup, identity: str) -> dict[str, str]:
+def _environment(setup: EngineSetup) -> dict[str, str]:
     """Variables that vLLM reads while it starts."""
     values = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_DIST_IDENT": identity,
         "RANK": str(setup.place.rank),
         "LOCAL_RANK": str(setup.local_rank),
     }
@@ -264,6 +265,19 @@ def _keep_default_group() -> None:
     from vllm.v1.engine import core
 
     core.cleanup_dist_env_and_memory = destroy_model_parallel
+
+
+def _name_shared_memory(identity: str) -> None:
+    """Under an external launcher vLLM gives the ranks' shared memory on CPUs the same name in every run of a machine.
+
+    A second run would meet the first one's, and so would one after another that was killed.
+    """
+    from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
+
+    def name(communicator: Any) -> str:
+        return "-".join([identity, communicator.unique_name, *map(str, communicator.ranks)])
+
+    _CPUSHMDistributed.make_group_name = staticmethod(name)
 
 
 def _storages(worker: Any) -> dict[EnginePart, Storages]:
