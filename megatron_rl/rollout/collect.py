@@ -117,6 +117,14 @@ class Collector:
             first.set_result(self._generate(job, 0))
         return self.finish(Pending(job, first), job.version)
 
+    def revive(self) -> None:
+        """Start engines again that died since the last job; they have no weights then. Collective.
+
+        Raises:
+            EngineDied: engines died too often.
+        """
+        self._restart(gather_objects((self._engine.place.index, self._engine.death), self._parallel))
+
     def begin(self, job: Job) -> Pending:
         """Begin a job in the background; the engine belongs to it until ``finish``."""
         return Pending(job, self._background.submit(self._generate, job, 0))
@@ -136,7 +144,8 @@ class Collector:
             job = replace(job, work=_merged(job.work, [one.samples for one in told]))
             if not any(one.death for one in told):
                 break
-            self._recover(told, job.version)
+            self._restart([(one.engine, one.death) for one in told])
+            self._push(job.version)
             if _is_enough(job):
                 break
             attempt += 1
@@ -215,13 +224,18 @@ class Collector:
 
         return should_stop
 
-    def _recover(self, told: Sequence[_Found], version: int) -> None:
-        """Start the engines again that died, and give all of them the weights; collective.
+    def _restart(self, told: Sequence[tuple[int, str]]) -> None:
+        """Start the engines again that died; collective.
+
+        Args:
+            told: (engine, how it ended) of every rank.
 
         Raises:
             EngineDied: on every rank, when that has happened too often.
         """
-        dead = {one.engine: one.death for one in told if one.death}
+        dead = {engine: death for engine, death in told if death}
+        if not dead:
+            return
         self.num_engine_failures += len(dead)
         which = "; ".join(f"engine {index}: {death}" for index, death in sorted(dead.items()))
         if self.num_engine_failures > self._limits.engine_failures:
@@ -235,7 +249,6 @@ class Collector:
         with raise_together(self._parallel):
             if self._engine.place.index in dead:
                 self._engine.restart()
-        self._push(version)
 
     def _check_failures(self, work: Sequence[GroupWork]) -> None:
         rollouts = [sample for group in work for sample in group.samples if isinstance(sample, Rollout)]

@@ -130,6 +130,11 @@ class Engine(Protocol):
         """Which engine this is, and this rank's place in it."""
         ...
 
+    @property
+    def death(self) -> str:
+        """How the engine ended, as far as this rank knows; empty while it lives."""
+        ...
+
     def load_weights(self, tensors: Iterator[tuple[str, Tensor]], version: int) -> None:
         """Take over Hugging Face tensors; every rank of the engine takes part.
 

@@ -76,9 +76,11 @@ class EngineSampler:
             assert self._ahead is not None
             pending, self._pending = self._pending, None
             self._ahead = self._sorted(self._ahead, self._collector.finish(pending, version))
+        self._collector.revive()
 
     def collect(self, step: int, num_prompts_consumed: int) -> Collected:
-        self.settle(step - 1)
+        if self._pending is not None:
+            self.settle(step - 1)
         harvest = self._ahead if self._ahead is not None else self._take_up(step, num_prompts_consumed)
         while not self._is_enough(harvest):
             harvest = self._round(harvest)

@@ -283,6 +283,22 @@ def test_nothing_is_lost_when_the_engine_dies_ten_times(
     assert [r.seed for r in rollouts] == [r.seed for r in undisturbed]
 
 
+def test_an_engine_that_died_between_jobs_is_started_before_the_next(
+    engine_of: EngineOf, engine_name: str, collector_of: Callable[..., Collector], folder: Path
+) -> None:
+    engine = engine_of(folder, max_num_sequences=6)
+    collector = collector_of(engine, max_failures=1)
+    collector.revive()
+    assert (engine.version, collector.num_engine_failures) == (3, 0)
+    if engine_name != "sglang":  # the others end with the process
+        return
+    kill(engine, engine_name)
+    collector.revive()
+    assert (engine.version, collector.num_engine_failures) == (-1, 1)
+    engine.load_weights(weights(folder), 3)
+    finished(collector.collect(job(groups(count=2), "after")))
+
+
 def test_an_engine_that_dies_too_often_ends_the_run(
     engine_of: EngineOf, engine_name: str, collector_of: Callable[..., Collector], folder: Path
 ) -> None:

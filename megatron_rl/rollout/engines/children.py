@@ -36,9 +36,10 @@ class ChildWatch:
         self._at_exit = Finalize(None, self._kill, exitpriority=10)
 
     @property
-    def is_lost(self) -> bool:
-        """The engine will not answer any more."""
-        return bool(self._lost)
+    def lost(self) -> str:
+        """Why the engine will not answer any more; empty while it may."""
+        self._lost = self._lost or self._gone()
+        return self._lost
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -48,8 +49,7 @@ class ChildWatch:
             EngineDied: it will not come.
         """
         self._last_answer = time.monotonic()
-        self._lost = self._lost or self._gone()
-        if self._lost:
+        if self.lost:
             raise EngineDied(self._lost)
         try:
             yield

@@ -90,6 +90,10 @@ class EmbeddedEngine:
     def version(self) -> int:
         return self._version
 
+    @property
+    def death(self) -> str:
+        return ""  # it lives as long as this process
+
     def load_weights(self, tensors: Iterator[tuple[str, Tensor]], version: int) -> None:
         self._version = -1  # half-loaded weights have no version
         self._decoder.load(tensors)

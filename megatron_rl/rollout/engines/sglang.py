@@ -129,6 +129,10 @@ class SglangEngine:
     def version(self) -> int:
         return self._version
 
+    @property
+    def death(self) -> str:
+        return "" if self._watch is None else self._watch.lost
+
     def load_weights(self, tensors: Iterator[tuple[str, Tensor]], version: int) -> None:
         self._version = -1  # half-loaded weights have no version
         if self._engine is not None:
@@ -217,7 +221,7 @@ class SglangEngine:
     def _give_up(self, tasks: Collection[asyncio.Task[Any]]) -> None:
         if not tasks:
             return
-        if not self._watch.is_lost:
+        if not self._watch.lost:
             self._engine.tokenizer_manager.abort_request(abort_all=True)
             with self._watch.waiting():
                 self._engine.loop.run_until_complete(asyncio.wait(tasks))
