@@ -137,6 +137,8 @@ class WeightSyncSection:
 
     bucket_mb: int = 512
     """Most MiB that a rank receives at a time, unless a layer of every pipeline stage has more."""
+    full_tensors: bool = False
+    """Give every engine rank whole tensors and not only the part that it reads, for loaders that quantise."""
     verify_every: int = 50
     """Pushes between checks of every tensor's checksum; the first push is always checked, 0: only that one."""
     probe_tokens: int = 8

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from megatron_rl.errors import ConfigError
 from megatron_rl.models.spec import ModelSpec
 from megatron_rl.models.table import EMBEDDING, LM_HEAD
-from megatron_rl.weights.layout import Box
+from megatron_rl.weights.layout import Box, full_box
 
 # both pad the vocabulary to a multiple of this and split what results
 VOCABULARY_MULTIPLE = 64
@@ -50,7 +50,7 @@ def check_engine_size(spec: ModelSpec, tp_size: int) -> None:
 
 
 def _box(spec: ModelSpec, name: str, shape: tuple[int, ...], rank: int, size: int) -> Box:
-    whole = tuple((0, extent) for extent in shape)
+    whole = full_box(shape)
     if name in (EMBEDDING, LM_HEAD):
         padded = -(-shape[0] // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
         share = -(-padded // size)

@@ -2,7 +2,7 @@
 
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -23,7 +23,7 @@ from megatron_rl.rollout.engine import Engine, Request
 from megatron_rl.rollout.sampling import sample_seed
 from megatron_rl.types import SamplingParams, TrainSequence
 from megatron_rl.weight_sync.verify import ReceivedChecksums, sent_checksums
-from megatron_rl.weights.layout import hf_shapes
+from megatron_rl.weights.layout import Box, full_box, hf_shapes
 from megatron_rl.weights.reshard import ReshardPlan, plan_reshard
 from megatron_rl.weights.transfer import Traffic, Transfer
 
@@ -98,7 +98,11 @@ class WeightSync:
         mine = (list(self._policy.parameters), place_of(parallel), place.tp_rank, socket.gethostname())
         told = gather_objects(mine, parallel)
         hosts = [host for *_, host in told]
-        boxes = [engine_boxes(spec, shapes, tp_rank=rank, tp_size=place.tp_size) for rank in range(place.tp_size)]
+        boxes: Sequence[Mapping[str, Box]] = (
+            [{name: full_box(shape) for name, shape in shapes.items()}] * place.tp_size
+            if self._config.weight_sync.full_tensors
+            else [engine_boxes(spec, shapes, tp_rank=rank, tp_size=place.tp_size) for rank in range(place.tp_size)]
+        )
         return plan_reshard(
             [(names, where) for names, where, _, _ in told],
             table,

@@ -21,6 +21,7 @@ from megatron_rl.weights.layout import (
     box_index,
     box_shape,
     box_size,
+    full_box,
     hf_shapes,
     layer_of,
     moved_box,
@@ -76,7 +77,7 @@ def plan_export(held: Sequence[tuple[Sequence[str], Place]], table: LayoutTable)
                     pieces[piece.hf_name].setdefault(rank, []).append(Piece(parameter, piece))
     for name, shape in shapes.items():
         covered = sum(box_size(piece.slice.hf_box) for sent in pieces[name].values() for piece in sent)
-        wanted = box_size(tuple((0, n) for n in shape))
+        wanted = box_size(full_box(shape))
         if covered != wanted:
             raise ConversionError(f"{name}: the ranks hold {covered} of its {wanted} elements")
     return [_bucket(names, shapes, pieces) for names in _group_by_layer(shapes)]

@@ -62,6 +62,11 @@ class Place:
         return layout.slices(self.tp_rank, self.tp_size)
 
 
+def full_box(shape: tuple[int, ...]) -> Box:
+    """All of a tensor."""
+    return tuple((0, extent) for extent in shape)
+
+
 def box_index(box: Box) -> Index:
     """The box as an index of a tensor."""
     return tuple(slice(start, stop) for start, stop in box)
@@ -97,7 +102,7 @@ def moved_box(box: Box, source: Box, target: Box) -> Box:
 
 def replicated(name: str, *shape: int) -> Layout:
     """The whole tensor on every rank."""
-    box = tuple((0, n) for n in shape)
+    box = full_box(shape)
     return Layout(shape=lambda size: shape, slices=lambda rank, size: [Slice(name, box, box)], replicated=True)
 
 

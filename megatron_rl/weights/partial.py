@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from megatron_rl.weights.layout import Box, box_index
+from megatron_rl.weights.layout import Box, box_index, full_box
 
 
 class PartialTensor(Tensor):
@@ -39,7 +39,7 @@ class PartialTensor(Tensor):
     def whole(self) -> Tensor:
         """An ordinary tensor of the same contents, which from here on is this one's memory."""
         if self._part.shape != self.shape:
-            self._part, self._box = self._filled(), tuple((0, extent) for extent in self.shape)
+            self._part, self._box = self._filled(), full_box(self.shape)
         return self._part
 
     def _filled(self) -> Tensor:

@@ -17,6 +17,7 @@ LAYOUTS: dict[str, tuple[str, bool, list[str]]] = {
     "tp2-dp2": ("qwen2", True, [TP2]),
     "pp2-vpp2": ("qwen2", True, [PP2, VPP2]),
     "tp2-pp2-untied": ("qwen3", False, [TP2, PP2]),
+    "tp2-dp2-whole": ("qwen3", False, [TP2, "weight_sync.full_tensors=true"]),
     "ep2": ("qwen3_moe", False, [EP2]),
 }
 
