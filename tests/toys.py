@@ -11,8 +11,9 @@ from megatron_rl.config.load import load_config
 from megatron_rl.types import TrainSequence
 from tools.make_toy_model import make_model, make_tokenizer
 
-# metrics that depend on the clock
+# metrics that depend on the clock, or on what the process did before
 TIMED = (
+    "memory/",
     *("timing_s", "perf/time", "perf/throughput", "perf/tflops", "perf/mfu"),
     *("weight_sync/seconds", "weight_sync/gb_per_s"),
 )
