@@ -182,13 +182,13 @@ def build_collector(config: RunConfig, inputs: Inputs, engine: Engine, sync: Wei
     )
 
 
-def build_sampler(config: RunConfig, inputs: Inputs, collector: Collector) -> Sampler:
+def build_sampler(config: RunConfig, inputs: Inputs, collector: Collector, parallel: ParallelContext) -> Sampler:
     """Where training sequences come from."""
     order = PromptOrder(inputs.train.prompts, shuffle=config.data.shuffle, seed=config.run.seed)
     if config.rollout.source == "demonstrations":
         return DemonstrationSampler(config.rollout, order, inputs.tokenizer)
     if config.rollout.replay_path is not None:
-        return ReplaySampler(Path(config.rollout.replay_path))
+        return ReplaySampler(Path(config.rollout.replay_path), parallel)
     params = SamplingParams(
         temperature=config.rollout.temperature,
         top_p=config.rollout.top_p,
@@ -203,6 +203,7 @@ def build_sampler(config: RunConfig, inputs: Inputs, collector: Collector) -> Sa
         params,
         dialogue=inputs.dialogue,
         seed=config.run.seed,
+        num_steps=config.run.num_steps,
         num_updates=config.batching.num_updates,
     )
 

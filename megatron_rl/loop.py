@@ -83,8 +83,9 @@ def run_in(config: RunConfig, resume: str, parallel: ParallelContext) -> None:
     with raise_together(parallel):
         collector = build_collector(config, inputs, engine, sync, policy)
     with closing(engine), closing(collector):
-        sampler = build_sampler(config, inputs, collector)
-        sampler.resume(checkpoints.in_flight(checkpoint) if checkpoint else ())
+        with raise_together(parallel):
+            sampler = build_sampler(config, inputs, collector, parallel)
+            sampler.resume(checkpoints.in_flight(checkpoint) if checkpoint else ())
         evaluator = build_evaluator(config, inputs, collector)
         with raise_together(parallel):
             if parallel.is_main:
@@ -148,7 +149,10 @@ def train(
                 check_drift(metrics, config.rollout, parallel, log.note)
         state = advance(state, collected, batch)
         if is_due(config.evaluation.every, step, config.run.num_steps):
-            metrics = merge([metrics, evaluate(evaluator, engine, sampler, policy, config, sync, log, state, watch)])
+            with saved_if_engines_die(checkpoints, state, policy, sampler):
+                metrics = merge(
+                    [metrics, evaluate(evaluator, engine, sampler, policy, config, sync, log, state, watch)]
+                )
         checkpoints.finish_if_written()
         if is_due(config.checkpoint.every, step, config.run.num_steps):
             with watch.span("save_checkpoint"):
@@ -188,13 +192,15 @@ def room_for_engine(policy: Policy, engine: Engine, config: RunConfig, watch: St
     if config.memory.offload:
         with watch.span("offload"):
             policy.to_host()
-    if config.rollout.sleep:
-        engine.wake("kv_cache")
     try:
-        yield
-    finally:
         if config.rollout.sleep:
-            engine.sleep()
+            with raise_together(policy.parallel):
+                engine.wake("kv_cache")
+        yield
+        if config.rollout.sleep:
+            with raise_together(policy.parallel):
+                engine.sleep()
+    finally:
         if config.memory.offload:
             with watch.span("onload"):
                 policy.to_device()

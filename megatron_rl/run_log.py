@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from megatron_rl.collective import gather_objects
+from megatron_rl.collective import gather_objects, raise_together
 from megatron_rl.metrics.console import Console
 from megatron_rl.metrics.metric import Metrics, merge, results
 from megatron_rl.metrics.sinks import Sink
@@ -66,11 +66,18 @@ class RunLog:
         self._console.sample(first.step, first.prompt, first.response, first.reward)
 
     def collected(self, step: int, collected: Collected) -> None:
-        """Keep the rollouts of a step, when it is their turn, and tell what happened to them."""
+        """Keep the rollouts of a step, when it is their turn, and tell what happened to them; collective.
+
+        Raises:
+            DataError: on every rank, when they cannot be written.
+        """
         for note in collected.notes:
             self.note(f"step {step}: {note}")
-        if self._parallel.is_main and self._keep_rollouts_every and step % self._keep_rollouts_every == 0:
-            write_groups(step_file(self._folder.rollouts, step), step, collected.groups)
+        if self._keep_rollouts_every == 0 or step % self._keep_rollouts_every:
+            return
+        with raise_together(self._parallel):
+            if self._parallel.is_main:
+                write_groups(step_file(self._folder.rollouts, step), step, collected.groups)
 
     def show(self, step: int, group: RolloutGroup) -> None:
         """Show a training rollout, for runs that have no held-out ones to show."""

@@ -28,6 +28,7 @@ class Offloader:
             "grads": [_Moved(storage, keep=False) for storage in gradients],
             "optimizer": [_Moved(storage, keep=True) for storage in states],
         }
+        self.is_out = False
         self._found = found
         self._moved = [moved for part in parts for moved in found[part]]
 
@@ -37,6 +38,7 @@ class Offloader:
 
     def to_host(self) -> int:
         """Free the device memory; the number of bytes that were freed."""
+        self.is_out = True
         for moved in self._moved:
             moved.copy_out()
         _wait()
@@ -48,6 +50,7 @@ class Offloader:
 
     def to_device(self) -> None:
         """Put everything back."""
+        self.is_out = False
         for moved in self._moved:
             moved.fill()
         _wait()

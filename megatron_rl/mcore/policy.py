@@ -1,7 +1,8 @@
 """The policy: a scoring model that learns."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -55,6 +56,18 @@ class Policy(ScoringModel):
     def to_host(self) -> int:
         """Move the parts of memory.offload to the host; the bytes of device memory that are free then."""
         return self._offloader.to_host()
+
+    @contextmanager
+    def at_hand(self) -> Iterator[None]:
+        """Whatever is on the host for the time being comes back for the body."""
+        if not self._offloader.is_out:
+            yield
+            return
+        self.to_device()
+        try:
+            yield
+        finally:
+            self.to_host()
 
     def memory(self) -> dict[OffloadPart, int]:
         """Bytes of each part on this rank's device now."""

@@ -6,6 +6,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import torch
+
 from megatron_rl.collective import gather_objects, raise_together
 from megatron_rl.errors import EngineDied, EngineError, RewardError
 from megatron_rl.rewards.pool import RewardPool
@@ -97,7 +99,9 @@ class Collector:
         self._limits = limits
         self._push = push
         self._notes: list[str] = []
-        self._background = ThreadPoolExecutor(max_workers=1)
+        # which device is the present one is known thread by thread
+        prepare = (lambda: torch.cuda.set_device(parallel.device)) if parallel.device.type == "cuda" else None
+        self._background = ThreadPoolExecutor(max_workers=1, initializer=prepare)
         self.num_engine_failures = 0
         """Of the run so far."""
 
@@ -110,7 +114,6 @@ class Collector:
         Raises:
             EngineError: a prompt does not fit the engine.
             EngineDied: engines died too often.
-            RewardError: too large a share of the rewards failed.
         """
         first: Future[_Found] = Future()
         with raise_together(self._parallel):
@@ -151,7 +154,6 @@ class Collector:
             attempt += 1
             with raise_together(self._parallel):
                 found = self._generate(job, attempt)
-        self._check_failures(job.work)
         _check_complete(job)
         return list(job.work)
 
@@ -247,10 +249,15 @@ class Collector:
             f"{which}; starting again, {self.num_engine_failures} of at most {self._limits.engine_failures} times"
         )
         with raise_together(self._parallel):
-            if self._engine.place.index in dead:
+            if self._engine.place.index in dead or self._engine.starts_together:
                 self._engine.restart()
 
-    def _check_failures(self, work: Sequence[GroupWork]) -> None:
+    def check_rewards(self, work: Sequence[GroupWork]) -> None:
+        """Hold the failed rewards of a step, or of an evaluation, against the limit.
+
+        Raises:
+            RewardError: too many failed.
+        """
         rollouts = [sample for group in work for sample in group.samples if isinstance(sample, Rollout)]
         failed = [rollout for rollout in rollouts if rollout.status != "ok"]
         limit = self._limits.reward_failure_fraction

@@ -1,5 +1,6 @@
 """One sample under way: what the policy says, and what an environment answers."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -150,6 +151,8 @@ class Conversation:
     def _step(self) -> str | None:
         assert self._episode is not None
         turn = self._episode.step(self._rules.decode(torch.cat(self._turn)))
+        if not math.isfinite(turn.reward):
+            raise ValueError(f"a turn was worth {turn.reward}, expected a finite number")
         self._turn = []
         self._num_turns += 1
         self.reward += turn.reward

@@ -131,6 +131,11 @@ class Engine(Protocol):
         ...
 
     @property
+    def starts_together(self) -> bool:
+        """All engines have to be restarted when one is: they meet in collectives while they start."""
+        ...
+
+    @property
     def death(self) -> str:
         """How the engine ended, as far as this rank knows; empty while it lives."""
         ...

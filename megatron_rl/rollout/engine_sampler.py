@@ -54,10 +54,12 @@ class EngineSampler:
         *,
         dialogue: Dialogue | None,
         seed: int,
+        num_steps: int,
         num_updates: int,
     ) -> None:
         """
         Args:
+            num_steps: of the run.
             num_updates: equal shares that the sequences of a step must divide into.
         """
         self._config = config
@@ -66,6 +68,7 @@ class EngineSampler:
         self._params = params
         self._dialogue = dialogue
         self._seed = seed
+        self._num_steps = num_steps
         self._multiple = num_updates // math.gcd(num_updates, config.group_size)
         self._carried: tuple[GroupWork, ...] = ()
         self._pending: Pending | None = None
@@ -86,10 +89,14 @@ class EngineSampler:
             harvest = self._round(harvest)
         self._ahead = None
         collected = self._close(harvest)
-        if self._config.asynchronous:  # the next step's samples, while the policy learns from these
-            begun = self._with_fresh(self._take_up(step + 1, num_prompts_consumed + collected.num_prompts))
-            self._pending, self._ahead = self._collector.begin(self._job(begun, version=step - 1)), begun
+        if self._config.asynchronous and step < self._num_steps:
+            self._begin_ahead(step + 1, num_prompts_consumed + collected.num_prompts)
         return collected
+
+    def _begin_ahead(self, step: int, start: int) -> None:
+        """Begin the next step's samples, which are generated while the policy learns from this one's."""
+        self._ahead = self._with_fresh(self._take_up(step, start))
+        self._pending = self._collector.begin(self._job(self._ahead, version=step - 2))
 
     def in_flight(self) -> Sequence[GroupWork]:
         # what the engine has begun in the background is sampled again, from the prompts that are next
@@ -160,7 +167,12 @@ class EngineSampler:
         return config.max_seconds_per_round is not None and num_kept >= self._multiple and harvest.num_rounds > 1
 
     def _close(self, harvest: _Harvest) -> Collected:
-        """The groups of the step; the others are carried over, or given up where that is not asked for."""
+        """The groups of the step; the others are carried over, or given up where that is not asked for.
+
+        Raises:
+            RewardError: too many rewards failed.
+        """
+        self._collector.check_rewards((*harvest.kept, *harvest.idle))
         config = self._config
         count = config.num_prompts_per_step
         if config.max_seconds_per_round is not None:

@@ -65,7 +65,9 @@ class Evaluator:
             version=step,
             dialogue=self._dialogue,
         )
-        groups = [group.as_group(index) for index, group in enumerate(self._collector.collect(job))]
+        work = self._collector.collect(job)
+        self._collector.check_rewards(work)
+        groups = [group.as_group(index) for index, group in enumerate(work)]
         rollouts = [group.rollouts[0] for group in groups]
         names = sorted({name for rollout in rollouts for name in rollout.reward_parts})
         metrics: dict[str, Reduction] = {

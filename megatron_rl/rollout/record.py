@@ -43,11 +43,18 @@ def read_rollouts(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def write_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
-    """Whole or not at all."""
+    """Whole or not at all.
+
+    Raises:
+        DataError: it cannot be written.
+    """
     partial = path.with_name(path.name + ".partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
-    partial.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text("".join(json.dumps(line, default=str) + "\n" for line in lines), encoding="ascii")
+        partial.replace(path)
+    except OSError as error:
+        raise DataError(f"{path} cannot be written: {error}. Free space and resume.") from error
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -56,7 +63,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         DataError: it cannot be read.
     """
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return [json.loads(line) for line in path.read_text(encoding="ascii").splitlines()]
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read: {error}.") from error
 

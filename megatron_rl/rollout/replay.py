@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_rl.collective import raise_together
 from megatron_rl.errors import DataError
 from megatron_rl.rollout.record import prompt_from_json, read_rollouts, rollout_from_json, step_file
 from megatron_rl.rollout.sampler import Collected
 from megatron_rl.rollout.work import GroupWork
-from megatron_rl.types import Prompt, Rollout, RolloutGroup
+from megatron_rl.types import ParallelContext, Prompt, Rollout, RolloutGroup
 
 
 class ReplaySampler:
@@ -16,7 +17,7 @@ class ReplaySampler:
     uses_engine = False
     is_graded = True
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, parallel: ParallelContext) -> None:
         """
         Args:
             folder: step_*.jsonl, as metrics.keep_rollouts_every=1 leaves them in rollouts/ of a run's folder.
@@ -29,6 +30,7 @@ class ReplaySampler:
                 f"rollout.replay_path={folder} has no step_*.jsonl. Record them with metrics.keep_rollouts_every=1."
             )
         self._folder = folder
+        self._parallel = parallel
 
     def settle(self, version: int) -> None:
         pass
@@ -36,9 +38,10 @@ class ReplaySampler:
     def collect(self, step: int, num_prompts_consumed: int) -> Collected:
         prompts: dict[int, Prompt] = {}
         rollouts: dict[int, list[Rollout]] = {}
-        for line in read_rollouts(step_file(self._folder, step)):
-            prompts.setdefault(line["group"], prompt_from_json(line))
-            rollouts.setdefault(line["group"], []).append(rollout_from_json(line))
+        with raise_together(self._parallel):
+            for line in read_rollouts(step_file(self._folder, step)):
+                prompts.setdefault(line["group"], prompt_from_json(line))
+                rollouts.setdefault(line["group"], []).append(rollout_from_json(line))
         groups = [
             RolloutGroup(index=index, prompt=prompts[index], rollouts=rollouts[index]) for index in sorted(prompts)
         ]

@@ -70,15 +70,13 @@ def begin_group(prompt: Prompt, seeds: Sequence[int]) -> GroupWork:
     return GroupWork(prompt=prompt, samples=tuple(Unfinished(seed=seed) for seed in seeds))
 
 
-def oldest_version(rollout: Rollout) -> int:
-    """Of the policies that sampled it."""
-    return int(rollout.policy_versions[rollout.loss_mask].min())
+def oldest_version(rollout: Rollout) -> int | None:
+    """Of the policies that sampled it; None when its environment failed before the first token."""
+    return min(rollout.policy_versions[rollout.loss_mask].tolist(), default=None)
 
 
 def _fresh_enough(sample: Rollout | Unfinished, oldest: int) -> Rollout | Unfinished:
-    if isinstance(sample, Rollout):
-        return Unfinished(seed=sample.seed) if oldest_version(sample) < oldest else sample
-    version = sample.oldest_version
+    version = oldest_version(sample) if isinstance(sample, Rollout) else sample.oldest_version
     return Unfinished(seed=sample.seed) if version is not None and version < oldest else sample
 
 

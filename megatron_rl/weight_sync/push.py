@@ -62,8 +62,13 @@ class WeightSync:
         """
         if not any_rank(self._engine.version != version, self._parallel):
             return {}
+        with self._policy.at_hand():
+            return self._push(version)
+
+    def _push(self, version: int) -> dict[str, Reduction]:
         if self._config.rollout.sleep:
-            self._engine.wake("weights")
+            with raise_together(self._parallel):
+                self._engine.wake("weights")
         settings = self._config.weight_sync
         every = settings.verify_every
         is_checked = self._num_pushes == 0 or (every > 0 and self._num_pushes % every == 0)
@@ -86,7 +91,8 @@ class WeightSync:
         metrics = self._report(traffic, seconds)
         if settings.probe_tokens:
             if self._config.rollout.sleep:
-                self._engine.wake("kv_cache")
+                with raise_together(self._parallel):
+                    self._engine.wake("kv_cache")
             metrics |= self._probe(version)
         self._num_pushes += 1
         return metrics

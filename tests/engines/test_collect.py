@@ -1,5 +1,8 @@
 """Jobs on a real engine: cut short and gone on with, conversations, and engines that die."""
 
+import os
+import re
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -20,6 +23,7 @@ from megatron_rl.rewards.pool import RewardPool
 from megatron_rl.rollout.collect import Collector, CollectorLimits, Job
 from megatron_rl.rollout.conversation import Dialogue
 from megatron_rl.rollout.engine import Engine
+from megatron_rl.rollout.record import group_from_json, group_to_json, read_lines, write_lines
 from megatron_rl.rollout.sampling import sample_seed
 from megatron_rl.rollout.work import GroupWork, Unfinished, begin_group
 from megatron_rl.types import ParallelContext, Prompt, Rollout
@@ -297,6 +301,44 @@ def test_an_engine_that_died_between_jobs_is_started_before_the_next(
     assert (engine.version, collector.num_engine_failures) == (-1, 1)
     engine.load_weights(weights(folder), 3)
     finished(collector.collect(job(groups(count=2), "after")))
+
+
+@pytest.mark.parametrize("seconds", [None, 300.0])
+def test_an_engine_that_gives_no_answer_is_started_again(
+    seconds: float | None,
+    engine_of: EngineOf,
+    engine_name: str,
+    collector_of: Callable[..., Collector],
+    folder: Path,
+) -> None:
+    engine: Any = engine_of(folder, max_num_sequences=6)
+    if engine_name != "sglang":  # no other has a process that could hang without this one
+        assert engine.death == ""
+        return
+    collector = collector_of(engine, max_failures=1)
+    engine._watch._timeout_s = 3.0
+    stopped = next(iter(engine._watch._processes))
+    os.kill(stopped.pid, signal.SIGSTOP)
+    finished(collector.collect(job(groups(count=2), f"hanging {seconds}", max_seconds=seconds)))
+    assert re.search(r"gave no answer for \d+ s \(rollout\.engine_timeout_s\)", collector.take_notes()[0])
+
+
+def test_what_is_carried_over_is_written_and_read_exactly(
+    collector_of: Callable[..., Collector], tmp_path: Path
+) -> None:
+    prompt = Prompt(prompt_id="x", token_ids=torch.tensor([3, 4]), text="a\u2028b\x85", answer=None)
+    work = [begin_group(prompt, [1, 2]), *groups(count=1)]
+    work = collector_of().collect(job(work, "written", max_tokens_now=7))
+    work = [work[0], *collector_of().collect(job(work[1:], "whole"))]
+    write_lines(tmp_path / "in_flight.jsonl", [group_to_json(group) for group in work])
+    again = [group_from_json(line) for line in read_lines(tmp_path / "in_flight.jsonl")]
+    assert [group_to_json(group) for group in again] == [group_to_json(group) for group in work]
+    assert again[0].prompt.text == prompt.text
+    assert not again[0].is_complete
+    assert again[1].is_complete
+    assert all(isinstance(s, Unfinished) and s.num_sampled == 7 for s in again[0].samples)
+    assert again[0].fresh_enough(4).samples[0] == Unfinished(seed=1)
+    assert again[0].fresh_enough(3) == again[0]
 
 
 def test_an_engine_that_dies_too_often_ends_the_run(

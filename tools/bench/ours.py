@@ -63,7 +63,7 @@ class OurLoop:
         engine = build_engine(self.config, self.policy)
         self._sync = WeightSync(self.policy, engine, self.config)
         collector = build_collector(self.config, inputs, engine, self._sync, self.policy)
-        self._sampler = build_sampler(self.config, inputs, collector)
+        self._sampler = build_sampler(self.config, inputs, collector, self.parallel)
         self._steps = 0
         self._prompts = 0
 

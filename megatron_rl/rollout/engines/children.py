@@ -41,14 +41,17 @@ class ChildWatch:
         self._lost = self._lost or self._gone()
         return self._lost
 
+    def restart_clock(self) -> None:
+        """An answer came, or is asked for only now."""
+        self._last_answer = time.monotonic()
+
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around a wait for one answer.
+        """Around a wait for answers.
 
         Raises:
-            EngineDied: it will not come.
+            EngineDied: none will come.
         """
-        self._last_answer = time.monotonic()
         if self.lost:
             raise EngineDied(self._lost)
         try:

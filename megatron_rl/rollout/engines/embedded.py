@@ -86,6 +86,8 @@ class EmbeddedEngine:
         self._weights = Storages(self._decoder.weights())
         self._version = -1
 
+    starts_together = False
+
     @property
     def version(self) -> int:
         return self._version
@@ -130,14 +132,15 @@ class EmbeddedEngine:
         )
         rows: _Rows | None = None
         while True:
+            if admission.is_over():
+                if rows is not None:
+                    yield from self._finish(rows, rows.working.nonzero()[:, 0], "abort")
+                return
             fresh = admission.pull()
             if fresh:
                 admitted = self._admit(fresh, params)
                 rows = admitted if rows is None else rows.join(admitted)
             if rows is None:
-                return
-            if admission.is_over():
-                yield from self._finish(rows, rows.working.nonzero()[:, 0], "abort")
                 return
             for finished in self._step(rows, stops, params):
                 admission.finish(finished.key)

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_rl.errors import EngineError, WeightSyncError
+from megatron_rl.errors import EngineDied, EngineError, WeightSyncError
 from megatron_rl.models import layout_table
 from megatron_rl.rollout.engine import EnginePart, EngineSetup, Finished, Request
 from megatron_rl.rollout.engines.admission import Admission
@@ -125,6 +125,8 @@ class SglangEngine:
         atexit.unregister(self._engine.shutdown)
         self._watch = ChildWatch(loop, set(active_children()) - before, setup.timeout_s)
 
+    starts_together = False
+
     @property
     def version(self) -> int:
         return self._version
@@ -135,17 +137,14 @@ class SglangEngine:
 
     def load_weights(self, tensors: Iterator[tuple[str, Tensor]], version: int) -> None:
         self._version = -1  # half-loaded weights have no version
-        if self._engine is not None:
-            self._tell("begin_weight_update")
+        self._tell("begin_weight_update")
         try:
             for bundle in _bundles(self._expected.watch(tensors)):
                 self._hand_over(bundle)
             self._expected.check_complete()
         finally:  # also of a push that failed: the next one could not begin
-            if self._engine is not None:
-                self._tell("end_weight_update")
-        if self._engine is not None:
-            self._tell("flush_cache")  # it would answer from the weights before
+            self._tell("end_weight_update")
+        self._tell("flush_cache")  # it would answer from the weights before
         self._version = version
 
     def generate(
@@ -172,17 +171,20 @@ class SglangEngine:
         loop = self._engine.loop
         owners: dict[asyncio.Task[Any], tuple[int, int]] = {}
         try:
+            self._watch.restart_clock()
             while True:
+                is_over = is_over or admission.is_over()
                 for request in () if is_over else admission.pull():
                     for sample in range(len(request.seeds)):
                         owners[loop.create_task(self._sample(request, params))] = (request.key, sample)
                 if not owners:
                     return
-                if not is_over and admission.is_over():
-                    is_over = True
+                if is_over:  # each time: a request that has not reached the engine yet would not hear of it
                     self._engine.tokenizer_manager.abort_request(abort_all=True)
                 with self._watch.waiting():
                     done = loop.run_until_complete(_some_of(owners, None if should_stop is None else STOP_POLL_S))
+                if done:
+                    self._watch.restart_clock()
                 for task in done:
                     key, sample = owners.pop(task)
                     admission.finish(key)
@@ -267,23 +269,29 @@ class SglangEngine:
         if self.place.group is not None:
             payloads = [None] * self.place.tp_size
             dist.all_gather_object(payloads, mine, group=self.place.group)
-        if self._engine is not None:
-            self._tell("update_weights_from_tensor", payloads, load_format="flattened_bucket", flush_cache=False)
-        if self.place.group is not None:
-            dist.barrier(group=self.place.group)  # the memory must live until the children have read it
+        # the memory lives until the children have read it: all ranks hear of it
+        self._tell("update_weights_from_tensor", payloads, load_format="flattened_bucket", flush_cache=False)
 
     def _tell(self, method: str, *arguments: Any, **options: Any) -> None:
-        """Call a method of the engine that changes it.
+        """Let the leader call a method of the engine that changes it; collective over the engine's ranks.
 
         Raises:
-            WeightSyncError: SGLang says that it failed.
-            EngineDied: SGLang does not answer.
+            WeightSyncError: on all of them, when SGLang says that it failed.
+            EngineDied: on all of them, when SGLang does not answer.
         """
-        with self._watch.waiting():
-            answer = getattr(self._engine, method)(*arguments, **options)
-        success, message = answer if isinstance(answer, tuple) else (answer.success, answer.message)
-        if not success:
-            raise WeightSyncError(f"SGLang refused {method}: {message}")
+        failure: EngineDied | WeightSyncError | None = None
+        if self._engine is not None:
+            try:
+                self._watch.restart_clock()
+                with self._watch.waiting():
+                    answer = getattr(self._engine, method)(*arguments, **options)
+                success, message = answer if isinstance(answer, tuple) else (answer.success, answer.message)
+                failure = None if success else WeightSyncError(f"SGLang refused {method}: {message}")
+            except EngineDied as error:
+                failure = error
+        failure = self.place.from_leader(failure)
+        if failure is not None:
+            raise failure
 
 
 def _write_config(source: Path, target: Path) -> None:

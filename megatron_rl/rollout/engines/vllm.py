@@ -78,6 +78,8 @@ class VllmEngine:
             self._llm.collective_rpc(_storages)[0] if setup.device.type == "cpu" else {}
         )
 
+    starts_together = True
+
     @property
     def version(self) -> int:
         return self._version
@@ -111,13 +113,13 @@ class VllmEngine:
         in_work: dict[str, _Sample] = {}
         try:
             while True:
-                for request in admission.pull():
-                    in_work |= self._add(request, params, in_parts=should_stop is not None)
-                if admission.is_idle:
-                    return
                 if admission.is_over():
                     if self.place.is_leader:
                         yield from [self._finished(sample, "abort") for sample in in_work.values()]
+                    return
+                for request in admission.pull():
+                    in_work |= self._add(request, params, in_parts=should_stop is not None)
+                if admission.is_idle:
                     return
                 for output in self._stepped(engine):
                     sample = in_work[output.request_id]
