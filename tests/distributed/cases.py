@@ -4,6 +4,7 @@ import gc
 import itertools
 import os
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch.distributed import distributed_c10d
 
 from megatron_rl.algorithms.importance import build_correction
 from megatron_rl.batching.plan import given_batch
-from megatron_rl.build import build_engine
+from megatron_rl.build import build_collector, build_engine, read_inputs
 from megatron_rl.collective import gather_objects
 from megatron_rl.config import RunConfig
 from megatron_rl.config.machine import ParallelSection
@@ -32,10 +33,12 @@ from megatron_rl.metrics.metric import merge, results
 from megatron_rl.metrics.timing import Stopwatch
 from megatron_rl.models import layout_table
 from megatron_rl.models.engine_shards import engine_boxes
+from megatron_rl.rollout.collect import Job
 from megatron_rl.rollout.engine import Request
 from megatron_rl.rollout.engines.embedded import EmbeddedEngine
 from megatron_rl.rollout.queue import share
 from megatron_rl.rollout.sampling import sample_seed
+from megatron_rl.rollout.work import begin_group
 from megatron_rl.types import (
     Completion,
     ParallelContext,
@@ -51,6 +54,7 @@ from megatron_rl.weight_sync.push import policy_logprobs
 from megatron_rl.weights.layout import Place, hf_shapes
 from megatron_rl.weights.reshard import plan_reshard
 from megatron_rl.weights.transfer import Traffic, Transfer
+from tests.engines.contract import Dying
 from tests.toys import VOCAB, sequences
 
 # after megatron_rl.mcore, which prepares Megatron-Core for the CPU
@@ -249,6 +253,36 @@ def engine_and_policy(config: RunConfig, num_updates: int) -> list[tuple[Complet
         rows = policy_logprobs(policy, [(asked[one.key].token_ids, one.completion.token_ids) for one in everything])
         found += [(one.completion, row) for one, row in zip(everything, rows, strict=True)]
     return found
+
+
+def collected_despite_a_death(config: RunConfig) -> tuple[list[list[int]], list[list[int]], int]:
+    """Tokens of a job undisturbed, of the same job when the first engine dies in it, and how many engines died.
+
+    The policy is offloaded meanwhile, as it is in a run.
+    """
+    parallel = world(config)
+    policy = Policy(config, parallel)
+    engine: Any = Dying(build_engine(config, policy), config.rollout.engine, deaths=0)
+    sync = WeightSync(policy, engine, config)
+    collector = build_collector(config, read_inputs(config, parallel), engine, sync, policy)
+    greedy = config.rollout.engine == "sglang"  # no seeds for each sample
+    params = SamplingParams(
+        temperature=0.0 if greedy else 1.0, top_p=1.0, top_k=0, max_new_tokens=12, stop_token_ids=()
+    )
+    prompts = [Prompt(prompt_id=str(i), token_ids=torch.arange(3 + i % 3), text="", answer="1") for i in range(12)]
+    work = [begin_group(prompt, [sample_seed(i, k) for k in range(2)]) for i, prompt in enumerate(prompts)]
+    found = []
+    with closing(engine), closing(collector):
+        sync.push(0)
+        for name, deaths in (("undisturbed", 0), ("disturbed", 1)):
+            engine.left = deaths if parallel.rank == 0 else 0
+            job = Job(name=name, work=work, params=params, schedule="static", functions="train", version=0)
+            policy.to_host()
+            done = collector.collect(job)
+            policy.to_device()
+            assert engine.version == 0
+            found.append([sample.token_ids.tolist() for group in done for sample in group.as_group(0).rollouts])
+        return found[0], found[1], collector.num_engine_failures
 
 
 _engines: dict[str, Any] = {}

@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from megatron_rl.errors import EngineDied
 from megatron_rl.models import read_model_spec
 from megatron_rl.rollout.engine import EnginePlace, EngineSetup, Finished, Request
 from megatron_rl.rollout.sampling import sample_seed
@@ -52,3 +54,39 @@ def collect(found: Iterator[Finished]) -> dict[tuple[int, int], Completion]:
         assert (finished.key, finished.sample) not in results
         results[finished.key, finished.sample] = finished.completion
     return results
+
+
+def kill(engine: Any, name: str) -> None:
+    """End a real engine in the middle of its work: its process, or its next step where it has none of its own."""
+    if name == "sglang":
+        next(iter(engine._watch._processes)).kill()
+        return
+
+    def die(*_: Any, **__: Any) -> None:
+        raise EngineDied("killed by the test") if name == "embedded" else RuntimeError("killed by the test")
+
+    if name == "vllm":
+        engine._llm.llm_engine.step = die
+    else:
+        engine._step = die
+
+
+class Dying:
+    """The engine with an end after so many results, again and again."""
+
+    def __init__(self, engine: Any, name: str, deaths: int) -> None:
+        self._engine, self._name, self.left = engine, name, deaths
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def generate(self, *arguments: Any, **options: Any) -> Iterator[Any]:
+        for number, one in enumerate(self._engine.generate(*arguments, **options)):
+            yield one
+            if number == 1 and self.left:
+                self.left -= 1
+                kill(self._engine, self._name)
+
+    def restart(self) -> None:
+        self._engine.__dict__.pop("_step", None)
+        self._engine.restart()

@@ -27,7 +27,7 @@ from megatron_rl.rollout.record import group_from_json, group_to_json, read_line
 from megatron_rl.rollout.sampling import sample_seed
 from megatron_rl.rollout.work import GroupWork, Unfinished, begin_group
 from megatron_rl.types import ParallelContext, Prompt, Rollout
-from tests.engines.contract import SIZES, params
+from tests.engines.contract import SIZES, Dying, kill, params
 from tests.toys import VOCAB
 
 EngineOf = Callable[..., Engine]
@@ -231,42 +231,6 @@ def test_an_environment_that_raises_fails_its_samples(collector_of: Callable[...
     rollouts = finished(collector.collect(job(groups(), params=TURNS, dialogue=broken)))
     assert {rollout.status for rollout in rollouts} == {"environment_error"}
     assert "no such thing" in rollouts[0].failure
-
-
-def kill(engine: Any, name: str) -> None:
-    """End a real engine in the middle of its work: its process, or its next step where it has none of its own."""
-    if name == "sglang":
-        next(iter(engine._watch._processes)).kill()
-        return
-
-    def die(*_: Any, **__: Any) -> None:
-        raise EngineDied("killed by the test") if name == "embedded" else RuntimeError("killed by the test")
-
-    if name == "vllm":
-        engine._llm.llm_engine.step = die
-    else:
-        engine._step = die
-
-
-class Dying:
-    """The engine with an end after so many results, again and again."""
-
-    def __init__(self, engine: Any, name: str, deaths: int) -> None:
-        self._engine, self._name, self.left = engine, name, deaths
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._engine, name)
-
-    def generate(self, *arguments: Any, **options: Any) -> Iterator[Any]:
-        for number, one in enumerate(self._engine.generate(*arguments, **options)):
-            yield one
-            if number == 1 and self.left:
-                self.left -= 1
-                kill(self._engine, self._name)
-
-    def restart(self) -> None:
-        self._engine.__dict__.pop("_step", None)
-        self._engine.restart()
 
 
 def test_nothing_is_lost_when_the_engine_dies_ten_times(

@@ -22,6 +22,24 @@ LAYOUTS: dict[str, tuple[str, bool, list[str]]] = {
 }
 
 
+def test_an_engine_that_dies_beside_others_is_replaced(
+    engine_name: str, gangs: Callable[[int], Gang], toy_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    config = toy_config(
+        tmp_path,
+        toy_model("qwen2", hidden_size=128, head_dim=32),
+        "parallel.tensor_parallel_size=2",
+        f"rollout.engine={engine_name}",
+        "memory.offload=[params,grads,optimizer]",
+        "rollout.max_num_sequences=4",
+        "rollout.max_new_tokens=12",
+    )
+    for undisturbed, disturbed, num_failures in gangs(2).call(cases.collected_despite_a_death, config=config):
+        assert len(undisturbed) == 24
+        assert disturbed == undisturbed
+        assert num_failures == 1
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_log_probabilities_are_the_policys(
     name: str,
