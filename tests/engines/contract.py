@@ -59,7 +59,9 @@ def collect(found: Iterator[Finished]) -> dict[tuple[int, int], Completion]:
 def kill(engine: Any, name: str) -> None:
     """End a real engine in the middle of its work: its process, or its next step where it has none of its own."""
     if name == "sglang":
-        next(iter(engine._watch._processes)).kill()
+        scheduler = next(iter(engine._watch._processes))
+        scheduler.kill()
+        scheduler.join()
         return
 
     def die(*_: Any, **__: Any) -> None:
