@@ -48,7 +48,7 @@ class CollectorLimits:
     """When a run gives up."""
 
     reward_failure_fraction: float
-    """Of the rewards of a job."""
+    """Of the rewards of a step, or of an evaluation."""
     engine_failures: int
     """Restarts of engines in the whole run."""
     max_length: int
@@ -115,10 +115,9 @@ class Collector:
             EngineError: a prompt does not fit the engine.
             EngineDied: engines died too often.
         """
-        first: Future[_Found] = Future()
         with raise_together(self._parallel):
-            first.set_result(self._generate(job, 0))
-        return self.finish(Pending(job, first), job.version)
+            found = self._generate(job, 0)
+        return self._complete(job, found)
 
     def revive(self) -> None:
         """Start engines again that died since the last job; they have no weights then. Collective.
@@ -138,9 +137,12 @@ class Collector:
         Args:
             version: of the policy now.
         """
-        job = replace(pending.job, version=version)
         with raise_together(self._parallel):
             found = pending.first.result()
+        return self._complete(replace(pending.job, version=version), found)
+
+    def _complete(self, job: Job, found: _Found) -> list[GroupWork]:
+        """Put together what the ranks have found; what dead engines left is generated again."""
         attempt = 0
         while True:
             told = gather_objects(found, self._parallel)
@@ -171,11 +173,12 @@ class Collector:
         """This engine's part of the job."""
         place, store, name = self._engine.place, self._parallel.store, f"{job.name}/{attempt}"
         open_ = [index for index, group in enumerate(job.work) if not group.is_complete]
-        grades: dict[tuple[int, int], tuple[Conversation, Future[list[RewardResult]]]] = {}
+        grades: dict[tuple[int, int], tuple[Conversation, str, Future[list[RewardResult]]]] = {}
 
         def on_done(index: int, sample: int, conversation: Conversation) -> None:
-            graded = self._pool.submit(job.functions, [_reward_input(conversation)])
-            grades[index, sample] = conversation, graded
+            text = conversation.text()
+            graded = self._pool.submit(job.functions, [_reward_input(conversation, text)])
+            grades[index, sample] = conversation, text, graded
 
         desk = Desk(
             job.work,
@@ -195,7 +198,8 @@ class Collector:
         except EngineDied as error:
             death = str(error)
         samples: dict[tuple[int, int], Rollout | Unfinished] = {
-            place: conversation.rollout(graded.result()[0]) for place, (conversation, graded) in grades.items()
+            place: conversation.rollout(text, graded.result()[0])
+            for place, (conversation, text, graded) in grades.items()
         }
         samples |= {place: conversation.sample for place, conversation in desk.unfinished.items()}
         return _Found(samples, death, place.index)
@@ -302,12 +306,12 @@ def _is_enough(job: Job) -> bool:
     return sum(group.is_complete for group in job.work) >= wanted
 
 
-def _reward_input(conversation: Conversation) -> RewardInput:
+def _reward_input(conversation: Conversation, text: str) -> RewardInput:
     prompt = conversation.prompt
     assert conversation.finish_reason is not None
     return RewardInput(
         prompt=prompt.text,
-        response=conversation.text,
+        response=text,
         answer=prompt.answer,
         finish_reason=conversation.finish_reason,
         num_tokens=conversation.sample.num_sampled,

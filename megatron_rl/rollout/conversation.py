@@ -87,8 +87,8 @@ class Conversation:
         self._guarded(self._answer)
         return self.finish_reason is None and self._room() > 0
 
-    def rollout(self, result: RewardResult) -> Rollout:
-        """The finished sample with its grade."""
+    def rollout(self, text: str, result: RewardResult) -> Rollout:
+        """The finished sample with what ``text`` gave and its grade."""
         assert self.finish_reason is not None
         parts, length = self.sample.parts, self.prompt.token_ids.numel()
         versions = [torch.full((length,), -1), *(torch.full_like(p.token_ids, _version(p)) for p in parts)]
@@ -102,7 +102,7 @@ class Conversation:
             token_ids=all_tokens(self.prompt, self.sample),
             loss_mask=policy_versions >= 0,
             rollout_logprobs=torch.cat(logprobs),
-            text=self.text,
+            text=text,
             finish_reason=self.finish_reason,
             policy_versions=policy_versions,
             seed=self.sample.seed,
@@ -113,7 +113,6 @@ class Conversation:
             routing=next((p.routing for p in reversed(parts) if isinstance(p, Completion)), None),
         )
 
-    @property
     def text(self) -> str:
         """All that was said after the prompt."""
         said = [part.token_ids for part in self.sample.parts]

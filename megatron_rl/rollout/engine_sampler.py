@@ -31,8 +31,6 @@ class _Harvest:
     num_rounds: int = 0
     num_restarted: int = 0
     """Samples that were too old to go on with."""
-    num_given_up: int = 0
-    """Groups that were dropped unfinished."""
 
 
 class EngineSampler:
@@ -78,7 +76,7 @@ class EngineSampler:
         if self._pending is not None:
             assert self._ahead is not None
             pending, self._pending = self._pending, None
-            self._ahead = self._sorted(self._ahead, self._collector.finish(pending, version))
+            self._ahead = self._after_round(self._ahead, self._collector.finish(pending, version))
         self._collector.revive()
 
     def collect(self, step: int, num_prompts_consumed: int) -> Collected:
@@ -118,7 +116,10 @@ class EngineSampler:
 
     def _round(self, harvest: _Harvest) -> _Harvest:
         harvest = self._with_fresh(harvest)
-        return self._sorted(harvest, self._collector.collect(self._job(harvest, version=harvest.step - 1)))
+        return self._after_round(harvest, self._collector.collect(self._job(harvest, version=harvest.step - 1)))
+
+    def _after_round(self, harvest: _Harvest, work: Sequence[GroupWork]) -> _Harvest:
+        return replace(self._sorted(harvest, work), num_rounds=harvest.num_rounds + 1)
 
     def _with_fresh(self, harvest: _Harvest) -> _Harvest:
         """Open groups filled up with prompts from the data."""
@@ -148,23 +149,22 @@ class EngineSampler:
         )
 
     def _sorted(self, harvest: _Harvest, work: Sequence[GroupWork]) -> _Harvest:
-        """The harvest after a round over its open groups."""
+        """The harvest with these groups in the place of its open ones."""
         complete = [(group, self._config.dynamic_sampling and _is_idle(group)) for group in work if group.is_complete]
         return replace(
             harvest,
             kept=(*harvest.kept, *(group for group, is_idle in complete if not is_idle)),
             idle=(*harvest.idle, *(group for group, is_idle in complete if is_idle)),
             open=tuple(group for group in work if not group.is_complete),
-            num_rounds=harvest.num_rounds + 1,
         )
 
     def _is_enough(self, harvest: _Harvest) -> bool:
         config, num_kept = self._config, len(harvest.kept)
         if num_kept >= config.num_prompts_per_step:
             return True
-        if num_kept + len(harvest.idle) >= config.num_prompts_per_step and harvest.num_rounds > config.max_rounds:
+        if num_kept + len(harvest.idle) >= config.num_prompts_per_step and harvest.num_rounds >= config.max_rounds:
             return True
-        return config.max_seconds_per_round is not None and num_kept >= self._multiple and harvest.num_rounds > 1
+        return config.max_seconds_per_round is not None and num_kept >= self._multiple and harvest.num_rounds > 0
 
     def _close(self, harvest: _Harvest) -> Collected:
         """The groups of the step; the others are carried over, or given up where that is not asked for.
@@ -183,7 +183,7 @@ class EngineSampler:
         self._carried = rest if config.partial else ()
         dropped = 0 if config.partial else len(rest)
         counts = {
-            "rollout/rounds": harvest.num_rounds - 1,
+            "rollout/rounds": harvest.num_rounds,
             "rollout/carried_over": len(self._carried),
             "rollout/given_up": dropped,
             "rollout/restarted_as_stale": harvest.num_restarted,

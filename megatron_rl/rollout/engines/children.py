@@ -41,17 +41,18 @@ class ChildWatch:
         self._lost = self._lost or self._gone()
         return self._lost
 
-    def restart_clock(self) -> None:
-        """An answer came, or is asked for only now."""
-        self._last_answer = time.monotonic()
-
     @contextmanager
-    def waiting(self) -> Iterator[None]:
+    def waiting(self, *, goes_on: bool = False) -> Iterator[None]:
         """Around a wait for answers.
+
+        Args:
+            goes_on: it is the same wait as before, in which no answer came yet.
 
         Raises:
             EngineDied: none will come.
         """
+        if not goes_on:
+            self._last_answer = time.monotonic()
         if self.lost:
             raise EngineDied(self._lost)
         try:

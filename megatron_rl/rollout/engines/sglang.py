@@ -18,9 +18,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from megatron_rl.collective import gather_over
 from megatron_rl.errors import EngineDied, EngineError, WeightSyncError
 from megatron_rl.models import layout_table
 from megatron_rl.rollout.engine import EnginePart, EngineSetup, Finished, Request
@@ -167,11 +167,10 @@ class SglangEngine:
         admission = Admission(
             requests, params, alone, version=self._version, max_requests=max_requests, should_stop=should_stop
         )
-        is_over = False
+        is_over, is_answered = False, True
         loop = self._engine.loop
         owners: dict[asyncio.Task[Any], tuple[int, int]] = {}
         try:
-            self._watch.restart_clock()
             while True:
                 is_over = is_over or admission.is_over()
                 for request in () if is_over else admission.pull():
@@ -181,10 +180,9 @@ class SglangEngine:
                     return
                 if is_over:  # each time: a request that has not reached the engine yet would not hear of it
                     self._engine.tokenizer_manager.abort_request(abort_all=True)
-                with self._watch.waiting():
+                with self._watch.waiting(goes_on=not is_answered):
                     done = loop.run_until_complete(_some_of(owners, None if should_stop is None else STOP_POLL_S))
-                if done:
-                    self._watch.restart_clock()
+                is_answered = bool(done)
                 for task in done:
                     key, sample = owners.pop(task)
                     admission.finish(key)
@@ -265,10 +263,7 @@ class SglangEngine:
         flat = FlattenedTensorBucket(named_tensors=bundle)
         content = {"flattened_tensor": flat.get_flattened_tensor(), "metadata": flat.get_metadata()}
         mine = _serialized(content, self._setup.device)
-        payloads: list[Any] = [mine]
-        if self.place.group is not None:
-            payloads = [None] * self.place.tp_size
-            dist.all_gather_object(payloads, mine, group=self.place.group)
+        payloads = gather_over(mine, self.place.tp_size, self.place.group)
         # the memory lives until the children have read it: all ranks hear of it
         self._tell("update_weights_from_tensor", payloads, load_format="flattened_bucket", flush_cache=False)
 
@@ -282,7 +277,6 @@ class SglangEngine:
         failure: EngineDied | WeightSyncError | None = None
         if self._engine is not None:
             try:
-                self._watch.restart_clock()
                 with self._watch.waiting():
                     answer = getattr(self._engine, method)(*arguments, **options)
                 success, message = answer if isinstance(answer, tuple) else (answer.success, answer.message)
