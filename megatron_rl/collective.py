@@ -1,7 +1,7 @@
 """Host-side collectives of plain objects, and errors that all ranks raise together."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -39,43 +39,34 @@ def barrier(parallel: ParallelContext) -> None:
     gather_objects(None, parallel)
 
 
-@contextmanager
-def raise_together(parallel: ParallelContext) -> Iterator[None]:
+def raise_together(parallel: ParallelContext) -> AbstractContextManager[None]:
     """Let every rank raise when one does, so that none waits for it in vain.
 
     The body must contain no collective that a failing rank could leave the others in.
     """
-    failure: Exception | None = None
-    try:
-        yield
-    except Exception as error:  # of any kind: the others must hear of it before it goes on
-        failure = error
-    values_or_raise(None, failure, parallel.world_size, parallel.host_group)
+    return raise_over(parallel.world_size, parallel.host_group)
 
 
-def values_or_raise(
-    value: T,
-    failure: Exception | None,
-    size: int,
-    group: Any = None,
-    *,
-    otherwise: type[MegatronRLError] = MegatronRLError,
-) -> list[T]:
-    """The value of every rank, or the failure of one on all of them.
+@contextmanager
+def raise_over(size: int, group: Any = None, *, otherwise: type[MegatronRLError] = MegatronRLError) -> Iterator[None]:
+    """``raise_together`` for the ranks of a group.
 
     Args:
-        failure: what this rank raised instead of finding a value.
         size, group: as of ``gather_over``.
         otherwise: what the other ranks raise for an exception that is none of this package.
 
     Raises:
         Exception: this rank's failure; without one the first failure of another rank.
     """
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:  # of any kind: the others must hear of it before it goes on
+        failure = error
     kind = type(failure) if isinstance(failure, MegatronRLError) else otherwise
-    told = gather_over((value, kind, None if failure is None else str(failure)), size, group)
+    told = gather_over((kind, None if failure is None else str(failure)), size, group)
     if failure is not None:
         raise failure
-    for rank, (_, kind, message) in enumerate(told):
+    for rank, (found, message) in enumerate(told):
         if message is not None:
-            raise kind(f"{message} (on rank {rank})")
-    return [value for value, _, _ in told]
+            raise found(f"{message} (on rank {rank})")

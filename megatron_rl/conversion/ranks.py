@@ -4,11 +4,11 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import torch.distributed as dist
 
-from megatron_rl.collective import values_or_raise
+from megatron_rl.collective import gather_over, raise_over
 from megatron_rl.errors import ConversionError
 
 T = TypeVar("T")
@@ -31,12 +31,9 @@ class Ranks:
         Raises:
             MegatronRLError: the function failed on another rank; ConversionError unless it is of another kind.
         """
-        result, failure = None, None
-        try:
+        with raise_over(self.size, otherwise=ConversionError):
             result = function()
-        except Exception as error:  # of any kind: the others must hear of it before it goes on
-            failure = error
-        return values_or_raise(cast(T, result), failure, self.size, otherwise=ConversionError)
+        return gather_over(result, self.size)
 
     def add_up(self, name: str, amount: int) -> int:
         """Add to a count that all ranks share; the new count."""

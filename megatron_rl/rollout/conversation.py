@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from megatron_rl.environments.base import Environment, Episode
 from megatron_rl.rewards.record import RewardResult
 from megatron_rl.rollout.engine import Request
 from megatron_rl.rollout.sampling import sample_seed
-from megatron_rl.rollout.work import Observation, Unfinished, all_tokens
+from megatron_rl.rollout.work import Observation, Part, Unfinished, all_tokens
 from megatron_rl.types import Completion, FinishReason, Prompt, Rollout
 
 
@@ -64,11 +63,18 @@ class Conversation:
             self._guarded(self._begin)
 
     @property
-    def request(self) -> tuple[Tensor, int, int]:
-        """(tokens so far [L], seed, most new tokens) of the next turn."""
+    def seed(self) -> int:
+        """Of the next turn: the draws of two parts of a sample have nothing in common."""
         parts = len(self.sample.parts)
-        seed = sample_seed(self.sample.seed, parts) if parts else self.sample.seed
-        return all_tokens(self.prompt, self.sample), seed, self._room()
+        return sample_seed(self.sample.seed, parts) if parts else self.sample.seed
+
+    @property
+    def room(self) -> int:
+        """New tokens that the next turn may have now."""
+        room, now = self._room_of(self.sample), self._rules.max_tokens_now
+        if now is None:
+            return room
+        return min(room, max(0, now - (self.sample.num_sampled - self._begun_with)))
 
     def take(self, completion: Completion) -> bool:
         """The engine's answer; True when the conversation goes on at once."""
@@ -78,14 +84,13 @@ class Conversation:
         if completion.finish_reason == "abort":
             return False
         if completion.finish_reason == "length":
-            is_cut = self.sample.num_sampled < self._rules.max_new_tokens and not self._is_full()
-            self.finish_reason = None if is_cut else "length"
+            self.finish_reason = None if self._room_of(self.sample) else "length"
             return False
         if self._episode is None:
             self.finish_reason = "stop"
             return False
         self._guarded(self._answer)
-        return self.finish_reason is None and self._room() > 0
+        return self.finish_reason is None and self.room > 0
 
     def rollout(self, text: str, result: RewardResult) -> Rollout:
         """The finished sample with what ``text`` gave and its grade."""
@@ -141,11 +146,10 @@ class Conversation:
         text = dialogue.template.replace("{observation}", observation)
         tokens = torch.tensor(list(self._rules.encode(text)), dtype=torch.int64)
         longer = self.sample.with_part(Observation(token_ids=tokens))
-        is_over = all_tokens(self.prompt, longer).numel() >= self._rules.max_length
-        if is_over or self.sample.num_sampled >= self._rules.max_new_tokens:
+        if self._room_of(longer):
+            self.sample = longer
+        else:
             self.finish_reason = "length"
-            return
-        self.sample = longer
 
     def _step(self) -> str | None:
         assert self._episode is not None
@@ -163,28 +167,26 @@ class Conversation:
         except Exception as error:  # a user's environment may raise anything: the sample fails, the run goes on
             self.finish_reason, self.failure = "stop", f"the environment raised {error!r}"
 
-    def _room(self) -> int:
-        """New tokens that the next turn may have."""
-        rules, sampled = self._rules, self.sample.num_sampled
-        rooms = [rules.max_new_tokens - sampled, rules.max_length - all_tokens(self.prompt, self.sample).numel()]
-        if rules.max_tokens_now is not None:
-            rooms.append(rules.max_tokens_now - (sampled - self._begun_with))
-        return max(0, min(rooms))
-
-    def _is_full(self) -> bool:
-        return all_tokens(self.prompt, self.sample).numel() >= self._rules.max_length
+    def _room_of(self, sample: Unfinished) -> int:
+        """New tokens that a sample may have before it ends."""
+        length = self.prompt.token_ids.numel() + sum(part.token_ids.numel() for part in sample.parts)
+        return max(0, min(self._rules.max_new_tokens - sample.num_sampled, self._rules.max_length - length))
 
 
 def new_request(key: int, conversations: Sequence[Conversation]) -> Request:
     """A request of samples that have come equally far."""
-    asked = [conversation.request for conversation in conversations]
-    token_ids, _, limit = asked[0]
-    return Request(key=key, token_ids=token_ids, seeds=tuple(seed for _, seed, _ in asked), max_new_tokens=limit)
+    first = conversations[0]
+    return Request(
+        key=key,
+        token_ids=all_tokens(first.prompt, first.sample),
+        seeds=tuple(conversation.seed for conversation in conversations),
+        max_new_tokens=first.room,
+    )
 
 
-def _version(part: Any) -> int:
+def _version(part: Part) -> int:
     return part.policy_version if isinstance(part, Completion) else -1
 
 
-def _logprobs(part: Any) -> Tensor:
+def _logprobs(part: Part) -> Tensor:
     return part.logprobs if isinstance(part, Completion) else torch.zeros(part.token_ids.numel())

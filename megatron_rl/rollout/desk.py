@@ -71,7 +71,7 @@ class Desk:
             self.unfinished[place[0], place[1]] = place[2]
         for place in [place for place in begun if place[2].finish_reason is not None]:
             self._finish(*place)
-        going = [place for place in begun if place[2].finish_reason is None and place[2].request[2] > 0]
+        going = [place for place in begun if place[2].finish_reason is None and place[2].room > 0]
         fresh = [place for place in going if not place[2].sample.parts]
         if fresh:
             self._next.append(fresh)

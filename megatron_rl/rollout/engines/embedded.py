@@ -77,6 +77,8 @@ class _Rows:
 class EmbeddedEngine:
     """An engine on one rank with the whole model."""
 
+    starts_together = False
+
     def __init__(self, setup: EngineSetup, *, reports_routing: bool = False) -> None:
         self.place = setup.place
         self._setup = setup
@@ -85,8 +87,6 @@ class EmbeddedEngine:
         self._reports_routing = reports_routing
         self._weights = Storages(self._decoder.weights())
         self._version = -1
-
-    starts_together = False
 
     @property
     def version(self) -> int:

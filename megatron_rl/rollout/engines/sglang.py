@@ -51,6 +51,8 @@ LAUNCHER_VARIABLES = (
 class SglangEngine:
     """This rank's part of an SGLang engine; the first rank owns it."""
 
+    starts_together = False
+
     def __init__(self, setup: EngineSetup, *, seed: int) -> None:
         """Start the engine.
 
@@ -124,8 +126,6 @@ class SglangEngine:
         manager._subprocess_watchdog.stop()
         atexit.unregister(self._engine.shutdown)
         self._watch = ChildWatch(loop, set(active_children()) - before, setup.timeout_s)
-
-    starts_together = False
 
     @property
     def version(self) -> int:

@@ -26,6 +26,8 @@ from megatron_rl.weights.layout import hf_shapes
 class VllmEngine:
     """This rank's part of a vLLM engine."""
 
+    starts_together = True
+
     def __init__(self, setup: EngineSetup, *, identity: str) -> None:
         """Start the engine; collective over all ranks, which must have joined torch's default group.
 
@@ -77,8 +79,6 @@ class VllmEngine:
         self._on_host: Mapping[EnginePart, Storages] = (
             self._llm.collective_rpc(_storages)[0] if setup.device.type == "cpu" else {}
         )
-
-    starts_together = True
 
     @property
     def version(self) -> int:
