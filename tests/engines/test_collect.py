@@ -281,7 +281,7 @@ def test_an_engine_that_gives_no_answer_is_started_again(
         return
     collector = collector_of(engine, max_failures=1)
     engine._watch._timeout_s = 3.0
-    stopped = next(iter(engine._watch._processes))
+    stopped = min(engine._watch._processes, key=lambda process: process.pid)  # the scheduler is started first
     os.kill(stopped.pid, signal.SIGSTOP)
     finished(collector.collect(job(groups(count=2), f"hanging {seconds}", max_seconds=seconds)))
     assert re.search(r"gave no answer for \d+ s \(rollout\.engine_timeout_s\)", collector.take_notes()[0])
