@@ -4,7 +4,7 @@ import asyncio
 import signal
 import time
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
 from typing import Any
@@ -61,6 +61,14 @@ class ChildWatch:
             if self._lost:
                 raise EngineDied(self._lost) from error
             raise
+
+    def abandon(self, tasks: Collection[asyncio.Task[Any]]) -> None:
+        """Cancel tasks that wait for an engine that is lost, and let them hear of it."""
+        for task in (self._task, *tasks):
+            task.cancel()
+        with suppress(RuntimeError):  # a stop of the loop that the watch had asked for already
+            self._loop.run_until_complete(asyncio.sleep(0))
+        self._loop.run_until_complete(asyncio.wait(tasks))
 
     def kill(self) -> None:
         """End the processes and all that they started."""

@@ -11,6 +11,7 @@ import os
 import pickle
 import signal
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from multiprocessing import active_children
 from pathlib import Path
@@ -223,12 +224,10 @@ class SglangEngine:
             return
         if not self._watch.lost:
             self._engine.tokenizer_manager.abort_request(abort_all=True)
-            with self._watch.waiting():
+            with suppress(EngineDied), self._watch.waiting():  # whoever uses it next hears of a death
                 self._engine.loop.run_until_complete(asyncio.wait(tasks))
-            return
-        for task in tasks:
-            task.cancel()
-        self._engine.loop.run_until_complete(asyncio.wait(tasks))
+        if self._watch.lost:
+            self._watch.abandon(tasks)
 
     async def _sample(self, request: Request, params: SamplingParams) -> dict[str, Any]:
         stops = list(params.stop_token_ids)
