@@ -41,6 +41,7 @@ from megatron_rl.rollout.engines.embedded import EmbeddedEngine
 from megatron_rl.rollout.engines.sglang import SglangEngine
 from megatron_rl.rollout.engines.vllm import VllmEngine
 from megatron_rl.rollout.evaluator import Evaluator
+from megatron_rl.rollout.keeper import EngineKeeper
 from megatron_rl.rollout.replay import ReplaySampler
 from megatron_rl.rollout.sampler import DemonstrationSampler, Sampler
 from megatron_rl.rollout.sampling import sample_seed
@@ -166,19 +167,27 @@ def longest_sequence(config: RunConfig, spec: ModelSpec) -> int:
     return min(max(config.data.max_prompt_tokens, PROBE_PROMPT) + new, spec.max_position_embeddings)
 
 
-def build_collector(config: RunConfig, inputs: Inputs, engine: Engine, sync: WeightSync, policy: Policy) -> Collector:
+def build_keeper(config: RunConfig, engine: Engine, policy: Policy) -> EngineKeeper:
+    """Who keeps the engines at the policy's version; collective."""
+    return EngineKeeper(
+        engine,
+        policy.parallel,
+        max_failures=config.rollout.max_engine_failures,
+        push=WeightSync(policy, engine, config).push,
+    )
+
+
+def build_collector(config: RunConfig, inputs: Inputs, keeper: EngineKeeper, policy: Policy) -> Collector:
     """Engine, reward workers and tokenizer together."""
     return Collector(
-        engine,
+        keeper,
         RewardPool(config.reward, reward_functions(config)),
         inputs.tokenizer,
         policy.parallel,
         limits=CollectorLimits(
             reward_failure_fraction=config.reward.max_failure_fraction,
-            engine_failures=config.rollout.max_engine_failures,
             max_length=longest_sequence(config, policy.spec),
         ),
-        push=sync.push,
     )
 
 

@@ -56,7 +56,7 @@ def raise_over(size: int, group: Any = None, *, otherwise: type[MegatronRLError]
         otherwise: what the other ranks raise for an exception that is none of this package.
 
     Raises:
-        Exception: this rank's failure; without one the first failure of another rank.
+        Exception: on every rank the failure of the first rank that has one, so that all may act on it alike.
     """
     failure: Exception | None = None
     try:
@@ -65,8 +65,10 @@ def raise_over(size: int, group: Any = None, *, otherwise: type[MegatronRLError]
         failure = error
     kind = type(failure) if isinstance(failure, MegatronRLError) else otherwise
     told = gather_over((kind, None if failure is None else str(failure)), size, group)
-    if failure is not None:
+    first = next((rank for rank, (_, message) in enumerate(told) if message is not None), None)
+    if first is None:
+        return
+    if failure is not None and first == (dist.get_rank(group) if size > 1 else 0):
         raise failure
-    for rank, (found, message) in enumerate(told):
-        if message is not None:
-            raise found(f"{message} (on rank {rank})")
+    found, message = told[first]
+    raise found(f"{message} (on rank {first})") from failure

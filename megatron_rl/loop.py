@@ -16,6 +16,7 @@ from megatron_rl.build import (
     build_collector,
     build_engine,
     build_evaluator,
+    build_keeper,
     build_log,
     build_reference,
     build_sampler,
@@ -40,13 +41,13 @@ from megatron_rl.plugins import load_symbol
 from megatron_rl.profiling import profiled
 from megatron_rl.rollout.engine import Engine
 from megatron_rl.rollout.evaluator import Evaluator
+from megatron_rl.rollout.keeper import EngineKeeper
 from megatron_rl.rollout.sampler import Collected, Sampler
 from megatron_rl.rollout.statistics import length_metrics, reward_metrics, staleness_metrics
 from megatron_rl.run_folder import RunFolder
 from megatron_rl.run_log import RunLog
 from megatron_rl.stop import StopRequest
 from megatron_rl.types import ParallelContext, RolloutGroup, TrainBatch, TrainState, UpdatePlan
-from megatron_rl.weight_sync import WeightSync
 
 
 def run(config: RunConfig, resume: str) -> None:
@@ -79,9 +80,9 @@ def run_in(config: RunConfig, resume: str, parallel: ParallelContext) -> None:
     engine = build_engine(config, policy)
     checkpoints = Checkpoints(folder.checkpoints, config, parallel)
     state = checkpoints.restore(checkpoint, policy) if checkpoint else fresh_state(parallel)
-    sync = WeightSync(policy, engine, config)
+    keeper = build_keeper(config, engine, policy)
     with raise_together(parallel):
-        collector = build_collector(config, inputs, engine, sync, policy)
+        collector = build_collector(config, inputs, keeper, policy)
     with closing(engine), closing(collector):
         with raise_together(parallel):
             sampler = build_sampler(config, inputs, collector, parallel)
@@ -102,7 +103,7 @@ def run_in(config: RunConfig, resume: str, parallel: ParallelContext) -> None:
             )
         ) as log:
             log.note(describe(config, inputs, parallel, checkpoint.name if checkpoint else None))
-            train(config, state, policy, reference, engine, sampler, evaluator, sync, checkpoints, log, parallel)
+            train(config, state, policy, reference, sampler, evaluator, keeper, checkpoints, log, parallel)
 
 
 def train(
@@ -110,18 +111,17 @@ def train(
     state: TrainState,
     policy: Policy,
     reference: Reference | None,
-    engine: Engine,
     sampler: Sampler,
     evaluator: Evaluator | None,
-    sync: WeightSync,
+    keeper: EngineKeeper,
     checkpoints: Checkpoints,
     log: RunLog,
     parallel: ParallelContext,
 ) -> None:
     """Step after step until the last, or until a signal asks to stop."""
-    stop, correction, ledger = StopRequest(parallel), build_correction(config.algorithm), Ledger(policy, engine)
+    stop, correction, ledger = StopRequest(parallel), build_correction(config.algorithm), Ledger(policy, keeper.engine)
     if state.step == 0:
-        log.step(0, evaluate(evaluator, engine, sampler, policy, config, sync, log, state, Stopwatch()))
+        log.step(0, evaluate(evaluator, sampler, policy, config, keeper, log, state, Stopwatch()))
     while state.step < config.run.num_steps and not stop.agreed():
         watch, step = Stopwatch(), state.step + 1
         metrics: dict[str, Reduction] = {}
@@ -131,9 +131,9 @@ def train(
                     sampler.settle(version=state.step)
                 if sampler.uses_engine:
                     with watch.span("update_weights"):
-                        metrics |= sync.push(version=state.step)
+                        metrics |= keeper.push(version=state.step)
                     ledger.look("push")
-                with room_for_engine(policy, engine, config, watch), watch.span("gen"):
+                with room_for_engine(policy, keeper.engine, config, watch), watch.span("gen"):
                     ledger.look("generation")
                     collected = sampler.collect(step, state.num_prompts_consumed)
             batch = plan(collected.groups, config, parallel)
@@ -150,9 +150,7 @@ def train(
         state = advance(state, collected, batch)
         if is_due(config.evaluation.every, step, config.run.num_steps):
             with saved_if_engines_die(checkpoints, state, policy, sampler):
-                metrics = merge(
-                    [metrics, evaluate(evaluator, engine, sampler, policy, config, sync, log, state, watch)]
-                )
+                metrics = merge([metrics, evaluate(evaluator, sampler, policy, config, keeper, log, state, watch)])
         checkpoints.finish_if_written()
         if is_due(config.checkpoint.every, step, config.run.num_steps):
             with watch.span("save_checkpoint"):
@@ -281,11 +279,10 @@ def add_advantages(batch: TrainBatch, config: RunConfig) -> TrainBatch:
 
 def evaluate(
     evaluator: Evaluator | None,
-    engine: Engine,
     sampler: Sampler,
     policy: Policy,
     config: RunConfig,
-    sync: WeightSync,
+    keeper: EngineKeeper,
     log: RunLog,
     state: TrainState,
     watch: Stopwatch,
@@ -295,8 +292,8 @@ def evaluate(
         return {}
     with watch.span("testing"):
         sampler.settle(version=state.step)
-        pushed = sync.push(version=state.step)
-        with room_for_engine(policy, engine, config, watch):
+        pushed = keeper.push(version=state.step)
+        with room_for_engine(policy, keeper.engine, config, watch):
             metrics, samples = evaluator.evaluate(state.step)
     headline = {name.removeprefix("eval/"): metrics[name].result() for name in evaluator.headline}
     shown = [f"{name} {value:.4g}" for name, value in headline.items()]

@@ -14,7 +14,7 @@ from megatron_rl.rewards.pool import RewardPool
 from megatron_rl.rewards.record import RewardInput, RewardResult
 from megatron_rl.rollout.conversation import Conversation, Dialogue, Rules
 from megatron_rl.rollout.desk import Desk
-from megatron_rl.rollout.engine import Engine
+from megatron_rl.rollout.keeper import EngineKeeper
 from megatron_rl.rollout.queue import fair_share, share
 from megatron_rl.rollout.work import GroupWork, Unfinished
 from megatron_rl.types import ParallelContext, Rollout, SamplingParams
@@ -49,8 +49,6 @@ class CollectorLimits:
 
     reward_failure_fraction: float
     """Of the rewards of a step, or of an evaluation."""
-    engine_failures: int
-    """Restarts of engines in the whole run."""
     max_length: int
     """Tokens of the longest sequence."""
 
@@ -80,30 +78,22 @@ class Collector:
 
     def __init__(
         self,
-        engine: Engine,
+        keeper: EngineKeeper,
         pool: RewardPool,
         tokenizer: Any,
         parallel: ParallelContext,
         *,
         limits: CollectorLimits,
-        push: Callable[[int], object],
     ) -> None:
-        """
-        Args:
-            push: brings the policy's weights to every engine, as the version given; collective.
-        """
-        self._engine = engine
+        self.keeper = keeper
+        self._engine = keeper.engine
         self._pool = pool
         self._tokenizer = tokenizer
         self._parallel = parallel
         self._limits = limits
-        self._push = push
-        self._notes: list[str] = []
         # which device is the present one is known thread by thread
         prepare = (lambda: torch.cuda.set_device(parallel.device)) if parallel.device.type == "cuda" else None
         self._background = ThreadPoolExecutor(max_workers=1, initializer=prepare)
-        self.num_engine_failures = 0
-        """Of the run so far."""
 
     def collect(self, job: Job) -> list[GroupWork]:
         """All groups of the job as far as they came, in order, the same on every rank; collective.
@@ -118,14 +108,6 @@ class Collector:
         with raise_together(self._parallel):
             found = self._generate(job, 0)
         return self._complete(job, found)
-
-    def revive(self) -> None:
-        """Start engines again that died since the last job; they have no weights then. Collective.
-
-        Raises:
-            EngineDied: engines died too often.
-        """
-        self._restart(gather_objects((self._engine.place.index, self._engine.death), self._parallel))
 
     def begin(self, job: Job) -> Pending:
         """Begin a job in the background; the engine belongs to it until ``finish``."""
@@ -149,8 +131,8 @@ class Collector:
             job = replace(job, work=_merged(job.work, [one.samples for one in told]))
             if not any(one.death for one in told):
                 break
-            self._restart([(one.engine, one.death) for one in told])
-            self._push(job.version)
+            self.keeper.restart([(one.engine, one.death) for one in told])
+            self.keeper.push(job.version)
             if _is_enough(job):
                 break
             attempt += 1
@@ -158,11 +140,6 @@ class Collector:
                 found = self._generate(job, attempt)
         _check_complete(job)
         return list(job.work)
-
-    def take_notes(self) -> list[str]:
-        """What the user should know, once."""
-        notes, self._notes = self._notes, []
-        return notes
 
     def close(self) -> None:
         """End the reward workers."""
@@ -229,32 +206,6 @@ class Collector:
             return begun + self._parallel.store.add(f"{name}/complete", 0) >= job.enough
 
         return should_stop
-
-    def _restart(self, told: Sequence[tuple[int, str]]) -> None:
-        """Start the engines again that died; collective.
-
-        Args:
-            told: (engine, how it ended) of every rank.
-
-        Raises:
-            EngineDied: on every rank, when that has happened too often.
-        """
-        dead = {engine: death for engine, death in told if death}
-        if not dead:
-            return
-        self.num_engine_failures += len(dead)
-        which = "; ".join(f"engine {index}: {death}" for index, death in sorted(dead.items()))
-        if self.num_engine_failures > self._limits.engine_failures:
-            raise EngineDied(
-                f"engines died {self.num_engine_failures} times in this run, more than rollout.max_engine_failures="
-                f"{self._limits.engine_failures}. Last: {which}. Look for what ended it (out of memory?)."
-            )
-        self._notes.append(
-            f"{which}; starting again, {self.num_engine_failures} of at most {self._limits.engine_failures} times"
-        )
-        with raise_together(self._parallel):
-            if self._engine.place.index in dead or self._engine.starts_together:
-                self._engine.restart()
 
     def check_rewards(self, work: Sequence[GroupWork]) -> None:
         """Hold the failed rewards of a step, or of an evaluation, against the limit.

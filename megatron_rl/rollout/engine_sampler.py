@@ -77,7 +77,7 @@ class EngineSampler:
             assert self._ahead is not None
             pending, self._pending = self._pending, None
             self._ahead = self._after_round(self._ahead, self._collector.finish(pending, version))
-        self._collector.revive()
+        self._collector.keeper.revive()
 
     def collect(self, step: int, num_prompts_consumed: int) -> Collected:
         if self._pending is not None:
@@ -188,13 +188,13 @@ class EngineSampler:
             "rollout/given_up": dropped,
             "rollout/restarted_as_stale": harvest.num_restarted,
             "rollout/replaced_without_spread": len(harvest.idle) - len(filling),
-            "rollout/engine_failures": self._collector.num_engine_failures,
+            "rollout/engine_failures": self._collector.keeper.num_failures,
         }
         return Collected(
             groups=[group.as_group(index) for index, group in enumerate(taken)],
             num_prompts=harvest.num_prompts,
             counts=counts,
-            notes=self._collector.take_notes(),
+            notes=self._collector.keeper.take_notes(),
         )
 
 

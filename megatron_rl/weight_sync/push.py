@@ -59,6 +59,7 @@ class WeightSync:
         Raises:
             WeightSyncError: a tensor is missing, unexpected, misshapen or arrived changed, the engine keeps another
                 version, or its log-probabilities are not the policy's.
+            EngineDied: on every rank, when one's engine is gone; the others' may be left with the new version.
         """
         if not any_rank(self._engine.version != version, self._parallel):
             return {}

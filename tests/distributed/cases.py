@@ -15,7 +15,7 @@ from torch.distributed import distributed_c10d
 
 from megatron_rl.algorithms.importance import build_correction
 from megatron_rl.batching.plan import given_batch
-from megatron_rl.build import build_collector, build_engine, read_inputs
+from megatron_rl.build import build_collector, build_engine, build_keeper, read_inputs
 from megatron_rl.collective import gather_objects
 from megatron_rl.config import RunConfig
 from megatron_rl.config.machine import ParallelSection
@@ -255,16 +255,18 @@ def engine_and_policy(config: RunConfig, num_updates: int) -> list[tuple[Complet
     return found
 
 
-def collected_despite_a_death(config: RunConfig) -> tuple[list[list[int]], list[list[int]], int]:
+def collected_despite_deaths(config: RunConfig) -> tuple[list[list[int]], list[list[int]], int]:
     """Tokens of a job undisturbed, of the same job when the first engine dies in it, and how many engines died.
+
+    It dies in the push after that as well.
 
     The policy is offloaded meanwhile, as it is in a run.
     """
     parallel = world(config)
     policy = Policy(config, parallel)
     engine: Any = Dying(build_engine(config, policy), config.rollout.engine, deaths=0)
-    sync = WeightSync(policy, engine, config)
-    collector = build_collector(config, read_inputs(config, parallel), engine, sync, policy)
+    keeper = build_keeper(config, engine, policy)
+    collector = build_collector(config, read_inputs(config, parallel), keeper, policy)
     greedy = config.rollout.engine == "sglang"  # no seeds for each sample
     params = SamplingParams(
         temperature=0.0 if greedy else 1.0, top_p=1.0, top_k=0, max_new_tokens=12, stop_token_ids=()
@@ -273,16 +275,16 @@ def collected_despite_a_death(config: RunConfig) -> tuple[list[list[int]], list[
     work = [begin_group(prompt, [sample_seed(i, k) for k in range(2)]) for i, prompt in enumerate(prompts)]
     found = []
     with closing(engine), closing(collector):
-        sync.push(0)
+        keeper.push(0)
         for name, deaths in (("undisturbed", 0), ("disturbed", 1)):
-            engine.left = deaths if parallel.rank == 0 else 0
+            engine.left = engine.left_in_pushes = deaths if parallel.rank == 0 else 0
             job = Job(name=name, work=work, params=params, schedule="static", functions="train", version=0)
             policy.to_host()
             done = collector.collect(job)
             policy.to_device()
             assert engine.version == 0
             found.append([sample.token_ids.tolist() for group in done for sample in group.as_group(0).rollouts])
-        return found[0], found[1], collector.num_engine_failures
+        return found[0], found[1], keeper.num_failures
 
 
 _engines: dict[str, Any] = {}

@@ -74,10 +74,11 @@ def kill(engine: Any, name: str) -> None:
 
 
 class Dying:
-    """The engine with an end after so many results, again and again."""
+    """The engine with an end after so many results, again and again, or in the middle of pushes."""
 
-    def __init__(self, engine: Any, name: str, deaths: int) -> None:
+    def __init__(self, engine: Any, name: str, deaths: int, deaths_in_pushes: int = 0) -> None:
         self._engine, self._name, self.left = engine, name, deaths
+        self.left_in_pushes, self._own_death = deaths_in_pushes, ""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
@@ -89,6 +90,23 @@ class Dying:
                 self.left -= 1
                 kill(self._engine, self._name)
 
+    @property
+    def death(self) -> str:
+        return self._own_death or str(self._engine.death)
+
+    def load_weights(self, tensors: Iterator[tuple[str, torch.Tensor]], version: int) -> None:
+        if not self.left_in_pushes:
+            self._engine.load_weights(tensors, version)
+            return
+        self.left_in_pushes -= 1
+        next(tensors)
+        if self._name != "sglang":  # the others have no process that could end in a push
+            self._own_death = "killed by the test"
+            raise EngineDied(self._own_death)
+        kill(self._engine, self._name)
+        self._engine.load_weights(tensors, version)
+
     def restart(self) -> None:
         self._engine.__dict__.pop("_step", None)
+        self._own_death = ""
         self._engine.restart()

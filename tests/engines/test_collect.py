@@ -19,10 +19,12 @@ from megatron_rl.config.schema import RewardFunctionSection, RewardSection
 from megatron_rl.data.templates import load_tokenizer
 from megatron_rl.environments import Turn
 from megatron_rl.errors import EngineDied
+from megatron_rl.metrics.metric import Reduction
 from megatron_rl.rewards.pool import RewardPool
 from megatron_rl.rollout.collect import Collector, CollectorLimits, Job
 from megatron_rl.rollout.conversation import Dialogue
 from megatron_rl.rollout.engine import Engine
+from megatron_rl.rollout.keeper import EngineKeeper
 from megatron_rl.rollout.record import group_from_json, group_to_json, read_lines, write_lines
 from megatron_rl.rollout.sampling import sample_seed
 from megatron_rl.rollout.work import GroupWork, Unfinished, begin_group
@@ -47,13 +49,15 @@ def collector_of(engine_of: EngineOf, folder: Path) -> Iterator[Callable[..., Co
 
     def get(engine: Engine | None = None, max_failures: int = 3) -> Collector:
         chosen = engine_of(folder) if engine is None else engine
+        keeper = EngineKeeper(
+            chosen, alone(), max_failures=max_failures, push=lambda version: loaded(chosen, folder, version)
+        )
         collector = Collector(
-            chosen,
+            keeper,
             RewardPool(RewardSection(), {"train": [RewardFunctionSection(name="coin_flip")]}),
             load_tokenizer(str(folder)),
             alone(),
-            limits=CollectorLimits(reward_failure_fraction=0.0, engine_failures=max_failures, max_length=512),
-            push=lambda version: chosen.load_weights(weights(folder), version),
+            limits=CollectorLimits(reward_failure_fraction=0.0, max_length=512),
         )
         made.append(collector)
         return collector
@@ -61,6 +65,11 @@ def collector_of(engine_of: EngineOf, folder: Path) -> Iterator[Callable[..., Co
     yield get
     for collector in made:
         collector.close()
+
+
+def loaded(engine: Engine, folder: Path, version: int) -> dict[str, Reduction]:
+    engine.load_weights(weights(folder), version)
+    return {}
 
 
 def weights(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -245,8 +254,8 @@ def test_nothing_is_lost_when_the_engine_dies_ten_times(
     with closing(collector):
         rollouts = finished(collector.collect(job(groups(count=40), params=wanted_params)))
     assert dying.left == 0
-    assert collector.num_engine_failures == 10
-    assert len(collector.take_notes()) == 10
+    assert collector.keeper.num_failures == 10
+    assert len(collector.keeper.take_notes()) == 10
     assert [r.token_ids.tolist() for r in rollouts] == [r.token_ids.tolist() for r in undisturbed]
     assert [r.seed for r in rollouts] == [r.seed for r in undisturbed]
 
@@ -256,13 +265,13 @@ def test_an_engine_that_died_between_jobs_is_started_before_the_next(
 ) -> None:
     engine = engine_of(folder, max_num_sequences=6)
     collector = collector_of(engine, max_failures=1)
-    collector.revive()
-    assert (engine.version, collector.num_engine_failures) == (3, 0)
+    collector.keeper.revive()
+    assert (engine.version, collector.keeper.num_failures) == (3, 0)
     if engine_name != "sglang":  # the others end with the process
         return
     kill(engine, engine_name)
-    collector.revive()
-    assert (engine.version, collector.num_engine_failures) == (-1, 1)
+    collector.keeper.revive()
+    assert (engine.version, collector.keeper.num_failures) == (-1, 1)
     engine.load_weights(weights(folder), 3)
     finished(collector.collect(job(groups(count=2), "after")))
 
@@ -284,7 +293,7 @@ def test_an_engine_that_gives_no_answer_is_started_again(
     stopped = min(engine._watch._processes, key=lambda process: process.pid)  # the scheduler is started first
     os.kill(stopped.pid, signal.SIGSTOP)
     finished(collector.collect(job(groups(count=2), f"hanging {seconds}", max_seconds=seconds)))
-    assert re.search(r"gave no answer for \d+ s \(rollout\.engine_timeout_s\)", collector.take_notes()[0])
+    assert re.search(r"gave no answer for \d+ s \(rollout\.engine_timeout_s\)", collector.keeper.take_notes()[0])
 
 
 def test_what_is_carried_over_is_written_and_read_exactly(

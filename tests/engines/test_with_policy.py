@@ -22,7 +22,7 @@ LAYOUTS: dict[str, tuple[str, bool, list[str]]] = {
 }
 
 
-def test_an_engine_that_dies_beside_others_is_replaced(
+def test_an_engine_that_dies_beside_others_and_in_a_push_is_replaced(
     engine_name: str, gangs: Callable[[int], Gang], toy_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     config = toy_config(
@@ -34,10 +34,10 @@ def test_an_engine_that_dies_beside_others_is_replaced(
         "rollout.max_num_sequences=4",
         "rollout.max_new_tokens=12",
     )
-    for undisturbed, disturbed, num_failures in gangs(2).call(cases.collected_despite_a_death, config=config):
+    for undisturbed, disturbed, num_failures in gangs(2).call(cases.collected_despite_deaths, config=config):
         assert len(undisturbed) == 24
         assert disturbed == undisturbed
-        assert num_failures == 1
+        assert num_failures == 2
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

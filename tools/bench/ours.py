@@ -13,7 +13,7 @@ import yaml
 from bench.worker import Clock, serve
 from bench.workload import BETAS, CLIP_GRAD, STD_EPSILON, Workload
 from megatron_rl.algorithms.importance import build_correction
-from megatron_rl.build import build_collector, build_engine, build_sampler, read_inputs
+from megatron_rl.build import build_collector, build_engine, build_keeper, build_sampler, read_inputs
 from megatron_rl.config import RunConfig
 from megatron_rl.config.load import load_config
 from megatron_rl.loop import add_advantages, plan, rollout_metrics, score
@@ -22,7 +22,6 @@ from megatron_rl.mcore.policy import Policy
 from megatron_rl.metrics.timing import Stopwatch
 from megatron_rl.rollout.sampler import Collected
 from megatron_rl.types import TrainBatch
-from megatron_rl.weight_sync import WeightSync
 
 
 def configuration(workload: Workload) -> RunConfig:
@@ -61,8 +60,8 @@ class OurLoop:
         inputs = read_inputs(self.config, self.parallel)
         self.policy = Policy(self.config, self.parallel)
         engine = build_engine(self.config, self.policy)
-        self._sync = WeightSync(self.policy, engine, self.config)
-        collector = build_collector(self.config, inputs, engine, self._sync, self.policy)
+        self._keeper = build_keeper(self.config, engine, self.policy)
+        collector = build_collector(self.config, inputs, self._keeper, self.policy)
         self._sampler = build_sampler(self.config, inputs, collector, self.parallel)
         self._steps = 0
         self._prompts = 0
@@ -70,7 +69,7 @@ class OurLoop:
     def rollouts(self, clock: Clock) -> tuple[Collected, TrainBatch]:
         """Sampled, graded and scored: ready for the update."""
         with clock.phase("push"):
-            self._sync.push(version=self._steps)
+            self._keeper.push(version=self._steps)
         with clock.phase("generation"):
             collected = self._sampler.collect(self._steps + 1, self._prompts)
         batch = plan(collected.groups, self.config, self.parallel)

@@ -49,6 +49,7 @@ class VllmEngine:
     def _start(self) -> None:
         setup = self._setup
         self._asleep: set[EnginePart] = set()
+        self._death = ""
         arguments = {
             "model": setup.folder,
             "load_format": "dummy",  # the first push brings the weights
@@ -86,7 +87,7 @@ class VllmEngine:
 
     @property
     def death(self) -> str:
-        return ""  # it lives as long as this process
+        return self._death
 
     def load_weights(self, tensors: Iterator[tuple[str, Tensor]], version: int) -> None:
         self._version = -1  # half-loaded weights have no version
@@ -177,7 +178,8 @@ class VllmEngine:
         try:
             outputs: list[Any] = engine.step()
         except Exception as error:  # of any kind: vLLM's own state is then unknown
-            raise EngineDied(f"vLLM failed in a step: {error!r}") from error
+            self._death = f"vLLM failed in a step: {error!r}"
+            raise EngineDied(self._death) from error
         return outputs
 
     def _add(self, request: Request, params: SamplingParams, *, in_parts: bool) -> dict[str, "_Sample"]:
