@@ -28,6 +28,7 @@ from megatron_rl.models.engine_shards import engine_boxes
 from megatron_rl.models.placement import held_on_paper
 from megatron_rl.weights.export import Bucket, export_weights, plan_export
 from megatron_rl.weights.layout import box_index, box_shape, hf_shapes
+from megatron_rl.weights.neighbours import meet_neighbours, meet_nobody
 from megatron_rl.weights.reshard import plan_reshard
 from megatron_rl.weights.transfer import Traffic, Transfer
 
@@ -62,7 +63,7 @@ def work(rank: int, port: int, arguments: argparse.Namespace, folder: str) -> No
     wanted = [engine_boxes(spec, shapes, tp_rank=one % tp, tp_size=tp) for one in range(RANKS)]
     plan = plan_reshard(held, table, wanted, [0] * RANKS, bucket_elements=arguments.bucket_mb * 2**19)
     gather = [single for bucket in plan_export(held, table) for single in one_by_one(bucket)]
-    transfer, rounds = Transfer(plan, rank, reads_neighbours=not arguments.messages), []
+    transfer, rounds = Transfer(plan, rank, meet=meet_nobody if arguments.messages else meet_neighbours), []
     engine = {name: torch.zeros(box_shape(box), dtype=torch.bfloat16) for name, box in wanted[rank].items()}
 
     def load(tensors: Tensors) -> None:

@@ -6,17 +6,19 @@ cd "$(dirname "$0")/.."
 seed=${1:-0}
 engine=${2:-embedded}
 run=runs/quickstart/seed_$seed
+recipe=grpo
 sizes=()
 if [ "$engine" != embedded ]; then
     run=runs/quickstart/${engine}_seed_$seed
+    recipe=grpo_$engine
     sizes=(--num-attention-heads 2 --num-key-value-heads 1) # as many parameters, in heads that its CPU kernels take
 fi
 
 train() {
-    torchrun --standalone --nproc-per-node 2 -m megatron_rl.train "$@" run.seed="$seed" rollout.engine="$engine"
+    torchrun --standalone --nproc-per-node 2 -m megatron_rl.train "$@" run.seed="$seed"
 }
 
 test -e "$run/init/config.json" ||
     python tools/make_toy_model.py --output "$run/init" --seed "$seed" ${sizes[@]+"${sizes[@]}"}
 train --config configs/quickstart/sft.yaml model.path="$run/init" run.output_dir="$run/sft"
-train --config configs/quickstart/grpo.yaml model.path="$run/sft/checkpoints/step_001800/hf" run.output_dir="$run/grpo"
+train --config "configs/quickstart/$recipe.yaml" model.path="$run/sft/checkpoints/step_001800/hf" run.output_dir="$run/grpo"

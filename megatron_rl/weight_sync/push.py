@@ -3,6 +3,8 @@
 import socket
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -24,7 +26,9 @@ from megatron_rl.rollout.sampling import sample_seed
 from megatron_rl.types import SamplingParams, TrainSequence
 from megatron_rl.weight_sync.verify import ReceivedChecksums, sent_checksums
 from megatron_rl.weights.layout import Box, full_box, hf_shapes
+from megatron_rl.weights.neighbours import Meeting, meet_neighbours
 from megatron_rl.weights.reshard import ReshardPlan, plan_reshard
+from megatron_rl.weights.shared_folder import meet_in
 from megatron_rl.weights.transfer import Traffic, Transfer
 
 # tokens of the prompt that every engine answers after a push
@@ -47,7 +51,7 @@ class WeightSync:
         rank, size = self._parallel.rank, self._element_size()
         self._planned_bytes = self._plan.num_received(rank) * size
         self._least_bytes = self._plan.minimum(rank) * size
-        self._transfer = Transfer(self._plan, rank)
+        self._transfer = Transfer(self._plan, rank, meet=self._meeting())
         self._num_pushes = 0
 
     def push(self, version: int) -> dict[str, Reduction]:
@@ -104,7 +108,8 @@ class WeightSync:
         shapes = hf_shapes(table)
         mine = (list(self._policy.parameters), place_of(parallel), place.tp_rank, socket.gethostname())
         told = gather_objects(mine, parallel)
-        hosts = [host for *_, host in told]
+        # what goes through a shared folder is as near on every node
+        hosts = ["" if self._config.weight_sync.transport == "disk" else host for *_, host in told]
         boxes: Sequence[Mapping[str, Box]] = (
             [{name: full_box(shape) for name, shape in shapes.items()}] * place.tp_size
             if self._config.weight_sync.full_tensors
@@ -117,6 +122,11 @@ class WeightSync:
             [hosts.index(host) for host in hosts],
             bucket_elements=self._config.weight_sync.bucket_mb * 2**20 // self._element_size(),
         )
+
+    def _meeting(self) -> Meeting:
+        if self._config.weight_sync.transport == "direct":
+            return meet_neighbours
+        return partial(meet_in, Path(self._config.weight_sync.folder or Path(self._config.run.output_dir) / "weights"))
 
     def _check(self, received: ReceivedChecksums, version: int) -> None:
         place = self._engine.place

@@ -8,9 +8,10 @@ import ctypes
 import functools
 import os
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -74,11 +75,29 @@ class RemoteTensor:
             )
 
 
-Neighbours = Mapping[int, Mapping[str, RemoteTensor]]
+class Readable(Protocol):
+    """A parameter of another rank."""
+
+    def read(self, box: Box, into: Tensor) -> None:
+        """Copy a box."""
+        ...
+
+
+Neighbours = Mapping[int, Mapping[str, Readable]]
 """For each rank its parameters; empty: they come as messages."""
 
+Meeting = Callable[[Mapping[str, Tensor], Collection[int], Any], AbstractContextManager[Neighbours]]
+"""A way to the parameters of other ranks, as long as it is open: ``meet_neighbours`` is one."""
 
-def meet_neighbours(parameters: Mapping[str, Tensor], sources: Collection[int], group: Any) -> Neighbours:
+
+@contextmanager
+def meet_nobody(parameters: Mapping[str, Tensor], sources: Collection[int], group: Any) -> Iterator[Neighbours]:
+    """All comes as messages."""
+    yield {}
+
+
+@contextmanager
+def meet_neighbours(parameters: Mapping[str, Tensor], sources: Collection[int], group: Any) -> Iterator[Neighbours]:
     """Where every rank has its parameters, if all ranks may read those that they have to; collective.
 
     Args:
@@ -86,6 +105,13 @@ def meet_neighbours(parameters: Mapping[str, Tensor], sources: Collection[int], 
         sources: ranks of this host that this rank has to read.
         group: all ranks.
     """
+    neighbours = _find(parameters, sources, group)
+    yield neighbours
+    if neighbours:
+        dist.barrier(group)  # this rank's shards must stay as they are until all have read them
+
+
+def _find(parameters: Mapping[str, Tensor], sources: Collection[int], group: Any) -> Neighbours:
     if sys.platform != "linux" or any(tensor.device.type != "cpu" for tensor in parameters.values()):
         return {}
     # a process of the same number in another container does not have this

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_rl.weights.export import Piece
 from megatron_rl.weights.layout import box_index, box_shape, intersection, relative_box
-from megatron_rl.weights.neighbours import Neighbours, meet_neighbours
+from megatron_rl.weights.neighbours import Meeting, Neighbours, meet_neighbours, meet_nobody
 from megatron_rl.weights.partial import PartialTensor
 from megatron_rl.weights.reshard import Bucket, Move, ReshardPlan
 
@@ -92,12 +92,11 @@ class _Memory:
 class Transfer:
     """This rank's part in the transfers of one plan."""
 
-    def __init__(self, plan: ReshardPlan, rank: int, group: Any = None, *, reads_neighbours: bool = True) -> None:
+    def __init__(self, plan: ReshardPlan, rank: int, group: Any = None, *, meet: Meeting = meet_neighbours) -> None:
         """
         Args:
             group: process group of all ranks of the plan; None: the default one.
-            reads_neighbours: what a rank of the same host holds is read from its memory where that is possible,
-                instead of sent.
+            meet: how to what ranks of the same node hold, instead of messages.
         """
         self._plan = plan
         self._rank = rank
@@ -106,7 +105,7 @@ class Transfer:
         self._pieces = plan.pieces[rank]
         self._memory: _Memory | None = None
         inside = [move for bucket in plan.buckets for move in bucket.inside]
-        self._reads_neighbours = reads_neighbours and bool(inside)
+        self._meet = meet if inside else meet_nobody
         self._near = {move.source for move in inside if move.target == rank and self._holding(move)}
 
     def stream(self, parameters: Mapping[str, Tensor], traffic: Traffic) -> Iterator[tuple[str, Tensor]]:
@@ -120,12 +119,18 @@ class Transfer:
             parameters: this rank's shards.
             traffic: counts what is moved.
         """
-        buckets = self._plan.buckets
         example = next(iter(parameters.values()))
         # kept for the next push where nothing else does that; it is made anew if a push is left half-way
         memory, self._memory = self._memory or _Memory(example), None
         memory.begin(traffic)
-        neighbours = meet_neighbours(parameters, self._near, self._group) if self._reads_neighbours else {}
+        with self._meet(parameters, self._near, self._group) as neighbours:
+            yield from self._streamed(parameters, neighbours, memory, traffic)
+        self._memory = None if example.is_cuda else memory
+
+    def _streamed(
+        self, parameters: Mapping[str, Tensor], neighbours: Neighbours, memory: _Memory, traffic: Traffic
+    ) -> Iterator[tuple[str, Tensor]]:
+        buckets = self._plan.buckets
         ahead: _Landing | None = None
         for place, bucket in enumerate(buckets):
             landing = ahead or self._begin(bucket, parameters, memory, traffic)
@@ -140,9 +145,6 @@ class Transfer:
                 if name in landing.tensors:
                     yield name, self._whole(name, landing.tensors[name])
             memory.give(*landing.buffers)
-        self._memory = None if example.is_cuda else memory
-        if neighbours:
-            dist.barrier(self._group)  # this rank's shards must stay as they are until all have read them
 
     def _begin(self, bucket: Bucket, parameters: Mapping[str, Tensor], memory: _Memory, traffic: Traffic) -> _Landing:
         tensors, buffers = {}, []

@@ -52,6 +52,7 @@ from megatron_rl.types import (
 from megatron_rl.weight_sync import WeightSync
 from megatron_rl.weight_sync.push import policy_logprobs
 from megatron_rl.weights.layout import Place, hf_shapes
+from megatron_rl.weights.neighbours import Meeting
 from megatron_rl.weights.reshard import plan_reshard
 from megatron_rl.weights.transfer import Traffic, Transfer
 from tests.engines.contract import Dying
@@ -185,7 +186,7 @@ def held(config: RunConfig) -> tuple[list[str], Place]:
 
 
 def transferred(
-    config: RunConfig, engine_tp: int, nodes: list[int], bucket_elements: int, reads_neighbours: bool
+    config: RunConfig, engine_tp: int, nodes: list[int], bucket_elements: int, meet: Meeting
 ) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
     """What a planned transfer brings to this rank, and the bytes: received, sent, planned, least, peak."""
     parallel = world(config)
@@ -199,7 +200,7 @@ def transferred(
     ]
     plan = plan_reshard(held, table, wanted, nodes, bucket_elements=bucket_elements)
     traffic = Traffic()
-    transfer = Transfer(plan, parallel.rank, reads_neighbours=reads_neighbours)
+    transfer = Transfer(plan, parallel.rank, meet=meet)
     found = {name: tensor.clone() for name, tensor in transfer.stream(scorer.shards(), traffic)}
     return found, {
         "received": traffic.bytes_received,
@@ -311,6 +312,17 @@ class FaultyTransfer(Transfer):
     def stream(self, parameters: Any, traffic: Traffic) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in super().stream(parameters, traffic):
             yield name, tensor.flip(0) if name in ("model.norm.weight", "lm_head.weight") else tensor
+
+
+def failed_push(config: RunConfig) -> str:
+    """What every rank says of a first push that cannot be."""
+    parallel = world(config)
+    policy = Policy(config, parallel)
+    try:
+        WeightSync(policy, build_engine(config, policy), config).push(0)
+    except WeightSyncError as error:
+        return str(error)
+    return ""
 
 
 def faulty_push(config: RunConfig, fault: str) -> str | None:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from megatron_rl.models import read_model_spec
 from megatron_rl.models.engine_shards import engine_boxes
 from megatron_rl.models.placement import held_on_paper
 from megatron_rl.weights.layout import box_index
+from megatron_rl.weights.neighbours import Meeting, meet_neighbours, meet_nobody
+from megatron_rl.weights.shared_folder import meet_in
 from tests.distributed import cases
 from tests.gang import Gang
 from tests.toys import toy_config
@@ -31,9 +34,9 @@ ONE_NODE, TWO_NODES = [0, 0, 0, 0], [0, 0, 1, 1]
 
 
 @pytest.mark.parametrize(
-    ("nodes", "reads_neighbours"),
-    [(ONE_NODE, True), (ONE_NODE, False), (TWO_NODES, True), (TWO_NODES, False)],
-    ids=["one node", "one node by messages", "two nodes", "two nodes by messages"],
+    ("nodes", "way"),
+    [(ONE_NODE, "memory"), (ONE_NODE, "messages"), (TWO_NODES, "memory"), (TWO_NODES, "messages"), (ONE_NODE, "disk")],
+    ids=["one node", "one node by messages", "two nodes", "two nodes by messages", "disk"],
 )
 @pytest.mark.parametrize("engine_tp", [1, 2, 4])
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -41,13 +44,15 @@ def test_every_rank_gets_what_its_engine_reads(
     name: str,
     engine_tp: int,
     nodes: list[int],
-    reads_neighbours: bool,
+    way: str,
     gangs: Callable[[int], Gang],
     toy_model: Callable[..., Path],
     tmp_path: Path,
 ) -> None:
     """Bit for bit, and not a byte more than it lacks; the rest is NaN."""
     family, overrides = LAYOUTS[name]
+    ways: dict[str, Meeting] = {"memory": meet_neighbours, "messages": meet_nobody, "disk": partial(meet_in, tmp_path)}
+    meet = ways[way]
     model = toy_model(family, tied=family == "qwen2", num_hidden_layers=4)
     wanted, spec = load_file(model / "model.safetensors"), read_model_spec(model)
     shapes = {key: tuple(tensor.shape) for key, tensor in wanted.items()}
@@ -56,7 +61,7 @@ def test_every_rank_gets_what_its_engine_reads(
             "engine_tp": engine_tp,
             "nodes": nodes,
             "bucket_elements": bucket_elements,
-            "reads_neighbours": reads_neighbours,
+            "meet": meet,
         }
         found = gangs(4).call(cases.transferred, config=toy_config(tmp_path, model, *overrides), **arguments)
         for rank, (tensors, traffic) in enumerate(found):
@@ -69,6 +74,7 @@ def test_every_rank_gets_what_its_engine_reads(
             assert traffic["received"] == traffic["planned"] == traffic["least"]
             assert traffic["sent"] == traffic["planned to send"]
         assert sum(traffic["received"] for _, traffic in found) == sum(traffic["sent"] for _, traffic in found)
+    assert not list(tmp_path.glob("*.safetensors"))
 
 
 @pytest.mark.parametrize(
@@ -88,17 +94,29 @@ def test_the_paper_placement_is_megatrons(
         assert (place.tp_rank, place.tp_size) == (paper_place.tp_rank, paper_place.tp_size)
 
 
+@pytest.mark.parametrize("transport", ["direct", "disk"])
 @pytest.mark.parametrize("name", ["tp2-pp2", "ep2"])
 def test_a_push_is_checked_probed_and_reported(
-    name: str, gangs: Callable[[int], Gang], toy_model: Callable[..., Path], tmp_path: Path
+    name: str, transport: str, gangs: Callable[[int], Gang], toy_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     family, overrides = LAYOUTS[name]
-    config = toy_config(tmp_path, toy_model(family, tied=False), *overrides, "weight_sync.verify_every=1")
+    overrides = [*overrides, "weight_sync.verify_every=1", f"weight_sync.transport={transport}"]
+    config = toy_config(tmp_path, toy_model(family, tied=False), *overrides)
     for pushes in gangs(4).call(cases.pushed_twice, config=config):
         for metrics in pushes:
             assert metrics["weight_sync/received_mb"] == metrics["weight_sync/minimum_mb"] > 0
             assert 0 <= metrics["weight_sync/probe_difference"] < 1e-5
             assert metrics["weight_sync/gb_per_s"] > 0
+
+
+def test_a_folder_that_cannot_be_written_is_named_by_every_rank(
+    gangs: Callable[[int], Gang], toy_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    overrides = [TP2, "weight_sync.transport=disk", f"weight_sync.folder={tmp_path / 'file'}"]
+    config = toy_config(tmp_path, toy_model("llama", tied=False), *overrides)
+    for message in gangs(4).call(cases.failed_push, config=config):
+        assert re.search(r"rank 0: .*exists.*weight_sync\.folder must be a folder with room", message)
 
 
 @pytest.mark.parametrize(
