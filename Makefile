@@ -33,7 +33,7 @@ TORCH := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 'torch>=2.11,<2.1
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install quickstart quickstart-seeds bench-engines bench-step bench-memory bench-convert bench-weight-sync test test-vllm test-sglang test-newest lint clean
+.PHONY: install quickstart quickstart-seeds bench-algorithms bench-engines bench-step bench-memory bench-convert bench-weight-sync test test-vllm test-sglang test-newest lint clean
 
 install: $(INSTALLED)
 
@@ -74,6 +74,11 @@ quickstart: $(INSTALLED_$(ENGINE))
 # three seeds and the coin-flip control, as a table
 quickstart-seeds: $(INSTALLED)
 	PATH="$(abspath $(BIN)):$$PATH" python tools/bench_quickstart.py --seeds 0 1 2
+
+# the algorithms on the quickstart's task, three seeds: table, and a page with the curves
+bench-algorithms: $(INSTALLED)
+	for seed in 0 1 2; do PATH="$(abspath $(BIN)):$$PATH" tools/quickstart.sh $$seed embedded sft; done
+	PATH="$(abspath $(BIN)):$$PATH" python tools/ablate.py configs/ablations/quickstart.yaml $(BENCH)
 
 # the quickstart's learning curve on every engine, three seeds
 bench-engines: $(INSTALLED) $(VLLM_INSTALLED) $(SGLANG_INSTALLED)

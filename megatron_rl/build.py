@@ -74,7 +74,7 @@ class Inputs:
         transformer_config(spec, config, implementation)
         check_engine_size(spec, config.rollout.tensor_parallel_size)
         check_weights(spec, config.model.path)
-        if config.algorithm.kl_coef and config.algorithm.reference_path is not None:
+        if config.algorithm.uses_reference and config.algorithm.reference_path is not None:
             reference = read_model_spec(config.algorithm.reference_path)
             transformer_config(reference, config, implementation)
             check_weights(reference, config.algorithm.reference_path)
@@ -120,8 +120,8 @@ def read_inputs(config: RunConfig, parallel: ParallelContext) -> Inputs:
 
 
 def build_reference(config: RunConfig, policy: Policy) -> Reference | None:
-    """The model that the KL divergence is taken to; None when its coefficient is 0."""
-    if config.algorithm.kl_coef == 0:
+    """The model that the KL divergence is taken to; None when its coefficients are 0."""
+    if not config.algorithm.uses_reference:
         return None
     path = config.algorithm.reference_path or config.model.path
     if read_model_spec(path) == policy.spec and not config.precision.fp8_params:

@@ -4,12 +4,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 
-import torch
-
-from megatron_rl.algorithms.advantages import ADVANTAGES
 from megatron_rl.algorithms.importance import RolloutCorrection, build_correction
 from megatron_rl.batching.plan import plan_batch
-from megatron_rl.batching.sequences import flatten_groups
+from megatron_rl.batching.sequences import flatten_groups, without_truncated
 from megatron_rl.build import (
     Inputs,
     Reference,
@@ -28,6 +25,7 @@ from megatron_rl.checkpoints import Checkpoints
 from megatron_rl.collective import raise_together
 from megatron_rl.config import RunConfig, validate
 from megatron_rl.correction import correct
+from megatron_rl.credit import add_advantages
 from megatron_rl.drift import check_drift
 from megatron_rl.errors import EngineDied
 from megatron_rl.ledger import Ledger
@@ -37,7 +35,6 @@ from megatron_rl.metrics.metric import Mean, Reduction, mean_max_min, merge
 from megatron_rl.metrics.timing import Stopwatch
 from megatron_rl.models import ModelSpec
 from megatron_rl.models.flops import forward_flops
-from megatron_rl.plugins import load_symbol
 from megatron_rl.profiling import profiled
 from megatron_rl.rollout.engine import Engine
 from megatron_rl.rollout.evaluator import Evaluator
@@ -138,10 +135,10 @@ def train(
                     collected = sampler.collect(step, state.num_prompts_consumed)
             batch = plan(collected.groups, config, parallel)
             if sampler.is_graded:
-                batch = score(batch, policy, reference, correction, watch)
-                batch = add_advantages(batch, config)
+                batch = score(batch, policy, reference, watch, needs_old=needs_old_logprobs(batch, config, correction))
+                batch, credited = add_advantages(batch, config.algorithm, parallel)
                 batch, corrected = correct(batch, correction)
-                metrics |= corrected
+                metrics |= credited | corrected
             with watch.span("update_actor"):
                 metrics |= policy.update(batch)
             ledger.look("update")
@@ -224,7 +221,7 @@ def plan(groups: Sequence[RolloutGroup], config: RunConfig, parallel: ParallelCo
     # the context-parallel ranks share a micro-batch
     tokens = config.batching.max_tokens_per_micro_batch * parallel.cp_size
     return plan_batch(
-        groups,
+        without_truncated(groups) if config.algorithm.mask_truncated else groups,
         replace(config.batching, max_tokens_per_micro_batch=tokens),
         dp_rank=parallel.dp_rank,
         dp_size=parallel.dp_size,
@@ -235,16 +232,21 @@ def plan(groups: Sequence[RolloutGroup], config: RunConfig, parallel: ParallelCo
     )
 
 
-def score(
-    batch: TrainBatch, policy: Policy, reference: Reference | None, correction: RolloutCorrection, watch: Stopwatch
-) -> TrainBatch:
-    """Add the trainer's own log-probabilities before the update, and the reference model's.
+def needs_old_logprobs(batch: TrainBatch, config: RunConfig, correction: RolloutCorrection) -> bool:
+    """Whether anything asks for the trainer's log-probabilities before the update.
 
-    A single update finds its own: the weights are still those that would be asked. Unless whole responses are
-    corrected, for which the update is too late.
+    A single update finds its own: the weights are still those that would be asked. For what whole responses and
+    returns are made of it is too late.
     """
+    return len(batch.updates) > 1 or correction.needs_responses or config.algorithm.kl_reward_coef > 0
+
+
+def score(
+    batch: TrainBatch, policy: Policy, reference: Reference | None, watch: Stopwatch, *, needs_old: bool
+) -> TrainBatch:
+    """Add the trainer's own log-probabilities before the update, and the reference model's."""
     sequences = list(batch.sequences)
-    if len(batch.updates) > 1 or correction.needs_responses:
+    if needs_old:
         with watch.span("old_log_prob"):
             old = policy.logprobs(batch, replay_routing=True)
         sequences = [replace(s, old_logprobs=row) for s, row in zip(sequences, old, strict=True)]
@@ -253,28 +255,6 @@ def score(
             ref = reference.logprobs(batch)
         sequences = [replace(s, ref_logprobs=row) for s, row in zip(sequences, ref, strict=True)]
     return replace(batch, sequences=sequences)
-
-
-def add_advantages(batch: TrainBatch, config: RunConfig) -> TrainBatch:
-    """Give every token its sequence's advantage; siblings may sit on other ranks, so all rewards are used."""
-    function = load_symbol(config.algorithm.advantage, ADVANTAGES, "algorithm.advantage")
-    advantages = function(
-        batch.rewards,
-        batch.groups,
-        normalize_by_std=config.algorithm.normalize_by_std,
-        epsilon=config.algorithm.std_epsilon,
-    )
-    return replace(
-        batch,
-        advantages=advantages,
-        sequences=[
-            replace(
-                sequence,
-                advantages=torch.full(sequence.token_ids.shape, float(advantages[index]) if index >= 0 else 0.0),
-            )
-            for sequence, index in zip(batch.sequences, batch.global_index, strict=True)
-        ],
-    )
 
 
 def evaluate(

@@ -181,6 +181,8 @@ class MicroBatch:
     """float32."""
     ref_logprobs: Tensor
     """float32."""
+    sequence: Tensor
+    """int64, the place of the position's sequence in the micro-batch."""
     cu_seqlens: tuple[int, ...] | None
     """Starts of the packed sequences and the end, [S + 1]; None when padded."""
     lengths: tuple[int, ...]

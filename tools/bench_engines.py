@@ -5,12 +5,13 @@ between seeds: the learning curves must agree within it.
 """
 
 import argparse
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from statistics import fmean, stdev
+
+from megatron_rl.analysis.study import Curve, curve_of, curve_table, markdown
+from megatron_rl.metrics.sinks import read_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 METRIC = "eval/exact_match"
@@ -30,15 +31,10 @@ def main() -> None:
         engine: [curve(arguments.folder / f"seed_{seed}", seed, engine) for seed in arguments.seeds]
         for engine in arguments.engines
     }
-    steps = list(next(iter(curves.values()))[0])
-    print("| engine | " + " | ".join(f"step {step}" for step in steps) + " |")
-    print("|---" * (len(steps) + 1) + "|")
-    for engine, found in curves.items():
-        cells = [_cell([one[step] for one in found]) for step in steps]
-        print(f"| {engine} | " + " | ".join(cells) + " |")
+    print(markdown(curve_table("engine", curves)))
 
 
-def curve(folder: Path, seed: int, engine: str) -> dict[int, float]:
+def curve(folder: Path, seed: int, engine: str) -> Curve:
     """Held-out accuracy by step of one GRPO run, which is made unless it is there."""
     model = folder / "sft" / "checkpoints" / "step_001800" / "hf"
     if not model.exists():
@@ -47,8 +43,7 @@ def curve(folder: Path, seed: int, engine: str) -> dict[int, float]:
         _train("embedded", folder / "sft.log", seed, "sft", folder / "init", folder / "sft")
     run = folder / engine
     _train(engine, folder / f"{engine}.log", seed, "grpo", model, run)
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {row["step"]: row[METRIC] for row in rows if METRIC in row}
+    return curve_of(read_rows(run / "metrics.jsonl"), METRIC)
 
 
 def _train(engine: str, log: Path, seed: int, recipe: str, model: Path, run: Path) -> None:
@@ -66,10 +61,6 @@ def _run(engine: str, log: Path, *command: str) -> None:
         done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PATH": path}, stdout=output, stderr=output)
     if done.returncode:
         sys.exit(f"{' '.join(command)} ended with {done.returncode}; see {log}")
-
-
-def _cell(values: list[float]) -> str:
-    return f"{fmean(values):.1%} ± {stdev(values):.1%}" if len(values) > 1 else f"{values[0]:.1%}"
 
 
 if __name__ == "__main__":

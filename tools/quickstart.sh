@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The quickstart: a tiny random model, fine-tuned on the demonstrations, then trained by GRPO, on 2 ranks.
-# Usage: tools/quickstart.sh [SEED [ENGINE]]   with torchrun and python of the environment on PATH
+# Usage: tools/quickstart.sh [SEED [ENGINE [sft]]]   with torchrun and python of the environment on PATH; sft: only that
 set -euo pipefail
 cd "$(dirname "$0")/.."
 seed=${1:-0}
@@ -21,4 +21,5 @@ train() {
 test -e "$run/init/config.json" ||
     python tools/make_toy_model.py --output "$run/init" --seed "$seed" ${sizes[@]+"${sizes[@]}"}
 train --config configs/quickstart/sft.yaml model.path="$run/init" run.output_dir="$run/sft"
+if [ "${3:-}" = sft ]; then exit; fi
 train --config "configs/quickstart/$recipe.yaml" model.path="$run/sft/checkpoints/step_001800/hf" run.output_dir="$run/grpo"

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from megatron_rl.algorithms.kl import KL_ESTIMATORS
-from megatron_rl.algorithms.losses import LOSSES, LossFunction
+from megatron_rl.algorithms.losses import LOSSES, Clip, LossFunction, LossInputs
 from megatron_rl.config.schema import AlgorithmSection
 from megatron_rl.plugins import load_symbol
 
@@ -25,32 +25,23 @@ class Objective:
     """rollout weight * loss + kl_coef * KL - entropy_coef * entropy, token by token."""
 
     loss: LossFunction
-    clip_ratio_low: float
-    clip_ratio_high: float
+    clip: Clip
     kl_coef: float
     kl_estimator: str
+    kl_unbiased: bool
+    """Weigh the KL by current / old probability, so that its gradient is right for samples of the old policy."""
     entropy_coef: float
 
     def __call__(
-        self,
-        logprobs: Tensor,
-        old_logprobs: Tensor,
-        ref_logprobs: Tensor,
-        rollout_weights: Tensor,
-        advantages: Tensor,
-        entropy: Tensor,
+        self, tokens: LossInputs, ref_logprobs: Tensor, rollout_weights: Tensor, entropy: Tensor
     ) -> ObjectiveTerms:
-        policy = self.loss(
-            logprobs,
-            old_logprobs,
-            advantages,
-            clip_ratio_low=self.clip_ratio_low,
-            clip_ratio_high=self.clip_ratio_high,
-        )
+        policy = self.loss(tokens, self.clip)
         weighed = rollout_weights * policy.loss
         total, kl = weighed, None
         if self.kl_coef:
-            kl = KL_ESTIMATORS[self.kl_estimator](logprobs, ref_logprobs)
+            kl = KL_ESTIMATORS[self.kl_estimator](tokens.logprobs, ref_logprobs)
+            if self.kl_unbiased:
+                kl = (tokens.logprobs - tokens.old_logprobs).exp() * kl
             total = total + self.kl_coef * kl
         if self.entropy_coef:
             total = total - self.entropy_coef * entropy
@@ -61,9 +52,9 @@ def build_objective(config: AlgorithmSection) -> Objective:
     """The objective of a configuration; a loss is a registered name or ``package.module:symbol``."""
     return Objective(
         loss=load_symbol(config.loss, LOSSES, "algorithm.loss"),
-        clip_ratio_low=config.clip_ratio_low,
-        clip_ratio_high=config.clip_ratio_high,
+        clip=Clip(low=config.clip_ratio_low, high=config.clip_ratio_high, dual=config.clip_ratio_dual),
         kl_coef=config.kl_coef,
         kl_estimator=config.kl_estimator,
+        kl_unbiased=config.kl_unbiased,
         entropy_coef=config.entropy_coef,
     )

@@ -33,6 +33,22 @@ def line_plot(title: str, rows: Rows, metrics: Mapping[str, str], *, smooth: boo
     return _finish(figure, axes, legend=len(series) > 1)
 
 
+def band_plot(title: str, curves: Mapping[str, Sequence[Mapping[int, float]]]) -> str:
+    """The mean of every group of curves, and the range that they span.
+
+    Args:
+        curves: label -> (step -> value) of every curve of the group.
+    """
+    figure, axes = _figure(title)
+    for (label, several), colour in zip(curves.items(), COLOURS, strict=False):
+        steps = sorted(set.intersection(*map(set, several)))
+        columns = [[one[step] for one in several] for step in steps]
+        axes.plot(steps, [sum(c) / len(c) for c in columns], color=colour, linewidth=1.8, label=label)
+        if len(several) > 1:
+            axes.fill_between(steps, [min(c) for c in columns], [max(c) for c in columns], color=colour, alpha=0.12)
+    return _finish(figure, axes, legend=True)
+
+
 def time_split_plot(title: str, rows: Rows, spans: Sequence[str]) -> str | None:
     """Mean seconds of a step by span, as one stacked bar."""
     means = {}

@@ -65,6 +65,7 @@ def align(
         rollout_weights=shifted(lambda s: s.rollout_weights),
         old_logprobs=shifted(lambda s: s.old_logprobs),
         ref_logprobs=shifted(lambda s: s.ref_logprobs),
+        sequence=lay_out([torch.full((length,), place) for place, length in enumerate(lengths)]),
         cu_seqlens=cu_seqlens,
         lengths=lengths,
         routing=_lay_out_routing([sequence.routing for sequence in sequences], real),

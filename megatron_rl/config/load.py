@@ -72,7 +72,7 @@ def _read_chain(path: Path) -> list[tuple[str, dict[str, Any]]]:
         if resolved in seen:
             raise ConfigError(f"base chain loops: {' -> '.join(str(p) for p in [*seen, resolved])}. Remove one base.")
         seen.append(resolved)
-        content = _read_yaml(path)
+        content = read_yaml(path)
         base = content.pop("base", None)
         chain.insert(0, (str(path), content))
         if base is None:
@@ -80,7 +80,12 @@ def _read_chain(path: Path) -> list[tuple[str, dict[str, Any]]]:
         path = path.parent / str(base)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        ConfigError: the file is missing, not YAML, or holds anything else.
+    """
     try:
         content = yaml.safe_load(path.read_text())
     except OSError as error:

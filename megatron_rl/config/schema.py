@@ -140,25 +140,40 @@ class AlgorithmSection:
     """Advantages, loss and regularisation."""
 
     advantage: str = "group"
-    """group: reward minus the group's mean (GRPO); or package.module:symbol."""
+    """group: reward minus the group's mean (GRPO); rloo: minus the siblings' mean; reinforce: the reward itself;
+    pass_at_k: by the chance that one of pass_k samples is right; or package.module:symbol."""
     normalize_by_std: bool = True
     """Divide group advantages by the group's standard deviation (off in Dr. GRPO)."""
     std_epsilon: float = 1e-4
     """Added to that standard deviation."""
+    pass_k: int = 4
+    """Samples of which one has to be right, for advantage=pass_at_k."""
+    whiten_advantages: bool = False
+    """Bring the advantages of all tokens of a step to mean 0 and variance 1 (REINFORCE++)."""
+    kl_reward_coef: float = 0.0
+    """Weight of the KL divergence (k1) to the reference that is taken from every token's reward; 0: none."""
+    mask_truncated: bool = False
+    """Leave responses that reached rollout.max_new_tokens out of the loss (overlong filtering); their rewards still
+    count in their group."""
     loss: str = "clipped"
-    """clipped: the PPO/GRPO surrogate; nll: supervised fine-tuning; or package.module:symbol."""
+    """clipped: the PPO/GRPO surrogate; gspo: that with the response's ratio; cispo: clipped weights and all gradients;
+    policy_gradient: REINFORCE; nll: supervised fine-tuning; or package.module:symbol."""
     clip_ratio_low: float = 0.2
     """The ratio is clipped below 1 - clip_ratio_low."""
     clip_ratio_high: float = 0.2
     """The ratio is clipped above 1 + clip_ratio_high (0.28 in DAPO)."""
+    clip_ratio_dual: float | None = None
+    """The ratio is clipped above this where the advantage is negative (verl's clip_ratio_c, TRL's delta); null: not."""
     aggregation: Literal["token_mean", "sequence_mean", "constant_length"] = "token_mean"
     """token_mean (DAPO), sequence_mean (GRPO paper), constant_length (Dr. GRPO)."""
     constant_length: int | None = None
     """Divisor of constant_length in tokens; null: rollout.max_new_tokens."""
     kl_coef: float = 0.0
-    """Weight of the KL divergence to the reference in the loss; 0 builds no reference model."""
+    """Weight of the KL divergence to the reference in the loss; 0: none. Both weights 0 build no reference model."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """Estimator of that divergence."""
+    kl_unbiased: bool = False
+    """Weigh that estimate by the current over the old probability, for an unbiased gradient in several updates."""
     reference_path: str | None = None
     """Hugging Face folder of the reference model; null: the starting model."""
     entropy_coef: float = 0.0
@@ -206,8 +221,23 @@ class AlgorithmSection:
         require(0 <= self.clip_ratio_low <= 1, "algorithm.clip_ratio_low", self.clip_ratio_low, "0 to 1")
         require(self.clip_ratio_high >= 0, "algorithm.clip_ratio_high", self.clip_ratio_high, "0 or more")
         require(self.std_epsilon > 0, "algorithm.std_epsilon", self.std_epsilon, "more than 0")
+        dual = self.clip_ratio_dual
+        highest = 1 + self.clip_ratio_high
+        require(
+            dual is None or dual > highest,
+            "algorithm.clip_ratio_dual",
+            dual,
+            f"null, or more than 1 + algorithm.clip_ratio_high = {highest:g}",
+        )
         require(self.kl_coef >= 0, "algorithm.kl_coef", self.kl_coef, "0 or more")
+        require(self.kl_reward_coef >= 0, "algorithm.kl_reward_coef", self.kl_reward_coef, "0 or more")
+        positive("algorithm", self, "pass_k")
         positive("algorithm", self, "constant_length")
+
+    @property
+    def uses_reference(self) -> bool:
+        """A reference model has to score the samples."""
+        return self.kl_coef > 0 or self.kl_reward_coef > 0
 
 
 @dataclass(frozen=True, kw_only=True)

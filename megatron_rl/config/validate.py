@@ -106,10 +106,16 @@ def _check_batches(config: RunConfig) -> None:
             f"{sequences} sequences in a step (rollout.num_prompts_per_step x rollout.group_size) do not divide by "
             f"batching.num_updates={updates}. Change one of the three."
         )
-    if config.algorithm.advantage == "group" and config.algorithm.loss != "nll" and config.rollout.group_size < 2:
+    advantage, group = config.algorithm.advantage, config.rollout.group_size
+    if advantage in ("group", "rloo", "pass_at_k") and config.algorithm.loss != "nll" and group < 2:
         raise ConfigError(
-            f"rollout.group_size={config.rollout.group_size}: group advantages need at least 2 samples of each prompt. "
+            f"rollout.group_size={group}: algorithm.advantage={advantage} compares samples of one prompt, at least 2. "
             "Set rollout.group_size to 8 or so."
+        )
+    if advantage == "pass_at_k" and config.algorithm.pass_k > group:
+        raise ConfigError(
+            f"algorithm.pass_k={config.algorithm.pass_k} is more than rollout.group_size={group}, the samples of a "
+            "prompt. Lower one or raise the other."
         )
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     ranks = config.parallel.context_parallel_size
@@ -151,7 +157,7 @@ def _check_objective(config: RunConfig) -> None:
             f"algorithm.{corrected[0]}={getattr(algorithm, corrected[0])} has no meaning for demonstrations, "
             "which no engine sampled. Leave it out."
         )
-    if source == "demonstrations" and config.algorithm.kl_coef:
-        raise ConfigError(
-            f"algorithm.kl_coef={config.algorithm.kl_coef} has no meaning for demonstrations. Set it to 0."
-        )
+    for key in ("kl_coef", "kl_reward_coef", "mask_truncated", "whiten_advantages"):
+        value = getattr(algorithm, key)
+        if source == "demonstrations" and value:
+            raise ConfigError(f"algorithm.{key}={value} has no meaning for demonstrations. Leave it out.")

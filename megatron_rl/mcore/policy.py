@@ -117,6 +117,7 @@ class Policy(ScoringModel):
                 self._correction,
                 on_samples=self.config.rollout.source != "demonstrations",
                 scored_before=len(batch.updates) > 1,
+                context_group=self.parallel.groups.cp if self.parallel.cp_size > 1 else None,
             ),
             forward_only=False,
             replay_routing=True,

@@ -1,10 +1,14 @@
 """Sum of weight times token loss over a micro-batch, with what the metrics need."""
 
+from typing import Any
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rl.algorithms.importance import RolloutCorrection, token_ratio
 from megatron_rl.algorithms.kl import k1, k3
+from megatron_rl.algorithms.losses import LossInputs
 from megatron_rl.algorithms.objective import Objective
 from megatron_rl.metrics.metric import NUM_LARGEST, EffectiveShare, Largest, Mean, Reduction
 from megatron_rl.types import MicroBatch
@@ -17,7 +21,13 @@ class PolicyLoss:
     """Called with the log-probabilities and entropies of the tokens with loss."""
 
     def __init__(
-        self, objective: Objective, correction: RolloutCorrection, *, on_samples: bool, scored_before: bool
+        self,
+        objective: Objective,
+        correction: RolloutCorrection,
+        *,
+        on_samples: bool,
+        scored_before: bool,
+        context_group: Any = None,
     ) -> None:
         """
         Args:
@@ -25,11 +35,13 @@ class PolicyLoss:
             on_samples: the policy sampled the sequences; demonstrations have no log-probabilities of before.
             scored_before: the batch holds the log-probabilities before the update; otherwise the weights have
                 not changed since, and the current ones are those.
+            context_group: the ranks that share out a sequence's tokens; None: this one has all of them.
         """
         self._objective = objective
         self._correction = correction
         self._on_samples = on_samples
         self._scored_before = scored_before
+        self._context_group = context_group
 
     def __call__(
         self, batch: MicroBatch, logprobs: Tensor, entropy: Tensor
@@ -41,7 +53,13 @@ class PolicyLoss:
         rollout = batch.rollout_logprobs[mask]
         by_token = self._correction.level == "token"
         corrections = self._correction.token_weights(old, rollout) if by_token else batch.rollout_weights[mask]
-        terms = self._objective(logprobs, old, batch.ref_logprobs[mask], corrections, batch.advantages[mask], entropy)
+        tokens = LossInputs(
+            logprobs=logprobs,
+            old_logprobs=old,
+            advantages=batch.advantages[mask],
+            mean_of_response=lambda values: self._mean_of_response(batch, values),
+        )
+        terms = self._objective(tokens, batch.ref_logprobs[mask], corrections, entropy)
         loss = (weights * terms.total).sum()
         sums = {
             "actor/loss": loss,
@@ -61,6 +79,15 @@ class PolicyLoss:
             metrics |= _drift(old, rollout, batch.labels[mask], batch.position_ids[mask] + 1)
         # the sum keeps a path to the weights also when no token has a loss
         return loss + 0.0 * logprobs.sum(), mask.sum().int(), metrics
+
+    def _mean_of_response(self, batch: MicroBatch, values: Tensor) -> Tensor:
+        """[K] values of tokens -> [K], for each the mean over its whole response, wherever its tokens are."""
+        places = batch.sequence[batch.loss_mask]
+        both = torch.stack([values.detach(), torch.ones_like(values)]).double()
+        sums = both.new_zeros(2, len(batch.lengths)).index_add_(1, places, both)
+        if self._context_group is not None:
+            dist.all_reduce(sums, group=self._context_group)
+        return (sums[0] / sums[1])[places].to(values.dtype)
 
 
 def _means(sums: dict[str, Tensor], count: int) -> dict[str, Reduction]:

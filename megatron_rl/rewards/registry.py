@@ -11,6 +11,7 @@ from megatron_rl.rewards.coin_flip import coin_flip
 from megatron_rl.rewards.countdown import countdown
 from megatron_rl.rewards.exact import exact_match
 from megatron_rl.rewards.format import think_answer_format
+from megatron_rl.rewards.length import soft_overlong
 from megatron_rl.rewards.math import math_answer
 from megatron_rl.rewards.record import RewardFunction, RewardInput
 
@@ -20,6 +21,7 @@ REWARDS: dict[str, RewardFunction] = {
     "format": think_answer_format,
     "countdown": countdown,
     "coin_flip": coin_flip,
+    "soft_overlong": soft_overlong,
 }
 
 Grader = Callable[[RewardInput], tuple[float, dict[str, float]]]

@@ -20,6 +20,7 @@ from megatron_rl.collective import gather_objects
 from megatron_rl.config import RunConfig
 from megatron_rl.config.machine import ParallelSection
 from megatron_rl.correction import correct
+from megatron_rl.credit import add_advantages
 from megatron_rl.errors import WeightSyncError
 from megatron_rl.loop import plan, run_in, score
 from megatron_rl.mcore import event_loop, patches
@@ -391,7 +392,7 @@ def some_updates(config: RunConfig, engine: dict[int, torch.Tensor] | None = Non
     rows = policy.logprobs(once)
     if engine is not None:
         correction = build_correction(config.algorithm)
-        once, corrected = correct(score(once, policy, None, correction, Stopwatch()), correction)
+        once, corrected = correct(score(once, policy, None, Stopwatch(), needs_old=True), correction)
         corrections = results(merge(gather_objects(corrected, parallel)))
     batch = replace(once, updates=[*once.updates, *once.updates])  # several, so that ratios are taken
     losses, norms, balance = [], [], []
@@ -410,6 +411,15 @@ def some_updates(config: RunConfig, engine: dict[int, torch.Tensor] | None = Non
         logprobs={i: row for i, row in zip(once.global_index, rows, strict=True) if i >= 0},
         weights={name: tensor.clone() for name, tensor in policy.export()},
     )
+
+
+def credited(config: RunConfig, rewards: list[float]) -> tuple[dict[int, torch.Tensor], dict[str, float]]:
+    """Advantages of every token, by place in the step, and the metrics."""
+    parallel = world(config)
+    batch = replace(shared_out(sequences(LENGTHS), config, parallel), rewards=torch.tensor(rewards))
+    batch, metrics = add_advantages(batch, config.algorithm, parallel)
+    rows = {i: s.advantages[s.loss_mask] for i, s in zip(batch.global_index, batch.sequences, strict=True) if i >= 0}
+    return rows, results(merge(gather_objects(metrics, parallel)))
 
 
 def replayed(config: RunConfig) -> tuple[dict[int, torch.Tensor], float]:

@@ -9,7 +9,7 @@ import torch
 
 from tests.distributed import cases
 from tests.gang import Gang
-from tests.toys import toy_config
+from tests.toys import sequences, toy_config
 
 
 def keys(text: str) -> list[str]:
@@ -198,6 +198,49 @@ def test_corrections_of_responses(
     assert wanted.norms != pytest.approx(without.norms, rel=1e-2)
     size, text = layout.split(":")
     assert_same(outcome(gangs, int(size), f"{CORRECTION} {text}", model, tmp_path, engine), wanted)
+
+
+GSPO = "algorithm.loss=gspo algorithm.clip_ratio_low=0.6 algorithm.clip_ratio_high=2.0"
+
+
+@pytest.mark.parametrize("layout", CORRECTED)
+def test_ratios_of_responses(
+    layout: str, gangs: Callable[[int], Gang], toy_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A response's ratio is that of all its tokens, wherever they are computed."""
+    model = toy_model("qwen2", tied=True, num_hidden_layers=4)
+    (without,) = outcome(gangs, 1, "", model, tmp_path)
+    (wanted,) = outcome(gangs, 1, GSPO, model, tmp_path)
+    assert wanted.norms[0] > 0.1
+    assert wanted.norms != pytest.approx(without.norms, rel=1e-2)
+    size, text = layout.split(":")
+    assert_same(outcome(gangs, int(size), f"{GSPO} {text}", model, tmp_path), wanted)
+
+
+@pytest.mark.parametrize("layout", ["1:", "2:", "4:", "2:tp2", "2:pp2", "2:cp2", "4:tp2", "4:pp2 cp2"])
+def test_returns_are_whitened_over_all_ranks(
+    layout: str, gangs: Callable[[int], Gang], toy_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """REINFORCE++, written out over all tokens of the step."""
+    rewards = [1.0, 0.0, 0.5, 1.0, -1.0, 0.25, 2.0, 0.0]
+    returns, kl = [], []
+    for sequence, reward in zip(sequences(cases.LENGTHS), rewards, strict=True):
+        mask = sequence.loss_mask
+        apart = (sequence.old_logprobs - sequence.ref_logprobs)[mask].double()
+        to_go = torch.ones(apart.numel(), apart.numel()).double().triu()
+        returns.append(reward - 0.1 * to_go @ apart)
+        kl.append(apart)
+    together = torch.cat(returns)
+    size, text = layout.split(":")
+    overrides = keys("algorithm.advantage=reinforce algorithm.kl_reward_coef=0.1 algorithm.whiten_advantages=true")
+    config = toy_config(tmp_path, toy_model("qwen2", tied=True), "batching.num_updates=1", *overrides, *keys(text))
+    found: dict[int, torch.Tensor] = {}
+    for rows, metrics in gangs(int(size)).call(cases.credited, config=config, rewards=rewards):
+        found |= rows
+        assert metrics == pytest.approx({"critic/kl": float(torch.cat(kl).mean())}, rel=1e-5)
+    for place, row in enumerate(returns):
+        wanted = (row - together.mean()) / together.std()
+        torch.testing.assert_close(found[place].double(), wanted, rtol=0, atol=1e-6)
 
 
 REPLAYED = ["1:batching.packed=false", "2:ep2", "2:tp2 sp", "2:cp2", "4:pp2 vpp2 ep2", "4:tp2 cp2 sp"]

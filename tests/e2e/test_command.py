@@ -138,7 +138,10 @@ class TestRefusals:
         [
             (["rollout.group_sise=4"], "Did you mean rollout.group_size"),
             (["batching.num_updates=3"], "do not divide by batching.num_updates=3"),
-            (["rollout.group_size=1"], "group advantages need at least 2 samples"),
+            (
+                ["rollout.group_size=1"],
+                "algorithm.advantage=group compares samples of one prompt",
+            ),
             (["parallel.tensor_parallel_size=2"], "world size 1 does not divide"),
             (["parallel.context_parallel_size=2"], "x parallel.context_parallel_size=2 = 2"),
             (["parallel.expert_parallel_size=2"], "parallel.expert_parallel_size=2"),

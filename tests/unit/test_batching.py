@@ -10,6 +10,7 @@ from megatron_rl.batching.align import align, unalign
 from megatron_rl.batching.context import context_indices, restore_order
 from megatron_rl.batching.pack import balance, micro_batches
 from megatron_rl.batching.plan import plan_batch
+from megatron_rl.batching.sequences import without_truncated
 from megatron_rl.config.schema import BatchingSection
 from megatron_rl.errors import DataError
 from megatron_rl.types import Prompt, Rollout, RolloutGroup
@@ -87,6 +88,15 @@ def test_plan_covers_every_sequence_once_over_the_ranks() -> None:
                 assert not batch.sequences[place].loss_mask.any()
     assert seen == Counter(range(12))
     assert all(count == counts[0] for count in counts)
+
+
+def test_truncated_responses_have_no_loss_and_keep_their_reward() -> None:
+    whole = group(0, [3, 4, 5])
+    cut = replace(whole, rollouts=[replace(whole.rollouts[0], finish_reason="length"), *whole.rollouts[1:]])
+    (found,) = without_truncated([cut])
+    assert [int(rollout.loss_mask.sum()) for rollout in found.rollouts] == [0, 4, 5]
+    assert [rollout.reward for rollout in found.rollouts] == [3, 4, 5]
+    assert int(cut.rollouts[0].loss_mask.sum()) == 3
 
 
 def test_a_failed_reward_keeps_its_tokens_but_has_no_loss() -> None:

@@ -8,6 +8,7 @@ from megatron_rl.config import dump_config, load_config, validate
 from megatron_rl.config.load import _dotted_keys
 from megatron_rl.config.names import FOREIGN_NAMES
 from megatron_rl.config.schema import RunConfig
+from megatron_rl.config.study import load_study
 from megatron_rl.errors import ConfigError
 from tests.toys import write_config
 
@@ -19,13 +20,41 @@ def config(tmp_path: Path) -> Path:
     return write_config(tmp_path, tmp_path / "model")
 
 
-@pytest.mark.parametrize(
-    "path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: str(p.relative_to(ROOT / "configs"))
-)
+STUDIES = sorted((ROOT / "configs" / "ablations").glob("*.yaml"))
+CONFIGS = sorted(set((ROOT / "configs").rglob("*.yaml")) - set(STUDIES))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: str(p.relative_to(ROOT / "configs")))
 def test_every_config_of_the_project_loads(path: Path) -> None:
     loaded = load_config(path)
     parallel = loaded.parallel
     validate(loaded, parallel.tensor_parallel_size * parallel.pipeline_parallel_size * parallel.context_parallel_size)
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda p: p.name)
+def test_every_study_of_the_project_loads(path: Path) -> None:
+    study = load_study(path)
+    for name, run in study.runs.items():
+        loaded = load_config(ROOT / run.config, study.overrides_of(name, 7))
+        validate(loaded, study.num_ranks)
+        assert loaded.run.seed == 7
+        assert "seed_7" in loaded.model.path
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("metric: x\nseeds: [0]\nrun: {a: {config: b}}", "run"),
+        ("metric: x\nruns: {a: {config: b}}", "seeds"),
+        ("metric: x\nseeds: []\nruns: {a: {config: b}}", "seeds=.*at least one seed"),
+        ("metric: x\nseeds: [a]\nruns: {a: {config: b}}", "seeds"),
+        ("metric: x\nseeds: [0]\nruns: {a: {overrides: []}}", "config"),
+    ],
+)
+def test_a_study_that_cannot_be(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "study.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_study(tmp_path / "study.yaml")
 
 
 def test_precedence_and_round_trip(config: Path, tmp_path: Path) -> None:

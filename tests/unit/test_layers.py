@@ -36,6 +36,7 @@ ALLOWED = {
 EVERYTHING = {
     "ledger",
     "correction",
+    "credit",
     "drift",
     "profiling",
     "loop",

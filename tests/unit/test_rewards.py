@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 
 from megatron_rl.config.schema import RewardFunctionSection, RewardSection
-from megatron_rl.errors import ConfigError
+from megatron_rl.errors import ConfigError, RewardError
 from megatron_rl.rewards.arithmetic import evaluate
 from megatron_rl.rewards.pool import RewardPool
 from megatron_rl.rewards.record import RewardInput
@@ -66,6 +66,16 @@ def test_exact_match_after_a_mark(response: str, finish_reason: str, wanted: flo
 )
 def test_format(response: str, wanted: float) -> None:
     assert REWARDS["format"](sample(response)) == wanted
+
+
+@pytest.mark.parametrize(("length", "wanted"), [(0, 0), (6, 0), (7, -0.25), (9, -0.75), (10, -1), (25, -1)])
+def test_soft_overlong(length: int, wanted: float) -> None:
+    assert REWARDS["soft_overlong"](sample("x" * length), max_tokens=10, buffer_tokens=4) == wanted
+
+
+def test_soft_overlong_needs_a_buffer_that_fits() -> None:
+    with pytest.raises(RewardError, match=r"buffer_tokens=11 is not from 1 to max_tokens=10"):
+        REWARDS["soft_overlong"](sample("x"), max_tokens=10, buffer_tokens=11)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ from megatron_rl.algorithms.importance import build_correction
 from megatron_rl.build import build_collector, build_engine, build_keeper, build_sampler, read_inputs
 from megatron_rl.config import RunConfig
 from megatron_rl.config.load import load_config
-from megatron_rl.loop import add_advantages, plan, rollout_metrics, score
+from megatron_rl.credit import add_advantages
+from megatron_rl.loop import needs_old_logprobs, plan, rollout_metrics, score
 from megatron_rl.mcore.parallel import init_parallel
 from megatron_rl.mcore.policy import Policy
 from megatron_rl.metrics.timing import Stopwatch
@@ -74,7 +75,9 @@ class OurLoop:
             collected = self._sampler.collect(self._steps + 1, self._prompts)
         batch = plan(collected.groups, self.config, self.parallel)
         correction = build_correction(self.config.algorithm)
-        batch = add_advantages(score(batch, self.policy, None, correction, Stopwatch()), self.config)
+        needs_old = needs_old_logprobs(batch, self.config, correction)
+        batch = score(batch, self.policy, None, Stopwatch(), needs_old=needs_old)
+        batch, _ = add_advantages(batch, self.config.algorithm, self.parallel)
         self._steps += 1
         self._prompts += collected.num_prompts
         return collected, batch

@@ -1,0 +1,65 @@
+"""Several runs that are compared: python tools/ablate.py FILE."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from megatron_rl.config.checks import require
+from megatron_rl.config.load import read_yaml
+from megatron_rl.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyRun:
+    """One line of the comparison."""
+
+    config: str
+    """Configuration file."""
+    overrides: list[str] = field(default_factory=list)
+    """key=value, after those of the study."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """Runs, each over the same seeds."""
+
+    metric: str
+    """What the curves show, for instance eval/exact_match."""
+    runs: dict[str, StudyRun]
+    """By the name that stands in table and plot."""
+    seeds: list[int]
+    """run.seed of the repetitions."""
+    num_ranks: int = 1
+    """Processes of a run."""
+    overrides: list[str] = field(default_factory=list)
+    """key=value of all runs; {seed} stands for the seed."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.runs), "runs", self.runs, "at least one run")
+        require(bool(self.seeds), "seeds", self.seeds, "at least one seed")
+        require(self.num_ranks >= 1, "num_ranks", self.num_ranks, "1 or more")
+
+    def overrides_of(self, run: str, seed: int) -> list[str]:
+        """Of one repetition of one run."""
+        given = [*self.overrides, *self.runs[run].overrides]
+        return [text.replace("{seed}", str(seed)) for text in given] + [f"run.seed={seed}"]
+
+
+def load_study(path: str | Path) -> Study:
+    """The study of a YAML file.
+
+    Raises:
+        ConfigError: the file is missing or not YAML, a key is unknown or absent, or a value is of the wrong type.
+    """
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Study), read_yaml(Path(path)))
+        missing = sorted(OmegaConf.missing_keys(merged))
+        if missing:
+            raise ConfigError(f"{path}: required keys are not set: {', '.join(missing)}.")
+        study = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: {error.full_key or ''}: {str(error).splitlines()[0]}") from error
+    assert isinstance(study, Study)
+    return study

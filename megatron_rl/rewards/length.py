@@ -1,0 +1,22 @@
+"""How long a response is."""
+
+from megatron_rl.errors import RewardError
+from megatron_rl.rewards.record import RewardInput
+
+
+def soft_overlong(sample: RewardInput, max_tokens: int, buffer_tokens: int) -> float:
+    """0 up to max_tokens - buffer_tokens, from there down to -1 at max_tokens, and -1 beyond.
+
+    Args:
+        max_tokens: longest response that is wanted.
+        buffer_tokens: of those, the ones that cost something.
+
+    Raises:
+        RewardError: the buffer is not from 1 to max_tokens.
+
+    Source: soft overlong punishment, DAPO, arXiv 2503.14476 eq. 13 (20480 and 4096 there).
+    """
+    if not 1 <= buffer_tokens <= max_tokens:
+        raise RewardError(f"soft_overlong: buffer_tokens={buffer_tokens} is not from 1 to max_tokens={max_tokens}")
+    beyond = sample.num_tokens - (max_tokens - buffer_tokens)
+    return -min(1.0, max(0.0, beyond / buffer_tokens))
