@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from megatron_rl.algorithms.importance import RolloutCorrection, build_correction
 from megatron_rl.batching.plan import plan_batch
-from megatron_rl.batching.sequences import flatten_groups, without_truncated
+from megatron_rl.batching.selection import accepted, num_teaching, without_truncated
+from megatron_rl.batching.sequences import flatten_groups
 from megatron_rl.build import (
     Inputs,
     Reference,
@@ -24,6 +25,7 @@ from megatron_rl.build import (
 from megatron_rl.checkpoints import Checkpoints
 from megatron_rl.collective import raise_together
 from megatron_rl.config import RunConfig, validate
+from megatron_rl.config.schema import AlgorithmSection
 from megatron_rl.correction import correct
 from megatron_rl.credit import add_advantages
 from megatron_rl.drift import check_drift
@@ -133,7 +135,9 @@ def train(
                 with room_for_engine(policy, keeper.engine, config, watch), watch.span("gen"):
                     ledger.look("generation")
                     collected = sampler.collect(step, state.num_prompts_consumed)
-            batch = plan(collected.groups, config, parallel)
+            groups = teaching(collected.groups, config.algorithm)
+            metrics["batch/num_teaching"] = Mean(num_teaching(groups))
+            batch = plan(groups, config, parallel)
             if sampler.is_graded:
                 batch = score(batch, policy, reference, watch, needs_old=needs_old_logprobs(batch, config, correction))
                 batch, credited = add_advantages(batch, config.algorithm, parallel)
@@ -216,12 +220,26 @@ def advance(state: TrainState, collected: Collected, batch: TrainBatch) -> Train
     )
 
 
+def teaching(groups: Sequence[RolloutGroup], config: AlgorithmSection) -> Sequence[RolloutGroup]:
+    """The groups, in which only those responses have loss that are to teach."""
+    if config.mask_truncated:
+        groups = without_truncated(groups)
+    if config.accept_min_reward is not None:
+        groups = accepted(
+            groups,
+            min_reward=config.accept_min_reward,
+            max_per_prompt=config.accept_max_per_prompt,
+            unique=config.accept_unique,
+        )
+    return groups
+
+
 def plan(groups: Sequence[RolloutGroup], config: RunConfig, parallel: ParallelContext) -> TrainBatch:
     """Share the sequences out over updates, data-parallel ranks and micro-batches."""
     # the context-parallel ranks share a micro-batch
     tokens = config.batching.max_tokens_per_micro_batch * parallel.cp_size
     return plan_batch(
-        without_truncated(groups) if config.algorithm.mask_truncated else groups,
+        groups,
         replace(config.batching, max_tokens_per_micro_batch=tokens),
         dp_rank=parallel.dp_rank,
         dp_size=parallel.dp_size,

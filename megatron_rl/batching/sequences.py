@@ -29,25 +29,6 @@ def bare_sequence(token_ids: Tensor, loss_mask: Tensor) -> TrainSequence:
     )
 
 
-def without_truncated(groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
-    """The same groups, in which responses that were cut at their longest have no loss.
-
-    Source: overlong filtering, DAPO, arXiv 2503.14476 section 3.4.
-    """
-    return [
-        replace(
-            group,
-            rollouts=[
-                replace(rollout, loss_mask=torch.zeros_like(rollout.loss_mask))
-                if rollout.finish_reason == "length"
-                else rollout
-                for rollout in group.rollouts
-            ],
-        )
-        for group in groups
-    ]
-
-
 def to_sequence(rollout: Rollout) -> TrainSequence:
     """A training sequence of which only tokens, routes and the engine's log-probabilities are known.
 

@@ -155,6 +155,12 @@ class AlgorithmSection:
     mask_truncated: bool = False
     """Leave responses that reached rollout.max_new_tokens out of the loss (overlong filtering); their rewards still
     count in their group."""
+    accept_min_reward: float | None = None
+    """Learn only from responses with at least this reward (rejection sampling, with loss=nll); null: from all."""
+    accept_max_per_prompt: int | None = None
+    """The best so many of those of a prompt; null: all of them."""
+    accept_unique: bool = True
+    """Of those with the same text only one."""
     loss: str = "clipped"
     """clipped: the PPO/GRPO surrogate; gspo: that with the response's ratio; cispo: clipped weights and all gradients;
     policy_gradient: REINFORCE; nll: supervised fine-tuning; or package.module:symbol."""
@@ -231,7 +237,7 @@ class AlgorithmSection:
         )
         require(self.kl_coef >= 0, "algorithm.kl_coef", self.kl_coef, "0 or more")
         require(self.kl_reward_coef >= 0, "algorithm.kl_reward_coef", self.kl_reward_coef, "0 or more")
-        positive("algorithm", self, "pass_k")
+        positive("algorithm", self, "pass_k", "accept_max_per_prompt")
         positive("algorithm", self, "constant_length")
 
     @property

@@ -157,7 +157,12 @@ def _check_objective(config: RunConfig) -> None:
             f"algorithm.{corrected[0]}={getattr(algorithm, corrected[0])} has no meaning for demonstrations, "
             "which no engine sampled. Leave it out."
         )
-    for key in ("kl_coef", "kl_reward_coef", "mask_truncated", "whiten_advantages"):
+    if source != "demonstrations" and loss == "nll" and algorithm.accept_min_reward is None:
+        raise ConfigError(
+            "algorithm.loss=nll imitates what the policy sampled, wrong answers as well. "
+            "Set algorithm.accept_min_reward to the reward of a right one."
+        )
+    for key in ("kl_coef", "kl_reward_coef", "mask_truncated", "whiten_advantages", "accept_min_reward"):
         value = getattr(algorithm, key)
-        if source == "demonstrations" and value:
+        if source == "demonstrations" and value not in (None, 0):
             raise ConfigError(f"algorithm.{key}={value} has no meaning for demonstrations. Leave it out.")

@@ -1,7 +1,9 @@
 """Sharing out, packing and the one shift."""
 
+import math
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from megatron_rl.batching.align import align, unalign
 from megatron_rl.batching.context import context_indices, restore_order
 from megatron_rl.batching.pack import balance, micro_batches
 from megatron_rl.batching.plan import plan_batch
-from megatron_rl.batching.sequences import without_truncated
+from megatron_rl.batching.selection import accepted, num_teaching, without_truncated
 from megatron_rl.config.schema import BatchingSection
 from megatron_rl.errors import DataError
 from megatron_rl.types import Prompt, Rollout, RolloutGroup
@@ -97,6 +99,28 @@ def test_truncated_responses_have_no_loss_and_keep_their_reward() -> None:
     assert [int(rollout.loss_mask.sum()) for rollout in found.rollouts] == [0, 4, 5]
     assert [rollout.reward for rollout in found.rollouts] == [3, 4, 5]
     assert int(cut.rollouts[0].loss_mask.sum()) == 3
+
+
+def chosen(texts: list[str], rewards: list[float], **options: Any) -> list[int]:
+    """Places of the responses that teach."""
+    given = group(0, [3] * len(texts))
+    rollouts = [replace(r, text=t, reward=w) for r, t, w in zip(given.rollouts, texts, rewards, strict=True)]
+    rollouts[-1] = replace(rollouts[-1], status="reward_error", reward=math.nan)
+    settings: dict[str, Any] = {"min_reward": 1.0, "max_per_prompt": None, "unique": False, **options}
+    found = accepted([replace(given, rollouts=rollouts)], **settings)
+    places = [place for place, rollout in enumerate(found[0].rollouts) if rollout.loss_mask.any()]
+    assert num_teaching(found) == len(places)
+    assert all(rollouts[place].reward >= settings["min_reward"] for place in places)
+    return places
+
+
+def test_only_good_responses_are_accepted() -> None:
+    texts, rewards = ["a", "b", "a", "c", "d", "e"], [1.0, 0.0, 1.0, 1.5, 1.0, 1.0]  # the last one's reward failed
+    assert chosen(texts, rewards) == [0, 2, 3, 4]
+    assert chosen(texts, rewards, unique=True) == [0, 3, 4]
+    assert chosen(texts, rewards, max_per_prompt=2) == [0, 3]
+    assert chosen(texts, rewards, unique=True, max_per_prompt=3, min_reward=0.0) == [0, 3, 4]
+    assert chosen(texts, rewards, min_reward=2.0) == []
 
 
 def test_a_failed_reward_keeps_its_tokens_but_has_no_loss() -> None:

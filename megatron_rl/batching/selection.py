@@ -1,0 +1,59 @@
+"""Which responses of a step teach: the others keep their tokens and rewards, and lose their loss mask."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+
+import torch
+
+from megatron_rl.types import Rollout, RolloutGroup
+
+
+def without_truncated(groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
+    """Responses that were cut at their longest do not teach.
+
+    Source: overlong filtering, DAPO, arXiv 2503.14476 section 3.4.
+    """
+    return [_only(group, [rollout.finish_reason != "length" for rollout in group.rollouts]) for group in groups]
+
+
+def accepted(
+    groups: Sequence[RolloutGroup], *, min_reward: float, max_per_prompt: int | None, unique: bool
+) -> list[RolloutGroup]:
+    """Only responses that are good enough teach.
+
+    Args:
+        groups: of a step.
+        min_reward: what a response needs.
+        max_per_prompt: the best so many of a prompt, the earlier ones of equal rewards; None: all.
+        unique: of responses with the same text the first.
+
+    Source: rejection sampling fine-tuning, arXiv 2308.01825; best-of-n of RAFT, arXiv 2304.06767.
+    """
+    return [_only(group, _chosen(group.rollouts, min_reward, max_per_prompt, unique)) for group in groups]
+
+
+def num_teaching(groups: Sequence[RolloutGroup]) -> int:
+    """Responses with loss."""
+    return sum(bool(rollout.loss_mask.any()) for group in groups for rollout in group.rollouts)
+
+
+def _chosen(rollouts: Sequence[Rollout], min_reward: float, max_per_prompt: int | None, unique: bool) -> list[bool]:
+    taken: list[int] = []
+    for place in sorted(range(len(rollouts)), key=lambda i: -_known(rollouts[i])):
+        is_known = unique and any(rollouts[other].text == rollouts[place].text for other in taken)
+        if _known(rollouts[place]) >= min_reward and not is_known:
+            taken.append(place)
+    kept: Collection[int] = taken[:max_per_prompt]
+    return [place in kept for place in range(len(rollouts))]
+
+
+def _known(rollout: Rollout) -> float:
+    return rollout.reward if rollout.status == "ok" else float("-inf")
+
+
+def _only(group: RolloutGroup, teaches: Sequence[bool]) -> RolloutGroup:
+    rollouts = [
+        rollout if stays else replace(rollout, loss_mask=torch.zeros_like(rollout.loss_mask))
+        for rollout, stays in zip(group.rollouts, teaches, strict=True)
+    ]
+    return replace(group, rollouts=rollouts)
