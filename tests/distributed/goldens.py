@@ -1,0 +1,99 @@
+"""Four responses whose losses are published to seven digits, computed by the ranks of a gang."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from megatron_rl.algorithms.importance import build_correction
+from megatron_rl.algorithms.objective import build_objective
+from megatron_rl.batching.align import align
+from megatron_rl.batching.context import context_share
+from megatron_rl.collective import gather_objects
+from megatron_rl.config import RunConfig
+from megatron_rl.credit import add_advantages
+from megatron_rl.loop import plan
+from megatron_rl.mcore.policy_loss import PolicyLoss
+from megatron_rl.types import Prompt, Rollout, RolloutGroup, TrainSequence
+from tests.distributed.cases import world
+
+REWARDS = (1.0, 0.0, 0.1, 1.0)
+OLD = ((-0.5, -1, -0.2), (-0.7,), (-0.3, -0.9), (-1.2, -0.1, -0.4, -0.6))
+NEW = ((-0.2, -1.1, -0.2), (-0.4,), (-0.6, -0.9), (-1, -0.1, -0.9, -0.5))
+REF = ((-0.6, -1, -0.3), (-0.7,), (-0.3, -1), (-1.2, -0.2, -0.4, -0.6))
+PROMPT = 2
+
+
+def row(values: Sequence[float]) -> Tensor:
+    """[L] of a sequence whose prompt has zeros."""
+    return torch.tensor([0.0] * PROMPT + list(values))
+
+
+def rollout(place: int) -> Rollout:
+    """Carries the current log-probabilities in the place of the engine's."""
+    length = PROMPT + len(OLD[place])
+    return Rollout(
+        token_ids=torch.arange(length),
+        loss_mask=torch.arange(length) >= PROMPT,
+        rollout_logprobs=row(NEW[place]),
+        text="",
+        finish_reason="stop",
+        policy_versions=torch.zeros(length, dtype=torch.int32),
+        seed=0,
+        reward=REWARDS[place],
+        reward_parts={},
+        status="ok",
+        failure="",
+    )
+
+
+def losses(configs: Sequence[RunConfig]) -> list[float]:
+    """The loss by each configuration; they differ in their algorithm alone."""
+    return [loss_of(config) for config in configs]
+
+
+def loss_of(config: RunConfig) -> float:
+    """What the policy would learn from, over all ranks, in float64 from the micro-batch on."""
+    parallel = world(config)
+    prompt = Prompt(prompt_id="0", token_ids=torch.arange(PROMPT), text="", answer=None)
+    group = RolloutGroup(index=0, prompt=prompt, rollouts=[rollout(place) for place in range(4)])
+    batch = plan([group], config, parallel)
+    sequences = [
+        with_rows(sequence, index) if index >= 0 else sequence
+        for sequence, index in zip(batch.sequences, batch.global_index, strict=True)
+    ]
+    batch, _ = add_advantages(
+        replace(batch, sequences=sequences, rewards=batch.rewards.double()), config.algorithm, parallel
+    )
+    loss = PolicyLoss(
+        build_objective(config.algorithm),
+        build_correction(config.algorithm),
+        on_samples=True,
+        scored_before=True,
+        context_group=parallel.groups.cp if parallel.cp_size > 1 else None,
+    )
+    total, count = 0.0, 0
+    multiple = 2 * parallel.cp_size if parallel.cp_size > 1 else 1
+    (update,) = batch.updates
+    for places in update.micro_batches:
+        whole = align(
+            [batch.sequences[place] for place in places],
+            packed=config.batching.packed,
+            multiple_of=multiple,
+            sequence_multiple_of=multiple,
+        ).map_tensors(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
+        share = context_share(whole, parallel.cp_rank, parallel.cp_size)
+        logprobs = share.rollout_logprobs[share.loss_mask]
+        found, number, _ = loss(share, logprobs, torch.zeros_like(logprobs))
+        total, count = total + float(found), count + int(number)
+    # the loss is taken on the last stage, and the tensor-parallel ranks have the same tokens
+    counts = parallel.is_last_stage and parallel.tp_rank == 0
+    told = gather_objects((total, count) if counts else (0.0, 0), parallel)
+    assert sum(number for _, number in told) == update.num_tokens == 10
+    return sum(found for found, _ in told) / update.num_tokens
+
+
+def with_rows(sequence: TrainSequence, place: int) -> TrainSequence:
+    """The sequence with the log-probabilities of the trainer and of the reference."""
+    return replace(sequence, old_logprobs=row(OLD[place]), ref_logprobs=row(REF[place]))

@@ -1,0 +1,45 @@
+"""Published losses of the algorithms, to 1e-6, however the four responses are shared out and packed."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.distributed import goldens
+from tests.distributed.test_layouts import keys
+from tests.gang import Gang
+from tests.toys import toy_config
+
+SEQUENCES, TOKENS, LENGTH = (
+    f"algorithm.aggregation={name}" for name in ("sequence_mean", "token_mean", "constant_length")
+)
+KL = "algorithm.kl_coef=0.04"
+PLAIN = "algorithm.normalize_by_std=false"
+GSPO = "algorithm.loss=gspo algorithm.clip_ratio_low=3e-4 algorithm.clip_ratio_high=4e-4"
+GOLDENS = {
+    f"{SEQUENCES}": 0.0613807,
+    f"{SEQUENCES} {KL}": 0.0627729,
+    f"{TOKENS}": -0.3379713,
+    f"{TOKENS} {KL}": -0.3365594,
+    f"{LENGTH}": -0.1056160,
+    f"{LENGTH} {PLAIN}": -0.0580994,
+    f"{TOKENS} algorithm.clip_ratio_high=0.28": -0.3467273,
+    f"{SEQUENCES} {GSPO}": 0.0938577,
+}
+SPLITS = [
+    f"batching.micro_batch_size={size} batching.packed={packed}" for size in (1, 2, 4) for packed in ("true", "false")
+]
+LAYOUTS = ["1:", "2:", "4:", "2:tp2", "2:pp2", "2:cp2", "4:tp2 cp2", "4:cp2"]
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_losses(
+    layout: str, split: str, gangs: Callable[[int], Gang], toy_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    size, text = layout.split(":")
+    model = toy_model("qwen2", tied=True)
+    common = "batching.num_updates=1 algorithm.kl_coef=0 algorithm.entropy_coef=0 algorithm.constant_length=8"
+    configs = [toy_config(tmp_path, model, *keys(f"{common} {text} {split} {golden}")) for golden in GOLDENS]
+    for found in gangs(int(size)).call(goldens.losses, configs=configs):
+        assert dict(zip(GOLDENS, found, strict=True)) == pytest.approx(GOLDENS, abs=1e-6)
