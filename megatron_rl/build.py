@@ -119,11 +119,15 @@ def read_inputs(config: RunConfig, parallel: ParallelContext) -> Inputs:
         return Inputs(config, parallel.world_size)
 
 
-def build_reference(config: RunConfig, policy: Policy) -> Reference | None:
-    """The model that the KL divergence is taken to; None when its coefficients are 0."""
+def build_reference(config: RunConfig, policy: Policy, path: str | None) -> Reference | None:
+    """The model that the KL divergence is taken to; None when its coefficients are 0.
+
+    Args:
+        path: of the policy of an earlier step that took the place of the configuration's reference, if one did.
+    """
     if not config.algorithm.uses_reference:
         return None
-    path = config.algorithm.reference_path or config.model.path
+    path = path or config.algorithm.reference_path or config.model.path
     if read_model_spec(path) == policy.spec and not config.precision.fp8_params:
         return HostedReference(policy, path)
     return ScoringModel(config, policy.parallel, path)  # cannot take the policy's place

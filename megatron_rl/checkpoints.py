@@ -7,6 +7,7 @@ checkpoints/step_000020/in_flight.jsonl samples that are carried over to the nex
 checkpoints/step_000020/integrity.json sizes and hashes of all of these
 checkpoints/step_000020/hf/            Hugging Face folder, when asked for
 checkpoints/latest                     name of the newest
+references/step_000400/                Hugging Face folder of the policy that became the reference at that step
 """
 
 import json
@@ -14,7 +15,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from megatron_rl.mcore.checkpoint import begin_save, complete_save, load_policy,
 from megatron_rl.mcore.policy import Policy
 from megatron_rl.rollout.record import group_from_json, group_to_json, read_lines, write_lines
 from megatron_rl.rollout.work import GroupWork
-from megatron_rl.run_folder import LATEST, write_atomically
+from megatron_rl.run_folder import LATEST, RunFolder, write_atomically
 from megatron_rl.types import ParallelContext, TrainState
 from megatron_rl.weights.hf_files import write_hf_folder
 
@@ -57,6 +58,8 @@ FREE_KEYS = (
     "rollout.max_num_sequences",
     "rollout.engine_timeout_s",
     "rollout.max_engine_failures",
+    "weight_sync.transport",
+    "weight_sync.folder",
     "batching.micro_batch_size",
     "batching.max_tokens_per_micro_batch",
     "batching.packed",
@@ -70,11 +73,13 @@ BOUND_KEYS = ("parallel.distributed_optimizer",)
 class Checkpoints:
     """Saves and restores policy and trainer state."""
 
-    def __init__(self, folder: Path, config: RunConfig, parallel: ParallelContext) -> None:
-        self._folder = folder
+    def __init__(self, folder: RunFolder, config: RunConfig, parallel: ParallelContext) -> None:
+        self._folder = folder.checkpoints
+        self._references = folder.references
         self._config = config
         self._parallel = parallel
         self._last: Path | None = None  # begun or restored last
+        self._reference: str | None = None  # which the next checkpoint will name
         self._pending: tuple[PendingSave, Path, Path] | None = None
 
     def save(self, state: TrainState, policy: Policy, in_flight: Sequence[GroupWork] = ()) -> Path:
@@ -96,7 +101,8 @@ class Checkpoints:
                 shutil.rmtree(partial, ignore_errors=True)
                 (partial / "policy").mkdir(parents=True)
                 (partial / "rng").mkdir()
-        self._save_hf(policy, partial)
+        if self._config.checkpoint.save_hf:
+            self._export(policy, partial / "hf")
         with raise_together(self._parallel), _checkpoint_errors(final):
             torch.save(_random_state(), partial / "rng" / f"rank_{self._parallel.rank}.pt")
             if self._parallel.is_main:
@@ -194,16 +200,42 @@ class Checkpoints:
         file = path / IN_FLIGHT
         return [group_from_json(line) for line in read_lines(file)] if file.exists() else []
 
-    def _save_hf(self, policy: Policy, partial: Path) -> None:
-        if not self._config.checkpoint.save_hf:
-            return
-        with raise_together(self._parallel), _checkpoint_errors(partial):
+    def keep_as_reference(self, state: TrainState, policy: Policy) -> TrainState:
+        """Write the policy as the reference of the steps to come; collective.
+
+        Returns:
+            the state with its name.
+
+        Raises:
+            CheckpointError: on every rank, when it cannot be written.
+        """
+        name = f"step_{state.step:06d}"
+        final = self._references / name
+        partial = final.with_name(name + ".partial")
+        with raise_together(self._parallel), _checkpoint_errors(final):
+            if self._parallel.is_main:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.parent.mkdir(parents=True, exist_ok=True)
+        self._export(policy, partial)
+        with raise_together(self._parallel), _checkpoint_errors(final):
+            if self._parallel.is_main:
+                _replace_folder(partial, final)
+        self._reference = name
+        return replace(state, reference=name)
+
+    def reference_of(self, state: TrainState) -> str | None:
+        """Path of the policy that is the reference of a state; None: that of the configuration."""
+        return None if state.reference is None else str(self._references / state.reference)
+
+    def _export(self, policy: Policy, folder: Path) -> None:
+        """Write a Hugging Face folder; collective."""
+        with raise_together(self._parallel), _checkpoint_errors(folder):
             if self._parallel.dp_rank != 0:
                 return
             tensors = policy.export()
             try:
                 if self._parallel.is_main:
-                    write_hf_folder(partial / "hf", tensors, like=self._config.model.path)
+                    write_hf_folder(folder, tensors, like=self._config.model.path)
             finally:
                 for _ in tensors:  # the export is collective: every rank of the replica goes through all of it
                     pass
@@ -212,8 +244,13 @@ class Checkpoints:
         """Keep the checkpoints written last, whatever their step: a run may have been resumed from an earlier one."""
         written = [path for path in self._folder.glob("step_*[0-9]") if (path / "trainer.json").exists()]
         written.sort(key=lambda path: (path / "trainer.json").stat().st_mtime_ns)
-        for path in written[: -self._config.checkpoint.keep_last]:
+        kept = written[-self._config.checkpoint.keep_last :]
+        for path in written[: -len(kept)]:
             shutil.rmtree(path)
+        needed = {self._reference, *(TrainState(**_read_trainer(path)["state"]).reference for path in kept)}
+        for path in self._references.glob("step_*[0-9]"):
+            if path.name not in needed:
+                shutil.rmtree(path)
 
 
 def check_resumable(path: Path, config: RunConfig) -> dict[str, Any]:

@@ -75,10 +75,10 @@ def run_in(config: RunConfig, resume: str, parallel: ParallelContext) -> None:
         checkpoint = folder.find_resume(resume)
 
     policy = Policy(config, parallel)
-    reference = build_reference(config, policy)
     engine = build_engine(config, policy)
-    checkpoints = Checkpoints(folder.checkpoints, config, parallel)
+    checkpoints = Checkpoints(folder, config, parallel)
     state = checkpoints.restore(checkpoint, policy) if checkpoint else fresh_state(parallel)
+    reference = build_reference(config, policy, checkpoints.reference_of(state))
     keeper = build_keeper(config, engine, policy)
     with raise_together(parallel):
         collector = build_collector(config, inputs, keeper, policy)
@@ -153,6 +153,11 @@ def train(
             with saved_if_engines_die(checkpoints, state, policy, sampler):
                 metrics = merge([metrics, evaluate(evaluator, sampler, policy, config, keeper, log, state, watch)])
         checkpoints.finish_if_written()
+        if config.algorithm.reference_reset_every and step % config.algorithm.reference_reset_every == 0:
+            with watch.span("reset_reference"):
+                state = checkpoints.keep_as_reference(state, policy)
+                reference = None  # its memory is for the next one
+                reference = build_reference(config, policy, checkpoints.reference_of(state))
         if is_due(config.checkpoint.every, step, config.run.num_steps):
             with watch.span("save_checkpoint"):
                 checkpoints.save(state, policy, sampler.in_flight())

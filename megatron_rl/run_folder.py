@@ -25,6 +25,7 @@ class RunFolder:
         self.report = self.path / "report.html"
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"
+        self.references = self.path / "references"
 
     def check_writable(self) -> None:
         """Refuse early, before anything is built and without creating anything.

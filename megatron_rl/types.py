@@ -244,3 +244,5 @@ class TrainState:
     num_prompts_consumed: int = 0
     num_updates: int = 0
     wandb_id: str | None = None
+    reference: str | None = None
+    """Folder of the reference model among the run's; None: that of the configuration."""

@@ -182,6 +182,8 @@ class AlgorithmSection:
     """Weigh that estimate by the current over the old probability, for an unbiased gradient in several updates."""
     reference_path: str | None = None
     """Hugging Face folder of the reference model; null: the starting model."""
+    reference_reset_every: int = 0
+    """Steps after which the policy as it is then becomes the reference, again and again; 0: never."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus."""
     rollout_is: Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = "none"
@@ -237,6 +239,15 @@ class AlgorithmSection:
         )
         require(self.kl_coef >= 0, "algorithm.kl_coef", self.kl_coef, "0 or more")
         require(self.kl_reward_coef >= 0, "algorithm.kl_reward_coef", self.kl_reward_coef, "0 or more")
+        every = self.reference_reset_every
+        require(every >= 0, "algorithm.reference_reset_every", every, "0 (never) or more")
+        require(
+            every == 0 or self.uses_reference,
+            "algorithm.reference_reset_every",
+            every,
+            "0 without a reference",
+            "Set algorithm.kl_coef or algorithm.kl_reward_coef.",
+        )
         positive("algorithm", self, "pass_k", "accept_max_per_prompt")
         positive("algorithm", self, "constant_length")
 

@@ -136,12 +136,14 @@ def test_resume_repeats_bit_for_bit(
 ) -> None:
     model = toy_model("qwen2", tied=True)
     split = ["parallel.tensor_parallel_size=2", "parallel.pipeline_parallel_size=2", "checkpoint.keep_last=1"]
+    split += ["algorithm.reference_reset_every=3"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     for folder in (whole, parts):
         folder.mkdir()
     gangs(4).call(cases.run_training, config=toy_config(whole, model, *split, "run.num_steps=20"))
     gangs(4).call(cases.run_training, config=toy_config(parts, model, *split, "run.num_steps=7"))
     assert (parts / "run/checkpoints/latest").read_text() == "step_000007"
+    assert [p.name for p in (parts / "run/references").iterdir()] == ["step_000006"]
     gangs(4).call(cases.run_training, config=toy_config(parts, model, *split, "run.num_steps=20"))
     assert [p.name for p in (parts / "run/checkpoints").glob("step_*")] == ["step_000020"]
 
@@ -151,6 +153,9 @@ def test_resume_repeats_bit_for_bit(
         return [{k: v for k, v in row.items() if not k.startswith(left_out)} for row in rows(folder / "run")]
 
     assert compared(parts) == compared(whole)
+    assert [p.name for p in (parts / "run/references").iterdir()] == ["step_000018"]
+    divergence = {row["step"]: row["actor/kl_loss"] for row in rows(whole / "run") if row["step"]}
+    assert divergence[4] < divergence[3]  # the policy after step 3 is the reference
     assert rows(parts / "run")[-1]["eval/score"] == rows(whole / "run")[-1]["eval/score"]
 
 
