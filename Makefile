@@ -77,7 +77,7 @@ quickstart-seeds: $(INSTALLED)
 
 # the algorithms on the quickstart's task, three seeds: table, and a page with the curves
 bench-algorithms: $(INSTALLED)
-	for seed in 0 1 2; do PATH="$(abspath $(BIN)):$$PATH" tools/quickstart.sh $$seed embedded sft; done
+	for seed in 0 1 2; do PATH="$(abspath $(BIN)):$$PATH" tools/quickstart.sh $$seed embedded sft || exit 1; done
 	PATH="$(abspath $(BIN)):$$PATH" python tools/ablate.py configs/ablations/quickstart.yaml $(BENCH)
 
 # the quickstart's learning curve on every engine, three seeds

@@ -78,6 +78,12 @@ class Inputs:
             reference = read_model_spec(config.algorithm.reference_path)
             transformer_config(reference, config, implementation)
             check_weights(reference, config.algorithm.reference_path)
+            if config.algorithm.reference_reset_every and reference != spec:
+                raise ConfigError(
+                    f"algorithm.reference_reset_every={config.algorithm.reference_reset_every}, but the model of "
+                    f"algorithm.reference_path={config.algorithm.reference_path} is not of the policy's architecture "
+                    "and cannot take its weights. Set it to 0, or use a reference of the same architecture."
+                )
             if reference.vocab_size != spec.vocab_size:
                 raise ConfigError(
                     f"algorithm.reference_path={config.algorithm.reference_path} has {reference.vocab_size} "
@@ -119,15 +125,11 @@ def read_inputs(config: RunConfig, parallel: ParallelContext) -> Inputs:
         return Inputs(config, parallel.world_size)
 
 
-def build_reference(config: RunConfig, policy: Policy, path: str | None) -> Reference | None:
-    """The model that the KL divergence is taken to; None when its coefficients are 0.
-
-    Args:
-        path: of the policy of an earlier step that took the place of the configuration's reference, if one did.
-    """
+def build_reference(config: RunConfig, policy: Policy) -> Reference | None:
+    """The model that the KL divergence is taken to; None when its coefficients are 0."""
     if not config.algorithm.uses_reference:
         return None
-    path = path or config.algorithm.reference_path or config.model.path
+    path = config.algorithm.reference_path or config.model.path
     if read_model_spec(path) == policy.spec and not config.precision.fp8_params:
         return HostedReference(policy, path)
     return ScoringModel(config, policy.parallel, path)  # cannot take the policy's place

@@ -23,7 +23,7 @@ import torch
 
 from megatron_rl.collective import any_rank, barrier, gather_objects, raise_together
 from megatron_rl.config import RunConfig
-from megatron_rl.config.load import flatten
+from megatron_rl.config.load import defaults, flatten
 from megatron_rl.errors import CheckpointError, ConfigError, ConversionError
 from megatron_rl.integrity import Seal, check_seals, seal_files, write_seals
 from megatron_rl.mcore.async_save import PendingSave
@@ -77,7 +77,7 @@ class Checkpoints:
         self._folder = folder.checkpoints
         self._references = folder.references
         self._config = config
-        self._parallel = parallel
+        self.parallel = self._parallel = parallel
         self._last: Path | None = None  # begun or restored last
         self._reference: str | None = None  # which the next checkpoint will name
         self._pending: tuple[PendingSave, Path, Path] | None = None
@@ -183,13 +183,27 @@ class Checkpoints:
                 shares=self._parallel.world_size,
                 hashes=self._config.checkpoint.verify,
             )
+        state = TrainState(**trainer["state"])
+        with raise_together(self._parallel), _checkpoint_errors(path):
+            if self._parallel.is_main:
+                self._fetch_reference(state, path)
         load_policy(policy, path / "policy")
         random_state = path / "rng" / f"rank_{self._parallel.rank}.pt"
         if trainer["world_size"] == self._parallel.world_size and random_state.exists():
             _set_random_state(torch.load(random_state, weights_only=True))
         barrier(self._parallel)
         self._last = path
-        return TrainState(**trainer["state"])
+        return state
+
+    def _fetch_reference(self, state: TrainState, path: Path) -> None:
+        """Copy the reference that goes with a checkpoint of another run."""
+        if state.reference is None or (self._references / state.reference).exists():
+            return
+        source = path.resolve().parents[1] / self._references.name / state.reference
+        partial = self._references / f"{state.reference}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(source, partial)
+        os.replace(partial, self._references / state.reference)
 
     def in_flight(self, path: Path) -> list[GroupWork]:
         """The samples that a checkpoint carries over.
@@ -284,9 +298,12 @@ def check_schedule(saved: Mapping[str, Any], current: Mapping[str, Any], path: P
 def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any], path: Path) -> None:
     """Refuse a continuation that would learn something else.
 
+    Keys that did not exist when the checkpoint was written had their defaults.
+
     Raises:
         ConfigError: naming the keys that differ.
     """
+    saved = {**{key: value for key, value in defaults().items() if key in current}, **saved}
     differing = [
         f"{key}: {saved.get(key)!r} in the checkpoint, {current.get(key)!r} now"
         for key in sorted({*saved, *current})

@@ -75,10 +75,11 @@ def run_in(config: RunConfig, resume: str, parallel: ParallelContext) -> None:
         checkpoint = folder.find_resume(resume)
 
     policy = Policy(config, parallel)
+    reference = build_reference(config, policy)
     engine = build_engine(config, policy)
     checkpoints = Checkpoints(folder, config, parallel)
     state = checkpoints.restore(checkpoint, policy) if checkpoint else fresh_state(parallel)
-    reference = build_reference(config, policy, checkpoints.reference_of(state))
+    load_reference(reference, checkpoints, state)
     keeper = build_keeper(config, engine, policy)
     with raise_together(parallel):
         collector = build_collector(config, inputs, keeper, policy)
@@ -156,8 +157,7 @@ def train(
         if config.algorithm.reference_reset_every and step % config.algorithm.reference_reset_every == 0:
             with watch.span("reset_reference"):
                 state = checkpoints.keep_as_reference(state, policy)
-                reference = None  # its memory is for the next one
-                reference = build_reference(config, policy, checkpoints.reference_of(state))
+                load_reference(reference, checkpoints, state)
         if is_due(config.checkpoint.every, step, config.run.num_steps):
             with watch.span("save_checkpoint"):
                 checkpoints.save(state, policy, sampler.in_flight())
@@ -175,6 +175,14 @@ def train(
         path = checkpoints.save(state, policy, sampler.in_flight())
         checkpoints.finish()
         log.note(f"stopped as asked after step {state.step}; saved {path}. Start the same command again to go on.")
+
+
+def load_reference(reference: Reference | None, checkpoints: Checkpoints, state: TrainState) -> None:
+    """Give the reference the weights of an earlier step's policy, if one took its place."""
+    path = checkpoints.reference_of(state)
+    if reference is not None and path is not None:
+        with raise_together(checkpoints.parallel):
+            reference.load(path)
 
 
 @contextmanager
@@ -298,6 +306,8 @@ def evaluate(
         pushed = keeper.push(version=state.step)
         with room_for_engine(policy, keeper.engine, config, watch):
             metrics, samples = evaluator.evaluate(state.step)
+    for note in keeper.take_notes():
+        log.note(note)
     headline = {name.removeprefix("eval/"): metrics[name].result() for name in evaluator.headline}
     shown = [f"{name} {value:.4g}" for name, value in headline.items()]
     log.note(f"held out, step {state.step}: {', '.join(shown)}")

@@ -1,7 +1,7 @@
 """Run a study, several configurations over several seeds: python tools/ablate.py configs/ablations/quickstart.yaml.
 
-Prints the mean of its metric with the standard deviation between seeds, and writes a page with all curves. Runs that
-are finished are not made again; what was interrupted goes on where it was.
+Prints the mean of its metric with the standard deviation between seeds, and writes a page with the curves of the runs
+that were asked for. Runs that are finished are not made again; what was interrupted goes on where it was.
 """
 
 import argparse
@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from megatron_rl.analysis.study import Curve, curve_of, curve_table, markdown, render_study
+from megatron_rl.config import load_config, validate
 from megatron_rl.config.study import Study, load_study
 from megatron_rl.errors import MegatronRLError
 from megatron_rl.metrics.sinks import read_rows
@@ -32,6 +33,8 @@ def main() -> None:
             sys.exit(f"{arguments.study} has no run {unknown[0]!r}. It has: {', '.join(study.runs)}.")
         folder = arguments.folder or Path("runs/ablations") / arguments.study.stem
         seeds = arguments.seeds or study.seeds
+        for name in names:  # before the first of them takes its time
+            validate(load_config(study.runs[name].config, study.overrides_of(name, seeds[0])), study.num_ranks)
         curves = {name: [made(study, name, seed, folder) for seed in seeds] for name in names}
     except MegatronRLError as error:
         sys.exit(str(error))
@@ -42,7 +45,7 @@ def main() -> None:
 
 def made(study: Study, name: str, seed: int, folder: Path) -> Curve:
     """The curve of one run, which is made unless it is there."""
-    run = folder / "".join(letter if letter.isalnum() else "_" for letter in name) / f"seed_{seed}"
+    run = folder / study.folder_of(name) / f"seed_{seed}"
     run.parent.mkdir(parents=True, exist_ok=True)
     command = [
         "torchrun", "--standalone", "--nproc-per-node", str(study.num_ranks), "-m", "megatron_rl.train",
@@ -55,7 +58,7 @@ def made(study: Study, name: str, seed: int, folder: Path) -> Curve:
         sys.exit(f"{' '.join(command)} ended with {status}; see {log}")
     curve = curve_of(read_rows(RunFolder(run).metrics), study.metric)
     last = max(curve)
-    print(f"{name}, seed {seed}: {study.metric} {curve[last]:.1%} after {last} steps", file=sys.stderr, flush=True)
+    print(f"{name}, seed {seed}: {study.metric} {curve[last]:.4g} after {last} steps", file=sys.stderr, flush=True)
     return curve
 
 

@@ -5,11 +5,13 @@ python tools/bench_quickstart.py --seeds 0 --check   also fail unless GRPO learn
 """
 
 import argparse
-import json
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+from megatron_rl.analysis.study import curve_of
+from megatron_rl.metrics.sinks import read_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 METRIC = "eval/exact_match"
@@ -42,9 +44,8 @@ def main() -> None:
 
 def accuracy(run: Path) -> tuple[float, float]:
     """First and last held-out accuracy of a run."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    values = [row[METRIC] for row in rows if METRIC in row]
-    return values[0], values[-1]
+    curve = curve_of(read_rows(run / "metrics.jsonl"), METRIC)
+    return curve[min(curve)], curve[max(curve)]
 
 
 def _control(folder: Path, seed: int) -> list[str]:

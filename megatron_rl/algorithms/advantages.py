@@ -68,7 +68,8 @@ def pass_at_k_advantages(rewards: Tensor, groups: Tensor, settings: AdvantageSet
 
     A sample is right when its reward is 1 or more; all others are wrong. Its advantage is the mean, over all subsets
     of k siblings with it, of whether the subset has a right one, minus the mean over all subsets, divided by the
-    standard deviation of that. Shapes as of AdvantageFunction; 0 where all are right or all are wrong.
+    standard deviation of that. Shapes as of AdvantageFunction; 0 where all are right or all are wrong, or where there
+    are no more than k.
 
     Source: pass@k training, arXiv 2508.10751 section 2.4 (analytical derivation).
     """
@@ -76,12 +77,14 @@ def pass_at_k_advantages(rewards: Tensor, groups: Tensor, settings: AdvantageSet
 
     def of_group(members: Tensor) -> Tensor:
         count, right = members.numel(), members >= 1
-        wrong = count - int(right.sum())
-        mean = 1 - _choose(wrong, k) / _choose(count, k)
-        deviation = math.sqrt(mean * (1 - mean))
-        if not deviation:
+        if count <= k:
             return torch.zeros_like(members)
-        of_wrong = 1 - _choose(wrong - 1, k - 1) / _choose(count - 1, k - 1)
+        wrong = count - int(right.sum())
+        mean = 1 - math.comb(wrong, k) / math.comb(count, k)
+        deviation = math.sqrt(mean * (1 - mean))
+        if not deviation:  # all are right, or so many that every subset has a right one, or all are wrong
+            return torch.zeros_like(members)
+        of_wrong = 1 - math.comb(wrong - 1, k - 1) / math.comb(count - 1, k - 1)
         return torch.full_like(members, of_wrong - mean).masked_fill(right, 1 - mean) / deviation
 
     return _by_group(rewards, groups, of_group)
@@ -142,7 +145,3 @@ def _by_group(rewards: Tensor, groups: Tensor, of_group: Callable[[Tensor], Tens
         if int(members.sum()) >= 2:
             advantages[members] = of_group(rewards[members])
     return advantages
-
-
-def _choose(n: int, k: int) -> float:
-    return float(math.comb(n, k)) if n >= 0 else 0.0

@@ -1,6 +1,7 @@
 """Plots of a run's metrics as SVG text."""
 
 import io
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -40,7 +41,7 @@ def band_plot(title: str, curves: Mapping[str, Sequence[Mapping[int, float]]]) -
         curves: label -> (step -> value) of every curve of the group.
     """
     figure, axes = _figure(title)
-    for (label, several), colour in zip(curves.items(), COLOURS, strict=False):
+    for (label, several), colour in zip(curves.items(), itertools.cycle(COLOURS), strict=False):
         steps = sorted(set.intersection(*map(set, several)))
         columns = [[one[step] for one in several] for step in steps]
         axes.plot(steps, [sum(c) / len(c) for c in columns], color=colour, linewidth=1.8, label=label)

@@ -50,8 +50,8 @@ def plan_batch(
         if num_tokens == 0:
             raise DataError(
                 f"update {update} of this step has {len(members)} sequences but no token to learn from. "
-                "Every reward failed, or every response is empty or was cut (algorithm.mask_truncated); look at the "
-                "rollouts."
+                "Every reward failed, or every response is empty, was cut (algorithm.mask_truncated) or not accepted "
+                "(algorithm.accept_min_reward); look at the rollouts, or take more prompts or samples a step."
             )
         bins = balance([lengths[i] for i in members], dp_size)
         batches = micro_batches(

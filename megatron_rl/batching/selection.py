@@ -34,7 +34,7 @@ def accepted(
 
 def num_teaching(groups: Sequence[RolloutGroup]) -> int:
     """Responses with loss."""
-    return sum(bool(rollout.loss_mask.any()) for group in groups for rollout in group.rollouts)
+    return sum(_may_teach(rollout) for group in groups for rollout in group.rollouts)
 
 
 def _chosen(rollouts: Sequence[Rollout], min_reward: float, max_per_prompt: int | None, unique: bool) -> list[bool]:
@@ -48,7 +48,12 @@ def _chosen(rollouts: Sequence[Rollout], min_reward: float, max_per_prompt: int 
 
 
 def _known(rollout: Rollout) -> float:
-    return rollout.reward if rollout.status == "ok" else float("-inf")
+    """The reward; of a response that cannot teach anyway less than any."""
+    return rollout.reward if _may_teach(rollout) else float("-inf")
+
+
+def _may_teach(rollout: Rollout) -> bool:
+    return rollout.status == "ok" and bool(rollout.loss_mask.any())
 
 
 def _only(group: RolloutGroup, teaches: Sequence[bool]) -> RolloutGroup:

@@ -47,6 +47,21 @@ def dump_config(config: RunConfig) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
+def defaults() -> dict[str, Any]:
+    """Dotted key -> default of every key that has one, as plain values."""
+    return {
+        key: value for key, value in _leaves(OmegaConf.to_container(OmegaConf.structured(RunConfig))) if value != "???"
+    }
+
+
+def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in node.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     """Dotted key -> value of every leaf of a (section of a) configuration."""
     leaves: dict[str, Any] = {}
@@ -89,9 +104,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text())
     except OSError as error:
-        raise ConfigError(
-            f"config file {path}: {error.strerror or error}. Give the path of a YAML file to --config."
-        ) from error
+        raise ConfigError(f"config file {path}: {error.strerror or error}. Give the path of a YAML file.") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"config file {path} is not YAML: {error}") from error
     if not isinstance(content, dict):

@@ -147,16 +147,16 @@ class AlgorithmSection:
     std_epsilon: float = 1e-4
     """Added to that standard deviation."""
     pass_k: int = 4
-    """Samples of which one has to be right, for advantage=pass_at_k."""
+    """Samples of which one has to be right, a total reward of 1 or more, for advantage=pass_at_k."""
     whiten_advantages: bool = False
     """Bring the advantages of all tokens of a step to mean 0 and variance 1 (REINFORCE++)."""
     kl_reward_coef: float = 0.0
     """Weight of the KL divergence (k1) to the reference that is taken from every token's reward; 0: none."""
     mask_truncated: bool = False
-    """Leave responses that reached rollout.max_new_tokens out of the loss (overlong filtering); their rewards still
-    count in their group."""
+    """Leave responses out of the loss that were cut: at rollout.max_new_tokens, at the longest sequence, or at the last
+    turn of a conversation (overlong filtering). Their rewards still count in their group."""
     accept_min_reward: float | None = None
-    """Learn only from responses with at least this reward (rejection sampling, with loss=nll); null: from all."""
+    """Learn only from responses with at least this total reward (rejection sampling, with loss=nll); null: from all."""
     accept_max_per_prompt: int | None = None
     """The best so many of those of a prompt; null: all of them."""
     accept_unique: bool = True
@@ -179,7 +179,7 @@ class AlgorithmSection:
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """Estimator of that divergence."""
     kl_unbiased: bool = False
-    """Weigh that estimate by the current over the old probability, for an unbiased gradient in several updates."""
+    """Weigh that estimate by the current over the old probability, which makes its gradient that of the divergence."""
     reference_path: str | None = None
     """Hugging Face folder of the reference model; null: the starting model."""
     reference_reset_every: int = 0
@@ -239,6 +239,21 @@ class AlgorithmSection:
         )
         require(self.kl_coef >= 0, "algorithm.kl_coef", self.kl_coef, "0 or more")
         require(self.kl_reward_coef >= 0, "algorithm.kl_reward_coef", self.kl_reward_coef, "0 or more")
+        useless = {"cispo": ["clip_ratio_dual"], "policy_gradient": ["clip_ratio_dual"]}
+        useless["nll"] = ["clip_ratio_dual", "whiten_advantages", "kl_reward_coef"]
+        for key in useless.get(self.loss, ()):
+            value = getattr(self, key)
+            require(not value, f"algorithm.{key}", value, f"nothing with algorithm.loss={self.loss}")
+        require(
+            self.accept_max_per_prompt is None or self.accept_min_reward is not None,
+            "algorithm.accept_max_per_prompt",
+            self.accept_max_per_prompt,
+            "null without algorithm.accept_min_reward",
+            "Set that to the reward of a response that may teach.",
+        )
+        require(
+            not self.kl_unbiased or self.kl_coef > 0, "algorithm.kl_unbiased", self.kl_unbiased, "false with kl_coef=0"
+        )
         every = self.reference_reset_every
         require(every >= 0, "algorithm.reference_reset_every", every, "0 (never) or more")
         require(

@@ -40,6 +40,13 @@ class Study:
         require(bool(self.runs), "runs", self.runs, "at least one run")
         require(bool(self.seeds), "seeds", self.seeds, "at least one seed")
         require(self.num_ranks >= 1, "num_ranks", self.num_ranks, "1 or more")
+        folders = {self.folder_of(name): name for name in self.runs}
+        alike = [name for name in self.runs if folders[self.folder_of(name)] != name]
+        require(not alike, "runs", alike, "names that differ in letters and digits, which name the folders")
+
+    def folder_of(self, run: str) -> str:
+        """Name of a run's folder."""
+        return "".join(letter if letter.isalnum() else "_" for letter in run)
 
     def overrides_of(self, run: str, seed: int) -> list[str]:
         """Of one repetition of one run."""

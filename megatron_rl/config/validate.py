@@ -112,10 +112,10 @@ def _check_batches(config: RunConfig) -> None:
             f"rollout.group_size={group}: algorithm.advantage={advantage} compares samples of one prompt, at least 2. "
             "Set rollout.group_size to 8 or so."
         )
-    if advantage == "pass_at_k" and config.algorithm.pass_k > group:
+    if advantage == "pass_at_k" and config.algorithm.pass_k >= group:
         raise ConfigError(
-            f"algorithm.pass_k={config.algorithm.pass_k} is more than rollout.group_size={group}, the samples of a "
-            "prompt. Lower one or raise the other."
+            f"algorithm.pass_k={config.algorithm.pass_k} must be below rollout.group_size={group}, the samples of a "
+            "prompt: with no more of them than that, all have the same advantage. Lower one or raise the other."
         )
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     ranks = config.parallel.context_parallel_size
@@ -162,7 +162,7 @@ def _check_objective(config: RunConfig) -> None:
             "algorithm.loss=nll imitates what the policy sampled, wrong answers as well. "
             "Set algorithm.accept_min_reward to the reward of a right one."
         )
-    for key in ("kl_coef", "kl_reward_coef", "mask_truncated", "whiten_advantages", "accept_min_reward"):
+    for key, nothing in (("kl_coef", 0), ("mask_truncated", False), ("accept_min_reward", None)):
         value = getattr(algorithm, key)
-        if source == "demonstrations" and value not in (None, 0):
+        if source == "demonstrations" and value != nothing:
             raise ConfigError(f"algorithm.{key}={value} has no meaning for demonstrations. Leave it out.")

@@ -16,11 +16,19 @@ class HostedReference:
     another that holds the policy's meanwhile."""
 
     def __init__(self, policy: Policy, path: str) -> None:
-        """Read this rank's part of a Hugging Face folder into host memory."""
+        """
+        Args:
+            path: Hugging Face folder of the weights.
+        """
         self._policy = policy
         self._weights = {name: _on_host(parameter) for name, parameter in policy.parameters.items()}
         self._aside = {name: _on_host(parameter) for name, parameter in policy.parameters.items()}
-        load_hf_weights(self._weights, policy.spec, policy.parallel, check_weights(policy.spec, path))
+        self.load(path)
+
+    def load(self, path: str) -> None:
+        """Read this rank's part of a Hugging Face folder into host memory."""
+        spec = self._policy.spec
+        load_hf_weights(self._weights, spec, self._policy.parallel, check_weights(spec, path))
 
     def logprobs(self, batch: TrainBatch) -> list[Tensor]:
         """Log-probabilities of this rank's sequences under the frozen weights, as ``ScoringModel.logprobs``."""

@@ -42,9 +42,13 @@ class ScoringModel:
         if self.spec.moe is not None:
             for chunk in self.chunks:
                 routing_replay.attach(chunk)
-        load_hf_weights(self.parameters, self.spec, parallel, check_weights(self.spec, path))
+        self.load(path)
         self._replica = replica_group(parallel)
         self._export_plan = plan_export(self._held_by_replica(), layout_table(self.spec, parallel.tp_size))
+
+    def load(self, path: str) -> None:
+        """Read this rank's part of a Hugging Face folder of the same architecture."""
+        load_hf_weights(self.parameters, self.spec, self.parallel, check_weights(self.spec, path))
 
     def logprobs(self, batch: TrainBatch, *, replay_routing: bool = False) -> list[Tensor]:
         """Log-probabilities of this rank's sequences under the current weights, [L] float32 each, 0 without loss.

@@ -2,6 +2,7 @@
 
 import socket
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -126,7 +127,8 @@ class WeightSync:
     def _meeting(self) -> Meeting:
         if self._config.weight_sync.transport == "direct":
             return meet_neighbours
-        return partial(meet_in, Path(self._config.weight_sync.folder or Path(self._config.run.output_dir) / "weights"))
+        folder = Path(self._config.weight_sync.folder or Path(self._config.run.output_dir) / "weights")
+        return partial(meet_in, folder, gather_objects(uuid.uuid4().hex[:8], self._parallel)[0])
 
     def _check(self, received: ReceivedChecksums, version: int) -> None:
         place = self._engine.place

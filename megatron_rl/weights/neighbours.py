@@ -106,9 +106,11 @@ def meet_neighbours(parameters: Mapping[str, Tensor], sources: Collection[int], 
         group: all ranks.
     """
     neighbours = _find(parameters, sources, group)
-    yield neighbours
-    if neighbours:
-        dist.barrier(group)  # this rank's shards must stay as they are until all have read them
+    try:
+        yield neighbours
+    finally:  # also of a rank that failed: the others wait for it here
+        if neighbours:
+            dist.barrier(group)  # this rank's shards must stay as they are until all have read them
 
 
 def _find(parameters: Mapping[str, Tensor], sources: Collection[int], group: Any) -> Neighbours:

@@ -1,7 +1,7 @@
 """Parameters of other ranks read from files: for where ranks cannot reach each other's memory."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,31 +38,41 @@ class StoredTensor:
 
 @contextmanager
 def meet_in(
-    folder: Path, parameters: Mapping[str, Tensor], sources: Collection[int], group: Any
+    folder: Path, identity: str, parameters: Mapping[str, Tensor], sources: Collection[int], group: Any
 ) -> Iterator[Neighbours]:
-    """Let every rank write its parameters into a folder that all ranks share, until all have read; collective.
+    """Let the ranks that others read write their parameters into a folder that all share, until all have read them.
+
+    Collective.
 
     Args:
+        folder: may be shared with other runs.
+        identity: of this run, in the names of its files.
         parameters, sources, group: as of ``meet_neighbours``.
 
     Raises:
         WeightSyncError: on every rank, when one cannot write its file or see those that it reads.
     """
-    paths = [folder / f"rank_{rank}.safetensors" for rank in range(dist.get_world_size(group))]
-    mine = paths[dist.get_rank(group)]
-    _together(lambda: _write(mine, parameters), group)
-    _together(lambda: _look_for([paths[rank] for rank in sources]), group)
-    names: list[Any] = [None] * len(paths)
-    dist.all_gather_object(names, list(parameters), group=group)
-    yield {
-        rank: {name: StoredTensor(path, name) for name in theirs}
-        for rank, (path, theirs) in enumerate(zip(paths, names, strict=True))
-    }
-    dist.barrier(group)
-    mine.unlink()
+    told: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(told, (list(parameters), set(sources)), group=group)
+    paths = [folder / f"{identity}_rank_{rank}.safetensors" for rank in range(len(told))]
+    rank = dist.get_rank(group)
+    is_read = any(rank in theirs for _, theirs in told)
+    try:
+        _together(lambda: _write(paths[rank], parameters if is_read else {}), group)
+        _together(lambda: _look_for([paths[source] for source in sources]), group)
+        yield {
+            source: {name: StoredTensor(path, name) for name in names}
+            for source, (path, (names, _)) in enumerate(zip(paths, told, strict=True))
+        }
+    finally:  # also of a rank that failed: the others wait for it here
+        dist.barrier(group)
+        with suppress(OSError):  # there may be none
+            paths[rank].unlink()
 
 
 def _write(path: Path, parameters: Mapping[str, Tensor]) -> None:
+    if not parameters:
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     # without clones, memory that two parameters share is refused
     save_file({name: tensor.detach().cpu().clone() for name, tensor in parameters.items()}, path)

@@ -96,7 +96,7 @@ class Transfer:
         """
         Args:
             group: process group of all ranks of the plan; None: the default one.
-            meet: how to what ranks of the same node hold, instead of messages.
+            meet: the way to what ranks of the same node hold, tried before messages.
         """
         self._plan = plan
         self._rank = rank

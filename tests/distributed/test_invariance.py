@@ -154,6 +154,11 @@ def test_resume_repeats_bit_for_bit(
 
     assert compared(parts) == compared(whole)
     assert [p.name for p in (parts / "run/references").iterdir()] == ["step_000018"]
+    fork = tmp_path / "fork"  # from a checkpoint of another run, whose reference is in that run's folder
+    fork.mkdir()
+    onward = toy_config(fork, model, *split, "run.num_steps=21")
+    gangs(4).call(cases.run_training, config=onward, resume=str(parts / "run/checkpoints/step_000020"))
+    assert [row["step"] for row in rows(fork / "run")] == [21]
     divergence = {row["step"]: row["actor/kl_loss"] for row in rows(whole / "run") if row["step"]}
     assert divergence[4] < divergence[3]  # the policy after step 3 is the reference
     assert rows(parts / "run")[-1]["eval/score"] == rows(whole / "run")[-1]["eval/score"]

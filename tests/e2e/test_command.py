@@ -11,6 +11,9 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import megatron_rl.mcore  # noqa: F401  prepares Megatron-Core for the CPU
+from megatron_rl.checkpoints import check_same_run, flatten_plain
+from megatron_rl.config import load_config
+from megatron_rl.errors import ConfigError
 from megatron_rl.train import main
 from tests.toys import write_config
 
@@ -241,6 +244,14 @@ def test_resume_refuses_another_config_and_never_refuses_a_used_folder(
     assert [row["step"] for row in rows] == [0, 1, 2, 3]
     discarded = (tmp_path / "run/metrics.discarded.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in discarded] == [2]
+
+
+def test_keys_newer_than_a_checkpoint_count_as_their_defaults(config: Path) -> None:
+    current = flatten_plain(load_config(config))
+    older = {key: value for key, value in current.items() if key != "algorithm.pass_k"}
+    check_same_run(older, current, Path("a checkpoint"))
+    with pytest.raises(ConfigError, match=r"algorithm\.pass_k: 4 in the checkpoint, 7 now"):
+        check_same_run(older, current | {"algorithm.pass_k": 7}, Path("a checkpoint"))
 
 
 def test_resume_refuses_more_steps_where_the_rate_decays_to_the_end(

@@ -123,6 +123,14 @@ def test_only_good_responses_are_accepted() -> None:
     assert chosen(texts, rewards, min_reward=2.0) == []
 
 
+def test_a_response_that_was_cut_takes_nobody_elses_place() -> None:
+    given = group(0, [3, 3])
+    first, second = (replace(rollout, text="same", reward=1.0) for rollout in given.rollouts)
+    cut = replace(given, rollouts=[replace(first, finish_reason="length"), second])
+    (found,) = accepted(without_truncated([cut]), min_reward=1.0, max_per_prompt=1, unique=True)
+    assert [bool(rollout.loss_mask.any()) for rollout in found.rollouts] == [False, True]
+
+
 def test_a_failed_reward_keeps_its_tokens_but_has_no_loss() -> None:
     groups = [group(0, [3, 3]), group(1, [4, 4], status="reward_error")]
     batch = plan_batch(groups, BatchingSection(), dp_rank=0, dp_size=1, aggregation="sequence_mean", constant_length=1)
