@@ -77,7 +77,7 @@ class Checkpoints:
         self._folder = folder.checkpoints
         self._references = folder.references
         self._config = config
-        self.parallel = self._parallel = parallel
+        self._parallel = parallel
         self._last: Path | None = None  # begun or restored last
         self._reference: str | None = None  # which the next checkpoint will name
         self._pending: tuple[PendingSave, Path, Path] | None = None
@@ -196,10 +196,19 @@ class Checkpoints:
         return state
 
     def _fetch_reference(self, state: TrainState, path: Path) -> None:
-        """Copy the reference that goes with a checkpoint of another run."""
+        """Copy the reference that goes with a checkpoint of another run.
+
+        Raises:
+            CheckpointError: it is not there any more.
+        """
         if state.reference is None or (self._references / state.reference).exists():
             return
         source = path.resolve().parents[1] / self._references.name / state.reference
+        if not source.is_dir():
+            raise CheckpointError(
+                f"{path} was learning against the reference {source}, which is gone. Put it back, or resume from a "
+                "later checkpoint."
+            )
         partial = self._references / f"{state.reference}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         shutil.copytree(source, partial)

@@ -79,7 +79,7 @@ def run_in(config: RunConfig, resume: str, parallel: ParallelContext) -> None:
     engine = build_engine(config, policy)
     checkpoints = Checkpoints(folder, config, parallel)
     state = checkpoints.restore(checkpoint, policy) if checkpoint else fresh_state(parallel)
-    load_reference(reference, checkpoints, state)
+    load_reference(reference, checkpoints.reference_of(state), parallel)
     keeper = build_keeper(config, engine, policy)
     with raise_together(parallel):
         collector = build_collector(config, inputs, keeper, policy)
@@ -157,7 +157,7 @@ def train(
         if config.algorithm.reference_reset_every and step % config.algorithm.reference_reset_every == 0:
             with watch.span("reset_reference"):
                 state = checkpoints.keep_as_reference(state, policy)
-                load_reference(reference, checkpoints, state)
+                load_reference(reference, checkpoints.reference_of(state), parallel)
         if is_due(config.checkpoint.every, step, config.run.num_steps):
             with watch.span("save_checkpoint"):
                 checkpoints.save(state, policy, sampler.in_flight())
@@ -177,11 +177,10 @@ def train(
         log.note(f"stopped as asked after step {state.step}; saved {path}. Start the same command again to go on.")
 
 
-def load_reference(reference: Reference | None, checkpoints: Checkpoints, state: TrainState) -> None:
+def load_reference(reference: Reference | None, path: str | None, parallel: ParallelContext) -> None:
     """Give the reference the weights of an earlier step's policy, if one took its place."""
-    path = checkpoints.reference_of(state)
     if reference is not None and path is not None:
-        with raise_together(checkpoints.parallel):
+        with raise_together(parallel):
             reference.load(path)
 
 
