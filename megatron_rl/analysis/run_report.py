@@ -59,7 +59,7 @@ def render(config: RunConfig, rows: Rows, samples: Sequence[Mapping[str, Any]]) 
     ]
     environment = Environment(loader=PackageLoader("megatron_rl.analysis"), autoescape=True)
     return environment.get_template("run_report.html").render(
-        name=config.run.name,
+        title=config.run.name,
         num_steps=rows[-1]["step"],
         num_seconds=sum(row.get("timing_s/step") or 0.0 for row in rows),
         held_out=_held_out(rows),
