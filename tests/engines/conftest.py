@@ -25,7 +25,7 @@ def engine_name(request: pytest.FixtureRequest) -> str:
     return str(request.config.getoption("--engine"))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def engine_of(engine_name: str) -> Iterator[Callable[..., Engine]]:
     """A function from a model folder to an engine with its weights at version 3; one lives at a time."""
     living: dict[tuple[Path, int], Engine] = {}

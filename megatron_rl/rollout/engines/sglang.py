@@ -100,6 +100,7 @@ class SglangEngine:
             "base_gpu_id": setup.local_rank if setup.device.type == "cuda" else 0,
             "random_seed": self._seed,
             "log_level": "error",
+            "sleep_on_idle": True,  # a scheduler that polls takes a core from the trainer while that learns
             "custom_sigquit_handler": _ignore,  # a child that fails sends it; the trainer would end with the child
             **_arguments(setup.device, setup.max_num_sequences * setup.max_model_len),
             **setup.options,
