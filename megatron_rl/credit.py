@@ -9,7 +9,7 @@ from torch import Tensor
 from megatron_rl.algorithms.advantages import ADVANTAGES, AdvantageSettings, kl_penalty_to_go, whiten
 from megatron_rl.algorithms.kl import k1
 from megatron_rl.collective import gather_objects
-from megatron_rl.config.schema import AlgorithmSection
+from megatron_rl.config.algorithm import AlgorithmSection
 from megatron_rl.metrics.metric import Mean, Reduction
 from megatron_rl.plugins import load_symbol
 from megatron_rl.types import ParallelContext, TrainBatch, TrainSequence
@@ -34,13 +34,18 @@ def add_advantages(
     outcomes = function(batch.rewards, batch.groups, settings)
     rows = [
         torch.full(sequence.token_ids.shape, float(outcomes[index]) if index >= 0 else 0.0)
-        - kl_penalty_to_go(sequence.old_logprobs, sequence.ref_logprobs, sequence.loss_mask, config.kl_reward_coef)
         for sequence, index in zip(batch.sequences, batch.global_index, strict=True)
     ]
+    metrics: dict[str, Reduction] = {}
+    if config.kl_reward_coef:
+        rows = [
+            row - kl_penalty_to_go(s.old_logprobs, s.ref_logprobs, s.loss_mask, config.kl_reward_coef)
+            for row, s in zip(rows, batch.sequences, strict=True)
+        ]
+        metrics = _kl_in_reward(batch.sequences)
     if config.whiten_advantages:
         rows = _whitened(rows, batch.sequences, parallel)
     sequences = [replace(sequence, advantages=row) for sequence, row in zip(batch.sequences, rows, strict=True)]
-    metrics = _kl_in_reward(batch.sequences) if config.kl_reward_coef else {}
     return replace(batch, advantages=outcomes, sequences=sequences), metrics
 
 

@@ -25,7 +25,7 @@ from megatron_rl.build import (
 from megatron_rl.checkpoints import Checkpoints
 from megatron_rl.collective import raise_together
 from megatron_rl.config import RunConfig, validate
-from megatron_rl.config.schema import AlgorithmSection
+from megatron_rl.config.algorithm import AlgorithmSection
 from megatron_rl.correction import correct
 from megatron_rl.credit import add_advantages
 from megatron_rl.drift import check_drift

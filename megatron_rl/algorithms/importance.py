@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_rl.config.schema import AlgorithmSection
+from megatron_rl.config.algorithm import AlgorithmSection
 
 
 def truncated(ratio: Tensor, low: float, high: float) -> Tensor:

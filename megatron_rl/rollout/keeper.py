@@ -1,7 +1,6 @@
 """Keeps the engines of all ranks alive and at the policy's version."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from megatron_rl.collective import gather_objects, raise_together
 from megatron_rl.errors import EngineDied
@@ -45,21 +44,26 @@ class EngineKeeper:
             WeightSyncError: as of the push.
         """
         while True:
-            failure = ""
             try:
                 return dict(self._push(version))
             except EngineDied as error:  # all ranks raise it together, also those whose engine lives
-                failure = str(error)
-            if not self._restart_dead():
-                raise EngineDied(f"{failure} It cannot be started again: none of the engines says that it died.")
+                if not self.revive():
+                    raise EngineDied(
+                        f"{error} It cannot be started again: none of the engines says that it died."
+                    ) from error
 
-    def revive(self) -> None:
+    def revive(self) -> bool:
         """Start engines again that died since they were last used; they have no weights then. Collective.
+
+        Returns:
+            whether there were any.
 
         Raises:
             EngineDied: engines died too often.
         """
-        self._restart_dead()
+        told = gather_objects((self.engine.place.index, self.engine.death), self._parallel)
+        self.restart(told)
+        return any(death for _, death in told)
 
     def restart(self, told: Sequence[tuple[int, str]]) -> None:
         """Start the engines again that died; collective.
@@ -89,8 +93,3 @@ class EngineKeeper:
         """What the user should know, once."""
         notes, self._notes = self._notes, []
         return notes
-
-    def _restart_dead(self) -> bool:
-        told: list[Any] = gather_objects((self.engine.place.index, self.engine.death), self._parallel)
-        self.restart(told)
-        return any(death for _, death in told)

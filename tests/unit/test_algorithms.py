@@ -23,7 +23,7 @@ from megatron_rl.algorithms.kl import k1, k2, k3
 from megatron_rl.algorithms.loss_weights import Aggregation, sequence_loss_weights
 from megatron_rl.algorithms.losses import Clip, LossInputs, cispo_loss, clipped_loss, gspo_loss, policy_gradient_loss
 from megatron_rl.algorithms.objective import build_objective
-from megatron_rl.config.schema import AlgorithmSection
+from megatron_rl.config.algorithm import AlgorithmSection
 from megatron_rl.errors import ConfigError
 
 MEAN_ONLY = AdvantageSettings(normalize_by_std=False)

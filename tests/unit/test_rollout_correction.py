@@ -16,8 +16,8 @@ from megatron_rl.batching.align import align
 from megatron_rl.batching.context import context_share
 from megatron_rl.batching.plan import given_batch
 from megatron_rl.batching.sequences import bare_sequence
+from megatron_rl.config.algorithm import AlgorithmSection
 from megatron_rl.config.rollout import RolloutSection
-from megatron_rl.config.schema import AlgorithmSection
 from megatron_rl.correction import correct
 from megatron_rl.drift import check_drift
 from megatron_rl.errors import TrainingDiverged
