@@ -5,9 +5,10 @@ that were asked for. Runs that are finished are not made again; what was interru
 """
 
 import argparse
-import subprocess
 import sys
 from pathlib import Path
+
+from bench.logged import run_logged
 
 from megatron_rl.analysis.study import Curve, curve_of, curve_table, markdown, render_study
 from megatron_rl.config import load_config, validate
@@ -46,16 +47,11 @@ def main() -> None:
 def made(study: Study, name: str, seed: int, folder: Path) -> Curve:
     """The curve of one run, which is made unless it is there."""
     run = folder / study.folder_of(name) / f"seed_{seed}"
-    run.parent.mkdir(parents=True, exist_ok=True)
     command = [
         "torchrun", "--standalone", "--nproc-per-node", str(study.num_ranks), "-m", "megatron_rl.train",
         "--config", study.runs[name].config, *study.overrides_of(name, seed), f"run.output_dir={run}",
     ]  # fmt: skip
-    log = run.with_suffix(".log")
-    with log.open("w") as output:
-        status = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT).returncode
-    if status:
-        sys.exit(f"{' '.join(command)} ended with {status}; see {log}")
+    run_logged(command, run.with_suffix(".log"), cwd=Path.cwd())
     curve = curve_of(read_rows(RunFolder(run).metrics), study.metric)
     last = max(curve)
     print(f"{name}, seed {seed}: {study.metric} {curve[last]:.4g} after {last} steps", file=sys.stderr, flush=True)

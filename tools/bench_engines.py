@@ -5,15 +5,13 @@ between seeds: the learning curves must agree within it.
 """
 
 import argparse
-import os
-import subprocess
-import sys
 from pathlib import Path
+
+from bench.logged import ROOT, run_logged
 
 from megatron_rl.analysis.study import Curve, curve_of, curve_table, markdown
 from megatron_rl.metrics.sinks import read_rows
 
-ROOT = Path(__file__).resolve().parents[1]
 METRIC = "eval/exact_match"
 ENVIRONMENTS = {"embedded": ".venv", "vllm": ".venv-vllm", "sglang": ".venv-sglang"}
 # as many parameters as the quickstart's model, in heads that the engines' CPU kernels take
@@ -55,12 +53,7 @@ def _train(engine: str, log: Path, seed: int, recipe: str, model: Path, run: Pat
 
 
 def _run(engine: str, log: Path, *command: str) -> None:
-    log.parent.mkdir(parents=True, exist_ok=True)
-    path = f"{ROOT / ENVIRONMENTS[engine] / 'bin'}{os.pathsep}{os.environ['PATH']}"
-    with log.open("a") as output:
-        done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PATH": path}, stdout=output, stderr=output)
-    if done.returncode:
-        sys.exit(f"{' '.join(command)} ended with {done.returncode}; see {log}")
+    run_logged(command, log, programs=ROOT / ENVIRONMENTS[engine] / "bin")
 
 
 if __name__ == "__main__":

@@ -5,15 +5,15 @@ python tools/bench_quickstart.py --seeds 0 --check   also fail unless GRPO learn
 """
 
 import argparse
-import subprocess
 import sys
 import time
 from pathlib import Path
 
+from bench.logged import ROOT, run_logged
+
 from megatron_rl.analysis.study import curve_of
 from megatron_rl.metrics.sinks import read_rows
 
-ROOT = Path(__file__).resolve().parents[1]
 METRIC = "eval/exact_match"
 LEARNT, NOT_LEARNT = 0.85, 0.10
 """Held-out accuracy that GRPO must exceed; gain that the control must stay below."""
@@ -31,9 +31,9 @@ def main() -> None:
     for seed in arguments.seeds:
         folder = ROOT / "runs" / "quickstart" / f"seed_{seed}"
         start, ran_before = time.monotonic(), (folder / "grpo").exists()
-        _run([str(ROOT / "tools" / "quickstart.sh"), str(seed)], folder.with_name(f"seed_{seed}.log"))
+        run_logged([str(ROOT / "tools" / "quickstart.sh"), str(seed)], folder.with_name(f"seed_{seed}.log"))
         minutes = "ran before" if ran_before else f"{(time.monotonic() - start) / 60:.1f}"
-        _run(_control(folder, seed), folder.with_name(f"seed_{seed}_coin_flip.log"))
+        run_logged(_control(folder, seed), folder.with_name(f"seed_{seed}_coin_flip.log"))
         before, after = accuracy(folder / "grpo")
         _, control = accuracy(folder / "coin_flip")
         print(f"| {seed} | {before:.1%} | {after:.1%} | {control:.1%} | {minutes} |", flush=True)
@@ -54,14 +54,6 @@ def _control(folder: Path, seed: int) -> list[str]:
         "--config", str(ROOT / "configs/quickstart/grpo_coin_flip.yaml"),
         f"model.path={folder}/sft/checkpoints/step_001800/hf", f"run.output_dir={folder}/coin_flip", f"run.seed={seed}",
     ]  # fmt: skip
-
-
-def _run(command: list[str], log: Path) -> None:
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w") as output:
-        status = subprocess.run(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT).returncode
-    if status:
-        sys.exit(f"{' '.join(command)} ended with {status}; see {log}")
 
 
 if __name__ == "__main__":
