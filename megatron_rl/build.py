@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from megatron_rl.algorithms.advantages import ADVANTAGES
+from megatron_rl.algorithms.advantages import ADVANTAGES, TOKEN_ADVANTAGES
 from megatron_rl.algorithms.objective import build_objective
 from megatron_rl.collective import gather_objects, raise_together
 from megatron_rl.config import RunConfig, validate
@@ -18,10 +18,12 @@ from megatron_rl.data.prompts import PromptOrder, PromptSet, load_prompts
 from megatron_rl.data.templates import load_tokenizer
 from megatron_rl.environments import build_environment
 from megatron_rl.errors import ConfigError, DataError
+from megatron_rl.mcore.critic import Critic
 from megatron_rl.mcore.model import check_weights
 from megatron_rl.mcore.optimizer import check_optimizer
+from megatron_rl.mcore.parallel import split_again
 from megatron_rl.mcore.policy import Policy
-from megatron_rl.mcore.precision import choose_implementation
+from megatron_rl.mcore.precision import Implementation, choose_implementation
 from megatron_rl.mcore.reference import HostedReference
 from megatron_rl.mcore.scoring import ScoringModel
 from megatron_rl.mcore.settings import transformer_config
@@ -46,12 +48,11 @@ from megatron_rl.rollout.replay import ReplaySampler
 from megatron_rl.rollout.sampler import DemonstrationSampler, Sampler
 from megatron_rl.rollout.sampling import sample_seed
 from megatron_rl.run_folder import RunFolder
+from megatron_rl.run_models import Reference, RunModels
 from megatron_rl.types import ParallelContext, SamplingParams, TrainState
 from megatron_rl.weight_sync import WeightSync
 from megatron_rl.weight_sync.push import PROBE_PROMPT
 from megatron_rl.weights.hf_files import torch_dtype
-
-Reference = HostedReference | ScoringModel
 
 
 class Inputs:
@@ -89,10 +90,12 @@ class Inputs:
                     f"algorithm.reference_path={config.algorithm.reference_path} has {reference.vocab_size} "
                     f"tokens, the policy {spec.vocab_size}. The reference must share the policy's tokenizer."
                 )
+        if config.algorithm.uses_critic:
+            _check_critic(config.of_critic(), spec, implementation)
         for functions in reward_functions(config).values():
             build_grader(functions)
         build_objective(config.algorithm)
-        load_symbol(config.algorithm.advantage, ADVANTAGES, "algorithm.advantage")
+        load_symbol(config.algorithm.advantage, {**ADVANTAGES, **TOKEN_ADVANTAGES}, "algorithm.advantage")
         self.tokenizer = load_tokenizer(config.model.path)
         self.train: PromptSet = load_prompts(config.data.train, config.data, self.tokenizer)
         self.evaluation: PromptSet | None = None
@@ -101,6 +104,28 @@ class Inputs:
         for prompts in (self.train, self.evaluation):
             if prompts is not None:
                 _check_fits(prompts, spec, config)
+
+
+def _check_critic(config: RunConfig, policy: ModelSpec, implementation: Implementation) -> None:
+    """Everything about a critic that needs no model.
+
+    Args:
+        config: as ``RunConfig.of_critic`` gives it.
+    """
+    spec, path = read_model_spec(config.model.path), config.model.path
+    transformer_config(spec, config, implementation)
+    check_optimizer(config)
+    check_weights(spec, path, "value")
+    if spec.vocab_size != policy.vocab_size:
+        raise ConfigError(
+            f"critic.path={path} has {spec.vocab_size} tokens, the policy {policy.vocab_size}. "
+            "The critic must share the policy's tokenizer."
+        )
+    if spec.max_position_embeddings < policy.max_position_embeddings:
+        raise ConfigError(
+            f"critic.path={path} has {spec.max_position_embeddings} positions, fewer than the policy's "
+            f"{policy.max_position_embeddings}. Choose a critic that can read all that the policy can write."
+        )
 
 
 def _check_fits(prompts: PromptSet, spec: ModelSpec, config: RunConfig) -> None:
@@ -123,6 +148,16 @@ def read_inputs(config: RunConfig, parallel: ParallelContext) -> Inputs:
     """The inputs of a run; every rank raises when one of them finds something wrong."""
     with raise_together(parallel):
         return Inputs(config, parallel.world_size)
+
+
+def build_models(config: RunConfig, parallel: ParallelContext) -> RunModels:
+    """The models of a run, their weights read."""
+    policy = Policy(config, parallel)
+    reference, critic = build_reference(config, policy), None
+    if config.algorithm.uses_critic:
+        own = config.of_critic()
+        critic = Critic(own, split_again(own.parallel, parallel))
+    return RunModels(policy, reference, critic)
 
 
 def build_reference(config: RunConfig, policy: Policy) -> Reference | None:

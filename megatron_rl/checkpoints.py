@@ -1,6 +1,7 @@
 """Checkpoints of a run: whole or absent, the last few kept, a pointer to the latest.
 
 checkpoints/step_000020/policy/        Megatron distributed checkpoint (weights, optimizer, schedule)
+checkpoints/step_000020/critic/        the same of the critic, when there is one
 checkpoints/step_000020/rng/           random state of every rank
 checkpoints/step_000020/trainer.json   step, data position, wandb id, configuration
 checkpoints/step_000020/in_flight.jsonl samples that are carried over to the next step, when there are any
@@ -16,6 +17,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial as partial_of
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +29,12 @@ from megatron_rl.config.load import defaults, flatten
 from megatron_rl.errors import CheckpointError, ConfigError, ConversionError
 from megatron_rl.integrity import Seal, check_seals, seal_files, write_seals
 from megatron_rl.mcore.async_save import PendingSave
-from megatron_rl.mcore.checkpoint import begin_save, complete_save, load_policy, save_policy
+from megatron_rl.mcore.checkpoint import begin_save, complete_save, load_learner, save_learner
 from megatron_rl.mcore.policy import Policy
 from megatron_rl.rollout.record import group_from_json, group_to_json, read_lines, write_lines
 from megatron_rl.rollout.work import GroupWork
 from megatron_rl.run_folder import LATEST, RunFolder, write_atomically
+from megatron_rl.run_models import RunModels
 from megatron_rl.types import ParallelContext, TrainState
 from megatron_rl.weights.hf_files import write_hf_folder
 
@@ -43,6 +46,7 @@ FREE_KEYS = (
     "run.output_dir",
     "run.num_steps",
     "parallel.",
+    "critic.parallel",
     "memory.",
     "model.implementation",
     "batching.logprob_chunk_tokens",
@@ -67,11 +71,11 @@ FREE_KEYS = (
 
 
 # Within those, what decides how the optimizer's states are laid out.
-BOUND_KEYS = ("parallel.distributed_optimizer",)
+BOUND_KEYS = ("parallel.distributed_optimizer", "critic.parallel.distributed_optimizer")
 
 
 class Checkpoints:
-    """Saves and restores policy and trainer state."""
+    """Saves and restores the models that learn and the trainer's state."""
 
     def __init__(self, folder: RunFolder, config: RunConfig, parallel: ParallelContext) -> None:
         self._folder = folder.checkpoints
@@ -80,9 +84,9 @@ class Checkpoints:
         self._parallel = parallel
         self._last: Path | None = None  # begun or restored last
         self._reference: str | None = None  # which the next checkpoint will name
-        self._pending: tuple[PendingSave, Path, Path] | None = None
+        self._pending: tuple[dict[str, PendingSave], Path, Path] | None = None  # by the part of the checkpoint
 
-    def save(self, state: TrainState, policy: Policy, in_flight: Sequence[GroupWork] = ()) -> Path:
+    def save(self, state: TrainState, models: RunModels, in_flight: Sequence[GroupWork] = ()) -> Path:
         """Begin a checkpoint, unless it is the last one already; it appears under its name only when complete.
 
         Collective. With checkpoint.in_background the files are written while training goes on, and
@@ -99,10 +103,10 @@ class Checkpoints:
         with raise_together(self._parallel), _checkpoint_errors(final):
             if self._parallel.is_main:
                 shutil.rmtree(partial, ignore_errors=True)
-                (partial / "policy").mkdir(parents=True)
-                (partial / "rng").mkdir()
+                for part in ("rng", *models.learners):
+                    (partial / part).mkdir(parents=True)
         if self._config.checkpoint.save_hf:
-            self._export(policy, partial / "hf")
+            self._export(models.policy, partial / "hf")
         with raise_together(self._parallel), _checkpoint_errors(final):
             torch.save(_random_state(), partial / "rng" / f"rank_{self._parallel.rank}.pt")
             if self._parallel.is_main:
@@ -116,13 +120,15 @@ class Checkpoints:
                     write_lines(partial / IN_FLIGHT, [group_to_json(group) for group in in_flight])
         self._last = final
         if self._config.checkpoint.in_background:
-            pending = begin_save(policy, partial / "policy", then=lambda: self._seal_own(partial))
+            pending = {
+                part: begin_save(learner, partial / part, then=partial_of(self._seal_own, partial, part))
+                for part, learner in models.learners.items()
+            }
             self._pending = (pending, partial, final)
         else:
-            save_policy(policy, partial / "policy")
-            with raise_together(self._parallel), _checkpoint_errors(final):
-                seals = self._seal_own(partial)
-            self._complete(partial, final, seals)
+            for part, learner in models.learners.items():
+                save_learner(learner, partial / part)
+            self._complete(partial, final, list(models.learners))
         return final
 
     def finish_if_written(self) -> None:
@@ -131,7 +137,9 @@ class Checkpoints:
         Raises:
             CheckpointError: on every rank, when it could not be written.
         """
-        if self._pending is not None and not any_rank(not self._pending[0].written, self._parallel):
+        if self._pending is not None and not any_rank(
+            not all(pending.written for pending in self._pending[0].values()), self._parallel
+        ):
             self.finish()
 
     def finish(self) -> None:
@@ -144,23 +152,34 @@ class Checkpoints:
             return
         (pending, partial, final), self._pending = self._pending, None
         with raise_together(self._parallel), _checkpoint_errors(final):
-            seals = pending.wait()
-        complete_save(pending, partial / "policy")
-        self._complete(partial, final, seals)
+            seals = {name: seal for one in pending.values() for name, seal in one.wait().items()}
+        for part, one in pending.items():
+            complete_save(one, partial / part)
+        self._complete(partial, final, list(pending), seals)
 
-    def _seal_own(self, partial: Path) -> dict[str, Seal]:
-        """Seals of the files that this rank wrote."""
-        rank = self._parallel.rank
-        names = [f"rng/rank_{rank}.pt", *(f"policy/{p.name}" for p in (partial / "policy").glob(f"__{rank}_*"))]
-        return seal_files(partial, names)
+    def _seal_own(self, partial: Path, part: str) -> dict[str, Seal]:
+        """Seals of the files that this rank wrote into a part."""
+        pattern = f"__{self._parallel.rank}_*"
+        return seal_files(partial, [f"{part}/{path.name}" for path in (partial / part).glob(pattern)])
 
-    def _complete(self, partial: Path, final: Path, seals: dict[str, Seal]) -> None:
-        """Seal what the ranks wrote together and give the folder its name."""
+    def _complete(
+        self, partial: Path, final: Path, parts: Sequence[str], seals: Mapping[str, Seal] | None = None
+    ) -> None:
+        """Seal what is not sealed yet and give the folder its name.
+
+        Args:
+            parts: Megatron's folders.
+            seals: of what this rank wrote into them; None: not made yet.
+        """
+        with raise_together(self._parallel), _checkpoint_errors(final):
+            if seals is None:
+                seals = {name: seal for part in parts for name, seal in self._seal_own(partial, part).items()}
+            seals = {**seals, **seal_files(partial, [f"rng/rank_{self._parallel.rank}.pt"])}
         everyone = gather_objects(seals, self._parallel)
         with raise_together(self._parallel), _checkpoint_errors(final):
             if self._parallel.is_main:
                 sealed = {name: seal for part in everyone for name, seal in part.items()}
-                shared = [f"policy/{path.name}" for path in (partial / "policy").iterdir()]
+                shared = [f"{part}/{path.name}" for part in parts for path in (partial / part).iterdir()]
                 kept = [name for name in ("trainer.json", IN_FLIGHT) if (partial / name).exists()]
                 rest = [name for name in [*shared, *kept] if name not in sealed]
                 write_seals(partial, {**sealed, **seal_files(partial, rest)})
@@ -168,7 +187,7 @@ class Checkpoints:
                 write_atomically(self._folder / LATEST, final.name)
                 self._remove_old()
 
-    def restore(self, path: Path, policy: Policy) -> TrainState:
+    def restore(self, path: Path, models: RunModels) -> TrainState:
         """Continue from a checkpoint, under this run's layout; collective.
 
         Raises:
@@ -187,7 +206,8 @@ class Checkpoints:
         with raise_together(self._parallel), _checkpoint_errors(path):
             if self._parallel.is_main:
                 self._fetch_reference(state, path)
-        load_policy(policy, path / "policy")
+        for part, learner in models.learners.items():
+            load_learner(learner, path / part)
         random_state = path / "rng" / f"rank_{self._parallel.rank}.pt"
         if trainer["world_size"] == self._parallel.world_size and random_state.exists():
             _set_random_state(torch.load(random_state, weights_only=True))
@@ -295,7 +315,10 @@ def check_schedule(saved: Mapping[str, Any], current: Mapping[str, Any], path: P
     Raises:
         ConfigError: with what to set.
     """
-    bound = current["optimizer.lr_decay_style"] != "constant" and current["optimizer.lr_decay_updates"] is None
+    bound = any(
+        current[f"{section}.lr_decay_style"] != "constant" and current[f"{section}.lr_decay_updates"] is None
+        for section in ("optimizer", "critic.optimizer")
+    )
     if bound and saved["run.num_steps"] != current["run.num_steps"]:
         raise ConfigError(
             f"cannot resume {path} with run.num_steps={current['run.num_steps']} instead of "
@@ -312,7 +335,8 @@ def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any], path: P
     Raises:
         ConfigError: naming the keys that differ.
     """
-    saved = {**{key: value for key, value in defaults().items() if key in current}, **saved}
+    saved = _with_critic_layout({**{key: value for key, value in defaults().items() if key in current}, **saved})
+    current = _with_critic_layout(current)
     differing = [
         f"{key}: {saved.get(key)!r} in the checkpoint, {current.get(key)!r} now"
         for key in sorted({*saved, *current})
@@ -323,6 +347,12 @@ def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any], path: P
             f"cannot resume {path} with another configuration. {'; '.join(differing)}. "
             "Restore these values, or start a new run.output_dir with model.path set to an exported checkpoint."
         )
+
+
+def _with_critic_layout(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """A critic without a layout of its own has the policy's."""
+    own = {key: flat.get(key.removeprefix("critic."), None) for key in BOUND_KEYS if key not in flat}
+    return {**flat, **own}
 
 
 def flatten_plain(config: RunConfig) -> dict[str, Any]:

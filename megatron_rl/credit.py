@@ -6,26 +6,80 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from megatron_rl.algorithms.advantages import ADVANTAGES, AdvantageSettings, kl_penalty_to_go, whiten
+from megatron_rl.algorithms.advantages import (
+    ADVANTAGES,
+    TOKEN_ADVANTAGES,
+    AdvantageSettings,
+    GaeSettings,
+    kl_penalty_to_go,
+    whiten,
+)
 from megatron_rl.algorithms.kl import k1
 from megatron_rl.collective import gather_objects
 from megatron_rl.config.algorithm import AlgorithmSection
-from megatron_rl.metrics.metric import Mean, Reduction
+from megatron_rl.metrics.metric import Mean, Reduction, explained_variance, mean_max_min, mean_of
 from megatron_rl.plugins import load_symbol
 from megatron_rl.types import ParallelContext, TrainBatch, TrainSequence
 
 
 def add_advantages(
-    batch: TrainBatch, config: AlgorithmSection, parallel: ParallelContext
+    batch: TrainBatch, config: AlgorithmSection, parallel: ParallelContext, *, kl_coef: float
 ) -> tuple[TrainBatch, dict[str, Reduction]]:
-    """Give every token its sequence's advantage, less the KL penalties to come; collective if they are whitened.
+    """Give every token its advantage, and what the critic is to expect; collective if they are whitened.
 
     Args:
-        batch: with the log-probabilities of trainer and reference if the reward has a KL penalty.
+        batch: with values if there is a critic, and with the log-probabilities of trainer and reference if the reward
+            has a KL penalty.
+        kl_coef: weight of that penalty.
 
     Returns:
-        the batch, and the mean KL in the reward, the same on the ranks that share its tokens.
+        the batch, and metrics over tokens, the same on the ranks that share them.
     """
+    metrics: dict[str, Reduction] = {}
+    if config.uses_critic:
+        rows, returns = _of_tokens(batch.sequences, config, kl_coef)
+        batch = replace(batch, sequences=_with(batch.sequences, returns=returns))
+        metrics |= _values_in_metrics(batch.sequences)
+    else:
+        rows = _of_responses(batch, config, kl_coef)
+    if kl_coef:
+        masks = [sequence.loss_mask for sequence in batch.sequences]
+        kls = [k1(s.old_logprobs, s.ref_logprobs)[mask] for s, mask in zip(batch.sequences, masks, strict=True)]
+        metrics["critic/kl"] = mean_of(torch.cat(kls))
+        metrics["critic/kl_coef"] = Mean(kl_coef)
+    if config.whiten_advantages:
+        rows = _whitened(rows, batch.sequences, parallel)
+    batch = replace(batch, sequences=_with(batch.sequences, advantages=rows))
+    return batch, metrics | mean_max_min("critic/advantages", _taught(batch.sequences, "advantages"))
+
+
+def kl_of_responses(sequences: Sequence[TrainSequence], parallel: ParallelContext) -> tuple[float, int]:
+    """Mean KL divergence (k1) of a response of the step to the reference, in nats, and their number; collective."""
+    counted = [s for s in sequences if s.loss_mask.any()] if _speaks(parallel) else []
+    total = sum(float(k1(s.old_logprobs, s.ref_logprobs)[s.loss_mask].sum()) for s in counted)
+    kl, count = (sum(column) for column in zip(*gather_objects((total, len(counted)), parallel), strict=True))
+    return kl / count, int(count)
+
+
+def _of_tokens(
+    sequences: Sequence[TrainSequence], config: AlgorithmSection, kl_coef: float
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Advantages and returns by the critic's values."""
+    settings = GaeSettings(
+        gamma=config.gamma, lam=config.gae_lambda, turn_gamma=config.turn_gamma, turn_lam=config.turn_gae_lambda
+    )
+    estimate = TOKEN_ADVANTAGES[config.advantage]
+    advantages, returns = [], []
+    for sequence in sequences:
+        rewards = sequence.rewards - kl_coef * k1(sequence.old_logprobs, sequence.ref_logprobs)
+        found, expected = estimate(rewards, sequence.values, sequence.loss_mask, settings)
+        advantages.append(found)
+        returns.append(expected)
+    return advantages, returns
+
+
+def _of_responses(batch: TrainBatch, config: AlgorithmSection, kl_coef: float) -> list[Tensor]:
+    """For every token its sequence's advantage among all of the step, less the KL penalties to come."""
     function = load_symbol(config.advantage, ADVANTAGES, "algorithm.advantage")
     settings = AdvantageSettings(
         normalize_by_std=config.normalize_by_std, epsilon=config.std_epsilon, pass_k=config.pass_k
@@ -36,34 +90,46 @@ def add_advantages(
         torch.full(sequence.token_ids.shape, float(outcomes[index]) if index >= 0 else 0.0)
         for sequence, index in zip(batch.sequences, batch.global_index, strict=True)
     ]
-    metrics: dict[str, Reduction] = {}
-    if config.kl_reward_coef:
-        rows = [
-            row - kl_penalty_to_go(s.old_logprobs, s.ref_logprobs, s.loss_mask, config.kl_reward_coef)
-            for row, s in zip(rows, batch.sequences, strict=True)
-        ]
-        metrics = _kl_in_reward(batch.sequences)
-    if config.whiten_advantages:
-        rows = _whitened(rows, batch.sequences, parallel)
-    sequences = [replace(sequence, advantages=row) for sequence, row in zip(batch.sequences, rows, strict=True)]
-    return replace(batch, advantages=outcomes, sequences=sequences), metrics
+    if not kl_coef:
+        return rows
+    return [
+        row - kl_penalty_to_go(s.old_logprobs, s.ref_logprobs, s.loss_mask, kl_coef)
+        for row, s in zip(rows, batch.sequences, strict=True)
+    ]
+
+
+def _values_in_metrics(sequences: Sequence[TrainSequence]) -> dict[str, Reduction]:
+    values, returns = _taught(sequences, "values").double(), _taught(sequences, "returns").double()
+    return {
+        **mean_max_min("critic/values", values),
+        **mean_max_min("critic/returns", returns),
+        "critic/vf_explained_var": explained_variance(values, returns),
+    }
+
+
+def _taught(sequences: Sequence[TrainSequence], name: str) -> Tensor:
+    """[K] of all tokens with loss."""
+    return torch.cat([getattr(sequence, name)[sequence.loss_mask] for sequence in sequences])
+
+
+def _with(sequences: Sequence[TrainSequence], **rows: Sequence[Tensor]) -> list[TrainSequence]:
+    """The sequences with another tensor each in a field."""
+    ((name, found),) = rows.items()
+    return [replace(sequence, **{name: row}) for sequence, row in zip(sequences, found, strict=True)]
+
+
+def _speaks(parallel: ParallelContext) -> bool:
+    """Of the ranks that share the same sequences one speaks for all."""
+    return parallel.tp_rank == parallel.pp_rank == parallel.cp_rank == 0
 
 
 def _whitened(rows: Sequence[Tensor], sequences: Sequence[TrainSequence], parallel: ParallelContext) -> list[Tensor]:
     """Whitened over the tokens with loss of all ranks; 0 where there are fewer than two."""
     values = torch.cat([row[sequence.loss_mask] for row, sequence in zip(rows, sequences, strict=True)]).double()
-    # of the ranks that share the same sequences one speaks for all
-    speaks = parallel.tp_rank == parallel.pp_rank == parallel.cp_rank == 0
-    mine = (values.numel(), float(values.sum()), float(values.square().sum())) if speaks else (0, 0.0, 0.0)
+    mine = (values.numel(), float(values.sum()), float(values.square().sum())) if _speaks(parallel) else (0, 0.0, 0.0)
     count, total, squares = (sum(column) for column in zip(*gather_objects(mine, parallel), strict=True))
     if count < 2:
         return [torch.zeros_like(row) for row in rows]
     mean = total / count
     variance = max(0.0, (squares - count * mean**2) / (count - 1))
     return [whiten(row.double(), mean, variance).float() for row in rows]
-
-
-def _kl_in_reward(sequences: Sequence[TrainSequence]) -> dict[str, Reduction]:
-    masks = [sequence.loss_mask for sequence in sequences]
-    values = [k1(s.old_logprobs, s.ref_logprobs)[mask] for s, mask in zip(sequences, masks, strict=True)]
-    return {"critic/kl": Mean(float(torch.cat(values).sum()), sum(int(mask.sum()) for mask in masks))}

@@ -6,9 +6,9 @@ from typing import Literal
 
 import torch
 
-from megatron_rl.mcore.policy import Policy
 from megatron_rl.metrics.metric import Max, Reduction
 from megatron_rl.rollout.engine import Engine
+from megatron_rl.run_models import RunModels
 
 Phase = Literal["push", "generation", "update"]
 
@@ -16,16 +16,20 @@ Phase = Literal["push", "generation", "update"]
 class Ledger:
     """Looks at the holders once in each phase of a step."""
 
-    def __init__(self, policy: Policy, engine: Engine) -> None:
-        self._policy = policy
+    def __init__(self, models: RunModels, engine: Engine) -> None:
+        self._models = models
         self._engine = engine
         self._seen: dict[Phase, dict[str, int]] = {}
 
     def look(self, phase: Phase) -> None:
         """Note what is held now."""
-        policy = {f"policy_{part}": size for part, size in self._policy.memory().items()}
+        models = {
+            f"{name}_{part}": size
+            for name, learner in self._models.learners.items()
+            for part, size in learner.memory().items()
+        }
         engine = {f"engine_{part}": size for part, size in self._engine.memory().items()}
-        self._seen[phase] = {**policy, **engine, "rank": _held_by_rank(self._policy.parallel.device)}
+        self._seen[phase] = {**models, **engine, "rank": _held_by_rank(self._models.policy.parallel.device)}
 
     def metrics(self) -> dict[str, Reduction]:
         """memory/PHASE/HOLDER_mb: of the rank that holds most."""

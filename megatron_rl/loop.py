@@ -5,18 +5,18 @@ from contextlib import closing, contextmanager
 from dataclasses import replace
 
 from megatron_rl.algorithms.importance import RolloutCorrection, build_correction
+from megatron_rl.algorithms.kl import adapted_coef
 from megatron_rl.batching.plan import plan_batch
 from megatron_rl.batching.selection import accepted, num_teaching, without_truncated
 from megatron_rl.batching.sequences import flatten_groups
 from megatron_rl.build import (
     Inputs,
-    Reference,
     build_collector,
     build_engine,
     build_evaluator,
     build_keeper,
     build_log,
-    build_reference,
+    build_models,
     build_sampler,
     device_peak,
     fresh_state,
@@ -27,10 +27,11 @@ from megatron_rl.collective import raise_together
 from megatron_rl.config import RunConfig, validate
 from megatron_rl.config.algorithm import AlgorithmSection
 from megatron_rl.correction import correct
-from megatron_rl.credit import add_advantages
+from megatron_rl.credit import add_advantages, kl_of_responses
 from megatron_rl.drift import check_drift
 from megatron_rl.errors import EngineDied
 from megatron_rl.ledger import Ledger
+from megatron_rl.mcore.critic import Critic
 from megatron_rl.mcore.parallel import init_parallel, launcher_world, leave_world
 from megatron_rl.mcore.policy import Policy
 from megatron_rl.metrics.metric import Mean, Reduction, mean_max_min, merge
@@ -45,8 +46,10 @@ from megatron_rl.rollout.sampler import Collected, Sampler
 from megatron_rl.rollout.statistics import length_metrics, reward_metrics, staleness_metrics
 from megatron_rl.run_folder import RunFolder
 from megatron_rl.run_log import RunLog
+from megatron_rl.run_models import Reference, RunModels
 from megatron_rl.stop import StopRequest
 from megatron_rl.types import ParallelContext, RolloutGroup, TrainBatch, TrainState, UpdatePlan
+from megatron_rl.valuation import add_returns, add_values
 
 
 def run(config: RunConfig, resume: str) -> None:
@@ -74,12 +77,12 @@ def run_in(config: RunConfig, resume: str, parallel: ParallelContext) -> None:
         folder.check_writable()
         checkpoint = folder.find_resume(resume)
 
-    policy = Policy(config, parallel)
-    reference = build_reference(config, policy)
+    models = build_models(config, parallel)
+    policy = models.policy
     engine = build_engine(config, policy)
     checkpoints = Checkpoints(folder, config, parallel)
-    state = checkpoints.restore(checkpoint, policy) if checkpoint else fresh_state(parallel)
-    load_reference(reference, checkpoints.reference_of(state), parallel)
+    state = checkpoints.restore(checkpoint, models) if checkpoint else fresh_state(parallel)
+    load_reference(models.reference, checkpoints.reference_of(state), parallel)
     keeper = build_keeper(config, engine, policy)
     with raise_together(parallel):
         collector = build_collector(config, inputs, keeper, policy)
@@ -103,14 +106,13 @@ def run_in(config: RunConfig, resume: str, parallel: ParallelContext) -> None:
             )
         ) as log:
             log.note(describe(config, inputs, parallel, checkpoint.name if checkpoint else None))
-            train(config, state, policy, reference, sampler, evaluator, keeper, checkpoints, log, parallel)
+            train(config, state, models, sampler, evaluator, keeper, checkpoints, log, parallel)
 
 
 def train(
     config: RunConfig,
     state: TrainState,
-    policy: Policy,
-    reference: Reference | None,
+    models: RunModels,
     sampler: Sampler,
     evaluator: Evaluator | None,
     keeper: EngineKeeper,
@@ -119,48 +121,57 @@ def train(
     parallel: ParallelContext,
 ) -> None:
     """Step after step until the last, or until a signal asks to stop."""
-    stop, correction, ledger = StopRequest(parallel), build_correction(config.algorithm), Ledger(policy, keeper.engine)
+    policy, critic = models.policy, models.critic
+    stop, correction, ledger = StopRequest(parallel), build_correction(config.algorithm), Ledger(models, keeper.engine)
     if state.step == 0:
-        log.step(0, evaluate(evaluator, sampler, policy, config, keeper, log, state, Stopwatch()))
+        log.step(0, evaluate(evaluator, sampler, models, config, keeper, log, state, Stopwatch()))
     while state.step < config.run.num_steps and not stop.agreed():
         watch, step = Stopwatch(), state.step + 1
         metrics: dict[str, Reduction] = {}
         with profiled(config.profiling, log.profile_folder, step, parallel):
-            with saved_if_engines_die(checkpoints, state, policy, sampler):
+            with saved_if_engines_die(checkpoints, state, models, sampler):
                 with watch.span("gen"):
                     sampler.settle(version=state.step)
                 if sampler.uses_engine:
                     with watch.span("update_weights"):
                         metrics |= keeper.push(version=state.step)
                     ledger.look("push")
-                with room_for_engine(policy, keeper.engine, config, watch), watch.span("gen"):
+                with room_for_engine(models, keeper.engine, config, watch), watch.span("gen"):
                     ledger.look("generation")
                     collected = sampler.collect(step, state.num_prompts_consumed)
             groups = teaching(collected.groups, config.algorithm)
             metrics["batch/num_teaching"] = Mean(num_teaching(groups))
             batch = plan(groups, config, parallel)
             if sampler.is_graded:
-                batch = score(batch, policy, reference, watch, needs_old=needs_old_logprobs(batch, config, correction))
-                batch, credited = add_advantages(batch, config.algorithm, parallel)
+                needs_old = needs_old_logprobs(batch, config, correction)
+                batch = score(batch, policy, models.reference, watch, needs_old=needs_old)
+                batch, judged = value(batch, groups, critic, config, parallel, watch)
+                coef = kl_reward_coef(state, config.algorithm)
+                batch, credited = add_advantages(batch, config.algorithm, parallel, kl_coef=coef)
+                state = adapt_kl(state, batch, config.algorithm, parallel, coef)
                 batch, corrected = correct(batch, correction)
                 metrics |= credited | corrected
-            with watch.span("update_actor"):
-                metrics |= policy.update(batch)
+                if critic is not None and judged is not None:
+                    with watch.span("update_critic"):
+                        metrics |= critic.update(add_returns(judged, batch, critic, parallel))
+            if critic is None or step > config.critic.warmup_steps:
+                with watch.span("update_actor"):
+                    metrics |= policy.update(batch)
             ledger.look("update")
             if sampler.is_graded:
                 check_drift(metrics, config.rollout, parallel, log.note)
         state = advance(state, collected, batch)
         if is_due(config.evaluation.every, step, config.run.num_steps):
-            with saved_if_engines_die(checkpoints, state, policy, sampler):
-                metrics = merge([metrics, evaluate(evaluator, sampler, policy, config, keeper, log, state, watch)])
+            with saved_if_engines_die(checkpoints, state, models, sampler):
+                metrics = merge([metrics, evaluate(evaluator, sampler, models, config, keeper, log, state, watch)])
         checkpoints.finish_if_written()
         if config.algorithm.reference_reset_every and step % config.algorithm.reference_reset_every == 0:
             with watch.span("reset_reference"):
                 state = checkpoints.keep_as_reference(state, policy)
-                load_reference(reference, checkpoints.reference_of(state), parallel)
+                load_reference(models.reference, checkpoints.reference_of(state), parallel)
         if is_due(config.checkpoint.every, step, config.run.num_steps):
             with watch.span("save_checkpoint"):
-                checkpoints.save(state, policy, sampler.in_flight())
+                checkpoints.save(state, models, sampler.in_flight())
         metrics |= rollout_metrics(collected, batch, policy.spec, graded=sampler.is_graded, parallel=parallel)
         if sampler.is_graded and parallel.is_main:
             metrics |= staleness_metrics(collected.groups, version=step - 1)
@@ -172,7 +183,7 @@ def train(
         log.step(step, metrics | ledger.metrics() | watch.metrics())
     checkpoints.finish()
     if state.step < config.run.num_steps:
-        path = checkpoints.save(state, policy, sampler.in_flight())
+        path = checkpoints.save(state, models, sampler.in_flight())
         checkpoints.finish()
         log.note(f"stopped as asked after step {state.step}; saved {path}. Start the same command again to go on.")
 
@@ -186,35 +197,37 @@ def load_reference(reference: Reference | None, path: str | None, parallel: Para
 
 @contextmanager
 def saved_if_engines_die(
-    checkpoints: Checkpoints, state: TrainState, policy: Policy, sampler: Sampler
+    checkpoints: Checkpoints, state: TrainState, models: RunModels, sampler: Sampler
 ) -> Iterator[None]:
     """Leave a checkpoint behind when engines died too often to go on."""
     try:
         yield
     except EngineDied:
-        checkpoints.save(state, policy, sampler.in_flight())
+        checkpoints.save(state, models, sampler.in_flight())
         checkpoints.finish()
         raise
 
 
 @contextmanager
-def room_for_engine(policy: Policy, engine: Engine, config: RunConfig, watch: Stopwatch) -> Iterator[None]:
+def room_for_engine(models: RunModels, engine: Engine, config: RunConfig, watch: Stopwatch) -> Iterator[None]:
     """Lend the memory of memory.offload to the engine, and wake it for as long as rollout.sleep lets it."""
     if config.memory.offload:
         with watch.span("offload"):
-            policy.to_host()
+            for learner in models.learners.values():
+                learner.to_host()
     try:
         if config.rollout.sleep:
-            with raise_together(policy.parallel):
+            with raise_together(models.policy.parallel):
                 engine.wake("kv_cache")
         yield
         if config.rollout.sleep:
-            with raise_together(policy.parallel):
+            with raise_together(models.policy.parallel):
                 engine.sleep()
     finally:
         if config.memory.offload:
             with watch.span("onload"):
-                policy.to_device()
+                for learner in models.learners.values():
+                    learner.to_device()
 
 
 def is_due(every: int, step: int, num_steps: int) -> bool:
@@ -287,10 +300,42 @@ def score(
     return replace(batch, sequences=sequences)
 
 
+def value(
+    batch: TrainBatch,
+    groups: Sequence[RolloutGroup],
+    critic: Critic | None,
+    config: RunConfig,
+    parallel: ParallelContext,
+    watch: Stopwatch,
+) -> tuple[TrainBatch, TrainBatch | None]:
+    """The batch with the critic's values, and the critic's own share of it; None without a critic."""
+    if critic is None:
+        return batch, None
+    with watch.span("values"):
+        return add_values(batch, critic, parallel, lambda: plan(groups, config, critic.parallel))
+
+
+def kl_reward_coef(state: TrainState, config: AlgorithmSection) -> float:
+    """Weight of the KL penalty in the reward as it is now."""
+    return config.kl_reward_coef if state.kl_reward_coef is None else state.kl_reward_coef
+
+
+def adapt_kl(
+    state: TrainState, batch: TrainBatch, config: AlgorithmSection, parallel: ParallelContext, coef: float
+) -> TrainState:
+    """The state with the weight of that penalty for the next step."""
+    if config.kl_reward_target is None:
+        return state
+    kl, count = kl_of_responses(batch.sequences, parallel)
+    return replace(
+        state, kl_reward_coef=adapted_coef(coef, kl, config.kl_reward_target, count, config.kl_reward_horizon)
+    )
+
+
 def evaluate(
     evaluator: Evaluator | None,
     sampler: Sampler,
-    policy: Policy,
+    models: RunModels,
     config: RunConfig,
     keeper: EngineKeeper,
     log: RunLog,
@@ -303,7 +348,7 @@ def evaluate(
     with watch.span("testing"):
         sampler.settle(version=state.step)
         pushed = keeper.push(version=state.step)
-        with room_for_engine(policy, keeper.engine, config, watch):
+        with room_for_engine(models, keeper.engine, config, watch):
             metrics, samples = evaluator.evaluate(state.step)
     for note in keeper.take_notes():
         log.note(note)
@@ -329,7 +374,6 @@ def rollout_metrics(
     if graded:
         _, rewards, group_of = flatten_groups(groups)
         metrics |= reward_metrics(groups, rewards, group_of)
-        metrics |= mean_max_min("critic/advantages", batch.advantages)
     return metrics
 
 

@@ -48,7 +48,7 @@ class RunLog:
         if "perf/total_num_tokens" in values:
             per_rank = values["perf/total_num_tokens"] / self._parallel.world_size
             values["perf/throughput"] = per_rank / values["timing_s/step"]
-        if "perf/actor_tflop" in values:
+        if "timing_s/update_actor" in values and "perf/actor_tflop" in values:
             achieved = values["perf/actor_tflop"] / self._parallel.world_size / values["timing_s/update_actor"]
             values["perf/tflops_per_rank/actor"] = achieved
             if self._peak_tflops is not None:

@@ -78,6 +78,9 @@ class Rollout:
     status: RolloutStatus
     failure: str
     """Why the reward failed; empty when it did not."""
+    step_rewards: Mapping[int, float] = field(default_factory=dict)
+    """Parts of the reward by the token, index in the sequence, at whose turn's end they were earned; the rest came with
+    the last token."""
     routing: Tensor | None = None
     """[L, layers, experts per token] int16, as the engine routed; None unless asked for."""
 
@@ -113,6 +116,12 @@ class TrainSequence:
     """float32, by the trainer before the update."""
     ref_logprobs: Tensor
     """float32, by the reference model; zeros without one."""
+    rewards: Tensor
+    """float32, at the tokens that earned them."""
+    values: Tensor
+    """float32, what the critic expected before each token; zeros without one."""
+    returns: Tensor
+    """float32, what it is to expect; zeros without one."""
     routing: Tensor | None = None
     """[L, layers, experts per token] int16, to be repeated; None: the policy routes as it likes."""
 
@@ -148,8 +157,6 @@ class TrainBatch:
     """[N] float32, all sequences of the step; NaN where the reward failed."""
     groups: Tensor
     """[N] int64, the group of each."""
-    advantages: Tensor
-    """[N] float32; zeros until they are computed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,6 +187,10 @@ class MicroBatch:
     old_logprobs: Tensor
     """float32."""
     ref_logprobs: Tensor
+    """float32."""
+    values: Tensor
+    """float32."""
+    returns: Tensor
     """float32."""
     sequence: Tensor
     """int64, the place of the position's sequence in the micro-batch."""
@@ -226,6 +237,8 @@ class ParallelContext:
     """gloo group of the whole world, for host tensors and objects."""
     store: Any
     """torch.distributed store shared by the world."""
+    record: Any
+    """What Megatron itself remembers of the groups; for mcore.parallel.in_layout."""
 
     @property
     def is_last_stage(self) -> bool:
@@ -244,5 +257,7 @@ class TrainState:
     num_prompts_consumed: int = 0
     num_updates: int = 0
     wandb_id: str | None = None
+    kl_reward_coef: float | None = None
+    """Weight of the KL penalty in the reward where it is adapted; None: that of the configuration."""
     reference: str | None = None
     """Folder of the reference model among the run's; None: that of the configuration."""

@@ -61,8 +61,8 @@ def measure(folder: Path, overrides: list[str]) -> dict[str, float]:
     policy.update(batch)
     seconds = time.perf_counter() - start
     risen = _peak_mib() - before
-    freed = policy.to_host() / 2**20
-    policy.to_device()
+    freed = policy.learner.to_host() / 2**20
+    policy.learner.to_device()
     leave_world()
     return {"risen_mib": risen, "seconds": seconds, "freed_mib": freed}
 

@@ -115,6 +115,109 @@ def kl_penalty_to_go(old_logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, c
     return torch.where(mask, penalties.flip(0).cumsum(0).flip(0), 0.0)
 
 
+@dataclass(frozen=True, kw_only=True)
+class GaeSettings:
+    """Discounts of generalised advantage estimation."""
+
+    gamma: float
+    """Of what comes a token later."""
+    lam: float
+    """Of the errors of values a token later; 1: returns as they were, without the critic's opinion of later tokens."""
+    turn_gamma: float
+    """Of what comes a turn later, where turns are told apart."""
+    turn_lam: float
+    """Of the errors of values a turn later."""
+
+
+TokenAdvantageFunction = Callable[[Tensor, Tensor, Tensor, GaeSettings], tuple[Tensor, Tensor]]
+"""(rewards [L], values [L], mask [L], settings) -> (advantages [L], returns [L]) of one sequence.
+
+Rewards are counted at the tokens that earned them, values are what the critic expected before each token, the mask
+(bool) is true at the tokens that the policy sampled. Returns are what the critic is to expect. Both are 0 outside of
+the mask."""
+
+
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, settings: GaeSettings) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation over tokens; what others say in between costs no discount.
+
+    Shapes as of TokenAdvantageFunction.
+
+    Source: arXiv 1506.02438 eq. 16, with a value of 0 after the last token.
+    """
+    places = mask.nonzero().flatten()
+    advantages = _estimate(rewards[places], values[places], settings.gamma, settings.lam)
+    return _at(places, advantages, mask), _at(places, advantages + values[places], mask)
+
+
+def turn_gae(rewards: Tensor, values: Tensor, mask: Tensor, settings: GaeSettings) -> tuple[Tensor, Tensor]:
+    """That estimation with a whole turn for one action: all of its tokens have its advantage and its return.
+
+    A turn is a run of tokens that the policy sampled, valued by what the critic expected before its first token.
+    Shapes as of TokenAdvantageFunction.
+
+    Source: turn-level credit assignment, arXiv 2505.11821 section 3; its turns' rewards are summed here.
+    """
+    spans = turns(mask)
+    earned = torch.stack([rewards[start:stop].sum() for start, stop in spans]) if spans else rewards[:0]
+    expected = values[[start for start, _ in spans]]
+    of_turns = _estimate(earned, expected, settings.turn_gamma, settings.turn_lam)
+    advantages, returns = torch.zeros_like(values), torch.zeros_like(values)
+    for (start, stop), advantage, value in zip(spans, of_turns, expected, strict=True):
+        advantages[start:stop], returns[start:stop] = advantage, advantage + value
+    return advantages, returns
+
+
+def bi_level_gae(rewards: Tensor, values: Tensor, mask: Tensor, settings: GaeSettings) -> tuple[Tensor, Tensor]:
+    """Estimation over turns at the last token of each, and from there back over the tokens of the turn.
+
+    Where a turn ends is read off the mask and never off the rewards. Shapes as of TokenAdvantageFunction.
+
+    Source: RAGEN, arXiv 2504.20073, bi-level GAE.
+    """
+    spans = turns(mask)
+    ends = [stop - 1 for _, stop in spans]
+    of_turns = _estimate(rewards[ends], values[ends], settings.turn_gamma, settings.turn_lam)
+    advantages = torch.zeros_like(values)
+    for (start, stop), last in zip(spans, of_turns, strict=True):
+        inner = slice(start, stop - 1)
+        deltas = rewards[inner] + settings.gamma * values[start + 1 : stop] - values[inner]
+        advantages[stop - 1] = last
+        advantages[inner] = _discounted(deltas, settings.gamma * settings.lam, float(last))
+    return advantages, torch.where(mask, advantages + values, 0.0)
+
+
+TOKEN_ADVANTAGES: dict[str, TokenAdvantageFunction] = {
+    "gae": gae,
+    "turn_gae": turn_gae,
+    "bi_level_gae": bi_level_gae,
+}
+
+
+def turns(mask: Tensor) -> list[tuple[int, int]]:
+    """[start, stop) of every run of true entries of [L] bool."""
+    edges = torch.nn.functional.pad(mask.int(), (1, 1)).diff()
+    return list(zip((edges == 1).nonzero().flatten().tolist(), (edges == -1).nonzero().flatten().tolist(), strict=True))
+
+
+def _estimate(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> Tensor:
+    """[K] advantages of K actions in a row."""
+    later = torch.cat([values[1:], torch.zeros_like(values[:1])])
+    return _discounted(rewards + gamma * later - values, gamma * lam, 0.0)
+
+
+def _discounted(deltas: Tensor, factor: float, following: float) -> Tensor:
+    """[K]: each plus the factor times what comes of the next one, ``following`` after the last."""
+    found = []
+    for delta in reversed(deltas.tolist()):
+        following = delta + factor * following
+        found.append(following)
+    return torch.tensor(found[::-1], dtype=deltas.dtype)
+
+
+def _at(places: Tensor, found: Tensor, mask: Tensor) -> Tensor:
+    return torch.zeros_like(mask, dtype=found.dtype).index_copy(0, places, found)
+
+
 def whiten(values: Tensor, mean: float, variance: float) -> Tensor:
     """Values of mean 0 and variance 1, if mean and (Bessel-corrected) variance are those of all of them.
 

@@ -21,4 +21,19 @@ def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     return log_ratio.exp() - log_ratio - 1
 
 
+def adapted_coef(coef: float, kl: float, target: float, num_responses: int, horizon: int) -> float:
+    """The weight of a KL penalty, changed towards a divergence.
+
+    Args:
+        kl: of the responses that the weight was used for, in nats a response.
+        target: where it should be.
+        num_responses: of those.
+        horizon: responses after which a divergence of 1.2 times the target or more has changed the weight by 20 %.
+
+    Source: arXiv 1909.08593 section 2.2.
+    """
+    error = min(max(kl / target - 1, -0.2), 0.2)
+    return coef * (1 + error * num_responses / horizon)
+
+
 KL_ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"k1": k1, "k2": k2, "k3": k3}

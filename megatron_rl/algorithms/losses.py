@@ -88,6 +88,24 @@ def nll_loss(tokens: LossInputs, clip: Clip) -> TokenLoss:
     return TokenLoss(loss=-tokens.logprobs, clipped=_none(tokens))
 
 
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float | None) -> TokenLoss:
+    """Half the squared error of a critic; with a clip the larger one of it and that of the value kept near the old one.
+
+    Args:
+        values: [K], gradients flow to them.
+        old_values: [K], before the update.
+        returns: [K].
+        clip: how far a value may go from the old one before its gradient ends; None: as far as it likes.
+
+    Source: PPO's reference implementation (openai/baselines ppo2), as in InstructGPT's and verl's critics.
+    """
+    free = (values - returns).square() / 2
+    if clip is None:
+        return TokenLoss(loss=free, clipped=torch.zeros_like(free, dtype=torch.bool))
+    bounded = (old_values + (values - old_values).clamp(-clip, clip) - returns).square() / 2
+    return TokenLoss(loss=torch.maximum(free, bounded), clipped=bounded > free)
+
+
 LOSSES: dict[str, LossFunction] = {
     "clipped": clipped_loss,
     "gspo": gspo_loss,

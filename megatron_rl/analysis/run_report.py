@@ -12,7 +12,17 @@ from megatron_rl.errors import DataError
 from megatron_rl.metrics.sinks import read_rows
 from megatron_rl.run_folder import RunFolder, write_atomically
 
-SPANS = ("gen", "old_log_prob", "ref", "update_actor", "update_weights", "testing", "save_checkpoint")
+SPANS = (
+    "gen",
+    "old_log_prob",
+    "ref",
+    "values",
+    "update_critic",
+    "update_actor",
+    "update_weights",
+    "testing",
+    "save_checkpoint",
+)
 NOT_ACCURACY = (
     "eval/score",
     "eval/failures",

@@ -65,6 +65,8 @@ def align(
         rollout_weights=shifted(lambda s: s.rollout_weights),
         old_logprobs=shifted(lambda s: s.old_logprobs),
         ref_logprobs=shifted(lambda s: s.ref_logprobs),
+        values=shifted(lambda s: s.values),
+        returns=shifted(lambda s: s.returns),
         sequence=lay_out([torch.full((length,), place) for place, length in enumerate(lengths)]),
         cu_seqlens=cu_seqlens,
         lengths=lengths,

@@ -89,7 +89,6 @@ def plan_batch(
         global_index=global_index,
         rewards=rewards,
         groups=group_of,
-        advantages=torch.zeros_like(rewards),
     )
 
 
@@ -119,7 +118,6 @@ def given_batch(
         global_index=list(range(len(sequences))),
         rewards=nothing,
         groups=nothing.long(),
-        advantages=nothing,
     )
 
 

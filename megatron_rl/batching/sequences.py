@@ -26,17 +26,34 @@ def bare_sequence(token_ids: Tensor, loss_mask: Tensor) -> TrainSequence:
         rollout_weights=torch.ones(token_ids.numel()),
         old_logprobs=zeros,
         ref_logprobs=zeros,
+        rewards=zeros,
+        values=zeros,
+        returns=zeros,
     )
 
 
 def to_sequence(rollout: Rollout) -> TrainSequence:
-    """A training sequence of which only tokens, routes and the engine's log-probabilities are known.
+    """A training sequence of which only tokens, routes, rewards and the engine's log-probabilities are known.
 
     A rollout whose reward failed keeps its tokens but loses its loss mask: it teaches nothing.
     """
     mask = rollout.loss_mask if rollout.status == "ok" else torch.zeros_like(rollout.loss_mask)
     bare = bare_sequence(rollout.token_ids, mask)
-    return replace(bare, rollout_logprobs=rollout.rollout_logprobs, routing=rollout.routing)
+    return replace(
+        bare,
+        rollout_logprobs=rollout.rollout_logprobs,
+        routing=rollout.routing,
+        rewards=token_rewards(rollout) if mask.any() else bare.rewards,
+    )
+
+
+def token_rewards(rollout: Rollout) -> Tensor:
+    """[L] float32: the rewards of turns at their ends, and the rest at the last token that the policy sampled."""
+    rewards = torch.zeros(rollout.token_ids.numel())
+    for place, reward in rollout.step_rewards.items():
+        rewards[place] += reward
+    rewards[int(rollout.loss_mask.nonzero().max())] += rollout.reward - sum(rollout.step_rewards.values())
+    return rewards
 
 
 def flatten_groups(groups: Sequence[RolloutGroup]) -> tuple[list[Rollout], torch.Tensor, torch.Tensor]:

@@ -12,7 +12,16 @@ class AlgorithmSection:
 
     advantage: str = "group"
     """group: reward minus the group's mean (GRPO); rloo: minus the siblings' mean; reinforce: the reward itself;
-    pass_at_k: by the chance that one of pass_k samples is right; or package.module:symbol."""
+    pass_at_k: by the chance that one of pass_k samples is right; or package.module:symbol. With a critic (PPO): gae:
+    over tokens; turn_gae: over the turns of a conversation; bi_level_gae: over turns, and over the tokens of each."""
+    gamma: float = 1.0
+    """Discount of what is earned a token later, with a critic."""
+    gae_lambda: float = 1.0
+    """Discount of what the critic misjudges a token later."""
+    turn_gamma: float = 1.0
+    """Discount of what is earned a turn later, for turn_gae and bi_level_gae."""
+    turn_gae_lambda: float = 1.0
+    """Discount of what the critic misjudges a turn later."""
     normalize_by_std: bool = True
     """Divide group advantages by the group's standard deviation (off in Dr. GRPO)."""
     std_epsilon: float = 1e-4
@@ -23,6 +32,10 @@ class AlgorithmSection:
     """Bring the advantages of all tokens of a step to mean 0 and variance 1 (REINFORCE++)."""
     kl_reward_coef: float = 0.0
     """Weight of the KL divergence (k1) to the reference that is taken from every token's reward; 0: none."""
+    kl_reward_target: float | None = None
+    """KL divergence per response, in nats, to which that weight is adapted from step to step; null: it stays."""
+    kl_reward_horizon: int = 10_000
+    """Responses after which a divergence of 1.2 times the target or more has changed that weight by 20 %."""
     mask_truncated: bool = False
     """Leave responses out of the loss that were cut: at rollout.max_new_tokens, at the longest sequence, or at the last
     turn of a conversation (overlong filtering). Their rewards still count in their group."""
@@ -134,8 +147,22 @@ class AlgorithmSection:
             "0 without a reference",
             "Set algorithm.kl_coef or algorithm.kl_reward_coef.",
         )
-        positive("algorithm", self, "pass_k", "accept_max_per_prompt")
+        for key in ("gamma", "gae_lambda", "turn_gamma", "turn_gae_lambda"):
+            require(0 < getattr(self, key) <= 1, f"algorithm.{key}", getattr(self, key), "above 0, to 1")
+        target = self.kl_reward_target
+        require(
+            target is None or (target > 0 and self.kl_reward_coef > 0),
+            "algorithm.kl_reward_target",
+            target,
+            "null, or more than 0 with a first weight in algorithm.kl_reward_coef",
+        )
+        positive("algorithm", self, "pass_k", "accept_max_per_prompt", "kl_reward_horizon")
         positive("algorithm", self, "constant_length")
+
+    @property
+    def uses_critic(self) -> bool:
+        """A critic has to value the tokens."""
+        return self.advantage in ("gae", "turn_gae", "bi_level_gae")
 
     @property
     def uses_reference(self) -> bool:

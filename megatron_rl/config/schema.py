@@ -4,12 +4,14 @@ A field without a default is required. The text under a field says what it means
 Checks inside one section live in its ``__post_init__``; checks across sections in validate.py.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from megatron_rl.config.algorithm import AlgorithmSection
 from megatron_rl.config.checks import positive, require
+from megatron_rl.config.critic import CriticSection
 from megatron_rl.config.machine import MemorySection, MoeSection, ParallelSection, PrecisionSection, ProfilingSection
+from megatron_rl.config.optimizer import OptimizerSection
 from megatron_rl.config.rollout import RolloutSection, WeightSyncSection
 
 
@@ -166,48 +168,6 @@ class BatchingSection:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimizerSection:
-    """AdamW and its learning-rate schedule, counted in optimizer updates."""
-
-    lr: float = 1e-6
-    """Peak learning rate."""
-    min_lr: float = 0.0
-    """Learning rate at the end of the decay."""
-    lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"
-    """Shape of the decay after warm-up."""
-    lr_warmup_updates: int = 0
-    """Updates over which the rate rises linearly from 0."""
-    lr_decay_updates: int | None = None
-    """Update at which min_lr is reached; null: the end of the run."""
-    weight_decay: float = 0.01
-    """Decoupled weight decay; not applied to norms and biases."""
-    adam_beta1: float = 0.9
-    """Decay of the first moment."""
-    adam_beta2: float = 0.999
-    """Decay of the second moment."""
-    adam_eps: float = 1e-8
-    """Added to the root of the second moment."""
-    clip_grad: float = 1.0
-    """Largest global gradient norm; 0 is off."""
-    states_dtype: Literal["fp32", "bf16", "fp8"] = "fp32"
-    """Type of the two moments; below fp32 with Transformer Engine's fused Adam only."""
-    cpu_offload_fraction: float = 0.0
-    """Share of the optimizer that lives and steps on the host's processors."""
-
-    def __post_init__(self) -> None:
-        require(self.lr > 0, "optimizer.lr", self.lr, "more than 0")
-        require(0 <= self.min_lr <= self.lr, "optimizer.min_lr", self.min_lr, f"0 to optimizer.lr={self.lr}")
-        require(self.lr_warmup_updates >= 0, "optimizer.lr_warmup_updates", self.lr_warmup_updates, "0 or more")
-        positive("optimizer", self, "lr_decay_updates")
-        require(0 <= self.adam_beta1 < 1, "optimizer.adam_beta1", self.adam_beta1, "0 to below 1")
-        require(0 <= self.adam_beta2 < 1, "optimizer.adam_beta2", self.adam_beta2, "0 to below 1")
-        require(self.clip_grad >= 0, "optimizer.clip_grad", self.clip_grad, "0 (off) or more")
-        require(
-            0 <= self.cpu_offload_fraction <= 1, "optimizer.cpu_offload_fraction", self.cpu_offload_fraction, "0 to 1"
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
 class EvaluationSection:
     """Evaluation on data.evaluation during the run."""
 
@@ -288,6 +248,7 @@ class RunConfig:
     weight_sync: WeightSyncSection = field(default_factory=WeightSyncSection)
     reward: RewardSection = field(default_factory=RewardSection)
     algorithm: AlgorithmSection = field(default_factory=AlgorithmSection)
+    critic: CriticSection = field(default_factory=CriticSection)
     batching: BatchingSection = field(default_factory=BatchingSection)
     precision: PrecisionSection = field(default_factory=PrecisionSection)
     memory: MemorySection = field(default_factory=MemorySection)
@@ -296,3 +257,13 @@ class RunConfig:
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
     metrics: MetricsSection = field(default_factory=MetricsSection)
     profiling: ProfilingSection = field(default_factory=ProfilingSection)
+
+    def of_critic(self) -> "RunConfig":
+        """The same with the critic's model, layout and optimizer in the policy's place."""
+        critic = self.critic
+        return replace(
+            self,
+            model=replace(self.model, path=critic.path or self.model.path),
+            parallel=critic.parallel or self.parallel,
+            optimizer=critic.optimizer,
+        )

@@ -11,6 +11,9 @@ def validate(config: RunConfig, world_size: int) -> None:
         ConfigError: with the values, what was expected and the key to change.
     """
     _check_parallel(config, world_size)
+    if config.algorithm.uses_critic:
+        _check_parallel(config.of_critic(), world_size)
+        _check_critic(config)
     _check_engine(config, world_size)
     _check_routing_replay(config)
     _check_batches(config)
@@ -22,6 +25,19 @@ def validate(config: RunConfig, world_size: int) -> None:
         raise ConfigError(
             f"evaluation.every={config.evaluation.every} needs held-out prompts. "
             "Set data.evaluation, or evaluation.every=0."
+        )
+
+
+def _check_critic(config: RunConfig) -> None:
+    least = config.algorithm.accept_min_reward
+    if least is not None:
+        raise ConfigError(
+            f"algorithm.accept_min_reward={least} with algorithm.advantage={config.algorithm.advantage}: the critic would "
+            "learn from the good responses alone and expect too much. Leave it out."
+        )
+    if config.rollout.source == "demonstrations":
+        raise ConfigError(
+            f"algorithm.advantage={config.algorithm.advantage} has no meaning for demonstrations. Leave it out."
         )
 
 

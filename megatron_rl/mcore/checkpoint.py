@@ -1,4 +1,4 @@
-"""Policy and optimizer in Megatron's distributed checkpoint format, loadable under another layout."""
+"""A model and its optimizer in Megatron's distributed checkpoint format, loadable under another layout."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,25 +23,25 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_rl.errors import CheckpointError
 from megatron_rl.mcore import patches
 from megatron_rl.mcore.async_save import PendingSave
-from megatron_rl.mcore.model import PolicyModel
-from megatron_rl.mcore.policy import Policy
+from megatron_rl.mcore.learner import Learner
+from megatron_rl.mcore.parallel import in_layout
 
 # newer releases take their writers from another package unless told otherwise
 _OWN_WRITERS = {"async_strategy": "mcore"} if "async_strategy" in signature(dist_checkpointing.save).parameters else {}
 
 
-def save_policy(policy: Policy, folder: Path) -> None:
+def save_learner(learner: Learner, folder: Path) -> None:
     """Write weights, optimizer and schedule into an existing empty folder; collective.
 
     Raises:
         CheckpointError: the folder cannot be written.
     """
-    with _errors_name(folder):
-        _save(policy, folder, in_background=False)
+    with _errors_name(folder), in_layout(learner.model.parallel):
+        _save(learner, folder, in_background=False)
 
 
-def begin_save(policy: Policy, folder: Path, then: Callable[[], Any]) -> PendingSave:
-    """As ``save_policy``, but the files are written while the policy goes on learning; collective.
+def begin_save(learner: Learner, folder: Path, then: Callable[[], Any]) -> PendingSave:
+    """As ``save_learner``, but the files are written while the model goes on learning; collective.
 
     Args:
         then: called once this rank's files are written.
@@ -49,8 +49,8 @@ def begin_save(policy: Policy, folder: Path, then: Callable[[], Any]) -> Pending
     Raises:
         CheckpointError: the folder cannot be written.
     """
-    with _errors_name(folder):
-        return PendingSave(_save(policy, folder, in_background=True), then)
+    with _errors_name(folder), in_layout(learner.model.parallel):
+        return PendingSave(_save(learner, folder, in_background=True), then)
 
 
 def complete_save(pending: PendingSave, folder: Path) -> None:
@@ -63,13 +63,13 @@ def complete_save(pending: PendingSave, folder: Path) -> None:
         pending.complete()
 
 
-def _save(policy: Policy, folder: Path, *, in_background: bool) -> Any:
+def _save(learner: Learner, folder: Path, *, in_background: bool) -> Any:
     strategy = FullyParallelSaveStrategyWrapper(
-        get_default_save_sharded_strategy("torch_dist"), policy.parallel.groups.dp_cp
+        get_default_save_sharded_strategy("torch_dist"), learner.model.parallel.groups.dp_cp
     )
-    metadata = _metadata(policy)
+    metadata = _metadata(learner)
     return dist_checkpointing.save(
-        _state(policy, metadata, is_loading=False),
+        _state(learner, metadata, is_loading=False),
         str(folder),
         strategy,
         async_sharded_save=in_background,
@@ -86,28 +86,33 @@ def _errors_name(folder: Path) -> Iterator[None]:
         raise CheckpointError(f"cannot write checkpoint {folder}: {_reason(error)}. Free space and resume.") from error
 
 
-def load_policy(policy: Policy, folder: Path) -> None:
+def load_learner(learner: Learner, folder: Path) -> None:
     """Restore weights, optimizer and schedule, under any layout; collective.
 
     Raises:
         CheckpointError: the checkpoint is incomplete, damaged or of another model.
     """
-    patches.create_adam_state(policy.optimizer)
-    group = policy.parallel.groups.dp_cp
+    with in_layout(learner.model.parallel):
+        _load(learner, folder)
+
+
+def _load(learner: Learner, folder: Path) -> None:
+    patches.create_adam_state(learner.optimizer)
+    group = learner.model.parallel.groups.dp_cp
     try:
         strategy = FullyParallelLoadStrategyWrapper(get_default_load_sharded_strategy(str(folder)), group)
         loaded = dist_checkpointing.load(
-            _state(policy, _metadata(policy), is_loading=True), str(folder), strategy, strict=StrictHandling.RAISE_ALL
+            _state(learner, _metadata(learner), is_loading=True), str(folder), strategy, strict=StrictHandling.RAISE_ALL
         )
     except (OSError, KeyError, ValueError, RuntimeError, CheckpointException, CheckpointingException) as error:
         raise CheckpointError(
             f"cannot restore checkpoint {folder}: {_reason(error)}. Resume from an earlier one with --resume PATH."
         ) from error
-    for key, chunk in _named_chunks(policy):
+    for key, chunk in _named_chunks(learner):
         chunk.load_state_dict(loaded[key])
-    policy.optimizer.load_state_dict(loaded["optimizer"])
-    patches.separate_step_counts(policy.optimizer)
-    policy.scheduler.load_state_dict(loaded["scheduler"])
+    learner.optimizer.load_state_dict(loaded["optimizer"])
+    patches.separate_step_counts(learner.optimizer)
+    learner.scheduler.load_state_dict(loaded["scheduler"])
 
 
 def _reason(error: BaseException) -> str:
@@ -117,29 +122,29 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {said[-1].strip()[:500]}" if said else repr(error)
 
 
-def _metadata(policy: Policy) -> dict[str, Any]:
+def _metadata(learner: Learner) -> dict[str, Any]:
     return {
         "distrib_optim_sharding_type": "fully_reshardable",
-        "dp_cp_group": policy.parallel.groups.dp_cp,
+        "dp_cp_group": learner.model.parallel.groups.dp_cp,
         "singleton_local_shards": False,
         "chained_optim_avoid_prefix": True,
     }
 
 
-def _named_chunks(policy: Policy) -> list[tuple[str, PolicyModel]]:
+def _named_chunks(learner: Learner) -> list[tuple[str, Any]]:
     """ "model", or "model0", "model1" … as Megatron-LM names the chunks of a virtual pipeline."""
-    if len(policy.chunks) == 1:
-        return [("model", policy.chunks[0])]
-    return [(f"model{place}", chunk) for place, chunk in enumerate(policy.chunks)]
+    if len(learner.model.chunks) == 1:
+        return [("model", learner.model.chunks[0])]
+    return [(f"model{place}", chunk) for place, chunk in enumerate(learner.model.chunks)]
 
 
 @torch.no_grad()
-def _state(policy: Policy, metadata: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
-    model = {key: chunk.sharded_state_dict(metadata=metadata) for key, chunk in _named_chunks(policy)}
+def _state(learner: Learner, metadata: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
+    model = {key: chunk.sharded_state_dict(metadata=metadata) for key, chunk in _named_chunks(learner)}
     # with one chunk the optimizer expects its entries, with several those of all under their names
     entries = model if len(model) > 1 else model["model"]
     return {
         **model,
-        "optimizer": policy.optimizer.sharded_state_dict(entries, is_loading=is_loading, metadata=metadata),
-        "scheduler": policy.scheduler.state_dict(),
+        "optimizer": learner.optimizer.sharded_state_dict(entries, is_loading=is_loading, metadata=metadata),
+        "scheduler": learner.scheduler.state_dict(),
     }

@@ -1,6 +1,7 @@
 """One pass of Megatron's pipeline schedule over a list of micro-batches."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,24 +13,20 @@ from megatron_rl.batching.align import align
 from megatron_rl.batching.context import context_share
 from megatron_rl.config.schema import RunConfig
 from megatron_rl.mcore.attention import packed_sequences
-from megatron_rl.mcore.model import PolicyModel
 from megatron_rl.mcore.precision import row_multiple
 from megatron_rl.mcore.routing_replay import set_routes
 from megatron_rl.types import MicroBatch, ParallelContext, TrainSequence
 
-LossOfBatch = Callable[[MicroBatch, Tensor, Tensor], tuple[Tensor, Tensor, Any]]
-"""(micro-batch, logprobs, entropy) -> (loss sum, number of tokens, anything to return).
-
-Log-probabilities and entropies are [number of true entries of the loss mask], in its order."""
+HiddenReader = Callable[[Any, MicroBatch, Tensor], tuple[Tensor, Tensor, Any]]
+"""(model of the last stage, micro-batch, its hidden states) -> (loss sum, number of tokens, anything to return)."""
 
 
 class ForwardPass:
-    """Runs the (wrapped) model chunks of this rank over micro-batches and hands log-probabilities to a loss."""
+    """Runs the (wrapped) model chunks of this rank over micro-batches and hands hidden states to whoever reads them."""
 
     def __init__(self, chunks: Sequence[torch.nn.Module], config: RunConfig, parallel: ParallelContext) -> None:
         self._chunks = list(chunks)
         self._parallel = parallel
-        self._temperature = config.rollout.temperature if config.rollout.source != "demonstrations" else 1.0
         self._batching = config.batching
         self._sequence_multiple = 2 * parallel.cp_size if parallel.cp_size > 1 else 1
         shards = parallel.tp_size if config.parallel.sequence_parallel else 1
@@ -41,12 +38,12 @@ class ForwardPass:
     def run(
         self,
         batches: Sequence[Sequence[TrainSequence]],
-        loss: LossOfBatch,
+        read: HiddenReader,
         *,
         forward_only: bool,
         replay_routing: bool = False,
     ) -> list[Any]:
-        """The third result of ``loss`` for every micro-batch; empty except on the last pipeline stage."""
+        """The third result of ``read`` for every micro-batch; empty except on the last pipeline stage."""
 
         def forward_step(micro_batches: Iterator[MicroBatch], chunk: torch.nn.Module) -> tuple[Tensor, Any]:
             batch = next(micro_batches)
@@ -61,18 +58,7 @@ class ForwardPass:
                 padding_mask=~batch.real if self._has_experts else None,
             )
 
-            def loss_of_hidden(hidden: Tensor) -> tuple[Tensor, Tensor, Any]:
-                model: PolicyModel = unwrap_model(chunk)
-                logprobs, entropy = model.logprobs(
-                    hidden,
-                    batch.labels,
-                    batch.loss_mask,
-                    temperature=self._temperature,
-                    chunk_tokens=self._batching.logprob_chunk_tokens,
-                )
-                return loss(batch, logprobs, entropy)
-
-            return output, loss_of_hidden
+            return output, partial(read, unwrap_model(chunk), batch)
 
         iterators = [self._align(batches) for _ in self._chunks]
         several = len(self._chunks) > 1

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
@@ -15,8 +16,8 @@ from megatron_rl.mcore.layer import block_submodules
 from megatron_rl.mcore.logprobs import default_chunk_tokens, linear_logprobs
 from megatron_rl.mcore.precision import Implementation, set_weight
 from megatron_rl.mcore.rotary import PositionRotary
-from megatron_rl.models import ModelSpec, layout_table, padded_vocab_size
-from megatron_rl.models.table import ignored_names
+from megatron_rl.models import Head, ModelSpec, layout_table, padded_vocab_size
+from megatron_rl.models.table import VALUE_HEAD, ignored_names
 from megatron_rl.types import ParallelContext
 from megatron_rl.weights.hf_files import check_against_table
 from megatron_rl.weights.layout import Place, fill_shard, hf_shapes
@@ -26,8 +27,8 @@ from megatron_rl.weights.reader import WeightReader
 patches.apply()
 
 
-class PolicyModel(GPTModel):
-    """A GPTModel whose last stage gives hidden states, from which log-probabilities are taken in chunks."""
+class Backbone(GPTModel):
+    """A GPTModel whose last stage gives hidden states, for its heads to read."""
 
     def __init__(
         self,
@@ -36,6 +37,8 @@ class PolicyModel(GPTModel):
         implementation: Implementation,
         parallel: ParallelContext,
         vp_stage: int,
+        *,
+        tied: bool,
     ) -> None:
         stage = {"vp_stage": vp_stage} if parallel.vp_size > 1 else {}
         super().__init__(
@@ -45,7 +48,7 @@ class PolicyModel(GPTModel):
             max_sequence_length=spec.max_position_embeddings,
             position_embedding_type="rope",
             rotary_base=spec.rope_theta,
-            share_embeddings_and_output_weights=spec.tied_embeddings,
+            share_embeddings_and_output_weights=tied,
             pre_process=parallel.pp_rank == 0 and vp_stage == 0,
             post_process=parallel.is_last_stage and vp_stage == parallel.vp_size - 1,
             pg_collection=parallel.groups,
@@ -61,8 +64,18 @@ class PolicyModel(GPTModel):
             device=parallel.device,
         )
         if self.post_process:
-            # called, so that Megatron's hooks around the output layer run, but nothing is multiplied yet
-            self.output_layer.forward = _hidden_states_only
+            self._give_hidden_states()
+
+    def _give_hidden_states(self) -> None:
+        # called, so that Megatron's hooks around the output layer run, but nothing is multiplied yet
+        self.output_layer.forward = _hidden_states_only
+
+
+class PolicyModel(Backbone):
+    """Log-probabilities, taken from the hidden states in chunks."""
+
+    def __init__(self, spec: ModelSpec, *arguments: Any) -> None:
+        super().__init__(spec, *arguments, tied=spec.tied_embeddings)
 
     def logprobs(
         self, hidden: Tensor, labels: Tensor, wanted: Tensor, *, temperature: float, chunk_tokens: int | None
@@ -101,17 +114,47 @@ class PolicyModel(GPTModel):
         return self.output_layer.weight
 
 
+class ValueModel(Backbone):
+    """One number for each token: the head is one row, whole on every tensor-parallel rank."""
+
+    def __init__(self, spec: ModelSpec, config: TransformerConfig, *arguments: Any) -> None:
+        super().__init__(spec, config, *arguments, tied=False)
+        if self.post_process:
+            self.output_layer = torch.nn.Linear(spec.hidden_size, 1, bias=False, dtype=config.params_dtype)
+            self._give_hidden_states()
+
+    def values(self, hidden: Tensor, wanted: Tensor) -> Tensor:
+        """[number wanted] float32, on the last stage.
+
+        Args:
+            hidden, wanted: as of ``PolicyModel.logprobs``.
+        """
+        if self.config.sequence_parallel:
+            # every rank computes all values, so each already has the whole gradient of its share
+            whole = gather_from_sequence_parallel_region(
+                hidden.transpose(0, 1).contiguous(), tensor_parallel_output_grad=False, group=self._parallel.groups.tp
+            )
+            rows = whole.transpose(0, 1)[wanted]
+        else:
+            rows = hidden[wanted]
+        return F.linear(rows.float(), self.output_layer.weight.float()).squeeze(-1)
+
+
 def _hidden_states_only(hidden: Tensor, weight: Any = None, runtime_gather_output: Any = None) -> tuple[Tensor, None]:
     return hidden, None
 
 
 def build_chunks(
-    spec: ModelSpec, config: TransformerConfig, implementation: Implementation, parallel: ParallelContext
-) -> list[PolicyModel]:
+    spec: ModelSpec,
+    config: TransformerConfig,
+    implementation: Implementation,
+    parallel: ParallelContext,
+    head: Head = "language",
+) -> list[Any]:
     """This rank's chunks of the model, one without virtual pipelining; their weights are not set yet."""
+    model = PolicyModel if head == "language" else ValueModel
     chunks = [
-        PolicyModel(spec, config, implementation, parallel, stage).to(parallel.device)
-        for stage in range(parallel.vp_size)
+        model(spec, config, implementation, parallel, stage).to(parallel.device) for stage in range(parallel.vp_size)
     ]
     patches.mark_expert_parameters(chunks)
     return chunks
@@ -133,28 +176,39 @@ def place_of(parallel: ParallelContext) -> Place:
     )
 
 
-def check_weights(spec: ModelSpec, folder: str) -> WeightReader:
+def check_weights(spec: ModelSpec, folder: str, head: Head = "language") -> WeightReader:
     """Open a Hugging Face or converted folder whose tensors are those of the model, by names and shapes.
+
+    A value head may be missing.
 
     Raises:
         ConversionError: a file or tensor is missing, damaged, misshapen or unmapped.
     """
-    table = layout_table(spec, 1)
-    reader = open_weights(folder, table)
-    check_against_table(reader, hf_shapes(table), ignored_names(spec))
+    reader = open_weights(folder, layout_table(spec, 1))
+    shapes = hf_shapes(layout_table(spec, 1, head))
+    if head == "value" and VALUE_HEAD not in reader.names():
+        del shapes[VALUE_HEAD]
+    check_against_table(reader, shapes, ignored_names(spec, head))
     return reader
 
 
 @torch.no_grad()
 def load_hf_weights(
-    parameters: Mapping[str, Tensor], spec: ModelSpec, parallel: ParallelContext, reader: WeightReader
+    parameters: Mapping[str, Tensor],
+    spec: ModelSpec,
+    parallel: ParallelContext,
+    reader: WeightReader,
+    head: Head = "language",
 ) -> None:
     """Fill this rank's shards from a checked folder, reading only the bytes they need.
+
+    A value head that is not there is 0.
 
     Raises:
         ConversionError: a parameter has no layout, or another shape.
     """
-    table, place = layout_table(spec, parallel.tp_size), place_of(parallel)
+    table, place = layout_table(spec, parallel.tp_size, head), place_of(parallel)
+    known = reader.names()
     for name, parameter in parameters.items():
         if name not in table:
             raise ConversionError(f"Megatron parameter {name} has no layout. Add it to megatron_rl/models/table.py.")
@@ -163,5 +217,7 @@ def load_hf_weights(
             raise ConversionError(f"{name}: shard {tuple(parameter.shape)}, layout {place.shape(layout)}.")
         # rows that pad the vocabulary stay 0
         shard = torch.zeros(parameter.shape, dtype=parameter.dtype, device=parameter.device)
-        fill_shard(shard, place.slices(layout), reader.read)
+        pieces = place.slices(layout)
+        if not (head == "value" and name == "output_layer.weight" and VALUE_HEAD not in known):
+            fill_shard(shard, pieces, reader.read)
         set_weight(parameter, shard)

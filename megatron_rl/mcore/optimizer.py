@@ -14,7 +14,8 @@ from megatron.core.optimizer import (
 )
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_rl.config.schema import OptimizerSection, RunConfig
+from megatron_rl.config.optimizer import OptimizerSection
+from megatron_rl.config.schema import RunConfig
 from megatron_rl.errors import ConfigError, TrainingDiverged
 from megatron_rl.mcore.patches import create_adam_state
 from megatron_rl.mcore.precision import transformer_engine_version

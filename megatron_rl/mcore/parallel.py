@@ -2,8 +2,11 @@
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -78,9 +81,8 @@ def init_parallel(config: ParallelSection) -> ParallelContext:
 def split_world(
     config: ParallelSection, store: distributed_c10d.Store, local_rank: int, device: torch.device
 ) -> ParallelContext:
-    """Megatron's groups over an initialised world; an earlier split is undone."""
-    if parallel_state.is_initialized():
-        parallel_state.destroy_model_parallel()
+    """Megatron's groups over an initialised world; from then on they are those that Megatron goes by."""
+    _put_on_record(_UNSPLIT)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor_parallel_size,
         pipeline_model_parallel_size=config.pipeline_parallel_size,
@@ -115,7 +117,61 @@ def split_world(
         groups=groups,
         host_group=dist.new_group(backend="gloo", timeout=timedelta(minutes=config.timeout_minutes)),
         store=store,
+        record=_record(),
     )
+
+
+def split_again(config: ParallelSection, parallel: ParallelContext) -> ParallelContext:
+    """Another layout of the same world, for another model; the given one if it is the same.
+
+    Megatron goes on with the groups that it had; those of the new layout count inside of ``in_layout``.
+    """
+    sizes = (parallel.tp_size, parallel.pp_size, parallel.vp_size, parallel.cp_size, parallel.ep_size)
+    if (*sizes, parallel.etp_size) == (
+        config.tensor_parallel_size,
+        config.pipeline_parallel_size,
+        config.virtual_pipeline_parallel_size,
+        config.context_parallel_size,
+        config.expert_parallel_size,
+        config.expert_tensor_size,
+    ):
+        return parallel
+    before = _record()
+    try:
+        other = split_world(config, parallel.store, parallel.local_rank, parallel.device)
+    finally:
+        _put_on_record(before)
+    return replace(other, host_group=parallel.host_group)
+
+
+@contextmanager
+def in_layout(parallel: ParallelContext) -> Iterator[None]:
+    """Let Megatron, which keeps one record of the process groups for all, go by those of a layout for the body."""
+    before = _record()
+    if before["_MODEL_PARALLEL_GROUP"] is parallel.record["_MODEL_PARALLEL_GROUP"]:
+        yield
+        return
+    _put_on_record(parallel.record)
+    try:
+        yield
+    finally:
+        _put_on_record(before)
+
+
+def _record() -> dict[str, Any]:
+    return {
+        name: value
+        for name, value in vars(parallel_state).items()
+        if name.startswith("_") and not name.startswith("__") and not callable(value)
+    }
+
+
+def _put_on_record(record: Mapping[str, Any]) -> None:
+    for name, value in record.items():
+        setattr(parallel_state, name, value)
+
+
+_UNSPLIT = _record()
 
 
 def leave_world() -> None:

@@ -1,128 +1,43 @@
-"""A Megatron model that scores sequences and hands its weights out."""
+"""Log-probabilities of a Megatron model."""
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from megatron_rl.batching.align import unalign
-from megatron_rl.batching.context import restore_order
 from megatron_rl.config.schema import RunConfig
-from megatron_rl.mcore import routing_replay
-from megatron_rl.mcore.forward import ForwardPass
-from megatron_rl.mcore.model import (
-    build_chunks,
-    check_weights,
-    global_parameters,
-    load_hf_weights,
-    place_of,
-)
-from megatron_rl.mcore.precision import choose_implementation, plain_weight
-from megatron_rl.mcore.settings import transformer_config
-from megatron_rl.models import layout_table, read_model_spec
-from megatron_rl.types import MicroBatch, ParallelContext, TrainBatch
-from megatron_rl.weights.export import export_weights, plan_export
+from megatron_rl.mcore.forward import HiddenReader
+from megatron_rl.mcore.model import PolicyModel
+from megatron_rl.mcore.sharded_model import ShardedModel, collected
+from megatron_rl.types import MicroBatch, TrainBatch
+
+LossOfLogprobs = Callable[[MicroBatch, Tensor, Tensor], tuple[Tensor, Tensor, Any]]
+"""(micro-batch, logprobs, entropy) -> (loss sum, number of tokens, anything to return).
+
+Log-probabilities and entropies are [number of true entries of the loss mask], in its order."""
 
 
-class ScoringModel:
-    """A model that gives log-probabilities and its weights; as it stands, a frozen one."""
-
-    def __init__(self, config: RunConfig, parallel: ParallelContext, path: str) -> None:
-        """Build this rank's part and read its weights from a Hugging Face folder."""
-        self.spec = read_model_spec(path)
-        self.parallel = parallel
-        self.config = config
-        self.implementation = choose_implementation(config)
-        self.transformer_config = transformer_config(self.spec, config, self.implementation)
-        self.chunks = build_chunks(self.spec, self.transformer_config, self.implementation, parallel)
-        self.parameters = global_parameters(self.chunks, parallel)
-        """This rank's parameters under the layout table's names."""
-        if self.spec.moe is not None:
-            for chunk in self.chunks:
-                routing_replay.attach(chunk)
-        self.load(path)
-        self._replica = replica_group(parallel)
-        self._export_plan = plan_export(self._held_by_replica(), layout_table(self.spec, parallel.tp_size))
-
-    def load(self, path: str) -> None:
-        """Read this rank's part of a Hugging Face folder of the same architecture."""
-        load_hf_weights(self.parameters, self.spec, self.parallel, check_weights(self.spec, path))
+class ScoringModel(ShardedModel):
+    """A language model that gives log-probabilities and its weights; as it stands, a frozen one."""
 
     def logprobs(self, batch: TrainBatch, *, replay_routing: bool = False) -> list[Tensor]:
-        """Log-probabilities of this rank's sequences under the current weights, [L] float32 each, 0 without loss.
+        """Log-probabilities of this rank's sequences under the current weights, as ``ShardedModel.score``."""
+        read = reads_logprobs(self.config, lambda batch, logprobs, entropy: collected(batch, logprobs))
+        return self.score(batch, read, replay_routing=replay_routing)
 
-        Every rank takes part; the last pipeline stage shares its result with the others.
 
-        Args:
-            replay_routing: send tokens to the experts that the sequences name, if they name any.
-        """
-        distinct = dict.fromkeys(tuple(places) for update in batch.updates for places in update.micro_batches)
-        for chunk in self.chunks:
-            chunk.eval()
-        results = ForwardPass(self.chunks, self.config, self.parallel).run(
-            [[batch.sequences[i] for i in places] for places in distinct],
-            _collect_logprobs,
-            forward_only=True,
-            replay_routing=replay_routing,
+def reads_logprobs(config: RunConfig, loss: LossOfLogprobs) -> HiddenReader:
+    """Hands log-probabilities and entropies at the sampling temperature to a loss."""
+    temperature = config.rollout.temperature if config.rollout.source != "demonstrations" else 1.0
+
+    def read(model: PolicyModel, batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor, Any]:
+        logprobs, entropy = model.logprobs(
+            hidden,
+            batch.labels,
+            batch.loss_mask,
+            temperature=temperature,
+            chunk_tokens=config.batching.logprob_chunk_tokens,
         )
-        for chunk in self.chunks:
-            chunk.train()
-        rows = [torch.zeros(sequence.token_ids.numel()) for sequence in batch.sequences]
-        if self.parallel.is_last_stage:
-            for places, (micro_batch, values) in zip(distinct, results, strict=True):
-                whole = self._gather_context(micro_batch, values).cpu()
-                for place, row in zip(places, unalign(whole, micro_batch), strict=True):
-                    rows[place] = row
-        return self._share_over_stages(rows)
+        return loss(batch, logprobs, entropy)
 
-    def export(self) -> Iterator[tuple[str, Tensor]]:
-        """The weights as whole Hugging Face tensors, streamed.
-
-        Collective over the ranks of one replica, each of which must exhaust the iterator.
-        """
-        return export_weights(self._export_plan, self.shards(), self._replica)
-
-    def shards(self) -> dict[str, Tensor]:
-        """This rank's weights under the layout table's names, in the model's type."""
-        return {name: plain_weight(parameter) for name, parameter in self.parameters.items()}
-
-    def _held_by_replica(self) -> list[tuple[list[str], Any]]:
-        mine = (list(self.parameters), place_of(self.parallel))
-        held: list[Any] = [mine] * self._replica.size()
-        dist.all_gather_object(held, mine, group=self._replica)
-        return held
-
-    def _gather_context(self, batch: MicroBatch, values: Tensor) -> Tensor:
-        """[S, L] of the whole micro-batch from every context-parallel rank's [S, L / cp]."""
-        group = self.parallel.groups.cp
-        if group.size() == 1:
-            return values
-        parts = [torch.empty_like(values) for _ in range(group.size())]
-        dist.all_gather(parts, values.contiguous(), group=group)
-        width = values.size(1) * group.size()
-        return torch.cat(parts, dim=1)[:, restore_order(batch.cu_seqlens or (0, width), group.size())]
-
-    def _share_over_stages(self, rows: list[Tensor]) -> list[Tensor]:
-        group = self.parallel.groups.pp
-        if group.size() == 1:
-            return rows
-        flat = torch.cat(rows).to(self.parallel.device)
-        dist.broadcast(flat, src=dist.get_process_group_ranks(group)[-1], group=group)
-        return list(flat.cpu().split([row.numel() for row in rows]))
-
-
-def replica_group(parallel: ParallelContext) -> Any:
-    """The smallest group of ranks that together hold the whole model."""
-    groups = parallel.groups
-    # the ranks that share experts also hold every dense shard once they are a multiple of the dense ones
-    return groups.tp_ep_pp if parallel.ep_size * parallel.etp_size > parallel.tp_size else groups.mp
-
-
-def _collect_logprobs(
-    batch: MicroBatch, logprobs: Tensor, entropy: Tensor
-) -> tuple[Tensor, Tensor, tuple[MicroBatch, Tensor]]:
-    values = torch.zeros(batch.tokens.shape, device=logprobs.device)
-    values[batch.loss_mask] = logprobs
-    return logprobs.sum(), batch.loss_mask.sum().int(), (batch, values)
+    return read

@@ -24,7 +24,17 @@ COLUMNS = (
     ("drift", "train_rollout_logprob_abs_diff/mean", "{:.1e}"),
     ("s/step", "timing_s/step", "{:.2f}"),
 )
-TIMINGS = ("gen", "old_log_prob", "ref", "update_actor", "update_weights", "testing", "save_checkpoint")
+TIMINGS = (
+    "gen",
+    "old_log_prob",
+    "ref",
+    "values",
+    "update_critic",
+    "update_actor",
+    "update_weights",
+    "testing",
+    "save_checkpoint",
+)
 MAX_SAMPLE_CHARACTERS = 600
 
 

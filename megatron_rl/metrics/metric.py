@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Protocol, Self
 
+import torch
 from torch import Tensor
 
 NUM_LARGEST = 3
@@ -47,6 +48,28 @@ class EffectiveShare:
 
     def result(self) -> float:
         return self.total**2 / (self.count * self.total_of_squares) if self.total_of_squares else float("nan")
+
+
+@dataclass(frozen=True)
+class ExplainedVariance:
+    """Share of a target's variance that a prediction explains: 1 - var(target - prediction) / var(target)."""
+
+    count: float
+    error: float
+    """Sum of target - prediction."""
+    squared_error: float
+    target: float
+    squared_target: float
+
+    def merge(self, other: "ExplainedVariance") -> "ExplainedVariance":
+        return ExplainedVariance(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    def result(self) -> float:
+        if not self.count:
+            return math.nan
+        left = self.squared_error / self.count - (self.error / self.count) ** 2
+        whole = self.squared_target / self.count - (self.target / self.count) ** 2
+        return 1 - left / whole if whole > 0 else math.nan
 
 
 @dataclass(frozen=True)
@@ -122,13 +145,26 @@ def results(metrics: Metrics) -> dict[str, float]:
 
 def mean_of(values: Sequence[float] | Tensor) -> Mean:
     """The mean of some values, each of weight 1."""
-    numbers = [float(value) for value in values]
-    return Mean(sum(numbers), len(numbers))
+    numbers = torch.as_tensor(values, dtype=torch.float64)
+    return Mean(float(numbers.sum()), numbers.numel())
 
 
 def mean_max_min(name: str, values: Sequence[float] | Tensor) -> dict[str, Reduction]:
     """``name/mean``, ``name/max`` and ``name/min``; nothing for no values."""
-    numbers = [float(value) for value in values]
-    if not numbers:
+    numbers = torch.as_tensor(values, dtype=torch.float64)
+    if not numbers.numel():
         return {}
-    return {f"{name}/mean": mean_of(numbers), f"{name}/max": Max(max(numbers)), f"{name}/min": Min(min(numbers))}
+    return {
+        f"{name}/mean": mean_of(numbers),
+        f"{name}/max": Max(float(numbers.max())),
+        f"{name}/min": Min(float(numbers.min())),
+    }
+
+
+def explained_variance(predictions: Tensor, targets: Tensor) -> ExplainedVariance:
+    """Of some targets, [K] each."""
+    error, target = (targets - predictions).double(), targets.double()
+    return ExplainedVariance(
+        targets.numel(),
+        *(float(values.sum()) for values in (error, error.square(), target, target.square())),
+    )

@@ -2,6 +2,6 @@
 
 from megatron_rl.models.families import FAMILIES, read_hf_config, read_model_spec
 from megatron_rl.models.spec import ModelSpec
-from megatron_rl.models.table import layout_table, padded_vocab_size
+from megatron_rl.models.table import Head, layout_table, padded_vocab_size
 
-__all__ = ["FAMILIES", "ModelSpec", "layout_table", "padded_vocab_size", "read_hf_config", "read_model_spec"]
+__all__ = ["FAMILIES", "Head", "ModelSpec", "layout_table", "padded_vocab_size", "read_hf_config", "read_model_spec"]

@@ -2,12 +2,17 @@
 
 import math
 from dataclasses import replace
+from typing import Literal
 
 from megatron_rl.models.spec import ModelSpec
 from megatron_rl.weights.layout import Layout, gated, grouped_qkv, replicated, row, vocabulary
 
 EMBEDDING = "model.embed_tokens.weight"
 LM_HEAD = "lm_head.weight"
+VALUE_HEAD = "score.weight"
+
+Head = Literal["language", "value"]
+"""What stands on the last hidden states: a distribution over tokens, or one number for each."""
 
 
 # The vocabulary is padded to a multiple that every usual number of tensor-parallel ranks divides, so that a
@@ -21,17 +26,21 @@ def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
     return -(-vocab_size // multiple) * multiple
 
 
-def layout_table(spec: ModelSpec, tp_size: int) -> dict[str, Layout]:
+def layout_table(spec: ModelSpec, tp_size: int, head: Head = "language") -> dict[str, Layout]:
     """Every parameter of the model, layers numbered over the whole depth.
 
     With tied embeddings ``output_layer.weight`` is what a last pipeline stage without the embedding holds.
     """
     hidden = spec.hidden_size
     padded = padded_vocab_size(spec.vocab_size, tp_size)
-    head = EMBEDDING if spec.tied_embeddings else LM_HEAD
+    output = EMBEDDING if spec.tied_embeddings else LM_HEAD
     table = {
         "embedding.word_embeddings.weight": vocabulary(EMBEDDING, spec.vocab_size, padded, hidden),
-        "output_layer.weight": vocabulary(head, spec.vocab_size, padded, hidden),
+        "output_layer.weight": (
+            vocabulary(output, spec.vocab_size, padded, hidden)
+            if head == "language"
+            else replicated(VALUE_HEAD, 1, hidden)
+        ),
         "decoder.final_layernorm.weight": replicated("model.norm.weight", hidden),
     }
     for layer in range(spec.num_layers):
@@ -39,10 +48,10 @@ def layout_table(spec: ModelSpec, tp_size: int) -> dict[str, Layout]:
     return table
 
 
-def ignored_names(spec: ModelSpec) -> set[str]:
+def ignored_names(spec: ModelSpec, head: Head = "language") -> set[str]:
     """Tensors a folder may hold although nobody reads them."""
     buffers = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(spec.num_layers)}
-    return buffers | ({LM_HEAD} if spec.tied_embeddings else set())
+    return buffers | ({LM_HEAD} if spec.tied_embeddings or head == "value" else set())
 
 
 def _layer(spec: ModelSpec, megatron: str, hf: str) -> dict[str, Layout]:

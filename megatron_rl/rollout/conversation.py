@@ -48,8 +48,8 @@ class Conversation:
     def __init__(self, prompt: Prompt, sample: Unfinished, rules: Rules) -> None:
         self.prompt = prompt
         self.sample = sample
-        self.reward = 0.0
-        """Of the environment so far."""
+        self.step_rewards: dict[int, float] = {}
+        """Of the environment so far, by the last token of each turn."""
         self.finish_reason: FinishReason | None = None
         """None while it is not finished."""
         self.failure = ""
@@ -100,9 +100,9 @@ class Conversation:
         logprobs = [torch.zeros(length), *(_logprobs(p) for p in parts)]
         policy_versions = torch.cat(versions).int()
         is_ok = result.status == "ok" and not self.failure
-        graded = dict(result.parts)
+        graded, earned = dict(result.parts), sum(self.step_rewards.values())
         if self._episode is not None:
-            graded["environment"] = self.reward
+            graded["environment"] = earned
         return Rollout(
             token_ids=all_tokens(self.prompt, self.sample),
             loss_mask=policy_versions >= 0,
@@ -111,10 +111,11 @@ class Conversation:
             finish_reason=self.finish_reason,
             policy_versions=policy_versions,
             seed=self.sample.seed,
-            reward=result.total + self.reward if is_ok else float("nan"),
+            reward=result.total + earned if is_ok else float("nan"),
             reward_parts=graded if is_ok else {},
             status="environment_error" if self.failure else result.status,
             failure=self.failure or result.message,
+            step_rewards=self.step_rewards if is_ok else {},
             routing=next((p.routing for p in reversed(parts) if isinstance(p, Completion)), None),
         )
 
@@ -127,15 +128,18 @@ class Conversation:
         """Begin the episode, and go through the turns that were taken before."""
         assert self._rules.dialogue is not None
         self._episode = self._rules.dialogue.environment.begin(self.prompt, self.sample.seed)
+        length = self.prompt.token_ids.numel()
         for part in self.sample.parts:
             if isinstance(part, Completion):
                 self._turn.append(part.token_ids)
             else:
-                self._step()
+                self._step(length)
+            length += part.token_ids.numel()
 
     def _answer(self) -> None:
         """Let the environment answer the turn."""
-        dialogue, observation = self._rules.dialogue, self._step()
+        dialogue = self._rules.dialogue
+        observation = self._step(all_tokens(self.prompt, self.sample).numel())
         assert dialogue is not None
         if observation is None:
             self.finish_reason = "stop"
@@ -151,14 +155,15 @@ class Conversation:
         else:
             self.finish_reason = "length"
 
-    def _step(self) -> str | None:
+    def _step(self, length: int) -> str | None:
+        """Let the environment see the turn that ends a sequence of so many tokens."""
         assert self._episode is not None
         turn = self._episode.step(self._rules.decode(torch.cat(self._turn)))
         if not math.isfinite(turn.reward):
             raise ValueError(f"a turn was worth {turn.reward}, expected a finite number")
         self._turn = []
         self._num_turns += 1
-        self.reward += turn.reward
+        self.step_rewards[length - 1] = self.step_rewards.get(length - 1, 0.0) + turn.reward
         return turn.observation
 
     def _guarded(self, part: Callable[[], None]) -> None:

@@ -103,6 +103,7 @@ def rollout_from_json(found: Mapping[str, Any]) -> Rollout:
         policy_versions=torch.tensor(found["policy_versions"], dtype=torch.int32),
         reward=float("nan") if found["reward"] is None else found["reward"],
         routing=_routing(found),
+        step_rewards={int(place): reward for place, reward in found["step_rewards"]},
         **{name: found[name] for name in fields},
     )
 
@@ -126,6 +127,7 @@ def _rollout(rollout: Rollout) -> dict[str, Any]:
         "reward_parts": dict(rollout.reward_parts),
         "status": rollout.status,
         "failure": rollout.failure,
+        "step_rewards": list(rollout.step_rewards.items()),
         "seed": rollout.seed,
         "token_ids": rollout.token_ids.tolist(),
         "loss_mask": rollout.loss_mask.int().tolist(),

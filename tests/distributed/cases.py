@@ -24,7 +24,7 @@ from megatron_rl.credit import add_advantages
 from megatron_rl.errors import WeightSyncError
 from megatron_rl.loop import plan, run_in, score
 from megatron_rl.mcore import event_loop, patches
-from megatron_rl.mcore.checkpoint import begin_save, complete_save, load_policy, save_policy
+from megatron_rl.mcore.checkpoint import begin_save, complete_save, load_learner, save_learner
 from megatron_rl.mcore.model import PolicyModel, place_of
 from megatron_rl.mcore.parallel import split_world
 from megatron_rl.mcore.policy import Policy
@@ -281,9 +281,9 @@ def collected_despite_deaths(config: RunConfig) -> tuple[list[list[int]], list[l
         for name, deaths in (("undisturbed", 0), ("disturbed", 1)):
             engine.left = engine.left_in_pushes = deaths if parallel.rank == 0 else 0
             job = Job(name=name, work=work, params=params, schedule="static", functions="train", version=0)
-            policy.to_host()
+            policy.learner.to_host()
             done = collector.collect(job)
-            policy.to_device()
+            policy.learner.to_device()
             assert engine.version == 0
             found.append([sample.token_ids.tolist() for group in done for sample in group.as_group(0).rollouts])
         return found[0], found[1], keeper.num_failures
@@ -397,8 +397,8 @@ def some_updates(config: RunConfig, engine: dict[int, torch.Tensor] | None = Non
     batch = replace(once, updates=[*once.updates, *once.updates])  # several, so that ratios are taken
     losses, norms, balance = [], [], []
     for _ in range(2):
-        policy.to_host()
-        policy.to_device()
+        policy.learner.to_host()
+        policy.learner.to_device()
         metrics = results(merge(gather_objects(policy.update(batch), parallel)))
         losses.append(metrics["actor/loss"])
         norms.append(metrics["actor/grad_norm"])
@@ -417,7 +417,7 @@ def credited(config: RunConfig, rewards: list[float]) -> tuple[dict[int, torch.T
     """Advantages of every token, by place in the step, and the metrics."""
     parallel = world(config)
     batch = replace(shared_out(sequences(LENGTHS), config, parallel), rewards=torch.tensor(rewards))
-    batch, metrics = add_advantages(batch, config.algorithm, parallel)
+    batch, metrics = add_advantages(batch, config.algorithm, parallel, kl_coef=config.algorithm.kl_reward_coef)
     rows = {i: s.advantages[s.loss_mask] for i, s in zip(batch.global_index, batch.sequences, strict=True) if i >= 0}
     return rows, results(merge(gather_objects(metrics, parallel)))
 
@@ -457,17 +457,17 @@ def offload(config: RunConfig) -> Offloaded:
     policy.update(batch_of())
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in _tensors_of(policy)}
     held = sum(storage.nbytes() for storage in storages.values())
-    freed = policy.to_host()
+    freed = policy.learner.to_host()
     left = sum(storage.nbytes() for storage in storages.values())
-    policy.to_device()
+    policy.learner.to_device()
     return Offloaded(freed_bytes=freed, held_bytes=held, left_bytes=left)
 
 
 def _tensors_of(policy: Policy) -> Iterator[torch.Tensor]:
     yield from policy.parameters.values()
-    for chunk in policy.ddp:
+    for chunk in policy.learner.ddp:
         yield from (buffer.grad_data for buffer in chunk.buffers)
-    for inner in patches.inner_optimizers(policy.optimizer):
+    for inner in patches.inner_optimizers(policy.learner.optimizer):
         for group in inner.optimizer.param_groups:
             yield from group["params"]
         for state in inner.optimizer.state.values():
@@ -531,10 +531,10 @@ def checkpoint_round_trip(config: RunConfig, folder: str, *, save: bool) -> tupl
         if parallel.is_main:
             Path(folder).mkdir(parents=True)
         dist.barrier()
-        save_policy(policy, Path(folder))
+        save_learner(policy.learner, Path(folder))
         first = [_norm(policy, parallel) for _ in range(3)]
     resumed = Policy(config, parallel)
-    load_policy(resumed, Path(folder))
+    load_learner(resumed.learner, Path(folder))
     return first, [_norm(resumed, parallel) for _ in range(3)]
 
 
@@ -546,7 +546,7 @@ def train_and_save(config: RunConfig, folder: str) -> dict[str, torch.Tensor]:
     if parallel.is_main:
         Path(folder).mkdir(parents=True)
     dist.barrier()
-    save_policy(policy, Path(folder))
+    save_learner(policy.learner, Path(folder))
     return {name: tensor.clone() for name, tensor in policy.export()}
 
 
@@ -560,8 +560,8 @@ def save_both_ways(config: RunConfig, folder: str) -> None:
         now.mkdir(parents=True)
         later.mkdir()
     dist.barrier()
-    save_policy(policy, now)
-    pending = begin_save(policy, later, then=lambda: None)
+    save_learner(policy.learner, now)
+    pending = begin_save(policy.learner, later, then=lambda: None)
     policy.update(batch_of())
     pending.wait()
     complete_save(pending, later)

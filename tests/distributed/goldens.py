@@ -64,7 +64,7 @@ def loss_of(config: RunConfig) -> float:
         for sequence, index in zip(batch.sequences, batch.global_index, strict=True)
     ]
     batch, _ = add_advantages(
-        replace(batch, sequences=sequences, rewards=batch.rewards.double()), config.algorithm, parallel
+        replace(batch, sequences=sequences, rewards=batch.rewards.double()), config.algorithm, parallel, kl_coef=0.0
     )
     loss = PolicyLoss(
         build_objective(config.algorithm),

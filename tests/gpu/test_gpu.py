@@ -154,9 +154,9 @@ def test_offload_frees_device_memory_and_changes_nothing(dtype: str, policy: Cal
     assert norm(away) == norm(home)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
-    freed = away.to_host()
+    freed = away.learner.to_host()
     assert before - torch.cuda.memory_allocated() >= freed > 0
-    away.to_device()
+    away.learner.to_device()
     assert norm(away) == norm(home)
     assert torch.equal(scores(away), scores(home))
 

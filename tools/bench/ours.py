@@ -77,7 +77,7 @@ class OurLoop:
         correction = build_correction(self.config.algorithm)
         needs_old = needs_old_logprobs(batch, self.config, correction)
         batch = score(batch, self.policy, None, Stopwatch(), needs_old=needs_old)
-        batch, _ = add_advantages(batch, self.config.algorithm, self.parallel)
+        batch, _ = add_advantages(batch, self.config.algorithm, self.parallel, kl_coef=0.0)
         self._steps += 1
         self._prompts += collected.num_prompts
         return collected, batch

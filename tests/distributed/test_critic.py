@@ -1,0 +1,110 @@
+"""PPO's critic, in the policy's layout and in others."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed import cases
+from tests.distributed.test_invariance import rows
+from tests.distributed.test_layouts import keys
+from tests.gang import Gang
+from tests.toys import TIMED, toy_config
+
+PPO = (
+    *("algorithm.advantage=gae", "algorithm.gae_lambda=0.95", "algorithm.whiten_advantages=true"),
+    *("algorithm.kl_coef=0", "algorithm.kl_reward_coef=0.05", "algorithm.kl_reward_target=0.02"),
+    *("algorithm.kl_reward_horizon=100", "critic.clip_value=0.2", "critic.optimizer.lr=1e-3", "critic.warmup_steps=1"),
+)
+COMPARED = (
+    *("actor/loss", "actor/grad_norm", "critic/vf_loss", "critic/vf_clipfrac", "critic/grad_norm", "critic/kl"),
+    *("critic/kl_coef", "critic/values/mean", "critic/returns/max", "critic/advantages/min", "critic/vf_explained_var"),
+)
+# world size, layout of the policy, layout of the critic
+LAYOUTS = {
+    "padded": (1, "batching.packed=false batching.micro_batch_size=4", ""),
+    "micro-batch-1": (1, "batching.micro_batch_size=1", ""),
+    "dp2": (2, "", ""),
+    "tp2": (2, "tp2", "tp2"),
+    "tp2-against-dp2": (2, "tp2", "tp1"),
+    "dp2-against-tp2-sp": (2, "", "tp2 sp"),
+    "pp2-against-cp2": (2, "pp2", "cp2"),
+    "cp2-against-pp2-vpp2": (2, "cp2", "pp2 vpp2"),
+    "tp2-pp2-against-tp2-dp2-sp": (4, "tp2 pp2", "tp2 sp"),
+    "dp4-against-tp2-pp2": (4, "", "tp2 pp2"),
+    "dp2-cp2-padded": (4, "cp2 batching.packed=false", "cp2"),
+}
+
+
+def overrides(policy: str, critic: str) -> list[str]:
+    return [*keys(policy), *(f"critic.{key}" for key in keys(critic))]
+
+
+def run(
+    world_size: int, folder: Path, gangs: Callable[[int], Gang], model: Path, *changes: str
+) -> list[dict[str, Any]]:
+    folder.mkdir(exist_ok=True)
+    gangs(world_size).call(cases.run_training, config=toy_config(folder, model, *PPO, *changes))
+    return rows(folder / "run")
+
+
+@pytest.fixture(scope="module")
+def deep(toy_model: Callable[..., Path]) -> Path:
+    return toy_model("qwen2", tied=True, num_hidden_layers=4)
+
+
+@pytest.fixture(scope="module")
+def one_rank(
+    gangs: Callable[[int], Gang], deep: Path, tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, Any]]:
+    return run(1, tmp_path_factory.mktemp("one_rank"), gangs, deep)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_same_numbers_for_every_layout(
+    layout: str, one_rank: list[dict[str, Any]], gangs: Callable[[int], Gang], deep: Path, tmp_path: Path
+) -> None:
+    world_size, policy, critic = LAYOUTS[layout]
+    found = run(world_size, tmp_path, gangs, deep, *overrides(policy, critic))
+    for mine, wanted in zip(found, one_rank, strict=True):
+        for name in COMPARED:
+            assert (name in mine) == (name in wanted), (mine["step"], name)
+            if name in wanted:
+                assert mine[name] == pytest.approx(wanted[name], rel=1e-4, abs=1e-5), (mine["step"], name)
+
+
+def test_the_critic_learns_first_and_the_penalty_adapts(one_rank: list[dict[str, Any]]) -> None:
+    _, first, second, third = one_rank
+    assert "critic/vf_loss" in first
+    assert "actor/loss" not in first
+    assert "actor/loss" in second
+    assert first["critic/values/mean"] == 0  # no value head was there
+    assert second["critic/values/mean"] != 0
+    assert third["critic/kl_coef"] != first["critic/kl_coef"] == 0.05
+
+
+def test_both_resume_bit_for_bit_also_in_other_layouts(
+    gangs: Callable[[int], Gang], deep: Path, tmp_path: Path
+) -> None:
+    layout = overrides("tp2", "pp2")
+    whole = run(2, tmp_path / "whole", gangs, deep, *layout, "run.num_steps=6")
+    run(2, tmp_path / "parts", gangs, deep, *layout, "checkpoint.in_background=true")
+    checkpoint = tmp_path / "parts/run/checkpoints/step_000003"
+    assert {"policy", "critic"} < {path.name for path in checkpoint.iterdir()}
+    assert "critic/.metadata" in json.loads((checkpoint / "integrity.json").read_text())
+    parts = run(2, tmp_path / "parts", gangs, deep, *layout, "checkpoint.in_background=true", "run.num_steps=6")
+
+    def compared(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        left_out = (*TIMED, "eval/", "weight_sync/")
+        return [{k: v for k, v in row.items() if not k.startswith(left_out)} for row in found]
+
+    assert compared(parts) == compared(whole)
+    other = tmp_path / "other"
+    other.mkdir()
+    config = toy_config(other, deep, *PPO, *overrides("", "tp2"), "run.num_steps=6")
+    gangs(2).call(cases.run_training, config=config, resume=str(checkpoint))
+    for mine, wanted in zip(rows(other / "run"), whole[4:], strict=True):
+        for name in COMPARED:
+            assert mine[name] == pytest.approx(wanted[name], rel=1e-4, abs=1e-5), (mine["step"], name)
