@@ -32,8 +32,8 @@ def _check_critic(config: RunConfig) -> None:
     least = config.algorithm.accept_min_reward
     if least is not None:
         raise ConfigError(
-            f"algorithm.accept_min_reward={least} with algorithm.advantage={config.algorithm.advantage}: the critic would "
-            "learn from the good responses alone and expect too much. Leave it out."
+            f"algorithm.accept_min_reward={least} with algorithm.advantage={config.algorithm.advantage}: the critic "
+            "would learn from the good responses alone and expect too much. Leave it out."
         )
     if config.rollout.source == "demonstrations":
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Four responses whose losses are published to seven digits, computed by the ranks of a gang."""
+"""Responses whose losses and advantages are published to six digits, computed by the ranks of a gang."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -46,6 +46,52 @@ def rollout(place: int) -> Rollout:
         status="ok",
         failure="",
     )
+
+
+def estimates(configs: Sequence[RunConfig]) -> list[list[float]]:
+    """Advantages of the tokens of a valued response by each configuration, beside three that teach nothing."""
+    return [estimated(config) for config in configs]
+
+
+def estimated(config: RunConfig) -> list[float]:
+    """Of one turn of four tokens; of two turns of five where turns are told apart."""
+    parallel = world(config)
+    two_turns = config.algorithm.advantage != "gae"
+    mask = [False] * PROMPT + ([True] * 5 + [False] + [True] * 5 if two_turns else [True] * 4)
+    length = len(mask)
+    valued = replace(
+        rollout(0),
+        token_ids=torch.arange(length),
+        loss_mask=torch.tensor(mask),
+        rollout_logprobs=torch.zeros(length),
+        policy_versions=torch.zeros(length, dtype=torch.int32),
+        reward=2.0 if two_turns else 1.0,
+        step_rewards={PROMPT + 4: 1.0} if two_turns else {},
+    )
+    silent = [replace(rollout(place), status="reward_error", reward=float("nan")) for place in range(3)]
+    prompt = Prompt(prompt_id="0", token_ids=torch.arange(PROMPT), text="", answer=None)
+    batch = plan([RolloutGroup(index=0, prompt=prompt, rollouts=[*silent, valued])], config, parallel)
+    values, kls = torch.zeros(length, dtype=torch.float64), torch.zeros(length, dtype=torch.float64)
+    values[valued.loss_mask] = torch.arange(1, sum(mask) + 1, dtype=torch.float64) / 10
+    if config.algorithm.kl_reward_coef:
+        kls[valued.loss_mask] = torch.tensor([0.1, -0.05, 0, 0.2], dtype=torch.float64)
+    sequences = [
+        replace(sequence, values=values, rewards=sequence.rewards.double(), old_logprobs=kls, ref_logprobs=0 * kls)
+        if index == 3
+        else sequence
+        for sequence, index in zip(batch.sequences, batch.global_index, strict=True)
+    ]
+    batch, _ = add_advantages(
+        replace(batch, sequences=sequences), config.algorithm, parallel, kl_coef=config.algorithm.kl_reward_coef
+    )
+    mine = [
+        sequence.advantages[sequence.loss_mask].tolist()
+        for sequence, index in zip(batch.sequences, batch.global_index, strict=True)
+        if index == 3
+    ]
+    told = [row for part in gather_objects(mine, parallel) for row in part]
+    assert len({tuple(row) for row in told}) == 1
+    return told[0]
 
 
 def losses(configs: Sequence[RunConfig]) -> list[float]:

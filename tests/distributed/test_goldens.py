@@ -1,4 +1,4 @@
-"""Published losses of the algorithms, to 1e-6, however the four responses are shared out and packed."""
+"""Published losses and advantages of the algorithms, to 1e-6, however the responses are shared out and packed."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +26,18 @@ GOLDENS = {
     f"{TOKENS} algorithm.clip_ratio_high=0.28": -0.3467273,
     f"{SEQUENCES} {GSPO}": 0.0938577,
 }
+GAE = "algorithm.advantage=gae"
+ESTIMATES = {
+    GAE: [0.9, 0.8, 0.7, 0.6],
+    f"{GAE} algorithm.gae_lambda=0.95": [0.799675, 0.7365, 0.67, 0.6],
+    f"{GAE} algorithm.whiten_advantages=true": [1.161895, 0.387298, -0.387298, -1.161895],
+    f"{GAE} algorithm.kl_reward_coef=0.1": [0.875, 0.785, 0.68, 0.58],
+    "algorithm.advantage=bi_level_gae algorithm.turn_gamma=0.95": [
+        *(1.85, 1.75, 1.65, 1.55, 1.45),
+        *(0.4, 0.3, 0.2, 0.1, 0),
+    ],
+    "algorithm.advantage=turn_gae algorithm.turn_gamma=0.95": [1.85] * 5 + [0.4] * 5,
+}
 SPLITS = [
     f"batching.micro_batch_size={size} batching.packed={packed}" for size in (1, 2, 4) for packed in ("true", "false")
 ]
@@ -43,3 +55,17 @@ def test_losses(
     configs = [toy_config(tmp_path, model, *keys(f"{common} {text} {split} {golden}")) for golden in GOLDENS]
     for found in gangs(int(size)).call(goldens.losses, configs=configs):
         assert dict(zip(GOLDENS, found, strict=True)) == pytest.approx(GOLDENS, abs=1e-6)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_estimates(
+    layout: str, split: str, gangs: Callable[[int], Gang], toy_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    size, text = layout.split(":")
+    model = toy_model("qwen2", tied=True)
+    common = "batching.num_updates=1 algorithm.kl_coef=0"
+    configs = [toy_config(tmp_path, model, *keys(f"{common} {text} {split} {golden}")) for golden in ESTIMATES]
+    for found in gangs(int(size)).call(goldens.estimates, configs=configs):
+        for golden, row in zip(ESTIMATES.values(), found, strict=True):
+            assert row == pytest.approx(golden, abs=1e-6)
