@@ -12,6 +12,8 @@ from megatron_rl.algorithms.advantages import (
     AdvantageSettings,
     GaeSettings,
     kl_penalty_to_go,
+    process_advantages,
+    rewards_to_go,
     whiten,
 )
 from megatron_rl.algorithms.kl import k1
@@ -80,21 +82,37 @@ def _of_tokens(
 
 def _of_responses(batch: TrainBatch, config: AlgorithmSection, kl_coef: float) -> list[Tensor]:
     """For every token its sequence's advantage among all of the step, less the KL penalties to come."""
-    function = load_symbol(config.advantage, ADVANTAGES, "algorithm.advantage")
     settings = AdvantageSettings(
         normalize_by_std=config.normalize_by_std, epsilon=config.std_epsilon, pass_k=config.pass_k
     )
     # siblings may sit on other ranks, so the rewards of the whole step are used
-    outcomes = function(batch.rewards, batch.groups, settings)
-    rows = [
-        torch.full(sequence.token_ids.shape, float(outcomes[index]) if index >= 0 else 0.0)
-        for sequence, index in zip(batch.sequences, batch.global_index, strict=True)
-    ]
+    if config.advantage == "process":
+        rows = _of_steps(batch, settings)
+    else:
+        function = load_symbol(config.advantage, ADVANTAGES, "algorithm.advantage")
+        outcomes = function(batch.rewards - batch.baselines, batch.groups, settings)
+        rows = [
+            torch.full(sequence.token_ids.shape, float(outcomes[index]) if index >= 0 else 0.0)
+            for sequence, index in zip(batch.sequences, batch.global_index, strict=True)
+        ]
     if not kl_coef:
         return rows
     return [
         row - kl_penalty_to_go(s.old_logprobs, s.ref_logprobs, s.loss_mask, kl_coef)
         for row, s in zip(rows, batch.sequences, strict=True)
+    ]
+
+
+def _of_steps(batch: TrainBatch, settings: AdvantageSettings) -> list[Tensor]:
+    """For every token the advantages of the steps of its sequence that end with it or later."""
+    compared: dict[int, dict[int, float]] = {}
+    for group in batch.groups.unique().tolist():
+        siblings = (batch.groups == group).nonzero().flatten().tolist()
+        found = process_advantages([batch.step_rewards[index] for index in siblings], settings)
+        compared |= dict(zip(siblings, found, strict=True))
+    return [
+        rewards_to_go(compared.get(index, {}), sequence.loss_mask)
+        for sequence, index in zip(batch.sequences, batch.global_index, strict=True)
     ]
 
 

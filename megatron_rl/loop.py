@@ -7,7 +7,7 @@ from dataclasses import replace
 from megatron_rl.algorithms.importance import RolloutCorrection, build_correction
 from megatron_rl.algorithms.kl import adapted_coef
 from megatron_rl.batching.plan import plan_batch
-from megatron_rl.batching.selection import accepted, num_teaching, without_truncated
+from megatron_rl.batching.selection import accepted, most_spread, num_teaching, without_truncated
 from megatron_rl.batching.sequences import flatten_groups
 from megatron_rl.build import (
     Inputs,
@@ -246,7 +246,9 @@ def advance(state: TrainState, collected: Collected, batch: TrainBatch) -> Train
 
 
 def teaching(groups: Sequence[RolloutGroup], config: AlgorithmSection) -> Sequence[RolloutGroup]:
-    """The groups, in which only those responses have loss that are to teach."""
+    """The groups that are to teach, in which only those responses have loss that are to."""
+    if config.keep_most_spread < 1:
+        groups = most_spread(groups, config.num_kept(len(groups)))
     if config.mask_truncated:
         groups = without_truncated(groups)
     if config.accept_min_reward is not None:

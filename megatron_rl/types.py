@@ -94,6 +94,8 @@ class RolloutGroup:
     prompt: Prompt
     rollouts: Sequence[Rollout]
     """[G]"""
+    baseline: float = 0.0
+    """Taken from the rewards before they are compared: the reward of a greedy response, where one was asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,6 +159,10 @@ class TrainBatch:
     """[N] float32, all sequences of the step; NaN where the reward failed."""
     groups: Tensor
     """[N] int64, the group of each."""
+    baselines: Tensor
+    """[N] float32, taken from the rewards before they are compared; NaN where the baseline's reward failed."""
+    step_rewards: Sequence[Mapping[int, float]]
+    """[N], of each its reward by the tokens that earned it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """Advantages: of whole responses from the rewards of a step, and of tokens from what a response earned later."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -88,6 +88,35 @@ def pass_at_k_advantages(rewards: Tensor, groups: Tensor, settings: AdvantageSet
         return torch.full_like(members, of_wrong - mean).masked_fill(right, 1 - mean) / deviation
 
     return _by_group(rewards, groups, of_group)
+
+
+def process_advantages(
+    step_rewards: Sequence[Mapping[int, float]], settings: AdvantageSettings
+) -> list[dict[int, float]]:
+    """Rewards of steps against those of all steps of the group; a token's advantage is the sum of those from it on.
+
+    Args:
+        step_rewards: of each sibling, by the token that ends a step.
+
+    Returns:
+        the same with the mean of all taken away and divided by their standard deviation if asked; 0 for a single step.
+
+    Source: GRPO with process supervision, DeepSeekMath (arXiv 2402.03300) section 4.1.3; ``rewards_to_go`` sums them.
+    """
+    all_ = torch.tensor([reward for steps in step_rewards for reward in steps.values()], dtype=torch.float64)
+    if all_.numel() < 2:
+        return [dict.fromkeys(steps, 0.0) for steps in step_rewards]
+    mean = float(all_.mean())
+    divisor = float(all_.std()) + settings.epsilon if settings.normalize_by_std else 1.0
+    return [{place: (reward - mean) / divisor for place, reward in steps.items()} for steps in step_rewards]
+
+
+def rewards_to_go(rewards: Mapping[int, float], mask: Tensor) -> Tensor:
+    """[L] float32: what is earned at each token of the mask [L] and after it."""
+    earned = torch.zeros(mask.shape)
+    for place, reward in rewards.items():
+        earned[place] += reward
+    return torch.where(mask, earned.flip(0).cumsum(0).flip(0), 0.0)
 
 
 ADVANTAGES: dict[str, AdvantageFunction] = {

@@ -7,7 +7,7 @@ import torch
 
 from megatron_rl.algorithms.loss_weights import Aggregation, sequence_loss_weights
 from megatron_rl.batching.pack import balance, imbalance, micro_batches
-from megatron_rl.batching.sequences import bare_sequence, flatten_groups, to_sequence
+from megatron_rl.batching.sequences import bare_sequence, earned, flatten_groups, to_sequence
 from megatron_rl.config.schema import BatchingSection
 from megatron_rl.errors import DataError
 from megatron_rl.types import RolloutGroup, TrainBatch, TrainSequence, UpdatePlan
@@ -89,6 +89,8 @@ def plan_batch(
         global_index=global_index,
         rewards=rewards,
         groups=group_of,
+        baselines=torch.tensor([group.baseline for group in groups for _ in group.rollouts]),
+        step_rewards=[earned(rollout) for rollout in rollouts],
     )
 
 
@@ -118,6 +120,8 @@ def given_batch(
         global_index=list(range(len(sequences))),
         rewards=nothing,
         groups=nothing.long(),
+        baselines=nothing,
+        step_rewards=[{}] * len(sequences),
     )
 
 

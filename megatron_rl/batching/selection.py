@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from statistics import pstdev
 
 import torch
 
@@ -30,6 +31,19 @@ def accepted(
     Source: rejection sampling fine-tuning, arXiv 2308.01825; best-of-n of RAFT, arXiv 2304.06767.
     """
     return [_only(group, _chosen(group.rollouts, min_reward, max_per_prompt, unique)) for group in groups]
+
+
+def most_spread(groups: Sequence[RolloutGroup], count: int) -> list[RolloutGroup]:
+    """So many groups, whose valid rewards have the largest standard deviations, in their order.
+
+    Source: StarPO-S, RAGEN, arXiv 2504.20073 section 4.2.
+    """
+    kept = sorted(range(len(groups)), key=lambda index: -_spread(groups[index]))[:count]
+    return [groups[index] for index in sorted(kept)]
+
+
+def _spread(group: RolloutGroup) -> float:
+    return pstdev([rollout.reward for rollout in group.rollouts if rollout.status == "ok"] or [0.0])
 
 
 def num_teaching(groups: Sequence[RolloutGroup]) -> int:

@@ -1,6 +1,6 @@
 """Rollout groups to training sequences, before anything is known about ranks."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -43,17 +43,30 @@ def to_sequence(rollout: Rollout) -> TrainSequence:
         bare,
         rollout_logprobs=rollout.rollout_logprobs,
         routing=rollout.routing,
-        rewards=token_rewards(rollout) if mask.any() else bare.rewards,
+        rewards=_laid_out(earned(rollout), bare.rewards),
     )
 
 
-def token_rewards(rollout: Rollout) -> Tensor:
-    """[L] float32: the rewards of turns at their ends, and the rest at the last token that the policy sampled."""
-    rewards = torch.zeros(rollout.token_ids.numel())
-    for place, reward in rollout.step_rewards.items():
-        rewards[place] += reward
-    rewards[int(rollout.loss_mask.nonzero().max())] += rollout.reward - sum(rollout.step_rewards.values())
+def earned(rollout: Rollout) -> dict[int, float]:
+    """Rewards by the token that earned them: those of steps at their ends, the rest at the last one that was sampled.
+
+    Empty for a rollout that teaches nothing.
+    """
+    if rollout.status != "ok" or not rollout.loss_mask.any():
+        return {}
+    rewards = dict(rollout.step_rewards)
+    rest = rollout.reward - sum(rewards.values())
+    if rest or not rewards:
+        last = int(rollout.loss_mask.nonzero().max())
+        rewards[last] = rewards.get(last, 0.0) + rest
     return rewards
+
+
+def _laid_out(rewards: Mapping[int, float], zeros: Tensor) -> Tensor:
+    found = zeros.clone()
+    for place, reward in rewards.items():
+        found[place] = reward
+    return found
 
 
 def flatten_groups(groups: Sequence[RolloutGroup]) -> tuple[list[Rollout], torch.Tensor, torch.Tensor]:

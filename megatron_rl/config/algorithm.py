@@ -12,7 +12,8 @@ class AlgorithmSection:
 
     advantage: str = "group"
     """group: reward minus the group's mean (GRPO); rloo: minus the siblings' mean; reinforce: the reward itself;
-    pass_at_k: by the chance that one of pass_k samples is right; or package.module:symbol. With a critic (PPO): gae:
+    pass_at_k: by the chance that one of pass_k samples is right; process: rewards of steps among those of the group's
+    steps, summed from each token on; or package.module:symbol. With a critic (PPO): gae:
     over tokens; turn_gae: over the turns of a conversation; bi_level_gae: over turns, and over the tokens of each."""
     gamma: float = 1.0
     """Discount of what is earned a token later, with a critic."""
@@ -39,6 +40,9 @@ class AlgorithmSection:
     mask_truncated: bool = False
     """Leave responses out of the loss that were cut: at rollout.max_new_tokens, at the longest sequence, or at the last
     turn of a conversation (overlong filtering). Their rewards still count in their group."""
+    keep_most_spread: float = 1.0
+    """Learn only from this share of a step's groups, those whose rewards have the largest standard deviation
+    (StarPO-S: 0.25)."""
     accept_min_reward: float | None = None
     """Learn only from responses with at least this total reward (rejection sampling, with loss=nll); null: from all."""
     accept_max_per_prompt: int | None = None
@@ -156,8 +160,13 @@ class AlgorithmSection:
             target,
             "null, or more than 0 with a first weight in algorithm.kl_reward_coef",
         )
+        require(0 < self.keep_most_spread <= 1, "algorithm.keep_most_spread", self.keep_most_spread, "above 0, to 1")
         positive("algorithm", self, "pass_k", "accept_max_per_prompt", "kl_reward_horizon")
         positive("algorithm", self, "constant_length")
+
+    def num_kept(self, num_groups: int) -> int:
+        """Groups that keep_most_spread leaves."""
+        return max(1, round(num_groups * self.keep_most_spread))
 
     @property
     def uses_critic(self) -> bool:

@@ -97,6 +97,13 @@ FOREIGN_NAMES: dict[str, str] = {
     "rs_upper_bound": "algorithm.rollout_rejection_high",
     "rs_lower_bound": "algorithm.rollout_rejection_low",
     "rs_veto_threshold": "algorithm.rollout_veto",
+    "lam": "algorithm.gae_lambda",
+    "cliprange_value": "critic.clip_value",
+    "critic_warmup": "critic.warmup_steps",
+    "target_kl": "algorithm.kl_reward_target",
+    "horizon": "algorithm.kl_reward_horizon",
+    "high_level_gamma": "algorithm.turn_gamma",
+    "rollout_filter_ratio": "algorithm.keep_most_spread",
     # TRL
     "num_generations": "rollout.group_size",
     "beta": "algorithm.kl_coef",
@@ -150,12 +157,17 @@ def suggest(key: str, known: list[str]) -> str | None:
     last = key.replace("-", "_").lower().rsplit(".", 1)[-1]
     same_last = [name for name in known if name.rsplit(".", 1)[-1] == last]
     if same_last:
-        return same_last[0]
+        return min(same_last, key=_depth)
     if last in FOREIGN_NAMES:
         return FOREIGN_NAMES[last]
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
     if near:
         return near[0]
-    by_last = FOREIGN_NAMES | {name.rsplit(".", 1)[-1]: name for name in known}
+    by_last = FOREIGN_NAMES | {name.rsplit(".", 1)[-1]: name for name in sorted(known, key=_depth, reverse=True)}
     near = difflib.get_close_matches(last, list(by_last), n=1, cutoff=0.7)
     return by_last[near[0]] if near else None
+
+
+def _depth(name: str) -> int:
+    """A section of a run is meant rather than one of a part of it."""
+    return name.count(".")

@@ -53,6 +53,8 @@ class RolloutSection:
     """Replace groups whose samples are all worth the same by those of further prompts."""
     max_rounds: int = 10
     """Rounds of sampling after which dynamic_sampling fills a step with groups without spread."""
+    greedy_baseline: bool = False
+    """Also answer each prompt greedily and take the reward of that from the samples' (ReMax: advantage=reinforce)."""
     asynchronous: bool = False
     """Sample the next step's groups while the policy learns from this step's."""
     environment: str | None = None

@@ -42,9 +42,9 @@ def _check_critic(config: RunConfig) -> None:
 
 
 def sequences_per_step(config: RunConfig) -> int:
-    """Training sequences that one step produces."""
+    """Training sequences that one step learns from."""
     group = config.rollout.group_size if config.rollout.source != "demonstrations" else 1
-    return config.rollout.num_prompts_per_step * group
+    return config.algorithm.num_kept(config.rollout.num_prompts_per_step) * group
 
 
 def _check_parallel(config: RunConfig, world_size: int) -> None:
@@ -119,11 +119,12 @@ def _check_batches(config: RunConfig) -> None:
     sequences, updates = sequences_per_step(config), config.batching.num_updates
     if sequences % updates:
         raise ConfigError(
-            f"{sequences} sequences in a step (rollout.num_prompts_per_step x rollout.group_size) do not divide by "
-            f"batching.num_updates={updates}. Change one of the three."
+            f"{sequences} sequences in a step (rollout.num_prompts_per_step x rollout.group_size, and what "
+            "algorithm.keep_most_spread leaves of them) do not divide by "
+            f"batching.num_updates={updates}. Change one of these."
         )
     advantage, group = config.algorithm.advantage, config.rollout.group_size
-    if advantage in ("group", "rloo", "pass_at_k") and config.algorithm.loss != "nll" and group < 2:
+    if advantage in ("group", "rloo", "pass_at_k", "process") and config.algorithm.loss != "nll" and group < 2:
         raise ConfigError(
             f"rollout.group_size={group}: algorithm.advantage={advantage} compares samples of one prompt, at least 2. "
             "Set rollout.group_size to 8 or so."

@@ -11,7 +11,7 @@ from megatron_rl.rollout.conversation import Dialogue
 from megatron_rl.rollout.sampler import Collected
 from megatron_rl.rollout.sampling import sample_seed
 from megatron_rl.rollout.work import GroupWork, Unfinished, begin_group
-from megatron_rl.types import SamplingParams
+from megatron_rl.types import RolloutGroup, SamplingParams
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,12 +190,37 @@ class EngineSampler:
             "rollout/replaced_without_spread": len(harvest.idle) - len(filling),
             "rollout/engine_failures": self._collector.keeper.num_failures,
         }
+        groups = [group.as_group(index) for index, group in enumerate(taken)]
+        if config.greedy_baseline:
+            groups = self._with_baselines(groups, harvest.step)
         return Collected(
-            groups=[group.as_group(index) for index, group in enumerate(taken)],
+            groups=groups,
             num_prompts=harvest.num_prompts,
             counts=counts,
             notes=self._collector.keeper.take_notes(),
         )
+
+    def _with_baselines(self, groups: Sequence[RolloutGroup], step: int) -> list[RolloutGroup]:
+        """The groups with the rewards of their prompts' greedy responses.
+
+        Raises:
+            RewardError: too many of those failed.
+        """
+        job = Job(
+            name=f"rollout/{step}/baseline",
+            work=[begin_group(group.prompt, [0]) for group in groups],
+            params=replace(self._params, temperature=0.0, top_p=1.0, top_k=0),
+            schedule=self._config.schedule,
+            functions="train",
+            version=step - 1,
+            dialogue=self._dialogue,
+        )
+        done = self._collector.collect(job)
+        self._collector.check_rewards(done)
+        return [
+            replace(group, baseline=greedy.as_group(0).rollouts[0].reward)
+            for group, greedy in zip(groups, done, strict=True)
+        ]
 
 
 def _is_idle(group: GroupWork) -> bool:

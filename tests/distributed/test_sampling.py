@@ -124,7 +124,30 @@ def test_a_conversation_is_learnt_from_where_the_policy_spoke(run: Callable[...,
         mask = rollout.loss_mask.tolist()
         turns.append(sum(b and not a for a, b in pairwise(mask)))
         assert rollout.reward_parts.keys() == {"environment"}
+        assert sum(rollout.step_rewards.values()) == pytest.approx(rollout.reward)
+        ends = [place for place, (b, after) in enumerate(zip(mask, [*mask[1:], False], strict=True)) if b and not after]
+        assert set(rollout.step_rewards) <= set(ends)
     assert max(turns) > 1, "some samples have several turns"
+
+
+@pytest.mark.parametrize("advantage", ["process", "turn_gae", "bi_level_gae"])
+def test_turns_have_advantages_of_their_own(advantage: str, run: Callable[..., Path]) -> None:
+    options = ("rollout.environment=guess_number", "rollout.max_turns=3", "rollout.max_new_tokens=48")
+    critic = ("critic.parallel.pipeline_parallel_size=2", "algorithm.turn_gamma=0.9", "algorithm.keep_most_spread=0.5")
+    folder = run(2, *LONG, *options, *critic, "reward.functions=[]", f"algorithm.advantage={advantage}")
+    found = rows(folder)
+    assert len(found) == 6
+    assert {row["batch/num_teaching"] for row in found} == {8}, "half of the groups"
+    assert all(row["critic/advantages/max"] > row["critic/advantages/min"] for row in found)
+    assert ("critic/vf_loss" in found[-1]) == (advantage != "process")
+
+
+def test_rewards_are_measured_against_a_greedy_response(run: Callable[..., Path]) -> None:
+    always = ("reward.functions=[{name: coin_flip, options: {probability: 1.0}}]", "algorithm.advantage=reinforce")
+    for greedy, advantage in (("true", 0), ("false", 1)):
+        found = rows(run(2, *LONG, *always, f"rollout.greedy_baseline={greedy}", "rollout.group_size=1", name=greedy))
+        assert {row["critic/score/mean"] for row in found} == {1}
+        assert {(row["critic/advantages/min"], row["critic/advantages/max"]) for row in found} == {(advantage,) * 2}
 
 
 def test_recorded_rollouts_teach_the_same_again(run: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
