@@ -44,6 +44,14 @@ setup(
         "vllm": ["vllm>=0.26,<0.33"],
         "sglang": ["sglang>=0.5,<0.7"],
         "te": ["transformer-engine[pytorch]>=2.9,<3"],
-        "dev": ["mbridge==0.15.1", "einops", "pytest>=8,<10", "ruff>=0.14,<0.18", "mypy>=1.18,<3", "types-PyYAML"],
+        "dev": [
+            "mbridge==0.15.1",
+            "peft>=0.18,<1",
+            "einops",
+            "pytest>=8,<10",
+            "ruff>=0.14,<0.18",
+            "mypy>=1.18,<3",
+            "types-PyYAML",
+        ],
     },
 )

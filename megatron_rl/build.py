@@ -12,6 +12,7 @@ from megatron_rl.algorithms.objective import build_objective
 from megatron_rl.collective import gather_objects, raise_together
 from megatron_rl.config import RunConfig, validate
 from megatron_rl.config.load import flatten
+from megatron_rl.config.lora import ATTENTION_TARGETS, LoraSection
 from megatron_rl.config.rollout import RolloutSection
 from megatron_rl.config.schema import RewardFunctionSection
 from megatron_rl.data.prompts import PromptOrder, PromptSet, load_prompts
@@ -24,7 +25,7 @@ from megatron_rl.mcore.optimizer import check_optimizer
 from megatron_rl.mcore.parallel import split_again
 from megatron_rl.mcore.policy import Policy
 from megatron_rl.mcore.precision import Implementation, choose_implementation
-from megatron_rl.mcore.reference import HostedReference
+from megatron_rl.mcore.reference import BaseReference, HostedReference
 from megatron_rl.mcore.scoring import ScoringModel
 from megatron_rl.mcore.settings import transformer_config
 from megatron_rl.metrics.console import Console, SilentConsole, build_console
@@ -32,6 +33,7 @@ from megatron_rl.metrics.sinks import JsonlSink, Sink, TensorboardSink, WandbSin
 from megatron_rl.models import ModelSpec, read_model_spec
 from megatron_rl.models.engine_shards import check_engine_size
 from megatron_rl.models.flops import peak_tflops
+from megatron_rl.models.lora import adapted_matrices, lora_table
 from megatron_rl.plugins import load_symbol
 from megatron_rl.rewards.pool import RewardPool
 from megatron_rl.rewards.registry import build_grader
@@ -53,6 +55,8 @@ from megatron_rl.types import ParallelContext, SamplingParams, TrainState
 from megatron_rl.weight_sync import WeightSync
 from megatron_rl.weight_sync.push import PROBE_PROMPT
 from megatron_rl.weights.hf_files import torch_dtype
+from megatron_rl.weights.layout import hf_shapes
+from megatron_rl.weights.peft_files import PeftReader
 
 
 class Inputs:
@@ -90,6 +94,7 @@ class Inputs:
                     f"algorithm.reference_path={config.algorithm.reference_path} has {reference.vocab_size} "
                     f"tokens, the policy {spec.vocab_size}. The reference must share the policy's tokenizer."
                 )
+        _check_lora(config.lora, spec)
         if config.algorithm.uses_critic:
             _check_critic(config.of_critic(), spec, implementation)
         for functions in reward_functions(config).values():
@@ -105,6 +110,20 @@ class Inputs:
         for prompts in (self.train, self.evaluation):
             if prompts is not None:
                 _check_fits(prompts, spec, config)
+
+
+def _check_lora(config: LoraSection, spec: ModelSpec) -> None:
+    if not config.rank:
+        return
+    unknown = [target for target in config.targets if target not in adapted_matrices(spec)]
+    if unknown:
+        raise ConfigError(
+            f"lora.targets={config.targets}: adapters beside the experts of {spec.family} are not supported. "
+            f"Set lora.targets=[{','.join(ATTENTION_TARGETS)}]."
+        )
+    if config.path is not None:
+        shapes = hf_shapes(lora_table(spec, config.rank, config.targets))
+        PeftReader(config.path, shapes, rank=config.rank, alpha=config.alpha)
 
 
 def _check_critic(config: RunConfig, policy: ModelSpec, implementation: Implementation) -> None:
@@ -166,6 +185,8 @@ def build_reference(config: RunConfig, policy: Policy) -> Reference | None:
     if not config.algorithm.uses_reference:
         return None
     path = config.algorithm.reference_path or config.model.path
+    if policy.adapters is not None and path == config.model.path and not config.algorithm.reference_reset_every:
+        return BaseReference(policy)
     if read_model_spec(path) == policy.spec and not config.precision.fp8_params:
         return HostedReference(policy, path)
     return ScoringModel(config, policy.parallel, path)  # cannot take the policy's place

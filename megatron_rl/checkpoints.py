@@ -6,7 +6,8 @@ checkpoints/step_000020/rng/           random state of every rank
 checkpoints/step_000020/trainer.json   step, data position, wandb id, configuration
 checkpoints/step_000020/in_flight.jsonl samples that are carried over to the next step, when there are any
 checkpoints/step_000020/integrity.json sizes and hashes of all of these
-checkpoints/step_000020/hf/            Hugging Face folder, when asked for
+checkpoints/step_000020/hf/            Hugging Face folder, when asked for; adapters are merged into it
+checkpoints/step_000020/adapter/       the adapters as PEFT reads them, when there are any
 checkpoints/latest                     name of the newest
 references/step_000400/                Hugging Face folder of the policy that became the reference at that step
 """
@@ -30,6 +31,7 @@ from megatron_rl.errors import CheckpointError, ConfigError, ConversionError
 from megatron_rl.integrity import Seal, check_seals, seal_files, write_seals
 from megatron_rl.mcore.async_save import PendingSave
 from megatron_rl.mcore.checkpoint import begin_save, complete_save, load_learner, save_learner
+from megatron_rl.mcore.lora import LoraAdapters
 from megatron_rl.mcore.policy import Policy
 from megatron_rl.rollout.record import group_from_json, group_to_json, read_lines, write_lines
 from megatron_rl.rollout.work import GroupWork
@@ -37,6 +39,7 @@ from megatron_rl.run_folder import LATEST, RunFolder, write_atomically
 from megatron_rl.run_models import RunModels
 from megatron_rl.types import ParallelContext, TrainState
 from megatron_rl.weights.hf_files import write_hf_folder
+from megatron_rl.weights.peft_files import write_peft_folder
 
 IN_FLIGHT = "in_flight.jsonl"
 
@@ -107,6 +110,8 @@ class Checkpoints:
                     (partial / part).mkdir(parents=True)
         if self._config.checkpoint.save_hf:
             self._export(models.policy, partial / "hf")
+        if models.policy.adapters is not None:
+            self._export_adapters(models.policy.adapters, partial / "adapter")
         with raise_together(self._parallel), _checkpoint_errors(final):
             torch.save(_random_state(), partial / "rng" / f"rank_{self._parallel.rank}.pt")
             if self._parallel.is_main:
@@ -282,6 +287,23 @@ class Checkpoints:
             finally:
                 for _ in tensors:  # the export is collective: every rank of the replica goes through all of it
                     pass
+
+    def _export_adapters(self, adapters: LoraAdapters, folder: Path) -> None:
+        """Write a PEFT folder; collective."""
+        config = adapters.config
+        with raise_together(self._parallel), _checkpoint_errors(folder):
+            if self._parallel.dp_rank != 0:
+                return
+            tensors = [(name, tensor.clone()) for name, tensor in adapters.export()]
+            if self._parallel.is_main:
+                write_peft_folder(
+                    folder,
+                    tensors,
+                    base=self._config.model.path,
+                    rank=config.rank,
+                    alpha=config.alpha,
+                    targets=config.targets,
+                )
 
     def _remove_old(self) -> None:
         """Keep the checkpoints written last, whatever their step: a run may have been resumed from an earlier one."""

@@ -34,6 +34,7 @@ from megatron_rl.ledger import Ledger
 from megatron_rl.mcore.critic import Critic
 from megatron_rl.mcore.parallel import init_parallel, launcher_world, leave_world
 from megatron_rl.mcore.policy import Policy
+from megatron_rl.mcore.reference import BaseReference
 from megatron_rl.metrics.metric import Mean, Reduction, mean_max_min, merge
 from megatron_rl.metrics.timing import Stopwatch
 from megatron_rl.models import ModelSpec
@@ -191,6 +192,7 @@ def train(
 def load_reference(reference: Reference | None, path: str | None, parallel: ParallelContext) -> None:
     """Give the reference the weights of an earlier step's policy, if one took its place."""
     if reference is not None and path is not None:
+        assert not isinstance(reference, BaseReference), "a reference that never changes"
         with raise_together(parallel):
             reference.load(path)
 

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from megatron_rl.mcore.critic import Critic
 from megatron_rl.mcore.learner import Learner
 from megatron_rl.mcore.policy import Policy
-from megatron_rl.mcore.reference import HostedReference
+from megatron_rl.mcore.reference import BaseReference, HostedReference
 from megatron_rl.mcore.scoring import ScoringModel
 
-Reference = HostedReference | ScoringModel
+Reference = HostedReference | ScoringModel | BaseReference
 
 
 @dataclass(frozen=True)

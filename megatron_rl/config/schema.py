@@ -10,6 +10,7 @@ from typing import Any, Literal
 from megatron_rl.config.algorithm import AlgorithmSection
 from megatron_rl.config.checks import positive, require
 from megatron_rl.config.critic import CriticSection
+from megatron_rl.config.lora import LoraSection
 from megatron_rl.config.machine import MemorySection, MoeSection, ParallelSection, PrecisionSection, ProfilingSection
 from megatron_rl.config.optimizer import OptimizerSection
 from megatron_rl.config.rollout import RolloutSection, WeightSyncSection
@@ -249,6 +250,7 @@ class RunConfig:
     reward: RewardSection = field(default_factory=RewardSection)
     algorithm: AlgorithmSection = field(default_factory=AlgorithmSection)
     critic: CriticSection = field(default_factory=CriticSection)
+    lora: LoraSection = field(default_factory=LoraSection)
     batching: BatchingSection = field(default_factory=BatchingSection)
     precision: PrecisionSection = field(default_factory=PrecisionSection)
     memory: MemorySection = field(default_factory=MemorySection)
@@ -259,11 +261,12 @@ class RunConfig:
     profiling: ProfilingSection = field(default_factory=ProfilingSection)
 
     def of_critic(self) -> "RunConfig":
-        """The same with the critic's model, layout and optimizer in the policy's place."""
+        """The same with the critic's model, layout and optimizer in the policy's place; all of its weights learn."""
         critic = self.critic
         return replace(
             self,
             model=replace(self.model, path=critic.path or self.model.path),
             parallel=critic.parallel or self.parallel,
             optimizer=critic.optimizer,
+            lora=LoraSection(),
         )

@@ -24,6 +24,7 @@ from megatron_rl.errors import CheckpointError
 from megatron_rl.mcore import patches
 from megatron_rl.mcore.async_save import PendingSave
 from megatron_rl.mcore.learner import Learner
+from megatron_rl.mcore.lora import IS_ADAPTER
 from megatron_rl.mcore.parallel import in_layout
 
 # newer releases take their writers from another package unless told otherwise
@@ -109,7 +110,7 @@ def _load(learner: Learner, folder: Path) -> None:
             f"cannot restore checkpoint {folder}: {_reason(error)}. Resume from an earlier one with --resume PATH."
         ) from error
     for key, chunk in _named_chunks(learner):
-        chunk.load_state_dict(loaded[key])
+        chunk.load_state_dict(loaded[key], strict=not learner.model.config.lora.rank)
     learner.optimizer.load_state_dict(loaded["optimizer"])
     patches.separate_step_counts(learner.optimizer)
     learner.scheduler.load_state_dict(loaded["scheduler"])
@@ -141,6 +142,8 @@ def _named_chunks(learner: Learner) -> list[tuple[str, Any]]:
 @torch.no_grad()
 def _state(learner: Learner, metadata: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
     model = {key: chunk.sharded_state_dict(metadata=metadata) for key, chunk in _named_chunks(learner)}
+    if learner.model.config.lora.rank:  # what is frozen is in the model's own folder
+        model = {key: {name: x for name, x in state.items() if IS_ADAPTER in name} for key, state in model.items()}
     # with one chunk the optimizer expects its entries, with several those of all under their names
     entries = model if len(model) > 1 else model["model"]
     return {

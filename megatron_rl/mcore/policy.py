@@ -1,9 +1,15 @@
 """The policy: a scoring model that learns."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor
+
 from megatron_rl.algorithms.importance import build_correction
 from megatron_rl.algorithms.objective import build_objective
 from megatron_rl.config.schema import RunConfig
 from megatron_rl.mcore.learner import Learner
+from megatron_rl.mcore.lora import LoraAdapters
 from megatron_rl.mcore.policy_loss import PolicyLoss
 from megatron_rl.mcore.router_metrics import take_router_metrics
 from megatron_rl.mcore.scoring import ScoringModel, reads_logprobs
@@ -16,9 +22,25 @@ class Policy(ScoringModel):
 
     def __init__(self, config: RunConfig, parallel: ParallelContext) -> None:
         super().__init__(config, parallel, config.model.path)
+        self.adapters = LoraAdapters(self) if config.lora.rank else None
+        """None where all weights learn."""
         self.learner = Learner(self)
         self._objective = build_objective(config.algorithm)
         self._correction = build_correction(config.algorithm)
+
+    def shards(self) -> dict[str, Tensor]:
+        """This rank's weights as ``ShardedModel.shards``; adapters are merged into them."""
+        weights = super().shards()
+        return weights if self.adapters is None else self.adapters.merged(weights)
+
+    @contextmanager
+    def without_adapters(self) -> Iterator[None]:
+        """The model that was there before them, for the body; as it is without any."""
+        if self.adapters is None:
+            yield
+            return
+        with self.adapters.switched_off():
+            yield
 
     def update(self, batch: TrainBatch) -> dict[str, Reduction]:
         """Make every optimizer update of the batch.

@@ -64,7 +64,13 @@ def choose_implementation(config: RunConfig) -> Implementation:
             "model.implementation=transformer_engine: expected Transformer Engine with its PyTorch bindings and a GPU, "
             f"found {_found()}. pip install 'transformer-engine[pytorch]', or set model.implementation=auto."
         )
-    chosen: Implementation = "local" if wanted == "local" or version is None else "transformer_engine"
+    if config.lora.rank and wanted == "transformer_engine":
+        raise ConfigError(
+            f"model.implementation=transformer_engine with lora.rank={config.lora.rank}: its layers norm their input "
+            "where adapters cannot see it. Set model.implementation=auto."
+        )
+    is_local = wanted == "local" or version is None or config.lora.rank > 0
+    chosen: Implementation = "local" if is_local else "transformer_engine"
     if config.precision.fp8 != "disabled":
         _check_fp8(config, chosen, version)
     return chosen

@@ -32,7 +32,7 @@ class HostedReference:
 
     def logprobs(self, batch: TrainBatch) -> list[Tensor]:
         """Log-probabilities of this rank's sequences under the frozen weights, as ``ScoringModel.logprobs``."""
-        with self._in_place():
+        with self._in_place(), self._policy.without_adapters():
             return self._policy.logprobs(batch)
 
     @contextmanager
@@ -43,6 +43,18 @@ class HostedReference:
             yield
         finally:  # bit for bit what was there
             _copy(self._aside, self._policy.parameters)
+
+
+class BaseReference:
+    """The model that the policy's adapters were put beside; costs nothing."""
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+
+    def logprobs(self, batch: TrainBatch) -> list[Tensor]:
+        """Log-probabilities of this rank's sequences without the adapters, as ``ScoringModel.logprobs``."""
+        with self._policy.without_adapters():
+            return self._policy.logprobs(batch)
 
 
 def _on_host(parameter: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """A Megatron model over some ranks: built, filled, run forward, handed out."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -23,7 +23,8 @@ from megatron_rl.mcore.precision import choose_implementation, plain_weight
 from megatron_rl.mcore.settings import transformer_config
 from megatron_rl.models import Head, layout_table, read_model_spec
 from megatron_rl.types import MicroBatch, ParallelContext, TrainBatch
-from megatron_rl.weights.export import export_weights, plan_export
+from megatron_rl.weights.export import ExportPlan, export_weights, plan_export
+from megatron_rl.weights.layout import LayoutTable
 
 
 class ShardedModel:
@@ -48,8 +49,7 @@ class ShardedModel:
             for chunk in self.chunks:
                 routing_replay.attach(chunk)
         self.load(path)
-        self._replica = replica_group(parallel)
-        self._export_plan = plan_export(self._held_by_replica(), layout_table(self.spec, parallel.tp_size, head))
+        self._export_plan = self.plan_export(self.parameters, layout_table(self.spec, parallel.tp_size, head))
 
     def load(self, path: str) -> None:
         """Read this rank's part of a Hugging Face folder of the same architecture."""
@@ -89,17 +89,18 @@ class ShardedModel:
 
         Collective over the ranks of one replica, each of which must exhaust the iterator.
         """
-        return export_weights(self._export_plan, self.shards(), self._replica)
+        return export_weights(self._export_plan, self.shards(), replica_group(self.parallel))
 
     def shards(self) -> dict[str, Tensor]:
         """This rank's weights under the layout table's names, in the model's type."""
         return {name: plain_weight(parameter) for name, parameter in self.parameters.items()}
 
-    def _held_by_replica(self) -> list[tuple[list[str], Any]]:
-        mine = (list(self.parameters), place_of(self.parallel))
-        held: list[Any] = [mine] * self._replica.size()
-        dist.all_gather_object(held, mine, group=self._replica)
-        return held
+    def plan_export(self, parameters: Mapping[str, Tensor], table: LayoutTable) -> ExportPlan:
+        """Who of the replica sends what of some parameters; collective over it."""
+        mine, group = (list(parameters), place_of(self.parallel)), replica_group(self.parallel)
+        held: list[Any] = [mine] * group.size()
+        dist.all_gather_object(held, mine, group=group)
+        return plan_export(held, table)
 
     def _gather_context(self, batch: MicroBatch, values: Tensor) -> Tensor:
         """[S, L] of the whole micro-batch from every context-parallel rank's [S, L / cp]."""

@@ -54,6 +54,7 @@ from megatron_rl.weight_sync import WeightSync
 from megatron_rl.weight_sync.push import policy_logprobs
 from megatron_rl.weights.layout import Place, hf_shapes
 from megatron_rl.weights.neighbours import Meeting
+from megatron_rl.weights.peft_files import write_peft_folder
 from megatron_rl.weights.reshard import plan_reshard
 from megatron_rl.weights.transfer import Traffic, Transfer
 from tests.engines.contract import Dying
@@ -619,3 +620,60 @@ def threads_of_groups(number: int) -> tuple[int, int]:
     for group in made:
         dist.destroy_process_group(group)
     return grown[0], grown[1]
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """What updates of a policy with adapters did."""
+
+    logprobs: dict[int, torch.Tensor]
+    """After them, by place."""
+    without: dict[int, torch.Tensor]
+    """The same with the adapters switched off."""
+    adapters: dict[str, torch.Tensor]
+    merged: dict[str, torch.Tensor]
+    frozen_changed: bool
+    """A weight of the model itself did."""
+    norms: list[float]
+    bytes_learning: int
+    """Of gradients and optimizer states on this rank."""
+
+
+def adapted(config: RunConfig, folder: str | None = None) -> Adapted:
+    """Two updates of a policy, with adapters or without, which then write a PEFT folder."""
+    parallel = world(config)
+    policy = Policy(config, parallel)
+    before = {name: parameter.detach().clone() for name, parameter in policy.parameters.items()}
+    batch = shared_out(sequences(LENGTHS), config, parallel)
+    norms = [results(policy.update(batch))["actor/grad_norm"] for _ in range(2)]
+    with policy.without_adapters():
+        without = policy.logprobs(batch)
+    rows, held = policy.logprobs(batch), policy.learner.memory()
+    adapters = {} if policy.adapters is None else {name: x.clone() for name, x in policy.adapters.export()}
+    if folder is not None and parallel.is_main:
+        section = config.lora
+        write_peft_folder(
+            Path(folder),
+            adapters.items(),
+            base=config.model.path,
+            rank=section.rank,
+            alpha=section.alpha,
+            targets=section.targets,
+        )
+    return Adapted(
+        logprobs={i: row for i, row in zip(batch.global_index, rows, strict=True) if i >= 0},
+        without={i: row for i, row in zip(batch.global_index, without, strict=True) if i >= 0},
+        adapters=adapters,
+        merged={name: tensor.clone() for name, tensor in policy.export()},
+        frozen_changed=any(not torch.equal(before[name], x) for name, x in policy.parameters.items()),
+        norms=norms,
+        bytes_learning=held["grads"] + held["optimizer"],
+    )
+
+
+def scored(config: RunConfig) -> dict[int, torch.Tensor]:
+    """Log-probabilities of the toy sequences by a policy as it begins."""
+    parallel = world(config)
+    batch = shared_out(sequences(LENGTHS), config, parallel)
+    rows = Policy(config, parallel).logprobs(batch)
+    return {i: row for i, row in zip(batch.global_index, rows, strict=True) if i >= 0}

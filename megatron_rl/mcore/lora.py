@@ -1,0 +1,213 @@
+"""Low-rank adapters beside Megatron's parallel linear layers. Source: LoRA, arXiv 2106.09685."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch import Tensor
+
+from megatron_rl.config.lora import LoraSection, LoraTarget
+from megatron_rl.mcore.model import global_parameters, place_of
+from megatron_rl.mcore.sharded_model import ShardedModel, replica_group
+from megatron_rl.models.lora import Adapted, adapted_matrices, lora_table
+from megatron_rl.types import ParallelContext
+from megatron_rl.weights.export import export_weights
+from megatron_rl.weights.layout import LayoutTable, fill_shard, hf_shapes
+from megatron_rl.weights.peft_files import FreshAdapters, PeftReader
+
+IS_ADAPTER = "_lora."
+"""In the names of adapters' parameters, and of no others."""
+
+
+class Adapter(torch.nn.Module):
+    """What is added to the output of one linear layer, which may hold several matrices."""
+
+    def __init__(
+        self,
+        matrices: Mapping[LoraTarget, Adapted],
+        config: LoraSection,
+        parallel: ParallelContext,
+        *,
+        groups: int,
+        sequence_parallel: bool,
+        dtype: torch.dtype,
+    ) -> None:
+        """
+        Args:
+            matrices: all those of the layer.
+            groups: interleaved blocks in which this rank's output holds them: [q, k, v] of each query group.
+        """
+        super().__init__()
+        (self._splits_rows,) = {matrix.splits_rows for matrix in matrices.values()}
+        self._scale, self._groups, self._tp = config.scale, groups, parallel.groups.tp
+        self._sequence_parallel = sequence_parallel
+        size = parallel.tp_size
+        self._rows = {name: one.rows // (size if one.splits_rows else 1) for name, one in matrices.items()}
+        self.a, self.b = torch.nn.ParameterDict(), torch.nn.ParameterDict()
+        for name, one in matrices.items():
+            if name not in config.targets:
+                continue
+            columns = one.columns // (1 if one.splits_rows else size)
+            self.a[name] = torch.nn.Parameter(torch.empty(config.rank, columns, dtype=dtype, device=parallel.device))
+            self.b[name] = torch.nn.Parameter(
+                torch.empty(self._rows[name], config.rank, dtype=dtype, device=parallel.device)
+            )
+            split, whole, dim = (self.b, self.a, 0) if one.splits_rows else (self.a, self.b, 1)
+            set_tensor_model_parallel_attributes(split[name], True, dim, 1)
+            # with sequence parallelism each rank sees a share of the tokens that the whole one learns from
+            whole[name].sequence_parallel = sequence_parallel
+        self.is_on = True
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[T, 1, rows] for the layer's input [T, 1, columns], both as the layer itself has them on this rank."""
+        inner = F.linear(hidden, torch.cat(list(self.a.values())))
+        inner = self._whole_tokens(inner) if self._splits_rows else self._summed(inner)
+        parts = dict(zip(self.a, inner.chunk(len(self.a), dim=-1), strict=True))
+        return self._scale * self._combine(
+            {
+                name: F.linear(parts[name], self.b[name]) if name in parts else inner.new_zeros(*inner.shape[:-1], rows)
+                for name, rows in self._rows.items()
+            },
+            dim=-1,
+        )
+
+    def delta(self) -> Tensor:
+        """[rows, columns]: what is added to this rank's weight."""
+        columns = next(iter(self.a.values()))
+        products = {
+            name: self.b[name].float() @ self.a[name].float()
+            if name in self.a
+            else torch.zeros(rows, columns.size(1), device=columns.device)
+            for name, rows in self._rows.items()
+        }
+        return self._scale * self._combine(products, dim=0)
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
+        """As Megatron's checkpoints want it."""
+        state = self.state_dict(prefix="", keep_vars=True)
+        matrix, dim = ("b", 0) if self._splits_rows else ("a", 1)
+        split = {name: dim for name in state if name.startswith(matrix + ".")}
+        return make_sharded_tensors_for_checkpoint(
+            state, prefix, split, sharded_offsets, tp_group=self._tp, dp_cp_group=metadata["dp_cp_group"]
+        )
+
+    def _whole_tokens(self, inner: Tensor) -> Tensor:
+        """Every rank's rows need all tokens; its gradient is a part of the whole one."""
+        if self._sequence_parallel:
+            return gather_from_sequence_parallel_region(inner, group=self._tp)
+        return copy_to_tensor_model_parallel_region(inner, group=self._tp)
+
+    def _summed(self, inner: Tensor) -> Tensor:
+        """The sum over the ranks, which have a share of the columns each."""
+        if self._sequence_parallel:
+            return reduce_scatter_to_sequence_parallel_region(inner, group=self._tp)
+        return reduce_from_tensor_model_parallel_region(inner, group=self._tp)
+
+    def _combine(self, parts: Mapping[LoraTarget, Tensor], *, dim: int) -> Tensor:
+        """The layer's output features (in a dimension) from those of its matrices."""
+        blocks = [part.unflatten(dim, (self._groups, -1)) for part in parts.values()]
+        inner = dim if dim < 0 else dim + 1
+        return torch.cat(blocks, dim=inner).flatten(inner - 1, inner)
+
+
+class LoraAdapters:
+    """All adapters of a model; everything else of it is frozen."""
+
+    def __init__(self, model: ShardedModel) -> None:
+        """Put them beside their layers and read them, or draw them.
+
+        Raises:
+            ConversionError: lora.path holds others.
+        """
+        self.config, self._model = model.config.lora, model
+        self._adapters: dict[str, Adapter] = {}
+        for chunk in model.chunks:
+            chunk.requires_grad_(False)
+            for layer in chunk.decoder.layers:
+                self._attach(chunk, layer)
+            if chunk.pre_process:  # layers that are computed again for the gradient want an input that has one
+                chunk.embedding.register_forward_hook(_with_gradient)
+        every = global_parameters(model.chunks, model.parallel)
+        self.parameters = {name: parameter for name, parameter in every.items() if IS_ADAPTER in name}
+        """This rank's, under the names of ``lora_table``."""
+        table = lora_table(model.spec, self.config.rank, self.config.targets)
+        self._read(table)
+        self._export_plan = model.plan_export(self.parameters, table)
+
+    @torch.no_grad()
+    def merged(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The weights, those with an adapter replaced by copies to which what it adds is added."""
+        return {
+            name: (weight.float() + self._adapters[name].delta()).to(weight.dtype) if name in self._adapters else weight
+            for name, weight in weights.items()
+        }
+
+    def export(self) -> Iterator[tuple[str, Tensor]]:
+        """The matrices under PEFT's names, without its prefix; collective as ``ShardedModel.export``."""
+        shards = {name: parameter.detach() for name, parameter in self.parameters.items()}
+        return export_weights(self._export_plan, shards, replica_group(self._model.parallel))
+
+    @contextmanager
+    def switched_off(self) -> Iterator[None]:
+        """The model without them, for the body."""
+        for adapter in self._adapters.values():
+            adapter.is_on = False
+        try:
+            yield
+        finally:
+            for adapter in self._adapters.values():
+                adapter.is_on = True
+
+    def _attach(self, chunk: Any, layer: Any) -> None:
+        spec, parallel = self._model.spec, self._model.parallel
+        every = adapted_matrices(spec)
+        for module in dict.fromkeys(matrix.module for matrix in every.values()):
+            matrices = {name: matrix for name, matrix in every.items() if matrix.module == module}
+            if not set(matrices) & set(self.config.targets):
+                continue
+            block, linear = module.split(".")
+            adapter = Adapter(
+                matrices,
+                self.config,
+                parallel,
+                groups=spec.num_query_groups // parallel.tp_size if "q_proj" in matrices else 1,
+                sequence_parallel=chunk.config.sequence_parallel,
+                dtype=chunk.config.params_dtype,
+            )
+            parent = getattr(layer, block)
+            parent.add_module(f"{linear}_lora", adapter)
+            getattr(parent, linear).register_forward_hook(_adds(adapter))
+            self._adapters[f"decoder.layers.{layer.layer_number - 1}.{module}.weight"] = adapter
+
+    @torch.no_grad()
+    def _read(self, table: LayoutTable) -> None:
+        config, shapes, place = self.config, hf_shapes(table), place_of(self._model.parallel)
+        reader = (
+            FreshAdapters(shapes, self._model.config.run.seed)
+            if config.path is None
+            else PeftReader(config.path, shapes, rank=config.rank, alpha=config.alpha)
+        )
+        for name, parameter in self.parameters.items():
+            fill_shard(parameter, place.slices(table[name]), reader.read)
+
+
+def _adds(adapter: Adapter) -> Callable[[Any, Any, Any], Any]:
+    def add(module: Any, inputs: Any, output: Any) -> Any:
+        product, *rest = output
+        return (product + adapter(inputs[0]), *rest) if adapter.is_on else output
+
+    return add
+
+
+def _with_gradient(module: Any, inputs: Any, output: Tensor) -> Tensor:
+    return output.requires_grad_() if torch.is_grad_enabled() else output

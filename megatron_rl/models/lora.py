@@ -1,0 +1,56 @@
+"""The layout table of low-rank adapters: Megatron parameter name -> slices of PEFT's tensors."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from megatron_rl.config.lora import ATTENTION_TARGETS, LoraTarget
+from megatron_rl.models.spec import ModelSpec
+from megatron_rl.weights.layout import Layout, column, replicated, row
+
+
+class Adapted(NamedTuple):
+    """A matrix of a layer that can have an adapter."""
+
+    module: str
+    """Megatron's linear layer, under the layer; it holds one matrix or several."""
+    rows: int
+    """Output features over all ranks."""
+    columns: int
+    """Input features over all ranks."""
+    splits_rows: bool
+    """Over the tensor-parallel ranks; otherwise its columns are."""
+
+
+def adapted_matrices(spec: ModelSpec) -> dict[LoraTarget, Adapted]:
+    """Every matrix of a layer that can have an adapter, in the order in which Megatron's fused ones hold them."""
+    hidden, queries, keys = spec.hidden_size, spec.num_heads * spec.head_dim, spec.num_query_groups * spec.head_dim
+    attention, qkv = "self_attention.linear_proj", "self_attention.linear_qkv"
+    found: dict[LoraTarget, Adapted] = {
+        "q_proj": Adapted(qkv, queries, hidden, True),
+        "k_proj": Adapted(qkv, keys, hidden, True),
+        "v_proj": Adapted(qkv, keys, hidden, True),
+        "o_proj": Adapted(attention, hidden, queries, False),
+    }
+    if spec.moe is None:
+        found |= {
+            "gate_proj": Adapted("mlp.linear_fc1", spec.ffn_hidden_size, hidden, True),
+            "up_proj": Adapted("mlp.linear_fc1", spec.ffn_hidden_size, hidden, True),
+            "down_proj": Adapted("mlp.linear_fc2", hidden, spec.ffn_hidden_size, False),
+        }
+    return found
+
+
+def lora_table(spec: ModelSpec, rank: int, targets: Sequence[LoraTarget]) -> dict[str, Layout]:
+    """Every adapter's two matrices: b a is added to the weight, scaled."""
+    table: dict[str, Layout] = {}
+    for layer in range(spec.num_layers):
+        for target, (module, rows, columns, splits_rows) in adapted_matrices(spec).items():
+            if target not in targets:
+                continue
+            a, b = (f"decoder.layers.{layer}.{module}_lora.{x}.{target}" for x in "ab")
+            block = "self_attn" if target in ATTENTION_TARGETS else spec.hf_names.feed_forward
+            hf = f"model.layers.{layer}.{block}.{target}"
+            name_a, name_b = f"{hf}.lora_A.weight", f"{hf}.lora_B.weight"
+            table[a] = replicated(name_a, rank, columns) if splits_rows else row(name_a, rank, columns)
+            table[b] = column(name_b, rows, rank) if splits_rows else replicated(name_b, rows, rank)
+    return table

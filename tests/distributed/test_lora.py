@@ -1,0 +1,175 @@
+"""Low-rank adapters under every layout, against PEFT, and in a run."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch.distributed.checkpoint import FileSystemReader
+from transformers import AutoModelForCausalLM
+
+from megatron_rl.build import Inputs
+from megatron_rl.errors import ConfigError, ConversionError
+from tests.distributed import cases
+from tests.distributed.test_invariance import rows
+from tests.distributed.test_layouts import keys
+from tests.gang import Gang
+from tests.toys import TIMED, sequences, toy_config
+
+LORA = ("lora.rank=4", "lora.alpha=8", "optimizer.lr=0.02", "batching.num_updates=1", "algorithm.kl_coef=0")
+LAYOUTS = [
+    (1, "batching.packed=false batching.micro_batch_size=3"),
+    (1, "memory.recompute=full"),
+    (2, ""),
+    (2, "tp2"),
+    (2, "tp2 sp"),
+    (2, "pp2"),
+    (2, "pp2 vpp2"),
+    (2, "cp2"),
+    (4, "tp2 pp2 sp"),
+    (4, "tp2 cp2 memory.recompute=full"),
+]
+
+
+@pytest.fixture(scope="module")
+def model(toy_model: Callable[..., Path]) -> Path:
+    return toy_model("qwen2", tied=True, num_hidden_layers=4)
+
+
+@pytest.fixture(scope="module")
+def alone(gangs: Callable[[int], Gang], model: Path, tmp_path_factory: pytest.TempPathFactory) -> cases.Adapted:
+    folder = tmp_path_factory.mktemp("alone")
+    (found,) = gangs(1).call(cases.adapted, config=toy_config(folder, model, *LORA), folder=str(folder / "adapter"))
+    return found
+
+
+def test_only_adapters_learn(alone: cases.Adapted, gangs: Callable[[int], Gang], model: Path, tmp_path: Path) -> None:
+    assert not alone.frozen_changed
+    assert len(alone.adapters) == 4 * 7 * 2
+    assert all(x.any() for x in alone.adapters.values())
+    assert max(float((alone.without[place] - row).abs().max()) for place, row in alone.logprobs.items()) > 0.1
+    base = load_file(model / "model.safetensors")
+    changed = {name for name, x in alone.merged.items() if not torch.equal(x, base[name])}
+    assert changed == {name for name in base if "_proj.weight" in name}
+    (whole,) = gangs(1).call(cases.adapted, config=toy_config(tmp_path, model, "batching.num_updates=1"))
+    assert whole.frozen_changed
+    assert alone.bytes_learning < 0.3 * whole.bytes_learning
+
+
+@pytest.mark.parametrize(("world_size", "layout"), LAYOUTS)
+def test_the_same_under_every_layout(
+    world_size: int, layout: str, alone: cases.Adapted, gangs: Callable[[int], Gang], model: Path, tmp_path: Path
+) -> None:
+    config = toy_config(tmp_path, model, *LORA, *keys(layout))
+    for found in gangs(world_size).call(cases.adapted, config=config):
+        assert found.norms == pytest.approx(alone.norms, rel=1e-4)
+        assert not found.frozen_changed
+        for mine, wanted in ((found.adapters, alone.adapters), (found.merged, alone.merged)):
+            assert mine.keys() == wanted.keys()
+            assert max(float((mine[name] - wanted[name]).abs().max()) for name in wanted) < 1e-4
+        for place, row in found.logprobs.items():
+            assert row.tolist() == pytest.approx(alone.logprobs[place].tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "layout", "targets"),
+    [(1, "", None), (2, "tp2", None), (2, "tp2 sp", "[q_proj,v_proj,down_proj]"), (2, "pp2", "[o_proj,up_proj]")],
+)
+def test_peft_gives_the_same_logits(
+    world_size: int,
+    layout: str,
+    targets: str | None,
+    gangs: Callable[[int], Gang],
+    model: Path,
+    tmp_path: Path,
+) -> None:
+    chosen = [f"lora.targets={targets}"] if targets else []
+    config = toy_config(tmp_path, model, *LORA, *keys(layout), *chosen)
+    found = gangs(world_size).call(cases.adapted, config=config, folder=str(tmp_path / "adapter"))
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    with torch.no_grad():
+        theirs = PeftModel.from_pretrained(base, str(tmp_path / "adapter")).eval()
+        merged = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        merged.load_state_dict(found[0].merged, strict=False)
+        for place, sequence in enumerate(sequences(cases.LENGTHS)):
+            tokens = sequence.token_ids[None]
+            logits = theirs(tokens).logits[0]
+            assert (logits - merged(tokens).logits[0]).abs().max() < 1e-5
+            wanted = logits[:-1].log_softmax(-1).gather(1, sequence.token_ids[1:, None])[:, 0]
+            ours = next(one.logprobs[place] for one in found if place in one.logprobs)
+            mask = sequence.loss_mask[1:]
+            torch.testing.assert_close(ours[1:][mask], wanted[mask], atol=1e-5, rtol=0)
+    again = toy_config(tmp_path, model, *LORA, *keys("tp2"), *chosen, f"lora.path={tmp_path / 'adapter'}")
+    for resumed in gangs(2).call(cases.scored, config=again):
+        for place, row in resumed.items():
+            ours = next(one.logprobs[place] for one in found if place in one.logprobs)
+            assert row.tolist() == pytest.approx(ours.tolist(), abs=1e-5)
+
+
+def test_a_run_pushes_merged_weights_and_resumes_bit_for_bit(
+    gangs: Callable[[int], Gang], model: Path, tmp_path: Path
+) -> None:
+    options = (*LORA[:4], *keys("tp2 pp2"), "weight_sync.probe_limit=1e-5", "checkpoint.save_hf=true")
+
+    def run(name: str, *more: str) -> list[dict[str, Any]]:
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        gangs(4).call(cases.run_training, config=toy_config(folder, model, *options, *more))
+        left_out = (*TIMED, "eval/", "weight_sync/")
+        return [{k: v for k, v in row.items() if not k.startswith(left_out)} for row in rows(folder / "run")]
+
+    whole = run("whole", "run.num_steps=6")
+    run("parts")
+    assert run("parts", "run.num_steps=6") == whole
+    assert whole[1]["actor/kl_loss"] == pytest.approx(0, abs=1e-6), "the reference is the model without adapters"
+    assert whole[-1]["actor/kl_loss"] > 1e-4
+    assert max(row["train_rollout_logprob_abs_diff/max"] for row in whole[1:]) < 1e-4
+    checkpoint = tmp_path / "whole/run/checkpoints/step_000006"
+    kept = FileSystemReader(checkpoint / "policy").read_metadata().state_dict_metadata
+    assert kept
+    assert not [name for name in kept if "word_embeddings" in name or name.endswith("linear_qkv.weight")]
+    assert json.loads((checkpoint / "adapter/adapter_config.json").read_text())["r"] == 4
+    tokens = torch.arange(12)[None]
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    with torch.no_grad():
+        theirs = PeftModel.from_pretrained(base, str(checkpoint / "adapter")).eval()(tokens).logits
+        merged = AutoModelForCausalLM.from_pretrained(checkpoint / "hf", dtype=torch.float32)(tokens).logits
+    assert (theirs - merged).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides", "message"),
+    [
+        ("qwen3_moe", ["lora.rank=4"], r"beside the experts of .* Set lora\.targets=\[q_proj,k_proj,v_proj,o_proj\]"),
+        ("qwen2", ["lora.rank=4", "model.implementation=transformer_engine"], "implementation"),
+        ("qwen2", ["lora.path=somewhere"], r"lora\.path=somewhere.*lora\.rank"),
+        ("qwen2", ["lora.rank=4", "lora.targets=[q_proj,q_proj]"], r"lora\.targets"),
+        ("qwen2", ["lora.rank=4", "lora.targets=[lm_head]"], r"lora\.targets"),
+    ],
+)
+def test_contradictions_are_refused(
+    family: str, overrides: list[str], message: str, toy_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Inputs(toy_config(tmp_path, toy_model(family, tied=False), *overrides), 1)
+
+
+def test_other_adapters_are_refused(
+    alone: cases.Adapted, gangs: Callable[[int], Gang], model: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "adapter"
+    gangs(1).call(cases.adapted, config=toy_config(tmp_path, model, *LORA), folder=str(path))
+    for overrides, message in (
+        (["lora.rank=8", "lora.alpha=8"], "r is 4, but lora.rank=8"),
+        (["lora.rank=4", "lora.alpha=16"], "lora_alpha is 8.*but lora.alpha=16"),
+        (["lora.rank=4", "lora.alpha=8", "lora.targets=[q_proj]"], "56 matrices, expected 8.*Set lora.targets"),
+    ):
+        with pytest.raises(ConversionError, match=message):
+            Inputs(toy_config(tmp_path, model, *overrides, f"lora.path={path}"), 1)
+    (path / "adapter_model.safetensors").write_bytes(b"no")
+    with pytest.raises(ConversionError, match="cannot be read"):
+        Inputs(toy_config(tmp_path, model, *LORA, f"lora.path={path}"), 1)
