@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from megatron_rl.algorithms.advantages import ADVANTAGES, TOKEN_ADVANTAGES, process_advantages
+from megatron_rl.algorithms.advantages import ADVANTAGES, TOKEN_ADVANTAGES, distillation_advantages, process_advantages
 from megatron_rl.algorithms.objective import build_objective
 from megatron_rl.collective import gather_objects, raise_together
 from megatron_rl.config import RunConfig, validate
@@ -100,7 +100,12 @@ class Inputs:
         for functions in reward_functions(config).values():
             build_grader(functions)
         build_objective(config.algorithm)
-        known = {**ADVANTAGES, **TOKEN_ADVANTAGES, "process": process_advantages}
+        known = {
+            **ADVANTAGES,
+            **TOKEN_ADVANTAGES,
+            "process": process_advantages,
+            "distillation": distillation_advantages,
+        }
         load_symbol(config.algorithm.advantage, known, "algorithm.advantage")
         self.tokenizer = load_tokenizer(config.model.path)
         self.train: PromptSet = load_prompts(config.data.train, config.data, self.tokenizer)

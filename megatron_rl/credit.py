@@ -11,6 +11,7 @@ from megatron_rl.algorithms.advantages import (
     TOKEN_ADVANTAGES,
     AdvantageSettings,
     GaeSettings,
+    distillation_advantages,
     kl_penalty_to_go,
     process_advantages,
     rewards_to_go,
@@ -38,16 +39,19 @@ def add_advantages(
         the batch, and metrics over tokens, the same on the ranks that share them.
     """
     metrics: dict[str, Reduction] = {}
-    if config.uses_critic:
+    if config.advantage == "distillation":
+        rows = [distillation_advantages(s.old_logprobs, s.ref_logprobs, s.loss_mask).float() for s in batch.sequences]
+    elif config.uses_critic:
         rows, returns = _of_tokens(batch.sequences, config, kl_coef)
         batch = replace(batch, sequences=_with(batch.sequences, returns=returns))
         metrics |= _values_in_metrics(batch.sequences)
     else:
         rows = _of_responses(batch, config, kl_coef)
-    if kl_coef:
+    if kl_coef or config.advantage == "distillation":
         masks = [sequence.loss_mask for sequence in batch.sequences]
         kls = [k1(s.old_logprobs, s.ref_logprobs)[mask] for s, mask in zip(batch.sequences, masks, strict=True)]
         metrics["critic/kl"] = mean_of(torch.cat(kls))
+    if kl_coef:
         metrics["critic/kl_coef"] = Mean(kl_coef)
     if config.whiten_advantages:
         rows = _whitened(rows, batch.sequences, parallel)

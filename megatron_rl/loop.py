@@ -285,7 +285,9 @@ def needs_old_logprobs(batch: TrainBatch, config: RunConfig, correction: Rollout
     A single update finds its own: the weights are still those that would be asked. For what whole responses and
     returns are made of it is too late.
     """
-    return len(batch.updates) > 1 or correction.needs_responses or config.algorithm.kl_reward_coef > 0
+    algorithm = config.algorithm
+    compared = algorithm.kl_reward_coef > 0 or algorithm.advantage == "distillation"
+    return len(batch.updates) > 1 or correction.needs_responses or compared
 
 
 def score(

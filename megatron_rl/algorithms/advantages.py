@@ -247,6 +247,23 @@ def _at(places: Tensor, found: Tensor, mask: Tensor) -> Tensor:
     return torch.zeros_like(mask, dtype=found.dtype).index_copy(0, places, found)
 
 
+def distillation_advantages(old_logprobs: Tensor, teacher_logprobs: Tensor, mask: Tensor) -> Tensor:
+    """How much likelier the teacher finds each token than the policy that sampled it: minus k1 of the reverse KL.
+
+    Args:
+        old_logprobs: [L] of the sampling policy.
+        teacher_logprobs: [L].
+        mask: [L] bool, tokens that the policy sampled.
+
+    Returns:
+        [L], 0 outside of the mask; a token answers for itself alone.
+
+    Source: on-policy distillation, GKD (arXiv 2306.13649) with the reverse KL, MiniLLM (arXiv 2306.08543) eq. 2 without
+    the terms of later tokens.
+    """
+    return torch.where(mask, -k1(old_logprobs, teacher_logprobs), 0.0)
+
+
 def whiten(values: Tensor, mean: float, variance: float) -> Tensor:
     """Values of mean 0 and variance 1, if mean and (Bessel-corrected) variance are those of all of them.
 

@@ -13,7 +13,7 @@ class AlgorithmSection:
     advantage: str = "group"
     """group: reward minus the group's mean (GRPO); rloo: minus the siblings' mean; reinforce: the reward itself;
     pass_at_k: by the chance that one of pass_k samples is right; process: rewards of steps among those of the group's
-    steps, summed from each token on; or package.module:symbol. With a critic (PPO): gae:
+    steps, summed from each token on; distillation: how much likelier reference_path finds each token; or package.module:symbol. With a critic (PPO): gae:
     over tokens; turn_gae: over the turns of a conversation; bi_level_gae: over turns, and over the tokens of each."""
     gamma: float = 1.0
     """Discount of what is earned a token later, with a critic."""
@@ -153,6 +153,12 @@ class AlgorithmSection:
         )
         for key in ("gamma", "gae_lambda", "turn_gamma", "turn_gae_lambda"):
             require(0 < getattr(self, key) <= 1, f"algorithm.{key}", getattr(self, key), "above 0, to 1")
+        require(
+            self.advantage != "distillation" or self.reference_path is not None,
+            "algorithm.reference_path",
+            self.reference_path,
+            "the folder of the teacher with algorithm.advantage=distillation",
+        )
         target = self.kl_reward_target
         require(
             target is None or (target > 0 and self.kl_reward_coef > 0),
@@ -176,4 +182,4 @@ class AlgorithmSection:
     @property
     def uses_reference(self) -> bool:
         """A reference model has to score the samples."""
-        return self.kl_coef > 0 or self.kl_reward_coef > 0
+        return self.kl_coef > 0 or self.kl_reward_coef > 0 or self.advantage == "distillation"

@@ -164,7 +164,8 @@ def _check_objective(config: RunConfig) -> None:
             f"rollout.source={source} and rollout.replay_path={config.rollout.replay_path}: they belong together. "
             "Set both to replay a run, or neither."
         )
-    if source == "engine" and not (config.reward.functions or config.rollout.environment):
+    graded = config.reward.functions or config.rollout.environment or config.algorithm.advantage == "distillation"
+    if source == "engine" and not graded:
         raise ConfigError("reward.functions is empty: rollouts need at least one reward, for instance [{name: math}].")
     algorithm = config.algorithm
     corrected = [name for name in ("rollout_is", "rollout_rejection") if getattr(algorithm, name) != "none"]

@@ -150,6 +150,21 @@ def test_rewards_are_measured_against_a_greedy_response(run: Callable[..., Path]
         assert {(row["critic/advantages/min"], row["critic/advantages/max"]) for row in found} == {(advantage,) * 2}
 
 
+def test_a_teacher_is_approached_without_rewards(run: Callable[..., Path], toy_model: Callable[..., Path]) -> None:
+    teacher = toy_model("qwen2", tied=False)
+    options = ("algorithm.advantage=distillation", f"algorithm.reference_path={teacher}", "reward.functions=[]")
+    plain = (
+        "algorithm.loss=policy_gradient",
+        "algorithm.kl_coef=0",
+        "algorithm.entropy_coef=0",
+        "data.evaluation=null",
+    )
+    found = rows(run(2, *LONG, *options, *plain, "run.num_steps=12", "optimizer.lr=3e-3"))
+    divergence = [row["critic/kl"] for row in found]
+    assert [row["critic/advantages/mean"] for row in found] == pytest.approx([-kl for kl in divergence])
+    assert sum(divergence[-3:]) < 0.7 * sum(divergence[:3])
+
+
 def test_recorded_rollouts_teach_the_same_again(run: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
     options = (*LONG, "checkpoint.save_hf=true", "algorithm.rollout_is=token_truncate")
     recorded = run(2, *options, name="recorded")
