@@ -15,7 +15,8 @@ from megatron_rl.config.load import flatten
 from megatron_rl.config.lora import ATTENTION_TARGETS, LoraSection
 from megatron_rl.config.rollout import RolloutSection
 from megatron_rl.config.schema import RewardFunctionSection
-from megatron_rl.data.prompts import PromptOrder, PromptSet, load_prompts
+from megatron_rl.data.curriculum import Curriculum
+from megatron_rl.data.prompts import PromptSet, load_prompts
 from megatron_rl.data.templates import load_tokenizer
 from megatron_rl.environments import build_environment
 from megatron_rl.errors import ConfigError, DataError
@@ -109,6 +110,7 @@ class Inputs:
         load_symbol(config.algorithm.advantage, known, "algorithm.advantage")
         self.tokenizer = load_tokenizer(config.model.path)
         self.train: PromptSet = load_prompts(config.data.train, config.data, self.tokenizer)
+        build_curriculum(config, self.train)
         self.evaluation: PromptSet | None = None
         if config.data.evaluation is not None:
             self.evaluation = load_prompts(config.data.evaluation, config.data, self.tokenizer)
@@ -259,11 +261,16 @@ def build_collector(config: RunConfig, inputs: Inputs, keeper: EngineKeeper, pol
     )
 
 
+def build_curriculum(config: RunConfig, prompts: PromptSet) -> Curriculum:
+    """Which prompts there are at which step."""
+    return Curriculum(prompts.prompts, config.data, max_new_tokens=config.rollout.max_new_tokens, seed=config.run.seed)
+
+
 def build_sampler(config: RunConfig, inputs: Inputs, collector: Collector, parallel: ParallelContext) -> Sampler:
     """Where training sequences come from."""
-    order = PromptOrder(inputs.train.prompts, shuffle=config.data.shuffle, seed=config.run.seed)
+    curriculum = build_curriculum(config, inputs.train)
     if config.rollout.source == "demonstrations":
-        return DemonstrationSampler(config.rollout, order, inputs.tokenizer)
+        return DemonstrationSampler(config.rollout, curriculum, inputs.tokenizer)
     if config.rollout.replay_path is not None:
         return ReplaySampler(Path(config.rollout.replay_path), parallel)
     params = SamplingParams(
@@ -275,7 +282,7 @@ def build_sampler(config: RunConfig, inputs: Inputs, collector: Collector, paral
     )
     return EngineSampler(
         config.rollout,
-        order,
+        curriculum,
         collector,
         params,
         dialogue=inputs.dialogue,

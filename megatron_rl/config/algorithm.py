@@ -13,8 +13,9 @@ class AlgorithmSection:
     advantage: str = "group"
     """group: reward minus the group's mean (GRPO); rloo: minus the siblings' mean; reinforce: the reward itself;
     pass_at_k: by the chance that one of pass_k samples is right; process: rewards of steps among those of the group's
-    steps, summed from each token on; distillation: how much likelier reference_path finds each token; or package.module:symbol. With a critic (PPO): gae:
-    over tokens; turn_gae: over the turns of a conversation; bi_level_gae: over turns, and over the tokens of each."""
+    steps, summed from each token on; distillation: how much likelier reference_path finds each token; or
+    package.module:symbol. With a critic (PPO): gae: over tokens; turn_gae: over the turns of a conversation;
+    bi_level_gae: over turns, and over the tokens of each."""
     gamma: float = 1.0
     """Discount of what is earned a token later, with a critic."""
     gae_lambda: float = 1.0

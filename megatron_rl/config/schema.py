@@ -4,6 +4,7 @@ A field without a default is required. The text under a field says what it means
 Checks inside one section live in its ``__post_init__``; checks across sections in validate.py.
 """
 
+import itertools
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -83,6 +84,30 @@ class SourceSection:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StageSection:
+    """One stage of a curriculum, from a step on until the next stage begins."""
+
+    from_step: int
+    """First step; 1 for the first stage."""
+    where: dict[str, list[Any]] = field(default_factory=dict)
+    """Column -> [least, most] of numbers, or the texts that it may have; a list in a column counts by its length."""
+    max_new_tokens: int | None = None
+    """Longest response; null: rollout.max_new_tokens."""
+
+    def __post_init__(self) -> None:
+        positive("data.curriculum", self, "from_step", "max_new_tokens")
+        for column, wanted in self.where.items():
+            numbers = [isinstance(value, int | float) and not isinstance(value, bool) for value in wanted]
+            is_range = all(numbers) and len(wanted) == 2 and wanted[0] <= wanted[1]
+            require(
+                bool(wanted) and (is_range or all(isinstance(value, str) for value in wanted)),
+                f"data.curriculum where.{column}",
+                wanted,
+                "[least, most], or a list of texts",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataSection:
     """Prompts for training and evaluation."""
 
@@ -100,9 +125,18 @@ class DataSection:
     """System message put before every prompt; needs a chat template."""
     shuffle: bool = True
     """New order every epoch, from the run's seed."""
+    curriculum: list[StageSection] = field(default_factory=list)
+    """Stages in which prompts are chosen and responses bounded; empty: all prompts from the beginning."""
 
     def __post_init__(self) -> None:
         positive("data", self, "max_prompt_tokens")
+        steps = [stage.from_step for stage in self.curriculum]
+        require(
+            not steps or (steps[0] == 1 and all(a < b for a, b in itertools.pairwise(steps))),
+            "data.curriculum from_step",
+            steps,
+            "1 in the first stage, more in each that follows",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -134,6 +134,12 @@ def _check_batches(config: RunConfig) -> None:
             f"algorithm.pass_k={config.algorithm.pass_k} must be below rollout.group_size={group}, the samples of a "
             "prompt: with no more of them than that, all have the same advantage. Lower one or raise the other."
         )
+    for stage in config.data.curriculum:
+        if stage.max_new_tokens is not None and stage.max_new_tokens > config.rollout.max_new_tokens:
+            raise ConfigError(
+                f"data.curriculum: max_new_tokens={stage.max_new_tokens} from step {stage.from_step} on is more than "
+                f"rollout.max_new_tokens={config.rollout.max_new_tokens}, for which the engine is built. Raise that."
+            )
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     ranks = config.parallel.context_parallel_size
     if config.batching.max_tokens_per_micro_batch * ranks < longest:

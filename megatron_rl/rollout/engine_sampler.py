@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from megatron_rl.config.rollout import RolloutSection
-from megatron_rl.data.prompts import PromptOrder
+from megatron_rl.data.curriculum import Curriculum
 from megatron_rl.rollout.collect import Collector, Job, Pending
 from megatron_rl.rollout.conversation import Dialogue
 from megatron_rl.rollout.sampler import Collected
@@ -46,7 +46,7 @@ class EngineSampler:
     def __init__(
         self,
         config: RolloutSection,
-        order: PromptOrder,
+        curriculum: Curriculum,
         collector: Collector,
         params: SamplingParams,
         *,
@@ -61,7 +61,7 @@ class EngineSampler:
             num_updates: equal shares that the sequences of a step must divide into.
         """
         self._config = config
-        self._order = order
+        self._curriculum = curriculum
         self._collector = collector
         self._params = params
         self._dialogue = dialogue
@@ -126,10 +126,10 @@ class EngineSampler:
         config = self._config
         missing = config.num_prompts_per_step - len(harvest.kept)
         wanted = max(0, math.ceil(missing * config.over_sampling) - len(harvest.open))
-        begun = []
+        begun, order = [], self._curriculum.at(harvest.step).order
         for number in range(harvest.num_prompts, harvest.num_prompts + wanted):
             seeds = [sample_seed(self._seed, harvest.step, number, k) for k in range(config.group_size)]
-            begun.append(begin_group(self._order.take(harvest.start + number, 1)[0], seeds))
+            begun.append(begin_group(order.take(harvest.start + number, 1)[0], seeds))
         return replace(harvest, num_prompts=harvest.num_prompts + wanted, open=(*harvest.open, *begun))
 
     def _job(self, harvest: _Harvest, version: int) -> Job:
@@ -138,7 +138,7 @@ class EngineSampler:
         return Job(
             name=f"rollout/{harvest.step}/{harvest.num_rounds}",
             work=harvest.open,
-            params=self._params,
+            params=self._params_at(harvest.step),
             schedule=config.schedule,
             functions="train",
             version=version,
@@ -147,6 +147,9 @@ class EngineSampler:
             max_tokens_now=config.max_tokens_per_round,
             max_seconds=config.max_seconds_per_round,
         )
+
+    def _params_at(self, step: int) -> SamplingParams:
+        return replace(self._params, max_new_tokens=self._curriculum.at(step).max_new_tokens)
 
     def _sorted(self, harvest: _Harvest, work: Sequence[GroupWork]) -> _Harvest:
         """The harvest with these groups in the place of its open ones."""
@@ -189,6 +192,7 @@ class EngineSampler:
             "rollout/restarted_as_stale": harvest.num_restarted,
             "rollout/replaced_without_spread": len(harvest.idle) - len(filling),
             "rollout/engine_failures": self._collector.keeper.num_failures,
+            "data/stage": self._curriculum.at(harvest.step).number,
         }
         groups = [group.as_group(index) for index, group in enumerate(taken)]
         if config.greedy_baseline:
@@ -209,7 +213,7 @@ class EngineSampler:
         job = Job(
             name=f"rollout/{step}/baseline",
             work=[begin_group(group.prompt, [0]) for group in groups],
-            params=replace(self._params, temperature=0.0, top_p=1.0, top_k=0),
+            params=replace(self._params_at(step), temperature=0.0, top_p=1.0, top_k=0),
             schedule=self._config.schedule,
             functions="train",
             version=step - 1,

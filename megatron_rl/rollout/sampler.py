@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 
 from megatron_rl.config.rollout import RolloutSection
-from megatron_rl.data.prompts import PromptOrder
+from megatron_rl.data.curriculum import Curriculum
 from megatron_rl.data.templates import tokenize
 from megatron_rl.errors import DataError
 from megatron_rl.rollout.work import GroupWork
@@ -68,9 +68,9 @@ class DemonstrationSampler:
     uses_engine = False
     is_graded = False
 
-    def __init__(self, config: RolloutSection, order: PromptOrder, tokenizer: Any) -> None:
+    def __init__(self, config: RolloutSection, curriculum: Curriculum, tokenizer: Any) -> None:
         self._config = config
-        self._order = order
+        self._curriculum = curriculum
         self._tokenizer = tokenizer
 
     def settle(self, version: int) -> None:
@@ -83,7 +83,8 @@ class DemonstrationSampler:
         pass
 
     def collect(self, step: int, num_prompts_consumed: int) -> Collected:
-        prompts = self._order.take(num_prompts_consumed, self._config.num_prompts_per_step)
+        order = self._curriculum.at(step).order
+        prompts = order.take(num_prompts_consumed, self._config.num_prompts_per_step)
         texts = [_demonstration(prompt) for prompt in prompts]
         responses = tokenize(texts, self._tokenizer, special_tokens=False)
         groups = [

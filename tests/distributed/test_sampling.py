@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import defaultdict
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_rl.build import Inputs
-from megatron_rl.errors import ConfigError
+from megatron_rl.errors import ConfigError, DataError
 from megatron_rl.rollout.record import read_rollouts, rollout_from_json
 from tests.distributed import cases
 from tests.gang import Gang
@@ -163,6 +164,50 @@ def test_a_teacher_is_approached_without_rewards(run: Callable[..., Path], toy_m
     divergence = [row["critic/kl"] for row in found]
     assert [row["critic/advantages/mean"] for row in found] == pytest.approx([-kl for kl in divergence])
     assert sum(divergence[-3:]) < 0.7 * sum(divergence[:3])
+
+
+CURRICULUM = (
+    "data.train.options={min_numbers: 2, max_numbers: 4, prompt: '{target}=', num_train: 64}",
+    "data.train.path=countdown",
+    "reward.functions=[{name: coin_flip}]",
+    "data.curriculum=[{from_step: 1, where: {nums: [2, 2]}, max_new_tokens: 6},"
+    " {from_step: 3, where: {nums: [3, 4]}, max_new_tokens: 12}, {from_step: 5}]",
+)
+
+
+def test_a_curriculum_survives_a_resume(run: Callable[..., Path]) -> None:
+    options = (*LONG, *CURRICULUM, "rollout.max_new_tokens=24", "evaluation.functions=[{name: coin_flip}]")
+    whole = run(1, *options, name="whole")
+    for num_steps in ("3", "6"):  # the stage that begins with step 3 goes on
+        parts = run(1, *options, f"run.num_steps={num_steps}", name="parts")
+    assert untimed(parts) == untimed(whole)
+    assert [row["data/stage"] for row in rows(whole)] == [1, 1, 2, 2, 3, 3]
+    sizes: dict[int, set[int]] = defaultdict(set)
+    lengths: dict[int, int] = defaultdict(int)
+    for line in all_lines(whole):
+        sizes[line["step"]].add(len(line["metadata"]["nums"]))
+        lengths[line["step"]] = max(lengths[line["step"]], sum(line["loss_mask"]))
+    assert sizes[1] == sizes[2] == {2}
+    assert sizes[3] | sizes[4] == {3, 4}
+    assert lengths[1] <= 6 < lengths[3] <= 12 < max(lengths[5], lengths[6])
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ("[{from_step: 2}]", "from_step=\\[2\\].*1 in the first"),
+        ("[{from_step: 1}, {from_step: 1}]", "from_step=\\[1, 1\\]"),
+        ("[{from_step: 1, where: {a: [2, 1]}}]", "where.a=.*least, most"),
+        ("[{from_step: 1, where: {nums: [9, 9]}}]", "none of 64 prompts is in stage 1"),
+        ("[{from_step: 1, where: {level: [1, 2]}}]", "no column 'level'. Columns: demonstration, nums, target"),
+        ("[{from_step: 1, max_new_tokens: 99}]", "max_new_tokens=99.*for which the engine is built"),
+    ],
+)
+def test_a_curriculum_that_cannot_be_is_refused(
+    stages: str, message: str, toy_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    with pytest.raises((ConfigError, DataError), match=message):
+        Inputs(toy_config(tmp_path, toy_model("qwen2"), *CURRICULUM[:3], f"data.curriculum={stages}"), 1)
 
 
 def test_recorded_rollouts_teach_the_same_again(run: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
