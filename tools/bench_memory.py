@@ -32,6 +32,11 @@ ROWS: dict[str, list[str]] = {
         "memory.recompute_modules=[core_attn,layernorm,mlp]",
     ],
     "and whole layers": ["batching.logprob_chunk_tokens=512", "memory.recompute=full"],
+    "and only adapters learn (lora.rank=16)": [
+        "batching.logprob_chunk_tokens=512",
+        "memory.recompute=full",
+        "lora.rank=16",
+    ],
     "and whole layers in pairs": [
         "batching.logprob_chunk_tokens=512",
         "memory.recompute=full",
@@ -42,7 +47,7 @@ OFFLOAD = ["params", "grads", "optimizer"]
 
 
 def measure(folder: Path, overrides: list[str]) -> dict[str, float]:
-    """MiB by which the peak rose in an update, its seconds, and MiB that memory.offload freed."""
+    """MiB by which the peak rose in an update, its seconds, MiB that memory.offload freed and that learning needs."""
     import time
 
     import torch
@@ -61,10 +66,12 @@ def measure(folder: Path, overrides: list[str]) -> dict[str, float]:
     policy.update(batch)
     seconds = time.perf_counter() - start
     risen = _peak_mib() - before
+    held = policy.learner.memory()
     freed = policy.learner.to_host() / 2**20
     policy.learner.to_device()
     leave_world()
-    return {"risen_mib": risen, "seconds": seconds, "freed_mib": freed}
+    learning = (held["grads"] + held["optimizer"]) / 2**20
+    return {"risen_mib": risen, "seconds": seconds, "freed_mib": freed, "learning_mib": learning}
 
 
 def _peak_mib() -> float:
@@ -97,10 +104,11 @@ def main() -> None:
         make_tokenizer().save_pretrained(folder / "model")
         (folder / "run.yaml").write_text(RUN.format(folder=folder))
         print(f"{len(LENGTHS)} sequences of {LENGTHS[0]} tokens, {SIZES}, fp32\n")
-        print("| what | peak of an update, MiB | seconds |\n|---|---|---|")
+        print("| what | peak of an update, MiB | gradients and optimizer, MiB | seconds |\n|---|---|---|---|")
         for title, overrides in ROWS.items():
             row = _row(folder, overrides)
-            print(f"| {title} | {row['risen_mib']:.0f} | {row['seconds']:.1f} |", flush=True)
+            shown = f"{row['risen_mib']:.0f} | {row['learning_mib']:.1f} | {row['seconds']:.1f}"
+            print(f"| {title} | {shown} |", flush=True)
         print("\n| memory.offload | freed, MiB |\n|---|---|")
         for part in OFFLOAD:
             print(f"| {part} | {_row(folder, [f'memory.offload=[{part}]'])['freed_mib']:.1f} |", flush=True)

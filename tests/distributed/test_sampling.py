@@ -18,7 +18,7 @@ from megatron_rl.rollout.record import read_rollouts, rollout_from_json
 from tests.distributed import cases
 from tests.gang import Gang
 from tests.toys import TIMED, toy_config
-from tools import inspect_rollouts
+from tools import curate_by_pass_rate, inspect_rollouts
 
 PARTIAL = ("rollout.partial=true", "rollout.max_staleness=2", "rollout.over_sampling=2", "rollout.max_new_tokens=24")
 LONG = ("data.max_prompt_tokens=8", "batching.num_updates=1", "run.num_steps=6", "metrics.keep_rollouts_every=1")
@@ -189,6 +189,12 @@ def test_a_curriculum_survives_a_resume(run: Callable[..., Path]) -> None:
         lengths[line["step"]] = max(lengths[line["step"]], sum(line["loss_mask"]))
     assert sizes[1] == sizes[2] == {2}
     assert sizes[3] | sizes[4] == {3, 4}
+    curated = whole / "curated.jsonl"
+    assert curate_by_pass_rate.main([str(whole / "rollouts"), str(curated)]) == 0
+    kept = [json.loads(line) for line in curated.read_text().splitlines()]
+    graded = [line["reward"] for line in all_lines(whole)]
+    assert sum(row["pass_rate"] * row["num_samples"] for row in kept) == pytest.approx(sum(graded))
+    assert {len(row["nums"]) for row in kept} == {2, 3, 4}
     assert lengths[1] <= 6 < lengths[3] <= 12 < max(lengths[5], lengths[6])
 
 
