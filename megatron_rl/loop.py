@@ -1,13 +1,9 @@
 """The training loop. Every rank executes these same lines."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
 
-from megatron_rl.algorithms.importance import RolloutCorrection, build_correction
-from megatron_rl.algorithms.kl import adapted_coef
-from megatron_rl.batching.plan import plan_batch
-from megatron_rl.batching.selection import accepted, most_spread, num_teaching, without_truncated
 from megatron_rl.batching.sequences import flatten_groups
 from megatron_rl.build import (
     Inputs,
@@ -25,15 +21,11 @@ from megatron_rl.build import (
 from megatron_rl.checkpoints import Checkpoints
 from megatron_rl.collective import raise_together
 from megatron_rl.config import RunConfig, validate
-from megatron_rl.config.algorithm import AlgorithmSection
-from megatron_rl.correction import correct
-from megatron_rl.credit import add_advantages, kl_of_responses
 from megatron_rl.drift import check_drift
 from megatron_rl.errors import EngineDied
+from megatron_rl.learning import learn
 from megatron_rl.ledger import Ledger
-from megatron_rl.mcore.critic import Critic
 from megatron_rl.mcore.parallel import init_parallel, launcher_world, leave_world
-from megatron_rl.mcore.policy import Policy
 from megatron_rl.mcore.reference import BaseReference
 from megatron_rl.metrics.metric import Mean, Reduction, mean_max_min, merge
 from megatron_rl.metrics.timing import Stopwatch
@@ -49,8 +41,7 @@ from megatron_rl.run_folder import RunFolder
 from megatron_rl.run_log import RunLog
 from megatron_rl.run_models import Reference, RunModels
 from megatron_rl.stop import StopRequest
-from megatron_rl.types import ParallelContext, RolloutGroup, TrainBatch, TrainState, UpdatePlan
-from megatron_rl.valuation import add_returns, add_values
+from megatron_rl.types import ParallelContext, TrainBatch, TrainState, UpdatePlan
 
 
 def run(config: RunConfig, resume: str) -> None:
@@ -122,8 +113,7 @@ def train(
     parallel: ParallelContext,
 ) -> None:
     """Step after step until the last, or until a signal asks to stop."""
-    policy, critic = models.policy, models.critic
-    stop, correction, ledger = StopRequest(parallel), build_correction(config.algorithm), Ledger(models, keeper.engine)
+    stop, ledger = StopRequest(parallel), Ledger(models, keeper.engine)
     if state.step == 0:
         log.step(0, evaluate(evaluator, sampler, models, config, keeper, log, state, Stopwatch()))
     while state.step < config.run.num_steps and not stop.agreed():
@@ -140,26 +130,12 @@ def train(
                 with room_for_engine(models, keeper.engine, config, watch), watch.span("gen"):
                     ledger.look("generation")
                     collected = sampler.collect(step, state.num_prompts_consumed)
-            groups = teaching(collected.groups, config.algorithm)
-            metrics["batch/num_teaching"] = Mean(num_teaching(groups))
-            batch = plan(groups, config, parallel)
-            if sampler.is_graded:
-                needs_old = needs_old_logprobs(batch, config, correction)
-                batch = score(batch, policy, models.reference, watch, needs_old=needs_old)
-                batch, judged = value(batch, groups, critic, config, parallel, watch)
-                coef = kl_reward_coef(state, config.algorithm)
-                batch, credited = add_advantages(batch, config.algorithm, parallel, kl_coef=coef)
-                state = adapt_kl(state, batch, config.algorithm, parallel, coef)
-                batch, corrected = correct(batch, correction)
-                metrics |= credited | corrected
-                if critic is not None and judged is not None:
-                    with watch.span("update_critic"):
-                        metrics |= critic.update(add_returns(judged, batch, critic, parallel))
-            if critic is None or step > config.critic.warmup_steps:
-                with watch.span("update_actor"):
-                    metrics |= policy.update(batch)
+            batch = None
+            if not config.run.rollout_only:
+                batch, state, learnt = learn(collected.groups, config, state, models, watch, graded=sampler.is_graded)
+                metrics |= learnt
             ledger.look("update")
-            if sampler.is_graded:
+            if sampler.is_graded and batch is not None:
                 check_drift(metrics, config.rollout, parallel, log.note)
         state = advance(state, collected, batch)
         if is_due(config.evaluation.every, step, config.run.num_steps):
@@ -168,12 +144,12 @@ def train(
         checkpoints.finish_if_written()
         if config.algorithm.reference_reset_every and step % config.algorithm.reference_reset_every == 0:
             with watch.span("reset_reference"):
-                state = checkpoints.keep_as_reference(state, policy)
+                state = checkpoints.keep_as_reference(state, models.policy)
                 load_reference(models.reference, checkpoints.reference_of(state), parallel)
-        if is_due(config.checkpoint.every, step, config.run.num_steps):
+        if batch is not None and is_due(config.checkpoint.every, step, config.run.num_steps):
             with watch.span("save_checkpoint"):
                 checkpoints.save(state, models, sampler.in_flight())
-        metrics |= rollout_metrics(collected, batch, policy.spec, graded=sampler.is_graded, parallel=parallel)
+        metrics |= rollout_metrics(collected, batch, models.policy.spec, graded=sampler.is_graded, parallel=parallel)
         if sampler.is_graded and parallel.is_main:
             metrics |= staleness_metrics(collected.groups, version=step - 1)
         log.collected(step, collected)
@@ -237,104 +213,13 @@ def is_due(every: int, step: int, num_steps: int) -> bool:
     return step == num_steps or (every > 0 and step % every == 0)
 
 
-def advance(state: TrainState, collected: Collected, batch: TrainBatch) -> TrainState:
+def advance(state: TrainState, collected: Collected, batch: TrainBatch | None) -> TrainState:
     """The state after a step."""
     return replace(
         state,
         step=state.step + 1,
         num_prompts_consumed=state.num_prompts_consumed + collected.num_prompts,
-        num_updates=state.num_updates + len(batch.updates),
-    )
-
-
-def teaching(groups: Sequence[RolloutGroup], config: AlgorithmSection) -> Sequence[RolloutGroup]:
-    """The groups that are to teach, in which only those responses have loss that are to."""
-    if config.keep_most_spread < 1:
-        groups = most_spread(groups, config.num_kept(len(groups)))
-    if config.mask_truncated:
-        groups = without_truncated(groups)
-    if config.accept_min_reward is not None:
-        groups = accepted(
-            groups,
-            min_reward=config.accept_min_reward,
-            max_per_prompt=config.accept_max_per_prompt,
-            unique=config.accept_unique,
-        )
-    return groups
-
-
-def plan(groups: Sequence[RolloutGroup], config: RunConfig, parallel: ParallelContext) -> TrainBatch:
-    """Share the sequences out over updates, data-parallel ranks and micro-batches."""
-    # the context-parallel ranks share a micro-batch
-    tokens = config.batching.max_tokens_per_micro_batch * parallel.cp_size
-    return plan_batch(
-        groups,
-        replace(config.batching, max_tokens_per_micro_batch=tokens),
-        dp_rank=parallel.dp_rank,
-        dp_size=parallel.dp_size,
-        aggregation=config.algorithm.aggregation,
-        constant_length=config.algorithm.constant_length or config.rollout.max_new_tokens,
-        # the interleaved schedule visits chunks in rounds of one micro-batch for each stage
-        multiple_of=parallel.pp_size if parallel.vp_size > 1 else 1,
-    )
-
-
-def needs_old_logprobs(batch: TrainBatch, config: RunConfig, correction: RolloutCorrection) -> bool:
-    """Whether anything asks for the trainer's log-probabilities before the update.
-
-    A single update finds its own: the weights are still those that would be asked. For what whole responses and
-    returns are made of it is too late.
-    """
-    algorithm = config.algorithm
-    compared = algorithm.kl_reward_coef > 0 or algorithm.advantage == "distillation"
-    return len(batch.updates) > 1 or correction.needs_responses or compared
-
-
-def score(
-    batch: TrainBatch, policy: Policy, reference: Reference | None, watch: Stopwatch, *, needs_old: bool
-) -> TrainBatch:
-    """Add the trainer's own log-probabilities before the update, and the reference model's."""
-    sequences = list(batch.sequences)
-    if needs_old:
-        with watch.span("old_log_prob"):
-            old = policy.logprobs(batch, replay_routing=True)
-        sequences = [replace(s, old_logprobs=row) for s, row in zip(sequences, old, strict=True)]
-    if reference is not None:
-        with watch.span("ref"):
-            ref = reference.logprobs(batch)
-        sequences = [replace(s, ref_logprobs=row) for s, row in zip(sequences, ref, strict=True)]
-    return replace(batch, sequences=sequences)
-
-
-def value(
-    batch: TrainBatch,
-    groups: Sequence[RolloutGroup],
-    critic: Critic | None,
-    config: RunConfig,
-    parallel: ParallelContext,
-    watch: Stopwatch,
-) -> tuple[TrainBatch, TrainBatch | None]:
-    """The batch with the critic's values, and the critic's own share of it; None without a critic."""
-    if critic is None:
-        return batch, None
-    with watch.span("values"):
-        return add_values(batch, critic, parallel, lambda: plan(groups, config, critic.parallel))
-
-
-def kl_reward_coef(state: TrainState, config: AlgorithmSection) -> float:
-    """Weight of the KL penalty in the reward as it is now."""
-    return config.kl_reward_coef if state.kl_reward_coef is None else state.kl_reward_coef
-
-
-def adapt_kl(
-    state: TrainState, batch: TrainBatch, config: AlgorithmSection, parallel: ParallelContext, coef: float
-) -> TrainState:
-    """The state with the weight of that penalty for the next step."""
-    if config.kl_reward_target is None:
-        return state
-    kl, count = kl_of_responses(batch.sequences, parallel)
-    return replace(
-        state, kl_reward_coef=adapted_coef(coef, kl, config.kl_reward_target, count, config.kl_reward_horizon)
+        num_updates=state.num_updates + (len(batch.updates) if batch is not None else 0),
     )
 
 
@@ -366,17 +251,18 @@ def evaluate(
 
 
 def rollout_metrics(
-    collected: Collected, batch: TrainBatch, spec: ModelSpec, *, graded: bool, parallel: ParallelContext
+    collected: Collected, batch: TrainBatch | None, spec: ModelSpec, *, graded: bool, parallel: ParallelContext
 ) -> dict[str, Reduction]:
     """Metrics of the step's rollouts, which every rank knows and the first one counts."""
     groups = collected.groups
     metrics: dict[str, Reduction] = {name: Mean(value) for name, value in collected.counts.items()}
     if not parallel.is_main:
         return {}
-    metrics["perf/actor_tflop"] = Mean(sum(update_flops(spec, update) for update in batch.updates) / 1e12)
     metrics |= length_metrics(groups)
-    metrics |= mean_max_min("batch/imbalance", [update.imbalance for update in batch.updates])
-    metrics["batch/num_micro_batches"] = Mean(sum(len(update.micro_batches) for update in batch.updates))
+    if batch is not None:
+        metrics["perf/actor_tflop"] = Mean(sum(update_flops(spec, update) for update in batch.updates) / 1e12)
+        metrics |= mean_max_min("batch/imbalance", [update.imbalance for update in batch.updates])
+        metrics["batch/num_micro_batches"] = Mean(sum(len(update.micro_batches) for update in batch.updates))
     if graded:
         _, rewards, group_of = flatten_groups(groups)
         metrics |= reward_metrics(groups, rewards, group_of)

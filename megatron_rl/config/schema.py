@@ -27,6 +27,8 @@ class RunSection:
     """Run folder; metrics, checkpoints, samples and the report go here."""
     num_steps: int
     """Rollout-and-update steps in total, resumed ones counted in."""
+    rollout_only: bool = False
+    """Sample, grade and record (metrics.keep_rollouts_every), and learn nothing."""
     seed: int = 0
     """Seed of data order, sampling and every other random choice."""
 

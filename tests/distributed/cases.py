@@ -22,7 +22,8 @@ from megatron_rl.config.machine import ParallelSection
 from megatron_rl.correction import correct
 from megatron_rl.credit import add_advantages
 from megatron_rl.errors import WeightSyncError
-from megatron_rl.loop import plan, run_in, score
+from megatron_rl.learning import plan, score
+from megatron_rl.loop import run_in
 from megatron_rl.mcore import event_loop, patches
 from megatron_rl.mcore.checkpoint import begin_save, complete_save, load_learner, save_learner
 from megatron_rl.mcore.model import PolicyModel, place_of

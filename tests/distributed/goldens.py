@@ -13,7 +13,7 @@ from megatron_rl.batching.context import context_share
 from megatron_rl.collective import gather_objects
 from megatron_rl.config import RunConfig
 from megatron_rl.credit import add_advantages
-from megatron_rl.loop import plan
+from megatron_rl.learning import plan
 from megatron_rl.mcore.policy_loss import PolicyLoss
 from megatron_rl.types import Prompt, Rollout, RolloutGroup, TrainSequence
 from tests.distributed.cases import world

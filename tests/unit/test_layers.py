@@ -34,7 +34,10 @@ ALLOWED = {
     "conversion": {"errors", "models", "weights", "collective"},
 }
 EVERYTHING = {
+    "learning",
     "ledger",
+    "run_models",
+    "valuation",
     "correction",
     "credit",
     "drift",

@@ -17,7 +17,8 @@ from megatron_rl.build import build_collector, build_engine, build_keeper, build
 from megatron_rl.config import RunConfig
 from megatron_rl.config.load import load_config
 from megatron_rl.credit import add_advantages
-from megatron_rl.loop import needs_old_logprobs, plan, rollout_metrics, score
+from megatron_rl.learning import needs_old_logprobs, plan, score
+from megatron_rl.loop import rollout_metrics
 from megatron_rl.mcore.parallel import init_parallel
 from megatron_rl.mcore.policy import Policy
 from megatron_rl.metrics.timing import Stopwatch
