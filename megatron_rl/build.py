@@ -12,7 +12,7 @@ from megatron_rl.algorithms.objective import build_objective
 from megatron_rl.collective import gather_objects, raise_together
 from megatron_rl.config import RunConfig, validate
 from megatron_rl.config.load import flatten
-from megatron_rl.config.lora import ATTENTION_TARGETS, LoraSection
+from megatron_rl.config.lora import LoraSection
 from megatron_rl.config.rollout import RolloutSection
 from megatron_rl.config.schema import RewardFunctionSection
 from megatron_rl.data.curriculum import Curriculum
@@ -34,7 +34,7 @@ from megatron_rl.metrics.sinks import JsonlSink, Sink, TensorboardSink, WandbSin
 from megatron_rl.models import ModelSpec, read_model_spec
 from megatron_rl.models.engine_shards import check_engine_size
 from megatron_rl.models.flops import peak_tflops
-from megatron_rl.models.lora import adapted_matrices, lora_table
+from megatron_rl.models.lora import ATTENTION_TARGETS, adapted_matrices, lora_table
 from megatron_rl.plugins import load_symbol
 from megatron_rl.rewards.pool import RewardPool
 from megatron_rl.rewards.registry import build_grader

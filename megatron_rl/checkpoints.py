@@ -111,7 +111,7 @@ class Checkpoints:
         if self._config.checkpoint.save_hf:
             self._export(models.policy, partial / "hf")
         if models.policy.adapters is not None:
-            self._export_adapters(models.policy.adapters, partial / "adapter")
+            self._export_adapters(models.policy, models.policy.adapters, partial / "adapter")
         with raise_together(self._parallel), _checkpoint_errors(final):
             torch.save(_random_state(), partial / "rng" / f"rank_{self._parallel.rank}.pt")
             if self._parallel.is_main:
@@ -278,7 +278,7 @@ class Checkpoints:
     def _export(self, policy: Policy, folder: Path) -> None:
         """Write a Hugging Face folder; collective."""
         with raise_together(self._parallel), _checkpoint_errors(folder):
-            if self._parallel.dp_rank != 0:
+            if not policy.is_in_first_replica:
                 return
             tensors = policy.export()
             try:
@@ -288,11 +288,11 @@ class Checkpoints:
                 for _ in tensors:  # the export is collective: every rank of the replica goes through all of it
                     pass
 
-    def _export_adapters(self, adapters: LoraAdapters, folder: Path) -> None:
+    def _export_adapters(self, policy: Policy, adapters: LoraAdapters, folder: Path) -> None:
         """Write a PEFT folder; collective."""
         config = adapters.config
         with raise_together(self._parallel), _checkpoint_errors(folder):
-            if self._parallel.dp_rank != 0:
+            if not policy.is_in_first_replica:
                 return
             tensors = [(name, tensor.clone()) for name, tensor in adapters.export()]
             if self._parallel.is_main:

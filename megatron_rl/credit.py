@@ -61,7 +61,7 @@ def add_advantages(
 
 def kl_of_responses(sequences: Sequence[TrainSequence], parallel: ParallelContext) -> tuple[float, int]:
     """Mean KL divergence (k1) of a response of the step to the reference, in nats, and their number; collective."""
-    counted = [s for s in sequences if s.loss_mask.any()] if _speaks(parallel) else []
+    counted = [s for s in sequences if s.loss_mask.any()] if parallel.speaks_for_sequences else []
     total = sum(float(k1(s.old_logprobs, s.ref_logprobs)[s.loss_mask].sum()) for s in counted)
     kl, count = (sum(column) for column in zip(*gather_objects((total, len(counted)), parallel), strict=True))
     return kl / count, int(count)
@@ -140,15 +140,11 @@ def _with(sequences: Sequence[TrainSequence], **rows: Sequence[Tensor]) -> list[
     return [replace(sequence, **{name: row}) for sequence, row in zip(sequences, found, strict=True)]
 
 
-def _speaks(parallel: ParallelContext) -> bool:
-    """Of the ranks that share the same sequences one speaks for all."""
-    return parallel.tp_rank == parallel.pp_rank == parallel.cp_rank == 0
-
-
 def _whitened(rows: Sequence[Tensor], sequences: Sequence[TrainSequence], parallel: ParallelContext) -> list[Tensor]:
     """Whitened over the tokens with loss of all ranks; 0 where there are fewer than two."""
     values = torch.cat([row[sequence.loss_mask] for row, sequence in zip(rows, sequences, strict=True)]).double()
-    mine = (values.numel(), float(values.sum()), float(values.square().sum())) if _speaks(parallel) else (0, 0.0, 0.0)
+    found = (values.numel(), float(values.sum()), float(values.square().sum()))
+    mine = found if parallel.speaks_for_sequences else (0, 0.0, 0.0)
     count, total, squares = (sum(column) for column in zip(*gather_objects(mine, parallel), strict=True))
     if count < 2:
         return [torch.zeros_like(row) for row in rows]

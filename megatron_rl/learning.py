@@ -59,6 +59,7 @@ def learn(
     if critic is None or state.step >= config.critic.warmup_steps:
         with watch.span("update_actor"):
             metrics |= policy.update(batch)
+        state = replace(state, num_updates=state.num_updates + len(batch.updates))
     return batch, state, metrics
 
 

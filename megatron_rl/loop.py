@@ -137,7 +137,7 @@ def train(
             ledger.look("update")
             if sampler.is_graded and batch is not None:
                 check_drift(metrics, config.rollout, parallel, log.note)
-        state = advance(state, collected, batch)
+        state = advance(state, collected)
         if is_due(config.evaluation.every, step, config.run.num_steps):
             with saved_if_engines_die(checkpoints, state, models, sampler):
                 metrics = merge([metrics, evaluate(evaluator, sampler, models, config, keeper, log, state, watch)])
@@ -213,13 +213,12 @@ def is_due(every: int, step: int, num_steps: int) -> bool:
     return step == num_steps or (every > 0 and step % every == 0)
 
 
-def advance(state: TrainState, collected: Collected, batch: TrainBatch | None) -> TrainState:
+def advance(state: TrainState, collected: Collected) -> TrainState:
     """The state after a step."""
     return replace(
         state,
         step=state.step + 1,
         num_prompts_consumed=state.num_prompts_consumed + collected.num_prompts,
-        num_updates=state.num_updates + (len(batch.updates) if batch is not None else 0),
     )
 
 

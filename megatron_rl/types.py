@@ -251,6 +251,11 @@ class ParallelContext:
         return self.pp_rank == self.pp_size - 1
 
     @property
+    def speaks_for_sequences(self) -> bool:
+        """Of the ranks that share the same sequences one speaks for all."""
+        return self.tp_rank == self.pp_rank == self.cp_rank == 0
+
+    @property
     def is_main(self) -> bool:
         return self.rank == 0
 

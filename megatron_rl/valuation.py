@@ -52,10 +52,8 @@ def handed_over(
     Args:
         parallel: layout of the first batch.
     """
-    # of the ranks that share the same sequences one speaks for all
-    speaks = parallel.tp_rank == parallel.pp_rank == parallel.cp_rank == 0
     mine = {index: row for index, row in zip(source.global_index, rows, strict=True) if index >= 0}
-    told = gather_objects(mine if speaks else {}, parallel)
+    told = gather_objects(mine if parallel.speaks_for_sequences else {}, parallel)
     known = {index: row for part in told for index, row in part.items()}
     return [
         known[index] if index >= 0 else torch.zeros(sequence.token_ids.numel())

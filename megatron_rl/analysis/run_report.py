@@ -9,20 +9,10 @@ from jinja2 import Environment, PackageLoader
 from megatron_rl.analysis.plots import Rows, line_plot, time_split_plot
 from megatron_rl.config import RunConfig, dump_config
 from megatron_rl.errors import DataError
+from megatron_rl.metrics.console import TIMINGS
 from megatron_rl.metrics.sinks import read_rows
 from megatron_rl.run_folder import RunFolder, write_atomically
 
-SPANS = (
-    "gen",
-    "old_log_prob",
-    "ref",
-    "values",
-    "update_critic",
-    "update_actor",
-    "update_weights",
-    "testing",
-    "save_checkpoint",
-)
 NOT_ACCURACY = (
     "eval/score",
     "eval/failures",
@@ -65,7 +55,7 @@ def render(config: RunConfig, rows: Rows, samples: Sequence[Mapping[str, Any]]) 
             {"train_rollout_logprob_abs_diff/mean": "mean abs difference"},
         ),
         line_plot("Groups without a signal", rows, {"rollout/zero_std/fraction": "share of groups"}),
-        time_split_plot("Where a step's time goes", rows, SPANS),
+        time_split_plot("Where a step's time goes", rows, TIMINGS),
     ]
     environment = Environment(loader=PackageLoader("megatron_rl.analysis"), autoescape=True)
     return environment.get_template("run_report.html").render(

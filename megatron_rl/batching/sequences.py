@@ -50,14 +50,15 @@ def to_sequence(rollout: Rollout) -> TrainSequence:
 def earned(rollout: Rollout) -> dict[int, float]:
     """Rewards by the token that earned them: those of steps at their ends, the rest at the last one that was sampled.
 
-    Empty for a rollout that teaches nothing.
+    Empty where the reward failed, and for demonstrations.
     """
-    if rollout.status != "ok" or not rollout.loss_mask.any():
+    sampled = (rollout.policy_versions >= 0).nonzero()
+    if rollout.status != "ok" or not sampled.numel():
         return {}
     rewards = dict(rollout.step_rewards)
     rest = rollout.reward - sum(rewards.values())
     if rest or not rewards:
-        last = int(rollout.loss_mask.nonzero().max())
+        last = int(sampled.max())
         rewards[last] = rewards.get(last, 0.0) + rest
     return rewards
 

@@ -160,6 +160,15 @@ class AlgorithmSection:
             self.reference_path,
             "the folder of the teacher with algorithm.advantage=distillation",
         )
+        if self.advantage == "distillation":
+            for key, nothing in (
+                ("reference_reset_every", 0),
+                ("kl_reward_coef", 0),
+                ("keep_most_spread", 1),
+            ):
+                value = getattr(self, key)
+                require(value == nothing, f"algorithm.{key}", value, f"{nothing} with algorithm.advantage=distillation")
+        self._check_critic()
         target = self.kl_reward_target
         require(
             target is None or (target > 0 and self.kl_reward_coef > 0),
@@ -170,6 +179,24 @@ class AlgorithmSection:
         require(0 < self.keep_most_spread <= 1, "algorithm.keep_most_spread", self.keep_most_spread, "above 0, to 1")
         positive("algorithm", self, "pass_k", "accept_max_per_prompt", "kl_reward_horizon")
         positive("algorithm", self, "constant_length")
+
+    def _check_critic(self) -> None:
+        is_of_turns = self.advantage in ("turn_gae", "bi_level_gae")
+        for keys, is_used, needed in (
+            (("gamma", "gae_lambda"), self.advantage in ("gae", "bi_level_gae"), "gae or bi_level_gae"),
+            (("turn_gamma", "turn_gae_lambda"), is_of_turns, "turn_gae or bi_level_gae"),
+        ):
+            for key in keys:
+                value = getattr(self, key)
+                require(is_used or value == 1, f"algorithm.{key}", value, f"1 without algorithm.advantage={needed}")
+        learns_by_advantage = self.loss != "nll"
+        require(
+            learns_by_advantage or not (self.uses_critic or self.advantage in ("process", "distillation")),
+            "algorithm.loss",
+            self.loss,
+            f"one that reads advantages with algorithm.advantage={self.advantage}",
+            "Set algorithm.loss=clipped.",
+        )
 
     def num_kept(self, num_groups: int) -> int:
         """Groups that keep_most_spread leaves."""

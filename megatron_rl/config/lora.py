@@ -1,13 +1,11 @@
 """Low-rank adapters: few parameters that learn in the place of all."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from megatron_rl.config.checks import require
 
 LoraTarget = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-ATTENTION_TARGETS: tuple[LoraTarget, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
-MLP_TARGETS: tuple[LoraTarget, ...] = ("gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +16,7 @@ class LoraSection:
     """Inner dimension of the adapters; 0: none, all weights learn."""
     alpha: float = 32.0
     """What an adapter adds is scaled by alpha / rank."""
-    targets: list[LoraTarget] = field(default_factory=lambda: [*ATTENTION_TARGETS, *MLP_TARGETS])
+    targets: list[LoraTarget] = field(default_factory=lambda: list(get_args(LoraTarget)))
     """Matrices that get one, by their Hugging Face names."""
     path: str | None = None
     """PEFT folder of the adapters to begin with; null: fresh ones, which add nothing yet."""

@@ -297,7 +297,10 @@ class RunConfig:
     profiling: ProfilingSection = field(default_factory=ProfilingSection)
 
     def of_critic(self) -> "RunConfig":
-        """The same with the critic's model, layout and optimizer in the policy's place; all of its weights learn."""
+        """The same with the critic's model, layout and optimizer in the policy's place.
+
+        All of its weights learn, and nothing balances its experts.
+        """
         critic = self.critic
         return replace(
             self,
@@ -305,4 +308,5 @@ class RunConfig:
             parallel=critic.parallel or self.parallel,
             optimizer=critic.optimizer,
             lora=LoraSection(),
+            moe=MoeSection(router_dtype=self.moe.router_dtype),
         )

@@ -1,5 +1,6 @@
 """Checks across sections and against the world size, each naming the key to change."""
 
+from megatron_rl.config.critic import CriticSection
 from megatron_rl.config.schema import RunConfig
 from megatron_rl.errors import ConfigError
 
@@ -12,11 +13,16 @@ def validate(config: RunConfig, world_size: int) -> None:
     """
     _check_parallel(config, world_size)
     if config.algorithm.uses_critic:
-        _check_parallel(config.of_critic(), world_size)
-        _check_critic(config)
+        _check_critic(config, world_size)
+    elif config.critic != CriticSection():
+        raise ConfigError(
+            f"critic is set, but algorithm.advantage={config.algorithm.advantage} asks none. "
+            "Set algorithm.advantage=gae, or leave critic out."
+        )
     _check_engine(config, world_size)
     _check_routing_replay(config)
     _check_batches(config)
+    _check_groups(config)
     _check_objective(config)
     graded = config.evaluation.functions or config.reward.functions or config.rollout.environment
     if config.data.evaluation is not None and not graded:
@@ -28,7 +34,12 @@ def validate(config: RunConfig, world_size: int) -> None:
         )
 
 
-def _check_critic(config: RunConfig) -> None:
+def _check_critic(config: RunConfig, world_size: int) -> None:
+    try:
+        _check_parallel(config.of_critic(), world_size)
+        _check_micro_batches(config.of_critic())
+    except ConfigError as error:
+        raise ConfigError(f"of the critic (critic.parallel, critic.optimizer): {error}") from error
     least = config.algorithm.accept_min_reward
     if least is not None:
         raise ConfigError(
@@ -140,6 +151,53 @@ def _check_batches(config: RunConfig) -> None:
                 f"data.curriculum: max_new_tokens={stage.max_new_tokens} from step {stage.from_step} on is more than "
                 f"rollout.max_new_tokens={config.rollout.max_new_tokens}, for which the engine is built. Raise that."
             )
+    _check_micro_batches(config)
+    horizon = config.algorithm.kl_reward_horizon
+    if config.algorithm.kl_reward_target is not None and sequences > horizon:
+        raise ConfigError(
+            f"algorithm.kl_reward_horizon={horizon} is below the {sequences} responses of a step, so that a step could "
+            "change the weight of the penalty by more than 20 %. Raise it to ten times as many or more."
+        )
+
+
+def _check_groups(config: RunConfig) -> None:
+    """What compares groups, or says which of them there are."""
+    rollout, advantage = config.rollout, config.algorithm.advantage
+    compares = advantage == "reinforce" or ":" in advantage
+    if rollout.greedy_baseline and not (compares and rollout.source == "engine"):
+        raise ConfigError(
+            f"rollout.greedy_baseline=true with algorithm.advantage={advantage} and rollout.source={rollout.source}: "
+            "expected reinforce and engine, which have no other baseline. Set it to false."
+        )
+    if config.algorithm.keep_most_spread < 1 and (rollout.group_size < 2 or rollout.source == "demonstrations"):
+        raise ConfigError(
+            f"algorithm.keep_most_spread={config.algorithm.keep_most_spread} with rollout.group_size="
+            f"{rollout.group_size} and rollout.source={rollout.source}: groups of one have no spread. Set it to 1."
+        )
+    if config.algorithm.keep_most_spread < 1 and rollout.max_seconds_per_round is not None:
+        raise ConfigError(
+            f"algorithm.keep_most_spread={config.algorithm.keep_most_spread} with rollout.max_seconds_per_round="
+            f"{rollout.max_seconds_per_round}: how many groups a step has is not known before. Set one of them only."
+        )
+    if advantage == "distillation" and (rollout.dynamic_sampling or rollout.source == "demonstrations"):
+        raise ConfigError(
+            f"algorithm.advantage=distillation with rollout.dynamic_sampling={rollout.dynamic_sampling} and "
+            f"rollout.source={rollout.source}: expected false, and samples of the policy. Change them."
+        )
+    if config.data.curriculum and rollout.source == "replay":
+        raise ConfigError("data.curriculum is set, but rollout.source=replay takes the prompts of the recorded run.")
+    lengths = [stage.max_new_tokens or rollout.max_new_tokens for stage in config.data.curriculum]
+    if rollout.partial and lengths != sorted(lengths):
+        raise ConfigError(
+            f"data.curriculum shortens responses ({lengths}) with rollout.partial=true: what is carried over could be "
+            "too long already. Let stages grow, or set rollout.partial=false."
+        )
+    if rollout.source == "demonstrations" and any(stage.max_new_tokens for stage in config.data.curriculum):
+        raise ConfigError("data.curriculum max_new_tokens has no meaning for demonstrations. Leave it out.")
+
+
+def _check_micro_batches(config: RunConfig) -> None:
+    """Of one model's layout and optimizer."""
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     ranks = config.parallel.context_parallel_size
     if config.batching.max_tokens_per_micro_batch * ranks < longest:

@@ -24,7 +24,7 @@ class Critic(ShardedModel):
         """
         with in_layout(parallel):
             super().__init__(config, parallel, config.model.path, head="value")
-            self.learner = Learner(self)
+            self.learner = Learner(self, num_steps=config.run.num_steps)
 
     def values(self, batch: TrainBatch) -> list[Tensor]:
         """What the critic expects before each token of this rank's sequences, [L] float32, 0 without loss."""

@@ -22,13 +22,17 @@ from megatron_rl.types import TrainSequence
 class Learner:
     """Updates a model, and moves what it holds for that to the host and back."""
 
-    def __init__(self, model: ShardedModel) -> None:
+    def __init__(self, model: ShardedModel, *, num_steps: int) -> None:
+        """
+        Args:
+            num_steps: of the run in which the model learns; its learning rate decays over them.
+        """
         config = model.config
         self.model = model
         self.ddp = self._wrap()
         self.optimizer = build_optimizer(config, self.ddp)
         self._offloader = Offloader(config.memory.offload, self.ddp, self.optimizer)
-        num_updates = max(1, config.run.num_steps * config.batching.num_updates * config.batching.num_epochs)
+        num_updates = max(1, num_steps * config.batching.num_updates * config.batching.num_epochs)
         self.scheduler = build_scheduler(config.optimizer, self.optimizer, num_updates)
 
     def update(

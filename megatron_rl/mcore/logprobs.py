@@ -114,12 +114,12 @@ class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(
         ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None
-    ) -> tuple[Tensor, Tensor, None, None, None]:
+    ) -> tuple[Tensor, Tensor | None, None, None, None]:
         hidden, weight, labels, entropy, normaliser, kept = ctx.saved_tensors
         head: _Head = ctx.head
         grad_hidden = torch.empty_like(hidden)
         # the sum over chunks is kept in float32, which 16-bit weights would round at every chunk
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for start in range(0, hidden.size(0), ctx.chunk_tokens):
             span = slice(start, start + ctx.chunk_tokens)
             if kept is not None:
@@ -141,5 +141,6 @@ class _LinearLogprobs(torch.autograd.Function):
             gradient[:, head.real :] = 0
             gradient = gradient.to(weight.dtype)
             grad_hidden[span] = matmul(gradient, weight)
-            grad_weight += matmul(gradient.t(), hidden[span])
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None
+            if grad_weight is not None:
+                grad_weight += matmul(gradient.t(), hidden[span])
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None

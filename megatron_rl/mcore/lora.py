@@ -16,7 +16,7 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
-from megatron_rl.config.lora import LoraSection, LoraTarget
+from megatron_rl.config.lora import LoraSection
 from megatron_rl.mcore.model import global_parameters, place_of
 from megatron_rl.mcore.sharded_model import ShardedModel, replica_group
 from megatron_rl.models.lora import Adapted, adapted_matrices, lora_table
@@ -34,7 +34,7 @@ class Adapter(torch.nn.Module):
 
     def __init__(
         self,
-        matrices: Mapping[LoraTarget, Adapted],
+        matrices: Mapping[str, Adapted],
         config: LoraSection,
         parallel: ParallelContext,
         *,
@@ -53,29 +53,40 @@ class Adapter(torch.nn.Module):
         self._sequence_parallel = sequence_parallel
         size = parallel.tp_size
         self._rows = {name: one.rows // (size if one.splits_rows else 1) for name, one in matrices.items()}
-        self.a, self.b = torch.nn.ParameterDict(), torch.nn.ParameterDict()
-        for name, one in matrices.items():
-            if name not in config.targets:
-                continue
+        self._names = [name for name in matrices if name in config.targets]
+        for name in self._names:
+            one = matrices[name]
             columns = one.columns // (1 if one.splits_rows else size)
-            self.a[name] = torch.nn.Parameter(torch.empty(config.rank, columns, dtype=dtype, device=parallel.device))
-            self.b[name] = torch.nn.Parameter(
-                torch.empty(self._rows[name], config.rank, dtype=dtype, device=parallel.device)
-            )
-            split, whole, dim = (self.b, self.a, 0) if one.splits_rows else (self.a, self.b, 1)
-            set_tensor_model_parallel_attributes(split[name], True, dim, 1)
+            a = torch.nn.Parameter(torch.empty(config.rank, columns, dtype=dtype, device=parallel.device))
+            b = torch.nn.Parameter(torch.empty(self._rows[name], config.rank, dtype=dtype, device=parallel.device))
+            # its own and not those of a container: Megatron's hooks look at the modules that are called
+            self.register_parameter(f"a_{name}", a)
+            self.register_parameter(f"b_{name}", b)
+            split, whole, dim = (b, a, 0) if one.splits_rows else (a, b, 1)
+            set_tensor_model_parallel_attributes(split, True, dim, 1)
             # with sequence parallelism each rank sees a share of the tokens that the whole one learns from
-            whole[name].sequence_parallel = sequence_parallel
+            whole.sequence_parallel = sequence_parallel  # type: ignore[attr-defined]
         self.is_on = True
+
+    @property
+    def a(self) -> dict[str, Tensor]:
+        """By matrix, [rank, columns]."""
+        return {name: getattr(self, f"a_{name}") for name in self._names}
+
+    @property
+    def b(self) -> dict[str, Tensor]:
+        """By matrix, [rows, rank]."""
+        return {name: getattr(self, f"b_{name}") for name in self._names}
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[T, 1, rows] for the layer's input [T, 1, columns], both as the layer itself has them on this rank."""
-        inner = F.linear(hidden, torch.cat(list(self.a.values())))
+        a, b = self.a, self.b
+        inner = F.linear(hidden, torch.cat(list(a.values())))
         inner = self._whole_tokens(inner) if self._splits_rows else self._summed(inner)
-        parts = dict(zip(self.a, inner.chunk(len(self.a), dim=-1), strict=True))
+        parts = dict(zip(a, inner.chunk(len(a), dim=-1), strict=True))
         return self._scale * self._combine(
             {
-                name: F.linear(parts[name], self.b[name]) if name in parts else inner.new_zeros(*inner.shape[:-1], rows)
+                name: F.linear(parts[name], b[name]) if name in parts else inner.new_zeros(*inner.shape[:-1], rows)
                 for name, rows in self._rows.items()
             },
             dim=-1,
@@ -83,10 +94,11 @@ class Adapter(torch.nn.Module):
 
     def delta(self) -> Tensor:
         """[rows, columns]: what is added to this rank's weight."""
-        columns = next(iter(self.a.values()))
+        a, b = self.a, self.b
+        columns = next(iter(a.values()))
         products = {
-            name: self.b[name].float() @ self.a[name].float()
-            if name in self.a
+            name: b[name].float() @ a[name].float()
+            if name in a
             else torch.zeros(rows, columns.size(1), device=columns.device)
             for name, rows in self._rows.items()
         }
@@ -96,7 +108,7 @@ class Adapter(torch.nn.Module):
         """As Megatron's checkpoints want it."""
         state = self.state_dict(prefix="", keep_vars=True)
         matrix, dim = ("b", 0) if self._splits_rows else ("a", 1)
-        split = {name: dim for name in state if name.startswith(matrix + ".")}
+        split = {name: dim for name in state if name.startswith(matrix + "_")}
         return make_sharded_tensors_for_checkpoint(
             state, prefix, split, sharded_offsets, tp_group=self._tp, dp_cp_group=metadata["dp_cp_group"]
         )
@@ -113,7 +125,7 @@ class Adapter(torch.nn.Module):
             return reduce_scatter_to_sequence_parallel_region(inner, group=self._tp)
         return reduce_from_tensor_model_parallel_region(inner, group=self._tp)
 
-    def _combine(self, parts: Mapping[LoraTarget, Tensor], *, dim: int) -> Tensor:
+    def _combine(self, parts: Mapping[str, Tensor], *, dim: int) -> Tensor:
         """The layer's output features (in a dimension) from those of its matrices."""
         blocks = [part.unflatten(dim, (self._groups, -1)) for part in parts.values()]
         inner = dim if dim < 0 else dim + 1

@@ -24,7 +24,8 @@ class Policy(ScoringModel):
         super().__init__(config, parallel, config.model.path)
         self.adapters = LoraAdapters(self) if config.lora.rank else None
         """None where all weights learn."""
-        self.learner = Learner(self)
+        warmup = config.critic.warmup_steps if config.algorithm.uses_critic else 0
+        self.learner = Learner(self, num_steps=config.run.num_steps - warmup)
         self._objective = build_objective(config.algorithm)
         self._correction = build_correction(config.algorithm)
 

@@ -91,6 +91,11 @@ class ShardedModel:
         """
         return export_weights(self._export_plan, self.shards(), replica_group(self.parallel))
 
+    @property
+    def is_in_first_replica(self) -> bool:
+        """This rank exports together with the first one of all."""
+        return 0 in dist.get_process_group_ranks(replica_group(self.parallel))
+
     def shards(self) -> dict[str, Tensor]:
         """This rank's weights under the layout table's names, in the model's type."""
         return {name: plain_weight(parameter) for name, parameter in self.parameters.items()}

@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from megatron_rl.config.lora import ATTENTION_TARGETS, LoraTarget
 from megatron_rl.models.spec import ModelSpec
 from megatron_rl.weights.layout import Layout, column, replicated, row
+
+ATTENTION_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
+"""Matrices of attention, by their Hugging Face names."""
 
 
 class Adapted(NamedTuple):
@@ -21,11 +23,11 @@ class Adapted(NamedTuple):
     """Over the tensor-parallel ranks; otherwise its columns are."""
 
 
-def adapted_matrices(spec: ModelSpec) -> dict[LoraTarget, Adapted]:
+def adapted_matrices(spec: ModelSpec) -> dict[str, Adapted]:
     """Every matrix of a layer that can have an adapter, in the order in which Megatron's fused ones hold them."""
     hidden, queries, keys = spec.hidden_size, spec.num_heads * spec.head_dim, spec.num_query_groups * spec.head_dim
     attention, qkv = "self_attention.linear_proj", "self_attention.linear_qkv"
-    found: dict[LoraTarget, Adapted] = {
+    found: dict[str, Adapted] = {
         "q_proj": Adapted(qkv, queries, hidden, True),
         "k_proj": Adapted(qkv, keys, hidden, True),
         "v_proj": Adapted(qkv, keys, hidden, True),
@@ -40,14 +42,14 @@ def adapted_matrices(spec: ModelSpec) -> dict[LoraTarget, Adapted]:
     return found
 
 
-def lora_table(spec: ModelSpec, rank: int, targets: Sequence[LoraTarget]) -> dict[str, Layout]:
+def lora_table(spec: ModelSpec, rank: int, targets: Sequence[str]) -> dict[str, Layout]:
     """Every adapter's two matrices: b a is added to the weight, scaled."""
     table: dict[str, Layout] = {}
     for layer in range(spec.num_layers):
         for target, (module, rows, columns, splits_rows) in adapted_matrices(spec).items():
             if target not in targets:
                 continue
-            a, b = (f"decoder.layers.{layer}.{module}_lora.{x}.{target}" for x in "ab")
+            a, b = (f"decoder.layers.{layer}.{module}_lora.{x}_{target}" for x in "ab")
             block = "self_attn" if target in ATTENTION_TARGETS else spec.hf_names.feed_forward
             hf = f"model.layers.{layer}.{block}.{target}"
             name_a, name_b = f"{hf}.lora_A.weight", f"{hf}.lora_B.weight"

@@ -1,6 +1,7 @@
 """Rollouts and samples under way as JSON, exactly: what is read back is bit for bit what was written."""
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,15 @@ def step_file(folder: Path, step: int) -> Path:
 def write_groups(path: Path, step: int, groups: Sequence[RolloutGroup]) -> None:
     """One line for each rollout of a step."""
     lines = [
-        {"format": FORMAT, "step": step, "group": group.index, "sample": i, **_prompt(group.prompt), **_rollout(one)}
+        {
+            "format": FORMAT,
+            "step": step,
+            "group": group.index,
+            "sample": i,
+            "baseline": _number(group.baseline),
+            **_prompt(group.prompt),
+            **_rollout(one),
+        }
         for group in groups
         for i, one in enumerate(group.rollouts)
     ]
@@ -101,11 +110,20 @@ def rollout_from_json(found: Mapping[str, Any]) -> Rollout:
         rollout_logprobs=torch.tensor(found["logprobs"], dtype=torch.float32),
         text=found["response"],
         policy_versions=torch.tensor(found["policy_versions"], dtype=torch.int32),
-        reward=float("nan") if found["reward"] is None else found["reward"],
+        reward=number_from_json(found["reward"]),
         routing=_routing(found),
-        step_rewards={int(place): reward for place, reward in found["step_rewards"]},
+        step_rewards={int(place): reward for place, reward in found.get("step_rewards", ())},  # older files: none
         **{name: found[name] for name in fields},
     )
+
+
+def number_from_json(found: float | None) -> float:
+    """JSON has no NaN."""
+    return math.nan if found is None else found
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else value
 
 
 def _prompt(prompt: Prompt) -> dict[str, Any]:
@@ -123,7 +141,7 @@ def _rollout(rollout: Rollout) -> dict[str, Any]:
     return {
         "response": rollout.text,
         "finish_reason": rollout.finish_reason,
-        "reward": None if rollout.reward != rollout.reward else rollout.reward,
+        "reward": _number(rollout.reward),
         "reward_parts": dict(rollout.reward_parts),
         "status": rollout.status,
         "failure": rollout.failure,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from megatron_rl.collective import raise_together
 from megatron_rl.errors import DataError
-from megatron_rl.rollout.record import prompt_from_json, read_rollouts, rollout_from_json, step_file
+from megatron_rl.rollout.record import number_from_json, prompt_from_json, read_rollouts, rollout_from_json, step_file
 from megatron_rl.rollout.sampler import Collected
 from megatron_rl.rollout.work import GroupWork
 from megatron_rl.types import ParallelContext, Prompt, Rollout, RolloutGroup
@@ -38,12 +38,15 @@ class ReplaySampler:
     def collect(self, step: int, num_prompts_consumed: int) -> Collected:
         prompts: dict[int, Prompt] = {}
         rollouts: dict[int, list[Rollout]] = {}
+        baselines: dict[int, float] = {}
         with raise_together(self._parallel):
             for line in read_rollouts(step_file(self._folder, step)):
                 prompts.setdefault(line["group"], prompt_from_json(line))
+                baselines[line["group"]] = number_from_json(line.get("baseline", 0.0))  # older files: none
                 rollouts.setdefault(line["group"], []).append(rollout_from_json(line))
         groups = [
-            RolloutGroup(index=index, prompt=prompts[index], rollouts=rollouts[index]) for index in sorted(prompts)
+            RolloutGroup(index=index, prompt=prompts[index], rollouts=rollouts[index], baseline=baselines[index])
+            for index in sorted(prompts)
         ]
         return Collected(groups=groups, num_prompts=len(groups))
 

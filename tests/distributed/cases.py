@@ -646,7 +646,8 @@ def adapted(config: RunConfig, folder: str | None = None) -> Adapted:
     policy = Policy(config, parallel)
     before = {name: parameter.detach().clone() for name, parameter in policy.parameters.items()}
     batch = shared_out(sequences(LENGTHS), config, parallel)
-    norms = [results(policy.update(batch))["actor/grad_norm"] for _ in range(2)]
+    twice = replace(batch, updates=[*batch.updates, *batch.updates])
+    norms = [results(policy.update(twice))["actor/grad_norm"] for _ in range(2)]
     with policy.without_adapters():
         without = policy.logprobs(batch)
     rows, held = policy.logprobs(batch), policy.learner.memory()

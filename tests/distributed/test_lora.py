@@ -16,7 +16,7 @@ from megatron_rl.build import Inputs
 from megatron_rl.errors import ConfigError, ConversionError
 from tests.distributed import cases
 from tests.distributed.test_invariance import rows
-from tests.distributed.test_layouts import keys
+from tests.distributed.test_layouts import OVERLAP, keys
 from tests.gang import Gang
 from tests.toys import TIMED, sequences, toy_config
 
@@ -32,6 +32,8 @@ LAYOUTS = [
     (2, "cp2"),
     (4, "tp2 pp2 sp"),
     (4, "tp2 cp2 memory.recompute=full"),
+    (2, OVERLAP),
+    (4, f"pp2 vpp2 {OVERLAP}"),
 ]
 
 
@@ -173,3 +175,23 @@ def test_other_adapters_are_refused(
     (path / "adapter_model.safetensors").write_bytes(b"no")
     with pytest.raises(ConversionError, match="cannot be read"):
         Inputs(toy_config(tmp_path, model, *LORA, f"lora.path={path}"), 1)
+
+
+def test_adapters_beside_split_experts_are_saved(
+    gangs: Callable[[int], Gang], toy_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The ranks that share experts export together, data-parallel ones among them."""
+    options = (
+        "lora.rank=2",
+        "lora.targets=[q_proj,k_proj,v_proj,o_proj]",
+        "checkpoint.save_hf=true",
+        "run.num_steps=1",
+    )
+    for layout in ("ep2", "ep2 pp2"):
+        folder = tmp_path / layout.replace(" ", "_")
+        folder.mkdir()
+        config = toy_config(folder, toy_model("qwen3_moe", tied=False), *options, *keys(layout))
+        gangs(4).call(cases.run_training, config=config)
+        checkpoint = folder / "run/checkpoints/step_000001"
+        assert len(load_file(checkpoint / "adapter/adapter_model.safetensors")) == 2 * 4 * 2
+        assert (checkpoint / "hf/model.safetensors").exists()

@@ -31,7 +31,7 @@ def rollout(reward: float = 1.0, step_rewards: dict[int, float] | None = None, s
         rollout_logprobs=torch.zeros(8),
         text="",
         finish_reason="stop",
-        policy_versions=torch.zeros(8, dtype=torch.int32),
+        policy_versions=MASK.int() - 1,
         seed=0,
         reward=reward,
         reward_parts={},
