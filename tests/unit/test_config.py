@@ -116,6 +116,17 @@ def test_every_suggestion_for_a_foreign_name_exists() -> None:
         (["algorithm.accept_max_per_prompt=2"], r"expected null without algorithm\.accept_min_reward"),
         (["algorithm.kl_coef=0", "algorithm.kl_unbiased=true"], r"kl_unbiased=True: expected false with kl_coef=0"),
         (["algorithm.kl_coef=0", "algorithm.reference_reset_every=2"], r"reference_reset_every=2: expected 0 without"),
+        (["algorithm.gae_lambda=0.9"], r"gae_lambda=0\.9: expected 1 without algorithm\.advantage=gae or bi_level_gae"),
+        (["algorithm.advantage=gae", "algorithm.turn_gamma=0.9"], r"turn_gamma=0\.9: expected 1 without .*turn_gae"),
+        (["algorithm.advantage=gae", "algorithm.loss=nll"], r"loss=nll: expected one that reads advantages"),
+        (["algorithm.advantage=distillation"], r"reference_path=None: expected the folder of the teacher"),
+        (
+            ["algorithm.advantage=distillation", "algorithm.reference_path=x", "algorithm.kl_reward_coef=0.1"],
+            r"kl_reward_coef=0\.1: expected 0 with algorithm\.advantage=distillation",
+        ),
+        (["algorithm.kl_reward_target=0.1"], r"kl_reward_target=0\.1: expected null, or more than 0 with a first"),
+        (["algorithm.keep_most_spread=0"], r"keep_most_spread=0\.0: expected above 0, to 1"),
+        (["critic.clip_value=0"], r"critic\.clip_value=0"),
         (["algorithm.rollout_veto=1"], r"rollout_veto=1.*between 0 and 1"),
         (["reward.functions=[{nam: math}]"], r"unknown key reward\.functions\.nam\. Did you mean"),
     ],
@@ -140,6 +151,10 @@ def test_files_that_are_missing_broken_or_loop(config: Path, tmp_path: Path) -> 
         load_config(broken)
 
 
+PPO = "algorithm.advantage=gae"
+DISTILLATION = ("algorithm.advantage=distillation", "algorithm.reference_path=teacher")
+PENALTY = ("algorithm.kl_reward_coef=0.1", "algorithm.kl_reward_target=0.1")
+SHORTER = "[{from_step: 1}, {from_step: 2, max_new_tokens: 4}]"
 DEMONSTRATIONS = ("rollout.source=demonstrations", "algorithm.loss=nll", "data.train.demonstration_field=text")
 
 
@@ -157,6 +172,20 @@ DEMONSTRATIONS = ("rollout.source=demonstrations", "algorithm.loss=nll", "data.t
             r"accept_min_reward=0\.0 has no",
         ),
         (["batching.max_tokens_per_micro_batch=10"], 1, r"at least 16"),
+        (["critic.warmup_steps=3"], 1, r"critic is set, but algorithm\.advantage=group asks none"),
+        ([PPO, "critic.parallel.tensor_parallel_size=2"], 1, r"of the critic.*world size 1 does not divide"),
+        ([PPO, "critic.optimizer.lr_warmup_updates=5", "critic.optimizer.lr_decay_updates=4"], 1, r"of the critic.*=4"),
+        ([PPO, "algorithm.accept_min_reward=1"], 1, r"would learn from the good responses alone"),
+        (["rollout.greedy_baseline=true"], 1, r"greedy_baseline=true with algorithm\.advantage=group"),
+        (["algorithm.keep_most_spread=0.5", "rollout.max_seconds_per_round=9"], 1, r"how many groups a step has"),
+        ([PPO, "rollout.group_size=1", "algorithm.keep_most_spread=0.5"], 1, r"groups of one have no spread"),
+        ([*DISTILLATION, "rollout.dynamic_sampling=true"], 1, r"dynamic_sampling=True.*expected false"),
+        ([*PENALTY, "algorithm.kl_reward_horizon=8"], 1, r"kl_reward_horizon=8 is below the 16 responses"),
+        (
+            ["rollout.partial=true", "rollout.max_staleness=1", f"data.curriculum={SHORTER}"],
+            1,
+            r"shortens responses \(\[8, 4\]\)",
+        ),
         (["reward.functions=[]"], 1, r"reward\.functions is empty"),
         (["rollout.source=demonstrations"], 1, r"algorithm\.loss=nll"),
         (["rollout.source=demonstrations", "algorithm.loss=nll"], 1, r"data\.train\.demonstration_field"),
