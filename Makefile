@@ -33,7 +33,7 @@ TORCH := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 'torch>=2.11,<2.1
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install quickstart quickstart-seeds bench-algorithms bench-engines bench-step bench-memory bench-convert bench-weight-sync test test-vllm test-sglang test-newest lint clean
+.PHONY: install quickstart quickstart-seeds bench-algorithms bench-star bench-engines bench-step bench-memory bench-convert bench-weight-sync test test-vllm test-sglang test-newest lint clean
 
 install: $(INSTALLED)
 
@@ -79,6 +79,16 @@ quickstart-seeds: $(INSTALLED)
 bench-algorithms: $(INSTALLED)
 	for seed in 0 1 2; do PATH="$(abspath $(BIN)):$$PATH" tools/quickstart.sh $$seed embedded sft || exit 1; done
 	PATH="$(abspath $(BIN)):$$PATH" python tools/ablate.py configs/ablations/quickstart.yaml $(BENCH)
+
+# rounds of self-teaching on the quickstart's task, three seeds
+bench-star: $(INSTALLED)
+	for seed in 0 1 2; do \
+		export PATH="$(abspath $(BIN)):$$PATH"; \
+		tools/quickstart.sh $$seed embedded sft || exit 1; \
+		python tools/star.py --sample configs/quickstart/star_sample.yaml --learn configs/quickstart/star_learn.yaml \
+			--output runs/star/seed_$$seed run.seed=$$seed \
+			model.path=runs/quickstart/seed_$$seed/sft/checkpoints/step_001800/hf || exit 1; \
+	done
 
 # the quickstart's learning curve on every engine, three seeds
 bench-engines: $(INSTALLED) $(VLLM_INSTALLED) $(SGLANG_INSTALLED)

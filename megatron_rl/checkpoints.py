@@ -7,6 +7,7 @@ checkpoints/step_000020/trainer.json   step, data position, wandb id, configurat
 checkpoints/step_000020/in_flight.jsonl samples that are carried over to the next step, when there are any
 checkpoints/step_000020/integrity.json sizes and hashes of all of these
 checkpoints/step_000020/hf/            Hugging Face folder, when asked for; adapters are merged into it
+checkpoints/step_000020/hf_critic/     the same of the critic, a sequence classification model of one label
 checkpoints/step_000020/adapter/       the adapters as PEFT reads them, when there are any
 checkpoints/latest                     name of the newest
 references/step_000400/                Hugging Face folder of the policy that became the reference at that step
@@ -33,6 +34,8 @@ from megatron_rl.mcore.async_save import PendingSave
 from megatron_rl.mcore.checkpoint import begin_save, complete_save, load_learner, save_learner
 from megatron_rl.mcore.lora import LoraAdapters
 from megatron_rl.mcore.policy import Policy
+from megatron_rl.mcore.sharded_model import ShardedModel
+from megatron_rl.models import as_value_model, read_hf_config
 from megatron_rl.rollout.record import group_from_json, group_to_json, read_lines, write_lines
 from megatron_rl.rollout.work import GroupWork
 from megatron_rl.run_folder import LATEST, RunFolder, write_atomically
@@ -110,6 +113,9 @@ class Checkpoints:
                     (partial / part).mkdir(parents=True)
         if self._config.checkpoint.save_hf:
             self._export(models.policy, partial / "hf")
+            if models.critic is not None:
+                config = as_value_model(read_hf_config(models.critic.config.model.path))
+                self._export(models.critic, partial / "hf_critic", config)
         if models.policy.adapters is not None:
             self._export_adapters(models.policy, models.policy.adapters, partial / "adapter")
         with raise_together(self._parallel), _checkpoint_errors(final):
@@ -275,15 +281,15 @@ class Checkpoints:
         """Path of the policy that is the reference of a state; None: that of the configuration."""
         return None if state.reference is None else str(self._references / state.reference)
 
-    def _export(self, policy: Policy, folder: Path) -> None:
-        """Write a Hugging Face folder; collective."""
+    def _export(self, model: ShardedModel, folder: Path, config: Mapping[str, Any] | None = None) -> None:
+        """Write a Hugging Face folder, with another config.json than the model's own if it is given; collective."""
         with raise_together(self._parallel), _checkpoint_errors(folder):
-            if not policy.is_in_first_replica:
+            if not model.is_in_first_replica:
                 return
-            tensors = policy.export()
+            tensors = model.export()
             try:
                 if self._parallel.is_main:
-                    write_hf_folder(folder, tensors, like=self._config.model.path)
+                    write_hf_folder(folder, tensors, like=model.config.model.path, config=config)
             finally:
                 for _ in tensors:  # the export is collective: every rank of the replica goes through all of it
                     pass

@@ -7,6 +7,7 @@ import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -167,7 +168,12 @@ def _header(path: Path, file: int) -> dict[str, tuple[torch.dtype, tuple[int, ..
 
 
 def write_hf_folder(
-    target: str | Path, tensors: Iterable[tuple[str, Tensor]], *, like: str | Path, max_shard_bytes: int = 5 * 2**30
+    target: str | Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    like: str | Path,
+    config: Mapping[str, Any] | None = None,
+    max_shard_bytes: int = 5 * 2**30,
 ) -> None:
     """Write a complete Hugging Face folder, appearing under its name only when whole.
 
@@ -175,6 +181,7 @@ def write_hf_folder(
         target: folder to create; must not exist.
         tensors: (name, tensor) pairs, streamed; at most one shard is held in memory.
         like: folder whose config, tokenizer and template files are copied.
+        config: config.json in the place of the copied one.
         max_shard_bytes: size of one safetensors file.
 
     Raises:
@@ -189,6 +196,8 @@ def write_hf_folder(
         partial.mkdir(parents=True)
         _write_shards(partial, tensors, max_shard_bytes)
         copy_model_files(Path(like), partial)
+        if config is not None:
+            (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         os.replace(partial, target)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)

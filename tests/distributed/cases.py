@@ -26,8 +26,9 @@ from megatron_rl.learning import plan, score
 from megatron_rl.loop import run_in
 from megatron_rl.mcore import event_loop, patches
 from megatron_rl.mcore.checkpoint import begin_save, complete_save, load_learner, save_learner
+from megatron_rl.mcore.critic import Critic
 from megatron_rl.mcore.model import PolicyModel, place_of
-from megatron_rl.mcore.parallel import split_world
+from megatron_rl.mcore.parallel import split_again, split_world
 from megatron_rl.mcore.policy import Policy
 from megatron_rl.mcore.reference import HostedReference
 from megatron_rl.mcore.scoring import ScoringModel
@@ -679,3 +680,12 @@ def scored(config: RunConfig) -> dict[int, torch.Tensor]:
     batch = shared_out(sequences(LENGTHS), config, parallel)
     rows = Policy(config, parallel).logprobs(batch)
     return {i: row for i, row in zip(batch.global_index, rows, strict=True) if i >= 0}
+
+
+def valued(config: RunConfig) -> dict[int, torch.Tensor]:
+    """What a critic expects before each token of the toy sequences, as it begins."""
+    parallel = world(config)
+    own = config.of_critic()
+    critic = Critic(own, split_again(own.parallel, parallel))
+    batch = shared_out(sequences(LENGTHS), own, critic.parallel)
+    return {i: row for i, row in zip(batch.global_index, critic.values(batch), strict=True) if i >= 0}

@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
 
 from tests.distributed import cases
 from tests.distributed.test_invariance import rows
 from tests.distributed.test_layouts import keys
 from tests.gang import Gang
-from tests.toys import TIMED, toy_config
+from tests.toys import TIMED, sequences, toy_config
 
 PPO = (
     *("algorithm.advantage=gae", "algorithm.gae_lambda=0.95", "algorithm.whiten_advantages=true"),
@@ -108,3 +110,23 @@ def test_both_resume_bit_for_bit_also_in_other_layouts(
     for mine, wanted in zip(rows(other / "run"), whole[4:], strict=True):
         for name in COMPARED:
             assert mine[name] == pytest.approx(wanted[name], rel=1e-4, abs=1e-5), (mine["step"], name)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3_moe"])
+def test_a_saved_critic_is_a_classification_model_and_where_another_begins(
+    family: str, gangs: Callable[[int], Gang], toy_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = toy_model(family, tied=False)
+    run(2, tmp_path, gangs, model, *overrides("", "pp2"), "checkpoint.save_hf=true", "run.num_steps=2")
+    folder = tmp_path / "run/checkpoints/step_000002/hf_critic"
+    theirs = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+    config = toy_config(tmp_path, model, *PPO, *overrides("", "tp2 sp"), f"critic.path={folder}")
+    found = {place: row for part in gangs(2).call(cases.valued, config=config) for place, row in part.items()}
+    assert len(found) == len(cases.LENGTHS)
+    for place, sequence in enumerate(sequences(cases.LENGTHS)):
+        with torch.no_grad():
+            hidden = theirs.model(sequence.token_ids[None]).last_hidden_state
+            values = torch.cat([torch.zeros(1), theirs.score(hidden)[0, :-1, 0]])  # before each token
+        wanted = torch.where(sequence.loss_mask, values, 0)
+        torch.testing.assert_close(found[place], wanted, atol=1e-5, rtol=0)
+    assert max(float(row.abs().max()) for row in found.values()) > 0.01

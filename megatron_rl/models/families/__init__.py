@@ -19,6 +19,9 @@ FAMILIES: dict[str, Callable[[HFConfig], ModelSpec]] = {
 }
 """Name under ``architectures`` in config.json -> its family."""
 
+HEADS = ("ForCausalLM", "ForSequenceClassification", "ForTokenClassification")
+"""Ends of such names; the last two are those of models with a value head."""
+
 
 def read_hf_config(folder: str | Path) -> HFConfig:
     """config.json of a folder.
@@ -48,7 +51,7 @@ def read_model_spec(folder: str | Path) -> ModelSpec:
     """
     config, path = read_hf_config(folder), Path(folder) / "config.json"
     architectures = config.get("architectures") or ["none"]
-    family = FAMILIES.get(architectures[0])
+    family = FAMILIES.get(with_head(architectures[0], "ForCausalLM"))
     if family is None:
         raise ConversionError(
             f"{path}: architecture {architectures[0]} is not supported. Supported: {', '.join(FAMILIES)}."
@@ -59,3 +62,23 @@ def read_model_spec(folder: str | Path) -> ModelSpec:
         raise ConversionError(
             f"{path}: key {error} is missing. The file does not describe a {architectures[0]}."
         ) from error
+
+
+def with_head(architecture: str, head: str) -> str:
+    """The architecture's name with another end."""
+    for known in HEADS:
+        if architecture.endswith(known):
+            return architecture.removesuffix(known) + head
+    return architecture
+
+
+def as_value_model(config: HFConfig) -> HFConfig:
+    """config.json of the same model with one value for each token, as transformers' sequence classification."""
+    (architecture,) = config["architectures"]
+    return {
+        **config,
+        "architectures": [with_head(architecture, "ForSequenceClassification")],
+        "id2label": {"0": "LABEL_0"},
+        "label2id": {"LABEL_0": 0},
+        "tie_word_embeddings": False,
+    }
