@@ -43,6 +43,8 @@ def learn(
     groups = teaching(groups, config.algorithm)
     metrics: dict[str, Reduction] = {"batch/num_teaching": Mean(num_teaching(groups))}
     batch = plan(groups, config, parallel)
+    if not batch.updates:
+        return batch, state, metrics
     if graded:
         correction = build_correction(config.algorithm)
         needs_old = needs_old_logprobs(batch, config, correction)
@@ -92,6 +94,8 @@ def plan(groups: Sequence[RolloutGroup], config: RunConfig, parallel: ParallelCo
         constant_length=config.algorithm.constant_length or config.rollout.max_new_tokens,
         # the interleaved schedule visits chunks in rounds of one micro-batch for each stage
         multiple_of=parallel.pp_size if parallel.vp_size > 1 else 1,
+        # a step that brings nothing to imitate is no fault
+        leave_out_empty=config.algorithm.accept_min_reward is not None,
     )
 
 

@@ -24,12 +24,14 @@ def plan_batch(
     aggregation: Aggregation,
     constant_length: int,
     multiple_of: int = 1,
+    leave_out_empty: bool = False,
 ) -> TrainBatch:
     """This data-parallel rank's sequences and its updates, with the loss weights set.
 
     Args:
         groups: all groups of the step, the same on every rank and in the same order.
         multiple_of: what the number of micro-batches must divide by.
+        leave_out_empty: an update without a token with loss is not made, and not an error.
 
     Raises:
         DataError: an update has no token with loss.
@@ -47,11 +49,13 @@ def plan_batch(
         members = list(range(update * per_update, (update + 1) * per_update))
         weights = sequence_loss_weights(loss_lengths[members], aggregation, constant_length=constant_length)
         num_tokens = int(loss_lengths[members].sum())
+        if num_tokens == 0 and leave_out_empty:
+            continue
         if num_tokens == 0:
             raise DataError(
                 f"update {update} of this step has {len(members)} sequences but no token to learn from. "
-                "Every reward failed, or every response is empty, was cut (algorithm.mask_truncated) or not accepted "
-                "(algorithm.accept_min_reward); look at the rollouts, or take more prompts or samples a step."
+                "Every reward failed, or every response is empty or was cut (algorithm.mask_truncated); look at the "
+                "rollouts, or take more prompts or samples a step."
             )
         bins = balance([lengths[i] for i in members], dp_size)
         batches = micro_batches(

@@ -160,7 +160,7 @@ def in_layout(parallel: ParallelContext) -> Iterator[None]:
 
 def _record() -> dict[str, Any]:
     return {
-        name: value
+        name: value.copy() if isinstance(value, dict | list) else value
         for name, value in vars(parallel_state).items()
         if name.startswith("_") and not name.startswith("__") and not callable(value)
     }

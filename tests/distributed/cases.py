@@ -66,7 +66,7 @@ from tests.toys import VOCAB, sequences
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel  # isort: skip
 from megatron.core.dist_checkpointing.mapping import ShardedObject  # isort: skip
 
-_worlds: dict[ParallelSection, tuple[ParallelContext, dict[str, Any]]] = {}
+_worlds: dict[ParallelSection, ParallelContext] = {}
 _counters = itertools.count()
 KEPT_WORLDS = 3
 
@@ -83,32 +83,24 @@ def world(config: RunConfig) -> ParallelContext:
     store = dist.PrefixStore(f"world{next(_counters)}", distributed_c10d._get_default_store())
     if key not in _worlds:
         if len(_worlds) == KEPT_WORLDS:
-            _close(*_worlds.pop(next(iter(_worlds))))
+            _close(_worlds.pop(next(iter(_worlds))))
         context = split_world(config.parallel, store, 0, torch.device("cpu"))
-        _worlds[key] = (context, _megatron_globals())
-    context, record = _worlds[key]
-    for name, value in record.items():
+        _worlds[key] = context
+    context = _worlds[key]
+    for name, value in context.record.items():
         setattr(parallel_state, name, value)
     return replace(context, store=store)
 
 
-def _close(context: ParallelContext, record: dict[str, Any]) -> None:
+def _close(context: ParallelContext) -> None:
     """Destroy every group of a split."""
     found = [context.host_group]
-    for value in record.values():
+    for value in context.record.values():
         found += value if isinstance(value, list) else [value]
     gc.collect()  # models that hold groups
     for group in {id(one): one for one in found if isinstance(one, dist.ProcessGroup)}.values():
         if group is not dist.group.WORLD and group in distributed_c10d._world.pg_map:
             dist.destroy_process_group(group)
-
-
-def _megatron_globals() -> dict[str, Any]:
-    return {
-        name: value
-        for name, value in vars(parallel_state).items()
-        if name.startswith("_") and not name.startswith("__") and not callable(value)
-    }
 
 
 def logits(config: RunConfig, checkpoint: str | None = None) -> torch.Tensor | None:

@@ -237,7 +237,9 @@ def test_returns_are_whitened_over_all_ranks(
     found: dict[int, torch.Tensor] = {}
     for rows, metrics in gangs(int(size)).call(cases.credited, config=config, rewards=rewards):
         found |= rows
-        assert metrics == pytest.approx({"critic/kl": float(torch.cat(kl).mean())}, rel=1e-5)
+        assert metrics["critic/kl"] == pytest.approx(float(torch.cat(kl).mean()), rel=1e-5)
+        assert metrics["critic/kl_coef"] == 0.1
+        assert metrics["critic/advantages/mean"] == pytest.approx(0, abs=1e-6)
     for place, row in enumerate(returns):
         wanted = (row - together.mean()) / together.std()
         torch.testing.assert_close(found[place].double(), wanted, rtol=0, atol=1e-6)

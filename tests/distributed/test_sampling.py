@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_rl.build import Inputs
+from megatron_rl.config.load import read_yaml
 from megatron_rl.errors import ConfigError, DataError
 from megatron_rl.rollout.record import read_rollouts, rollout_from_json
 from tests.distributed import cases
@@ -164,6 +165,18 @@ def test_a_teacher_is_approached_without_rewards(run: Callable[..., Path], toy_m
     divergence = [row["critic/kl"] for row in found]
     assert [row["critic/advantages/mean"] for row in found] == pytest.approx([-kl for kl in divergence])
     assert sum(divergence[-3:]) < 0.7 * sum(divergence[:3])
+
+
+def test_a_step_in_which_nothing_is_accepted_changes_nothing(run: Callable[..., Path]) -> None:
+    options = ("algorithm.loss=nll", "algorithm.accept_min_reward=1", "checkpoint.save_hf=true", "algorithm.kl_coef=0")
+    never = "reward.functions=[{name: coin_flip, options: {probability: 0.0}}]"
+    folder = run(2, *LONG, *options, never, "run.num_steps=2")
+    found = rows(folder)
+    assert [row["batch/num_teaching"] for row in found] == [0, 0]
+    assert not any("actor/loss" in row for row in found)
+    base = load_file(Path(read_yaml(folder / "config.yaml")["model"]["path"]) / "model.safetensors")
+    saved = load_file(folder / "checkpoints/step_000002/hf/model.safetensors")
+    assert all(torch.equal(saved[name], base[name]) for name in saved)
 
 
 CURRICULUM = (
