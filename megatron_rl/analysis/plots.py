@@ -61,12 +61,12 @@ def time_split_plot(title: str, rows: Rows, spans: Sequence[str]) -> str | None:
         return None
     figure, axes = _figure(title)
     left = 0.0
-    for (span, seconds), colour in zip(means.items(), COLOURS, strict=False):
+    for (span, seconds), colour in zip(means.items(), itertools.cycle(COLOURS), strict=False):
         axes.barh([0], [seconds], left=left, color=colour, label=f"{span} {seconds:.3f} s")
         left += seconds
     axes.set_yticks([])
     axes.set_xlabel("seconds per step (mean)")
-    axes.set_ylim(-0.5, 1.6)
+    axes.set_ylim(-0.5, 0.5 + 0.22 * len(means))  # room for the legend
     return _finish(figure, axes, legend=True)
 
 

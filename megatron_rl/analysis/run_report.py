@@ -54,6 +54,8 @@ def render(config: RunConfig, rows: Rows, samples: Sequence[Mapping[str, Any]]) 
             rows,
             {"train_rollout_logprob_abs_diff/mean": "mean abs difference"},
         ),
+        line_plot("Value loss", rows, {"critic/vf_loss": "loss"}),
+        line_plot("Variance of the returns that values explain", rows, {"critic/vf_explained_var": "share"}),
         line_plot("Groups without a signal", rows, {"rollout/zero_std/fraction": "share of groups"}),
         time_split_plot("Where a step's time goes", rows, TIMINGS),
     ]
