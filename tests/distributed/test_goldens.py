@@ -1,10 +1,13 @@
 """Published losses and advantages of the algorithms, to 1e-6, however the responses are shared out and packed."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from megatron_rl.config import RunConfig
 from tests.distributed import goldens
 from tests.distributed.test_layouts import keys
 from tests.gang import Gang
@@ -44,28 +47,34 @@ SPLITS = [
 LAYOUTS = ["1:", "2:", "4:", "2:tp2", "2:pp2", "2:cp2", "4:tp2 cp2", "4:cp2"]
 
 
+COMMON = "batching.num_updates=1 algorithm.kl_coef=0 algorithm.entropy_coef=0 algorithm.constant_length=8"
+
+
+@pytest.fixture(scope="module")
+def parsed(toy_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], RunConfig]:
+    """The configuration of some overrides, which takes longer to read than a golden to compute."""
+    folder, model = tmp_path_factory.mktemp("goldens"), toy_model("qwen2", tied=True)
+    return functools.cache(lambda text: toy_config(folder, model, *keys(f"{COMMON} {text}")))
+
+
+def configs(parsed: Callable[[str], RunConfig], layout: str, split: str, goldens: Iterable[str]) -> list[RunConfig]:
+    """Each golden's under a layout and a split."""
+    parallel, batching = parsed(layout).parallel, parsed(split).batching
+    return [replace(parsed(golden), parallel=parallel, batching=batching) for golden in goldens]
+
+
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_losses(
-    layout: str, split: str, gangs: Callable[[int], Gang], toy_model: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_losses(layout: str, split: str, gangs: Callable[[int], Gang], parsed: Callable[[str], RunConfig]) -> None:
     size, text = layout.split(":")
-    model = toy_model("qwen2", tied=True)
-    common = "batching.num_updates=1 algorithm.kl_coef=0 algorithm.entropy_coef=0 algorithm.constant_length=8"
-    configs = [toy_config(tmp_path, model, *keys(f"{common} {text} {split} {golden}")) for golden in GOLDENS]
-    for found in gangs(int(size)).call(goldens.losses, configs=configs):
+    for found in gangs(int(size)).call(goldens.losses, configs=configs(parsed, text, split, GOLDENS)):
         assert dict(zip(GOLDENS, found, strict=True)) == pytest.approx(GOLDENS, abs=1e-6)
 
 
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_estimates(
-    layout: str, split: str, gangs: Callable[[int], Gang], toy_model: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_estimates(layout: str, split: str, gangs: Callable[[int], Gang], parsed: Callable[[str], RunConfig]) -> None:
     size, text = layout.split(":")
-    model = toy_model("qwen2", tied=True)
-    common = "batching.num_updates=1 algorithm.kl_coef=0"
-    configs = [toy_config(tmp_path, model, *keys(f"{common} {text} {split} {golden}")) for golden in ESTIMATES]
-    for found in gangs(int(size)).call(goldens.estimates, configs=configs):
+    for found in gangs(int(size)).call(goldens.estimates, configs=configs(parsed, text, split, ESTIMATES)):
         for golden, row in zip(ESTIMATES.values(), found, strict=True):
             assert row == pytest.approx(golden, abs=1e-6)
