@@ -87,6 +87,7 @@ def alone() -> ParallelContext:
         groups=None,
         host_group=None,
         store=dist.HashStore(),
+        record={},
         **single,
         **sizes,
     )
