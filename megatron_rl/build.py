@@ -110,7 +110,7 @@ class Inputs:
         load_symbol(config.algorithm.advantage, known, "algorithm.advantage")
         self.tokenizer = load_tokenizer(config.model.path)
         self.train: PromptSet = load_prompts(config.data.train, config.data, self.tokenizer)
-        build_curriculum(config, self.train)
+        self.curriculum = build_curriculum(config, self.train)
         self.evaluation: PromptSet | None = None
         if config.data.evaluation is not None:
             self.evaluation = load_prompts(config.data.evaluation, config.data, self.tokenizer)
@@ -268,9 +268,8 @@ def build_curriculum(config: RunConfig, prompts: PromptSet) -> Curriculum:
 
 def build_sampler(config: RunConfig, inputs: Inputs, collector: Collector, parallel: ParallelContext) -> Sampler:
     """Where training sequences come from."""
-    curriculum = build_curriculum(config, inputs.train)
     if config.rollout.source == "demonstrations":
-        return DemonstrationSampler(config.rollout, curriculum, inputs.tokenizer)
+        return DemonstrationSampler(config.rollout, inputs.curriculum, inputs.tokenizer)
     if config.rollout.replay_path is not None:
         return ReplaySampler(Path(config.rollout.replay_path), parallel)
     params = SamplingParams(
@@ -282,7 +281,7 @@ def build_sampler(config: RunConfig, inputs: Inputs, collector: Collector, paral
     )
     return EngineSampler(
         config.rollout,
-        curriculum,
+        inputs.curriculum,
         collector,
         params,
         dialogue=inputs.dialogue,

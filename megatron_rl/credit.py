@@ -1,7 +1,6 @@
 """The rewards of a step, shared out over the tokens of a batch as advantages."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from megatron_rl.algorithms.advantages import (
     whiten,
 )
 from megatron_rl.algorithms.kl import k1
+from megatron_rl.batching.sequences import with_rows
 from megatron_rl.collective import gather_objects
 from megatron_rl.config.algorithm import AlgorithmSection
 from megatron_rl.metrics.metric import Mean, Reduction, explained_variance, mean_max_min, mean_of
@@ -43,7 +43,7 @@ def add_advantages(
         rows = [distillation_advantages(s.old_logprobs, s.ref_logprobs, s.loss_mask).float() for s in batch.sequences]
     elif config.uses_critic:
         rows, returns = _of_tokens(batch.sequences, config, kl_coef)
-        batch = replace(batch, sequences=_with(batch.sequences, returns=returns))
+        batch = with_rows(batch, returns=returns)
         metrics |= _values_in_metrics(batch.sequences)
     else:
         rows = _of_responses(batch, config, kl_coef)
@@ -55,7 +55,7 @@ def add_advantages(
         metrics["critic/kl_coef"] = Mean(kl_coef)
     if config.whiten_advantages:
         rows = _whitened(rows, batch.sequences, parallel)
-    batch = replace(batch, sequences=_with(batch.sequences, advantages=rows))
+    batch = with_rows(batch, advantages=rows)
     return batch, metrics | mean_max_min("critic/advantages", _taught(batch.sequences, "advantages"))
 
 
@@ -132,12 +132,6 @@ def _values_in_metrics(sequences: Sequence[TrainSequence]) -> dict[str, Reductio
 def _taught(sequences: Sequence[TrainSequence], name: str) -> Tensor:
     """[K] of all tokens with loss."""
     return torch.cat([getattr(sequence, name)[sequence.loss_mask] for sequence in sequences])
-
-
-def _with(sequences: Sequence[TrainSequence], **rows: Sequence[Tensor]) -> list[TrainSequence]:
-    """The sequences with another tensor each in a field."""
-    ((name, found),) = rows.items()
-    return [replace(sequence, **{name: row}) for sequence, row in zip(sequences, found, strict=True)]
 
 
 def _whitened(rows: Sequence[Tensor], sequences: Sequence[TrainSequence], parallel: ParallelContext) -> list[Tensor]:

@@ -7,6 +7,7 @@ from megatron_rl.algorithms.importance import RolloutCorrection, build_correctio
 from megatron_rl.algorithms.kl import adapted_coef
 from megatron_rl.batching.plan import plan_batch
 from megatron_rl.batching.selection import accepted, most_spread, num_teaching, without_truncated
+from megatron_rl.batching.sequences import with_rows
 from megatron_rl.config import RunConfig
 from megatron_rl.config.algorithm import AlgorithmSection
 from megatron_rl.correction import correct
@@ -114,16 +115,13 @@ def score(
     batch: TrainBatch, policy: Policy, reference: Reference | None, watch: Stopwatch, *, needs_old: bool
 ) -> TrainBatch:
     """Add the trainer's own log-probabilities before the update, and the reference model's."""
-    sequences = list(batch.sequences)
     if needs_old:
         with watch.span("old_log_prob"):
-            old = policy.logprobs(batch, replay_routing=True)
-        sequences = [replace(s, old_logprobs=row) for s, row in zip(sequences, old, strict=True)]
+            batch = with_rows(batch, old_logprobs=policy.logprobs(batch, replay_routing=True))
     if reference is not None:
         with watch.span("ref"):
-            ref = reference.logprobs(batch)
-        sequences = [replace(s, ref_logprobs=row) for s, row in zip(sequences, ref, strict=True)]
-    return replace(batch, sequences=sequences)
+            batch = with_rows(batch, ref_logprobs=reference.logprobs(batch))
+    return batch
 
 
 def value(

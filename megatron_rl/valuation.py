@@ -1,11 +1,11 @@
 """What the critic makes of a batch, between its own layout and the policy's."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from megatron_rl.batching.sequences import with_rows
 from megatron_rl.collective import gather_objects
 from megatron_rl.mcore.critic import Critic
 from megatron_rl.types import ParallelContext, TrainBatch
@@ -23,15 +23,10 @@ def add_values(
     shared = critic.parallel is parallel
     theirs = batch if shared else plan()
     values = critic.values(theirs)
-    theirs = replace(
-        theirs, sequences=[replace(s, values=row) for s, row in zip(theirs.sequences, values, strict=True)]
-    )
+    theirs = with_rows(theirs, values=values)
     if shared:
         return theirs, theirs
-    values = handed_over(values, theirs, batch, critic.parallel)
-    return replace(
-        batch, sequences=[replace(s, values=row) for s, row in zip(batch.sequences, values, strict=True)]
-    ), theirs
+    return with_rows(batch, values=handed_over(values, theirs, batch, critic.parallel)), theirs
 
 
 def add_returns(theirs: TrainBatch, batch: TrainBatch, critic: Critic, parallel: ParallelContext) -> TrainBatch:
@@ -39,9 +34,7 @@ def add_returns(theirs: TrainBatch, batch: TrainBatch, critic: Critic, parallel:
     if critic.parallel is parallel:
         return batch
     returns = handed_over([sequence.returns for sequence in batch.sequences], batch, theirs, parallel)
-    return replace(
-        theirs, sequences=[replace(s, returns=row) for s, row in zip(theirs.sequences, returns, strict=True)]
-    )
+    return with_rows(theirs, returns=returns)
 
 
 def handed_over(

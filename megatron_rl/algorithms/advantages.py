@@ -116,7 +116,7 @@ def rewards_to_go(rewards: Mapping[int, float], mask: Tensor) -> Tensor:
     earned = torch.zeros(mask.shape)
     for place, reward in rewards.items():
         earned[place] += reward
-    return torch.where(mask, earned.flip(0).cumsum(0).flip(0), 0.0)
+    return _to_go(earned, mask)
 
 
 ADVANTAGES: dict[str, AdvantageFunction] = {
@@ -141,7 +141,7 @@ def kl_penalty_to_go(old_logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, c
     Source: the per-token KL reward of InstructGPT (arXiv 2203.02155); REINFORCE++, arXiv 2501.03262 eq. 5 and 6.
     """
     penalties = torch.where(mask, coef * k1(old_logprobs, ref_logprobs), 0.0)
-    return torch.where(mask, penalties.flip(0).cumsum(0).flip(0), 0.0)
+    return _to_go(penalties, mask)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,6 +241,11 @@ def _discounted(deltas: Tensor, factor: float, following: float) -> Tensor:
         following = delta + factor * following
         found.append(following)
     return torch.tensor(found[::-1], dtype=deltas.dtype)
+
+
+def _to_go(values: Tensor, mask: Tensor) -> Tensor:
+    """[L] sums of the values [L] from each token of the mask on."""
+    return torch.where(mask, values.flip(0).cumsum(0).flip(0), 0.0)
 
 
 def _at(places: Tensor, found: Tensor, mask: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from megatron_rl.types import Rollout, RolloutGroup, TrainSequence
+from megatron_rl.types import Rollout, RolloutGroup, TrainBatch, TrainSequence
 
 
 def bare_sequence(token_ids: Tensor, loss_mask: Tensor) -> TrainSequence:
@@ -45,6 +45,13 @@ def to_sequence(rollout: Rollout) -> TrainSequence:
         routing=rollout.routing,
         rewards=_laid_out(earned(rollout), bare.rewards),
     )
+
+
+def with_rows(batch: TrainBatch, **rows: Sequence[Tensor]) -> TrainBatch:
+    """The batch with other tensors, [L] each, in fields of its sequences."""
+    columns = zip(batch.sequences, *rows.values(), strict=True)
+    sequences = [replace(sequence, **dict(zip(rows, found, strict=True))) for sequence, *found in columns]
+    return replace(batch, sequences=sequences)
 
 
 def earned(rollout: Rollout) -> dict[int, float]:
