@@ -13,6 +13,7 @@ from megatron_rl.collective import gather_objects, raise_together
 from megatron_rl.config import RunConfig, validate
 from megatron_rl.config.load import flatten
 from megatron_rl.config.lora import LoraSection
+from megatron_rl.config.reward_training import RewardTrainingConfig
 from megatron_rl.config.rollout import RolloutSection
 from megatron_rl.config.schema import RewardFunctionSection
 from megatron_rl.data.curriculum import Curriculum
@@ -20,6 +21,7 @@ from megatron_rl.data.prompts import PromptSet, load_prompts
 from megatron_rl.data.templates import load_tokenizer
 from megatron_rl.environments import build_environment
 from megatron_rl.errors import ConfigError, DataError
+from megatron_rl.judging import Judge, StepFinder
 from megatron_rl.mcore.critic import Critic
 from megatron_rl.mcore.model import check_weights
 from megatron_rl.mcore.optimizer import check_optimizer
@@ -27,6 +29,7 @@ from megatron_rl.mcore.parallel import split_again
 from megatron_rl.mcore.policy import Policy
 from megatron_rl.mcore.precision import Implementation, choose_implementation
 from megatron_rl.mcore.reference import BaseReference, HostedReference
+from megatron_rl.mcore.reward_model import RewardModel
 from megatron_rl.mcore.scoring import ScoringModel
 from megatron_rl.mcore.settings import transformer_config
 from megatron_rl.metrics.console import Console, SilentConsole, build_console
@@ -35,6 +38,7 @@ from megatron_rl.models import ModelSpec, read_model_spec
 from megatron_rl.models.engine_shards import check_engine_size
 from megatron_rl.models.flops import peak_tflops
 from megatron_rl.models.lora import ATTENTION_TARGETS, adapted_matrices, lora_table
+from megatron_rl.models.table import VALUE_HEAD
 from megatron_rl.plugins import load_symbol
 from megatron_rl.rewards.pool import RewardPool
 from megatron_rl.rewards.registry import build_grader
@@ -58,6 +62,7 @@ from megatron_rl.weight_sync.push import PROBE_PROMPT
 from megatron_rl.weights.hf_files import torch_dtype
 from megatron_rl.weights.layout import hf_shapes
 from megatron_rl.weights.peft_files import PeftReader
+from megatron_rl.weights.reader import WeightReader
 
 
 class Inputs:
@@ -97,7 +102,15 @@ class Inputs:
                 )
         _check_lora(config.lora, spec)
         if config.algorithm.uses_critic:
-            _check_critic(config.of_critic(), spec, implementation)
+            _check_value_model(config.of_critic(), spec, implementation, "critic.path")
+        if config.reward.model is not None:
+            own = config.of_reward_model(config.reward.model.path)
+            reader = _check_value_model(own, spec, implementation, "reward.model.path")
+            if VALUE_HEAD not in reader.names():
+                raise ConfigError(
+                    f"reward.model.path={own.model.path} has no {VALUE_HEAD}: it is no reward model. "
+                    "Train one with python -m megatron_rl.train_reward_model."
+                )
         for functions in reward_functions(config).values():
             build_grader(functions)
         build_objective(config.algorithm)
@@ -133,26 +146,28 @@ def _check_lora(config: LoraSection, spec: ModelSpec) -> None:
         PeftReader(config.path, shapes, rank=config.rank, alpha=config.alpha)
 
 
-def _check_critic(config: RunConfig, policy: ModelSpec, implementation: Implementation) -> None:
-    """Everything about a critic that needs no model.
+def _check_value_model(config: RunConfig, policy: ModelSpec, implementation: Implementation, key: str) -> WeightReader:
+    """Everything about a model of one output that needs no model.
 
     Args:
-        config: as ``RunConfig.of_critic`` gives it.
+        config: with it in the policy's place.
+        key: that names its folder.
     """
     spec, path = read_model_spec(config.model.path), config.model.path
     transformer_config(spec, config, implementation)
     check_optimizer(config)
-    check_weights(spec, path, "value")
+    reader = check_weights(spec, path, "value")
     if spec.vocab_size != policy.vocab_size:
         raise ConfigError(
-            f"critic.path={path} has {spec.vocab_size} tokens, the policy {policy.vocab_size}. "
-            "The critic must share the policy's tokenizer."
+            f"{key}={path} has {spec.vocab_size} tokens, the policy {policy.vocab_size}. "
+            "It must share the policy's tokenizer."
         )
     if spec.max_position_embeddings < policy.max_position_embeddings:
         raise ConfigError(
-            f"critic.path={path} has {spec.max_position_embeddings} positions, fewer than the policy's "
-            f"{policy.max_position_embeddings}. Choose a critic that can read all that the policy can write."
+            f"{key}={path} has {spec.max_position_embeddings} positions, fewer than the policy's "
+            f"{policy.max_position_embeddings}. Choose a model that can read all that the policy can write."
         )
+    return reader
 
 
 def _check_fits(prompts: PromptSet, spec: ModelSpec, config: RunConfig) -> None:
@@ -180,11 +195,20 @@ def read_inputs(config: RunConfig, parallel: ParallelContext) -> Inputs:
 def build_models(config: RunConfig, parallel: ParallelContext) -> RunModels:
     """The models of a run, their weights read."""
     policy = Policy(config, parallel)
-    reference, critic = build_reference(config, policy), None
+    reference, critic, reward_model = build_reference(config, policy), None, None
     if config.algorithm.uses_critic:
         own = config.of_critic()
         critic = Critic(own, split_again(own.parallel, parallel))
-    return RunModels(policy, reference, critic)
+    if config.reward.model is not None:
+        reward_model = RewardModel(config.of_reward_model(config.reward.model.path), parallel)
+    return RunModels(policy, reference, critic, reward_model)
+
+
+def build_judge(config: RunConfig, inputs: Inputs, models: RunModels) -> Judge | None:
+    """What adds a reward model's scores; None without one."""
+    if config.reward.model is None or models.reward_model is None:
+        return None
+    return Judge(models.reward_model, config.reward.model, StepFinder(inputs.tokenizer))
 
 
 def build_reference(config: RunConfig, policy: Policy) -> Reference | None:
@@ -330,7 +354,7 @@ def fresh_state(parallel: ParallelContext) -> TrainState:
 
 
 def build_log(
-    config: RunConfig, folder: RunFolder, state: TrainState, parallel: ParallelContext
+    config: RunConfig | RewardTrainingConfig, folder: RunFolder, state: TrainState, parallel: ParallelContext
 ) -> tuple[Console, list[Sink]]:
     """Console and metric sinks; silent and empty on every rank but the first."""
     if not parallel.is_main:

@@ -28,6 +28,7 @@ import torch
 from megatron_rl.collective import any_rank, barrier, gather_objects, raise_together
 from megatron_rl.config import RunConfig
 from megatron_rl.config.load import defaults, flatten
+from megatron_rl.config.reward_training import RewardTrainingConfig
 from megatron_rl.errors import CheckpointError, ConfigError, ConversionError
 from megatron_rl.integrity import Seal, check_seals, seal_files, write_seals
 from megatron_rl.mcore.async_save import PendingSave
@@ -35,11 +36,10 @@ from megatron_rl.mcore.checkpoint import begin_save, complete_save, load_learner
 from megatron_rl.mcore.lora import LoraAdapters
 from megatron_rl.mcore.policy import Policy
 from megatron_rl.mcore.sharded_model import ShardedModel
-from megatron_rl.models import as_value_model, read_hf_config
 from megatron_rl.rollout.record import group_from_json, group_to_json, read_lines, write_lines
 from megatron_rl.rollout.work import GroupWork
 from megatron_rl.run_folder import LATEST, RunFolder, write_atomically
-from megatron_rl.run_models import RunModels
+from megatron_rl.run_models import LearningModels
 from megatron_rl.types import ParallelContext, TrainState
 from megatron_rl.weights.hf_files import write_hf_folder
 from megatron_rl.weights.peft_files import write_peft_folder
@@ -83,7 +83,7 @@ BOUND_KEYS = ("parallel.distributed_optimizer", "critic.parallel.distributed_opt
 class Checkpoints:
     """Saves and restores the models that learn and the trainer's state."""
 
-    def __init__(self, folder: RunFolder, config: RunConfig, parallel: ParallelContext) -> None:
+    def __init__(self, folder: RunFolder, config: RunConfig | RewardTrainingConfig, parallel: ParallelContext) -> None:
         self._folder = folder.checkpoints
         self._references = folder.references
         self._config = config
@@ -92,7 +92,7 @@ class Checkpoints:
         self._reference: str | None = None  # which the next checkpoint will name
         self._pending: tuple[dict[str, PendingSave], Path, Path] | None = None  # by the part of the checkpoint
 
-    def save(self, state: TrainState, models: RunModels, in_flight: Sequence[GroupWork] = ()) -> Path:
+    def save(self, state: TrainState, models: LearningModels, in_flight: Sequence[GroupWork] = ()) -> Path:
         """Begin a checkpoint, unless it is the last one already; it appears under its name only when complete.
 
         Collective. With checkpoint.in_background the files are written while training goes on, and
@@ -112,12 +112,10 @@ class Checkpoints:
                 for part in ("rng", *models.learners):
                     (partial / part).mkdir(parents=True)
         if self._config.checkpoint.save_hf:
-            self._export(models.policy, partial / "hf")
-            if models.critic is not None:
-                config = as_value_model(read_hf_config(models.critic.config.model.path))
-                self._export(models.critic, partial / "hf_critic", config)
-        if models.policy.adapters is not None:
-            self._export_adapters(models.policy, models.policy.adapters, partial / "adapter")
+            for name, (model, config) in models.exports.items():
+                self._export(model, partial / name, config)
+        if models.adapters is not None:
+            self._export_adapters(models.adapters, partial / "adapter")
         with raise_together(self._parallel), _checkpoint_errors(final):
             torch.save(_random_state(), partial / "rng" / f"rank_{self._parallel.rank}.pt")
             if self._parallel.is_main:
@@ -198,7 +196,7 @@ class Checkpoints:
                 write_atomically(self._folder / LATEST, final.name)
                 self._remove_old()
 
-    def restore(self, path: Path, models: RunModels) -> TrainState:
+    def restore(self, path: Path, models: LearningModels) -> TrainState:
         """Continue from a checkpoint, under this run's layout; collective.
 
         Raises:
@@ -294,11 +292,11 @@ class Checkpoints:
                 for _ in tensors:  # the export is collective: every rank of the replica goes through all of it
                     pass
 
-    def _export_adapters(self, policy: Policy, adapters: LoraAdapters, folder: Path) -> None:
+    def _export_adapters(self, adapters: LoraAdapters, folder: Path) -> None:
         """Write a PEFT folder; collective."""
         config = adapters.config
         with raise_together(self._parallel), _checkpoint_errors(folder):
-            if not policy.is_in_first_replica:
+            if not adapters.is_in_first_replica:
                 return
             tensors = [(name, tensor.clone()) for name, tensor in adapters.export()]
             if self._parallel.is_main:
@@ -324,7 +322,7 @@ class Checkpoints:
                 shutil.rmtree(path)
 
 
-def check_resumable(path: Path, config: RunConfig) -> dict[str, Any]:
+def check_resumable(path: Path, config: RunConfig | RewardTrainingConfig) -> dict[str, Any]:
     """The trainer state of a checkpoint that this configuration may go on from.
 
     Raises:
@@ -346,6 +344,7 @@ def check_schedule(saved: Mapping[str, Any], current: Mapping[str, Any], path: P
     bound = any(
         current[f"{section}.lr_decay_style"] != "constant" and current[f"{section}.lr_decay_updates"] is None
         for section in ("optimizer", "critic.optimizer")
+        if f"{section}.lr_decay_style" in current
     )
     if bound and saved["run.num_steps"] != current["run.num_steps"]:
         raise ConfigError(
@@ -383,7 +382,7 @@ def _with_critic_layout(flat: Mapping[str, Any]) -> dict[str, Any]:
     return {**flat, **own}
 
 
-def flatten_plain(config: RunConfig) -> dict[str, Any]:
+def flatten_plain(config: RunConfig | RewardTrainingConfig) -> dict[str, Any]:
     """The configuration as JSON would give it back."""
     flat = json.loads(json.dumps(flatten(config), default=lambda section: vars(section)))
     assert isinstance(flat, dict)

@@ -10,6 +10,7 @@ from megatron_rl.build import (
     build_collector,
     build_engine,
     build_evaluator,
+    build_judge,
     build_keeper,
     build_log,
     build_models,
@@ -18,14 +19,16 @@ from megatron_rl.build import (
     fresh_state,
     read_inputs,
 )
+from megatron_rl.cadence import is_due
 from megatron_rl.checkpoints import Checkpoints
 from megatron_rl.collective import raise_together
 from megatron_rl.config import RunConfig, validate
 from megatron_rl.drift import check_drift
 from megatron_rl.errors import EngineDied
+from megatron_rl.judging import Judge
 from megatron_rl.learning import learn
 from megatron_rl.ledger import Ledger
-from megatron_rl.mcore.parallel import init_parallel, launcher_world, leave_world
+from megatron_rl.mcore.parallel import describe_layout, init_parallel, launcher_world, leave_world
 from megatron_rl.mcore.reference import BaseReference
 from megatron_rl.metrics.metric import Mean, Reduction, mean_max_min, merge
 from megatron_rl.metrics.timing import Stopwatch
@@ -98,7 +101,8 @@ def run_in(config: RunConfig, resume: str, parallel: ParallelContext) -> None:
             )
         ) as log:
             log.note(describe(config, inputs, parallel, checkpoint.name if checkpoint else None))
-            train(config, state, models, sampler, evaluator, keeper, checkpoints, log, parallel)
+            judge = build_judge(config, inputs, models)
+            train(config, state, models, sampler, judge, evaluator, keeper, checkpoints, log, parallel)
 
 
 def train(
@@ -106,6 +110,7 @@ def train(
     state: TrainState,
     models: RunModels,
     sampler: Sampler,
+    judge: Judge | None,
     evaluator: Evaluator | None,
     keeper: EngineKeeper,
     checkpoints: Checkpoints,
@@ -130,6 +135,10 @@ def train(
                 with room_for_engine(models, keeper.engine, config, watch), watch.span("gen"):
                     ledger.look("generation")
                     collected = sampler.collect(step, state.num_prompts_consumed)
+            if judge is not None:
+                with watch.span("reward_model"):
+                    collected, judged = judge(collected)
+                metrics |= judged
             batch = None
             if not config.run.rollout_only:
                 batch, state, learnt = learn(collected.groups, config, state, models, watch, graded=sampler.is_graded)
@@ -208,11 +217,6 @@ def room_for_engine(models: RunModels, engine: Engine, config: RunConfig, watch:
                     learner.to_device()
 
 
-def is_due(every: int, step: int, num_steps: int) -> bool:
-    """After the last step always, otherwise every so many; 0 is never in between."""
-    return step == num_steps or (every > 0 and step % every == 0)
-
-
 def advance(state: TrainState, collected: Collected) -> TrainState:
     """The state after a step."""
     return replace(
@@ -277,14 +281,6 @@ def update_flops(spec: ModelSpec, update: UpdatePlan) -> float:
         num_logit_tokens=update.num_tokens,
     )
     return 3 * forward
-
-
-def describe_layout(parallel: ParallelContext) -> str:
-    """The parallel sizes; of VPP, CP and EP only those that do something."""
-    chunks = f" (VPP{parallel.vp_size})" if parallel.vp_size > 1 else ""
-    context = f" x CP{parallel.cp_size}" if parallel.cp_size > 1 else ""
-    experts = f", EP{parallel.ep_size}" if parallel.ep_size > 1 else ""
-    return f"TP{parallel.tp_size} x PP{parallel.pp_size}{chunks}{context} x DP{parallel.dp_size}{experts}"
 
 
 def describe(config: RunConfig, inputs: Inputs, parallel: ParallelContext, resumed: str | None) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rl.config import RunConfig, dump_config
+from megatron_rl.config.reward_training import RewardTrainingConfig
 from megatron_rl.errors import CheckpointError, ConfigError
 
 LATEST = "latest"
@@ -41,7 +42,7 @@ class RunFolder:
                 f"run.output_dir={self.path}: {ancestor} is not a writable folder. Choose another run.output_dir."
             )
 
-    def create(self, config: RunConfig) -> None:
+    def create(self, config: RunConfig | RewardTrainingConfig) -> None:
         """Make the folder and write the resolved configuration.
 
         Raises:

@@ -2,7 +2,7 @@
 
 Reads the rollouts that a run recorded (metrics.keep_rollouts_every=1) and writes one line for each prompt, with the
 columns prompt, answer, demonstration, pass_rate, num_samples and those that the prompt had. The prompts are as the
-model saw them, so data.chat_template=none fits them.
+model saw them, so data.chat_template=rendered fits them (none, where the run had that).
 """
 
 import argparse
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rl.errors import MegatronRLError
-from megatron_rl.rollout.record import read_rollouts, write_lines
+from megatron_rl.rollout.record import read_folder, write_lines
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -24,10 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--min-reward", type=float, default=1.0, help="total reward of a right response (1.0)")
     asked = parser.parse_args(arguments)
     try:
-        files = sorted(asked.rollouts.glob("step_*.jsonl"))
-        if not files:
-            sys.exit(f"{asked.rollouts} has no step_*.jsonl. Record a run with metrics.keep_rollouts_every=1.")
-        rows = rated([line for file in files for line in read_rollouts(file)], asked.min_reward)
+        rows = rated(read_folder(asked.rollouts), asked.min_reward)
         write_lines(asked.output, rows)
     except MegatronRLError as error:
         sys.exit(str(error))

@@ -10,13 +10,13 @@ import random
 import sys
 from pathlib import Path
 
-from bench.logged import run_logged
+from bench.recorded import as_recorded, recorded, train
 
 from megatron_rl.config import RunConfig, load_config
 from megatron_rl.errors import MegatronRLError
 from megatron_rl.metrics.sinks import read_rows
 from megatron_rl.rewards.registry import build_grader
-from megatron_rl.rollout.record import read_rollouts, step_file, write_lines
+from megatron_rl.rollout.record import step_file, write_lines
 from megatron_rl.rollout.self_taught import Line, as_steps, hinted_row, right_ones, unsolved, without_hint
 
 METRIC = "eval/score"
@@ -61,7 +61,7 @@ def rounds(asked: argparse.Namespace, sample: RunConfig, learn: RunConfig) -> No
         for step, one in enumerate(steps, start=1):
             write_lines(step_file(folder / "kept", step), one)
         train(
-            asked, asked.learn, folder / "learnt",
+            asked.learn, folder / "learnt", asked.num_ranks, *asked.overrides,
             f"model.path={base}", "rollout.source=replay", f"rollout.replay_path={folder / 'kept'}",
             "rollout.group_size=1", "rollout.drift_limit=null", "rollout.drift_warning=null",
             "algorithm.loss=nll", f"algorithm.accept_min_reward={asked.min_reward}",
@@ -75,13 +75,8 @@ def rounds(asked: argparse.Namespace, sample: RunConfig, learn: RunConfig) -> No
 
 def sampled(asked: argparse.Namespace, config: RunConfig, run: Path, model: str, overrides: list[str]) -> list[Line]:
     """Responses of a model, graded."""
-    files = [step_file(run / "rollouts", step) for step in range(1, config.run.num_steps + 1)]
-    if not files[-1].exists():
-        train(
-            asked, asked.sample, run, f"model.path={model}", "run.rollout_only=true", "metrics.keep_rollouts_every=1",
-            "data.evaluation=null", "evaluation.every=0", *overrides,
-        )  # fmt: skip
-    return [line for file in files if file.exists() for line in read_rollouts(file)]
+    given = [*asked.overrides, f"model.path={model}", *overrides]
+    return recorded(asked.sample, config.run.num_steps, run, given, num_ranks=asked.num_ranks)
 
 
 def right(asked: argparse.Namespace, config: RunConfig, lines: list[Line]) -> list[Line]:
@@ -111,27 +106,19 @@ def by_hints(
     questions = folder / "hinted.jsonl"
     write_lines(questions, [hinted_row(line, asked.hint) for line in missing.values()])
     longer = len(asked.hint) + max(len(str(line["answer"])) for line in missing.values())
+    template = f"data.chat_template={as_recorded(config.data.chat_template)}"
     hinted = sampled(
         asked,
         config,
         folder / "hinted",
         model,
         [
-            "data.train.kind=jsonl", f"data.train.path={questions}", "data.train.options={}", "data.chat_template=none",
+            "data.train.kind=jsonl", f"data.train.path={questions}", "data.train.options={}", template,
             "data.train.prompt_field=prompt", "data.train.answer_field=answer", "data.train.answer_pattern=null",
             f"data.max_prompt_tokens={config.data.max_prompt_tokens + longer}",
         ],
     )  # fmt: skip
     return right(asked, config, [without_hint(line, missing) for line in hinted])
-
-
-def train(asked: argparse.Namespace, config: str, run: Path, *overrides: str) -> None:
-    """A run of its own, with what the user overrides before what a round needs."""
-    command = [
-        "torchrun", "--standalone", "--nproc-per-node", str(asked.num_ranks), "-m", "megatron_rl.train",
-        "--config", config, *asked.overrides, *overrides, f"run.output_dir={run}",
-    ]  # fmt: skip
-    run_logged(command, run.with_suffix(".log"), cwd=Path.cwd())
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Per-token policy losses; how they are averaged is decided by the loss weights alone."""
+"""Losses of policies, critics and reward models, value by value; how they are averaged is decided elsewhere."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -104,6 +105,30 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float 
         return TokenLoss(loss=free, clipped=torch.zeros_like(free, dtype=torch.bool))
     bounded = (old_values + (values - old_values).clamp(-clip, clip) - returns).square() / 2
     return TokenLoss(loss=torch.maximum(free, bounded), clipped=bounded > free)
+
+
+def pairwise_loss(chosen: Tensor, rejected: Tensor, margins: Tensor) -> Tensor:
+    """-log sigmoid(chosen - rejected - margin): what a reward model learns from comparisons.
+
+    Args:
+        chosen, rejected: [K] scores, gradients flow to them.
+        margins: [K], by how much the chosen one has to be better; 0 where nothing is known.
+
+    Source: Bradley-Terry as in InstructGPT, arXiv 2203.02155 eq. 1; the margin from Llama 2, arXiv 2307.09288 eq. 2.
+    """
+    return -F.logsigmoid(chosen - rejected - margins)
+
+
+def binary_loss(scores: Tensor, labels: Tensor) -> Tensor:
+    """Binary cross-entropy of scores as logits: what a reward model learns from judged responses, or judged steps.
+
+    Args:
+        scores: [K], gradients flow to them.
+        labels: [K] from 0 to 1; in between where only the share of right continuations is known.
+
+    Source: Math-Shepherd, arXiv 2312.08935 eq. 1 (responses) and 2 (steps), averaged over them.
+    """
+    return F.binary_cross_entropy_with_logits(scores, labels, reduction="none")
 
 
 LOSSES: dict[str, LossFunction] = {

@@ -8,6 +8,7 @@ from jinja2 import Environment, PackageLoader
 
 from megatron_rl.analysis.plots import Rows, line_plot, time_split_plot
 from megatron_rl.config import RunConfig, dump_config
+from megatron_rl.config.reward_training import RewardTrainingConfig
 from megatron_rl.errors import DataError
 from megatron_rl.metrics.console import TIMINGS
 from megatron_rl.metrics.sinks import read_rows
@@ -16,13 +17,14 @@ from megatron_rl.run_folder import RunFolder, write_atomically
 NOT_ACCURACY = (
     "eval/score",
     "eval/failures",
+    "eval/loss",
     "eval/response_length/mean",
     "eval/response_length/max",
     "eval/response_length/min",
 )
 
 
-def conclude(config: RunConfig) -> str:
+def conclude(config: RunConfig | RewardTrainingConfig) -> str:
     """Write the report of a finished run; the last lines for the console.
 
     Raises:
@@ -38,7 +40,7 @@ def conclude(config: RunConfig) -> str:
     return "\n".join([*lines, f"report: {folder.report}"])
 
 
-def render(config: RunConfig, rows: Rows, samples: Sequence[Mapping[str, Any]]) -> str:
+def render(config: RunConfig | RewardTrainingConfig, rows: Rows, samples: Sequence[Mapping[str, Any]]) -> str:
     """The page."""
     accuracy = {name: name.removeprefix("eval/") for name in _held_out(rows)}
     plots = [
@@ -48,7 +50,10 @@ def render(config: RunConfig, rows: Rows, samples: Sequence[Mapping[str, Any]]) 
         line_plot("Entropy (nats per token)", rows, {"actor/entropy": "entropy"}),
         line_plot("KL", rows, {"actor/kl_loss": "to the reference", "actor/ppo_kl": "to the policy before the update"}),
         line_plot("Loss", rows, {"actor/loss": "loss"}),
-        line_plot("Gradient norm", rows, {"actor/grad_norm": "norm"}),
+        line_plot("Loss", rows, {"reward_model/loss": "training"}),
+        line_plot("Accuracy", rows, {"reward_model/accuracy": "training"}),
+        line_plot("Score of the reward model", rows, {"reward_model/score/mean": "mean"}),
+        line_plot("Gradient norm", rows, {"actor/grad_norm": "policy", "reward_model/grad_norm": "reward model"}),
         line_plot(
             "Training against rollout log-probabilities",
             rows,

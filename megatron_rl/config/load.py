@@ -4,7 +4,7 @@ import dataclasses
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -14,20 +14,30 @@ from megatron_rl.config.names import suggest
 from megatron_rl.config.schema import RunConfig
 from megatron_rl.errors import ConfigError
 
+T = TypeVar("T")
+
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The frozen configuration of a run, as ``load_as``."""
+    return load_as(RunConfig, path, overrides)
+
+
+def load_as(schema: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
     """The frozen configuration of a YAML file with its bases and overrides.
+
+    Args:
+        schema: a dataclass of sections.
 
     Raises:
         ConfigError: a file is missing or not YAML, a base chain loops, a key is unknown,
             a required key is absent, or a value has the wrong type or range.
     """
     layers = [*_read_chain(Path(path)), *(_parse_override(text) for text in overrides)]
-    known = sorted(_dotted_keys(RunConfig))
+    known = sorted(_dotted_keys(schema))
     for origin, layer in layers:
-        _check_keys(layer, RunConfig, "", known, origin)
+        _check_keys(layer, schema, "", known, origin)
     try:
-        merged = OmegaConf.structured(RunConfig)
+        merged = OmegaConf.structured(schema)
         for origin, layer in layers:
             merged = _merge(merged, layer, origin)
         missing = sorted(OmegaConf.missing_keys(merged))
@@ -38,11 +48,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {error.full_key or ''}: {str(error).splitlines()[0]}") from error
-    assert isinstance(config, RunConfig)
+    assert isinstance(config, schema)
     return config
 
 
-def dump_config(config: RunConfig) -> str:
+def dump_config(config: Any) -> str:
     """The resolved configuration as YAML that ``load_config`` reads back to an equal one."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 

@@ -14,6 +14,7 @@ from megatron_rl.config.critic import CriticSection
 from megatron_rl.config.lora import LoraSection
 from megatron_rl.config.machine import MemorySection, MoeSection, ParallelSection, PrecisionSection, ProfilingSection
 from megatron_rl.config.optimizer import OptimizerSection
+from megatron_rl.config.reward_model import RewardModelSection
 from megatron_rl.config.rollout import RolloutSection, WeightSyncSection
 
 
@@ -50,29 +51,21 @@ class ModelSection:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SourceSection:
-    """Where prompts come from and which columns hold what."""
+class RowsSection:
+    """Where rows come from."""
 
     kind: str
-    """jsonl | parquet | datasets | task, or package.module:symbol of a prompt source."""
+    """jsonl | parquet | datasets | task, or package.module:symbol of a source."""
     path: str | None = None
     """File, folder or hub id; for kind=task the task's name."""
     name: str | None = None
     """Configuration of a hub data set, for instance "main" of openai/gsm8k."""
     split: str = "train"
     """Split of a data set or of a generated task."""
-    prompt_field: str = "prompt"
-    """Column of the prompt: a string, or a list of {role, content} messages."""
-    answer_field: str | None = "answer"
-    """Column of the reference answer; null when the reward needs none."""
-    answer_pattern: str | None = None
-    """Regular expression whose first group is the answer inside the answer column."""
-    demonstration_field: str | None = None
-    """Column of the demonstration to imitate (supervised fine-tuning)."""
     limit: int | None = None
     """Use only the first so many rows."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Keyword arguments of a generated task or of an own prompt source."""
+    """Keyword arguments of a generated task or of an own source."""
 
     def __post_init__(self) -> None:
         positive("data source", self, "limit")
@@ -83,6 +76,20 @@ class SourceSection:
             f"a path for kind={self.kind}",
             "Set data.train.path (and data.evaluation.path).",
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceSection(RowsSection):
+    """Where prompts come from and which columns hold what."""
+
+    prompt_field: str = "prompt"
+    """Column of the prompt: a string, or a list of {role, content} messages."""
+    answer_field: str | None = "answer"
+    """Column of the reference answer; null when the reward needs none."""
+    answer_pattern: str | None = None
+    """Regular expression whose first group is the answer inside the answer column."""
+    demonstration_field: str | None = None
+    """Column of the demonstration to imitate (supervised fine-tuning)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,8 +128,9 @@ class DataSection:
     """Longest prompt in tokens."""
     on_overlong_prompt: Literal["drop", "error"] = "drop"
     """Drop longer prompts (counted and reported) or stop."""
-    chat_template: Literal["auto", "none"] = "auto"
-    """auto: the tokenizer's chat template when it has one; none: prompts are plain text."""
+    chat_template: Literal["auto", "rendered", "none"] = "auto"
+    """auto: the tokenizer's chat template when it has one; rendered: it has been applied already, as in the prompts of
+    recorded rollouts; none: prompts are plain text."""
     system_prompt: str | None = None
     """System message put before every prompt; needs a chat template."""
     shuffle: bool = True
@@ -159,6 +167,8 @@ class RewardSection:
 
     functions: list[RewardFunctionSection] = field(default_factory=list)
     """The total reward is the weighted sum of these."""
+    model: RewardModelSection | None = None
+    """A model whose score is added to it in training; null: none."""
     num_workers: int = 1
     """Worker processes on each rank."""
     timeout_s: float = 10.0
@@ -295,6 +305,15 @@ class RunConfig:
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
     metrics: MetricsSection = field(default_factory=MetricsSection)
     profiling: ProfilingSection = field(default_factory=ProfilingSection)
+
+    def of_reward_model(self, path: str) -> "RunConfig":
+        """The same with a frozen reward model in the policy's place, in its layout."""
+        return replace(
+            self,
+            model=replace(self.model, path=path),
+            lora=LoraSection(),
+            moe=MoeSection(router_dtype=self.moe.router_dtype),
+        )
 
     def of_critic(self) -> "RunConfig":
         """The same with the critic's model, layout and optimizer in the policy's place.

@@ -11,7 +11,7 @@ def validate(config: RunConfig, world_size: int) -> None:
     Raises:
         ConfigError: with the values, what was expected and the key to change.
     """
-    _check_parallel(config, world_size)
+    check_parallel(config, world_size)
     if config.algorithm.uses_critic:
         _check_critic(config, world_size)
     elif config.critic != CriticSection():
@@ -24,6 +24,8 @@ def validate(config: RunConfig, world_size: int) -> None:
     _check_batches(config)
     _check_groups(config)
     _check_objective(config)
+    if config.reward.model is not None:
+        _check_reward_model(config)
     graded = config.evaluation.functions or config.reward.functions or config.rollout.environment
     if config.data.evaluation is not None and not graded:
         raise ConfigError("data.evaluation is set but nothing grades it. Set evaluation.functions or reward.functions.")
@@ -36,7 +38,7 @@ def validate(config: RunConfig, world_size: int) -> None:
 
 def _check_critic(config: RunConfig, world_size: int) -> None:
     try:
-        _check_parallel(config.of_critic(), world_size)
+        check_parallel(config.of_critic(), world_size)
         _check_micro_batches(config.of_critic())
     except ConfigError as error:
         raise ConfigError(f"of the critic (critic.parallel, critic.optimizer): {error}") from error
@@ -52,13 +54,32 @@ def _check_critic(config: RunConfig, world_size: int) -> None:
         )
 
 
+def _check_reward_model(config: RunConfig) -> None:
+    """What asks for rewards before the model has given its own, or would have it give them twice."""
+    rollout = config.rollout
+    for key, value, nothing in (
+        ("rollout.dynamic_sampling", rollout.dynamic_sampling, False),
+        ("rollout.greedy_baseline", rollout.greedy_baseline, False),
+        ("rollout.source", rollout.source, "engine"),
+        (
+            "algorithm.advantage",
+            config.algorithm.advantage,
+            config.algorithm.advantage.replace("distillation", "another"),
+        ),
+    ):
+        if value != nothing:
+            raise ConfigError(
+                f"{key}={value} with reward.model: expected {nothing}. Change it, or leave the model out."
+            )
+
+
 def sequences_per_step(config: RunConfig) -> int:
     """Training sequences that one step learns from."""
     group = config.rollout.group_size if config.rollout.source != "demonstrations" else 1
     return config.algorithm.num_kept(config.rollout.num_prompts_per_step) * group
 
 
-def _check_parallel(config: RunConfig, world_size: int) -> None:
+def check_parallel(config: RunConfig, world_size: int) -> None:
     parallel = config.parallel
     tp, pp, cp = parallel.tensor_parallel_size, parallel.pipeline_parallel_size, parallel.context_parallel_size
     if world_size % (tp * pp * cp):
@@ -228,9 +249,17 @@ def _check_objective(config: RunConfig) -> None:
             f"rollout.source={source} and rollout.replay_path={config.rollout.replay_path}: they belong together. "
             "Set both to replay a run, or neither."
         )
-    graded = config.reward.functions or config.rollout.environment or config.algorithm.advantage == "distillation"
+    graded = (
+        config.reward.functions
+        or config.reward.model
+        or config.rollout.environment
+        or config.algorithm.advantage == "distillation"
+    )
     if source == "engine" and not graded:
-        raise ConfigError("reward.functions is empty: rollouts need at least one reward, for instance [{name: math}].")
+        raise ConfigError(
+            "reward.functions is empty and there is no reward.model: rollouts need at least one reward, for instance "
+            "reward.functions=[{name: math}]."
+        )
     algorithm = config.algorithm
     corrected = [name for name in ("rollout_is", "rollout_rejection") if getattr(algorithm, name) != "none"]
     corrected += ["rollout_veto"] if algorithm.rollout_veto is not None else []

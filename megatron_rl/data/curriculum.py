@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_rl.config.schema import DataSection, StageSection
-from megatron_rl.data.prompts import PromptOrder
+from megatron_rl.data.order import Order
 from megatron_rl.errors import DataError
 from megatron_rl.types import Prompt
 
@@ -16,7 +16,7 @@ class Stage:
 
     number: int
     from_step: int
-    order: PromptOrder
+    order: Order[Prompt]
     max_new_tokens: int
 
 
@@ -36,7 +36,7 @@ class Curriculum:
             Stage(
                 number,
                 section.from_step,
-                PromptOrder(_chosen(prompts, section, number), shuffle=config.shuffle, seed=seed),
+                Order(_chosen(prompts, section, number), shuffle=config.shuffle, seed=seed),
                 section.max_new_tokens or max_new_tokens,
             )
             for number, section in enumerate(sections, start=1)

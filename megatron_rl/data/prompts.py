@@ -1,4 +1,4 @@
-"""Tokenised prompts and the order in which a run uses them."""
+"""Tokenised prompts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ import torch
 from megatron_rl.config.schema import DataSection, SourceSection
 from megatron_rl.data.adapters import to_problem
 from megatron_rl.data.sources import read_rows
-from megatron_rl.data.templates import render_prompts, tokenize
+from megatron_rl.data.templates import adds_special_tokens, render_prompts, tokenize
 from megatron_rl.errors import DataError
 from megatron_rl.types import Prompt
 
@@ -32,10 +32,14 @@ def load_prompts(source: SourceSection, config: DataSection, tokenizer: Any) -> 
     """
     problems = [to_problem(row, source, number) for number, row in enumerate(read_rows(source))]
     texts = render_prompts(problems, config, tokenizer)
-    templated = config.chat_template == "auto" and tokenizer.chat_template is not None
     prompts, longest = [], 0
     for number, (problem, text, ids) in enumerate(
-        zip(problems, texts, tokenize(texts, tokenizer, special_tokens=not templated), strict=True)
+        zip(
+            problems,
+            texts,
+            tokenize(texts, tokenizer, special_tokens=adds_special_tokens(config.chat_template, tokenizer)),
+            strict=True,
+        )
     ):
         longest = max(longest, len(ids))
         if len(ids) > config.max_prompt_tokens:
@@ -65,30 +69,3 @@ def load_prompts(source: SourceSection, config: DataSection, tokenizer: Any) -> 
             f"{config.max_prompt_tokens} (longest: {longest}). Raise the limit."
         )
     return PromptSet(prompts=prompts, num_overlong=len(texts) - len(prompts))
-
-
-class PromptOrder:
-    """Endless passes over the prompts, a new order in each; any place can be jumped to."""
-
-    def __init__(self, prompts: Sequence[Prompt], *, shuffle: bool, seed: int) -> None:
-        self._prompts = prompts
-        self._shuffle = shuffle
-        self._seed = seed
-        self._epoch = -1
-        self._order: list[int] = []
-
-    def take(self, start: int, count: int) -> list[Prompt]:
-        """The prompts at places start, start + 1, … counted from the beginning of the run."""
-        return [self._at(place) for place in range(start, start + count)]
-
-    def _at(self, place: int) -> Prompt:
-        epoch, offset = divmod(place, len(self._prompts))
-        if epoch != self._epoch:
-            self._epoch, self._order = epoch, self._order_of(epoch)
-        return self._prompts[self._order[offset]]
-
-    def _order_of(self, epoch: int) -> list[int]:
-        if not self._shuffle:
-            return list(range(len(self._prompts)))
-        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
-        return torch.randperm(len(self._prompts), generator=generator).tolist()

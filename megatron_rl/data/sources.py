@@ -6,16 +6,16 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from megatron_rl.config.schema import SourceSection
+from megatron_rl.config.schema import RowsSection
 from megatron_rl.errors import DataError
 from megatron_rl.plugins import load_symbol
 from megatron_rl.tasks import TASKS
 
 Row = Mapping[str, Any]
-SourceReader = Callable[[SourceSection], Iterable[Row]]
+SourceReader = Callable[[RowsSection], Iterable[Row]]
 
 
-def read_rows(source: SourceSection) -> list[Row]:
+def read_rows(source: RowsSection) -> list[Row]:
     """All rows of a source, in its order, up to its limit.
 
     Raises:
@@ -30,7 +30,7 @@ def read_rows(source: SourceSection) -> list[Row]:
     return rows
 
 
-def read_jsonl(source: SourceSection) -> Iterable[Row]:
+def read_jsonl(source: RowsSection) -> Iterable[Row]:
     """One JSON object per line; empty lines do not count."""
     path = _existing_file(source)
     with path.open(encoding="utf-8") as lines:
@@ -46,7 +46,7 @@ def read_jsonl(source: SourceSection) -> Iterable[Row]:
             yield row
 
 
-def read_parquet(source: SourceSection) -> Iterable[Row]:
+def read_parquet(source: RowsSection) -> Iterable[Row]:
     """One Parquet file."""
     import pyarrow
     import pyarrow.parquet
@@ -59,7 +59,7 @@ def read_parquet(source: SourceSection) -> Iterable[Row]:
         raise DataError(f"{path} is not a Parquet file: {error}") from error
 
 
-def read_datasets(source: SourceSection) -> Iterable[Row]:
+def read_datasets(source: RowsSection) -> Iterable[Row]:
     """A data set of the ``datasets`` library: a hub id, a local folder, or one saved to disk."""
     import datasets
 
@@ -81,7 +81,7 @@ def read_datasets(source: SourceSection) -> Iterable[Row]:
         ) from error
 
 
-def read_task(source: SourceSection) -> Iterable[Row]:
+def read_task(source: RowsSection) -> Iterable[Row]:
     """A generated task."""
     assert source.path is not None
     task = load_symbol(source.path, TASKS, "data source path (task)")
@@ -99,7 +99,7 @@ READERS: dict[str, SourceReader] = {
 }
 
 
-def _existing_file(source: SourceSection) -> Path:
+def _existing_file(source: RowsSection) -> Path:
     assert source.path is not None
     path = Path(source.path)
     if not path.is_file():

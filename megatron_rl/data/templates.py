@@ -57,7 +57,7 @@ def render_prompts(problems: Sequence[Problem], config: DataSection, tokenizer: 
         return [_render_chat(problem, config, tokenizer) for problem in problems]
     if config.system_prompt is not None:
         raise DataError(
-            "data.system_prompt needs a chat template, and the tokenizer has none (or data.chat_template=none)."
+            "data.system_prompt needs a chat template, and the tokenizer has none (or data.chat_template is not auto)."
         )
     texts = []
     for problem in problems:
@@ -67,11 +67,16 @@ def render_prompts(problems: Sequence[Problem], config: DataSection, tokenizer: 
     return texts
 
 
+def adds_special_tokens(chat_template: str, tokenizer: Any) -> bool:
+    """The tokenizer has to add its start token; a chat template has written it already."""
+    return chat_template == "none" or tokenizer.chat_template is None
+
+
 def tokenize(texts: Sequence[str], tokenizer: Any, *, special_tokens: bool) -> list[list[int]]:
     """Token ids of every text.
 
     Args:
-        special_tokens: let the tokenizer add its start token; a chat template has written it already.
+        special_tokens: let the tokenizer add its start token.
     """
     return tokenizer(list(texts), add_special_tokens=special_tokens)["input_ids"]
 

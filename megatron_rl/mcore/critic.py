@@ -29,7 +29,7 @@ class Critic(ShardedModel):
     def values(self, batch: TrainBatch) -> list[Tensor]:
         """What the critic expects before each token of this rank's sequences, [L] float32, 0 without loss."""
         with in_layout(self.parallel):
-            return self.score(batch, _reads_values)
+            return self.score(batch, reads_values)
 
     def update(self, batch: TrainBatch) -> dict[str, Reduction]:
         """Make every optimizer update of a batch with values and returns.
@@ -50,7 +50,7 @@ class Critic(ShardedModel):
             )
 
 
-def _reads_values(
+def reads_values(
     model: ValueModel, batch: MicroBatch, hidden: Tensor
 ) -> tuple[Tensor, Tensor, tuple[MicroBatch, Tensor]]:
     return collected(batch, model.values(hidden, batch.loss_mask))

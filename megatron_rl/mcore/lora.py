@@ -156,6 +156,11 @@ class LoraAdapters:
         self._read(table)
         self._export_plan = model.plan_export(self.parameters, table)
 
+    @property
+    def is_in_first_replica(self) -> bool:
+        """As ``ShardedModel.is_in_first_replica``."""
+        return self._model.is_in_first_replica
+
     @torch.no_grad()
     def merged(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The weights, those with an adapter replaced by copies to which what it adds is added."""

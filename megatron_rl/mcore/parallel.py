@@ -180,3 +180,11 @@ def leave_world() -> None:
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def describe_layout(parallel: ParallelContext) -> str:
+    """The parallel sizes; of VPP, CP and EP only those that do something."""
+    chunks = f" (VPP{parallel.vp_size})" if parallel.vp_size > 1 else ""
+    context = f" x CP{parallel.cp_size}" if parallel.cp_size > 1 else ""
+    experts = f", EP{parallel.ep_size}" if parallel.ep_size > 1 else ""
+    return f"TP{parallel.tp_size} x PP{parallel.pp_size}{chunks}{context} x DP{parallel.dp_size}{experts}"

@@ -51,6 +51,18 @@ def read_rollouts(path: Path) -> Iterator[dict[str, Any]]:
         yield line
 
 
+def read_folder(folder: Path) -> list[dict[str, Any]]:
+    """The lines of all steps that a run has recorded.
+
+    Raises:
+        DataError: there are none, or they cannot be read.
+    """
+    files = sorted(folder.glob("step_*.jsonl"))
+    if not files:
+        raise DataError(f"{folder} has no step_*.jsonl. Record a run with metrics.keep_rollouts_every=1.")
+    return [line for file in files for line in read_rollouts(file)]
+
+
 def write_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
     """Whole or not at all.
 

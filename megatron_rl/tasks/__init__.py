@@ -3,7 +3,12 @@
 from megatron_rl.tasks.base import Task
 from megatron_rl.tasks.countdown import Countdown
 from megatron_rl.tasks.hasty_addition import HastyAddition
+from megatron_rl.tasks.hasty_chain import HastyChain
 
-TASKS: dict[str, type[Task]] = {"countdown": Countdown, "hasty_addition": HastyAddition}
+TASKS: dict[str, type[Task]] = {
+    "countdown": Countdown,
+    "hasty_addition": HastyAddition,
+    "hasty_chain": HastyChain,
+}
 
 __all__ = ["TASKS", "Task"]

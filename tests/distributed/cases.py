@@ -1,6 +1,8 @@
 """What the ranks of a gang run; the tests around them compare."""
 
+import contextlib
 import gc
+import io
 import itertools
 import os
 from collections.abc import Iterator
@@ -13,12 +15,15 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from megatron_rl import reward_training
 from megatron_rl.algorithms.importance import build_correction
+from megatron_rl.batching.judged import judged_sequence
 from megatron_rl.batching.plan import given_batch
 from megatron_rl.build import build_collector, build_engine, build_keeper, read_inputs
 from megatron_rl.collective import gather_objects
 from megatron_rl.config import RunConfig
 from megatron_rl.config.machine import ParallelSection
+from megatron_rl.config.reward_training import RewardTrainingConfig
 from megatron_rl.correction import correct
 from megatron_rl.credit import add_advantages
 from megatron_rl.errors import WeightSyncError
@@ -31,6 +36,7 @@ from megatron_rl.mcore.model import PolicyModel, place_of
 from megatron_rl.mcore.parallel import split_again, split_world
 from megatron_rl.mcore.policy import Policy
 from megatron_rl.mcore.reference import HostedReference
+from megatron_rl.mcore.reward_model import RewardModel
 from megatron_rl.mcore.scoring import ScoringModel
 from megatron_rl.metrics.metric import merge, results
 from megatron_rl.metrics.timing import Stopwatch
@@ -61,6 +67,7 @@ from megatron_rl.weights.reshard import plan_reshard
 from megatron_rl.weights.transfer import Traffic, Transfer
 from tests.engines.contract import Dying
 from tests.toys import VOCAB, sequences
+from tools import best_of_n
 
 # after megatron_rl.mcore, which prepares Megatron-Core for the CPU
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel  # isort: skip
@@ -71,7 +78,7 @@ _counters = itertools.count()
 KEPT_WORLDS = 3
 
 
-def world(config: RunConfig) -> ParallelContext:
+def world(config: RunConfig | RewardTrainingConfig) -> ParallelContext:
     """A split of this gang, with counters of its own.
 
     Megatron never closes a group, and every one has threads; so the last few splits are kept, with
@@ -342,6 +349,24 @@ def faulty_push(config: RunConfig, fault: str) -> str | None:
 def exported(config: RunConfig) -> dict[str, torch.Tensor]:
     """The weights as the export gives them back."""
     return {name: tensor.clone() for name, tensor in ScoringModel(config, world(config), config.model.path).export()}
+
+
+def train_reward_model(config: RewardTrainingConfig, resume: str = "auto") -> None:
+    """A reward model's training."""
+    reward_training.run_in(config, resume, world(config))
+
+
+def reward_scores(config: RewardTrainingConfig, asked: list[tuple[list[int], list[int]]]) -> list[torch.Tensor]:
+    """Scores of tokens at some of their places."""
+    model = RewardModel(config.as_run(), world(config))
+    return model.scores([judged_sequence(tokens, places) for tokens, places in asked])
+
+
+def choose_best(config: RewardTrainingConfig, arguments: list[str]) -> str:
+    """What tools/best_of_n.py prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        best_of_n.choose(best_of_n.parse_arguments(arguments), config, world(config))
+    return printed.getvalue()
 
 
 def run_training(config: RunConfig, resume: str = "auto") -> None:

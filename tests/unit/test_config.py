@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from megatron_rl.config import dump_config, load_config, validate
-from megatron_rl.config.load import _dotted_keys
+from megatron_rl.config.load import _dotted_keys, load_as
 from megatron_rl.config.names import FOREIGN_NAMES
+from megatron_rl.config.reward_training import RewardTrainingConfig, validate_reward_training
 from megatron_rl.config.schema import RunConfig
 from megatron_rl.config.study import load_study
 from megatron_rl.errors import ConfigError
@@ -21,7 +22,8 @@ def config(tmp_path: Path) -> Path:
 
 
 STUDIES = sorted((ROOT / "configs" / "ablations").glob("*.yaml"))
-CONFIGS = sorted(set((ROOT / "configs").rglob("*.yaml")) - set(STUDIES))
+REWARD_TRAININGS = sorted((ROOT / "configs" / "reward_models").glob("*.yaml"))
+CONFIGS = sorted(set((ROOT / "configs").rglob("*.yaml")) - set(STUDIES) - set(REWARD_TRAININGS))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: str(p.relative_to(ROOT / "configs")))
@@ -29,6 +31,15 @@ def test_every_config_of_the_project_loads(path: Path) -> None:
     loaded = load_config(path)
     parallel = loaded.parallel
     validate(loaded, parallel.tensor_parallel_size * parallel.pipeline_parallel_size * parallel.context_parallel_size)
+
+
+@pytest.mark.parametrize("path", REWARD_TRAININGS, ids=lambda p: p.name)
+def test_every_reward_models_training_loads(path: Path, tmp_path: Path) -> None:
+    loaded = load_as(RewardTrainingConfig, path)
+    validate_reward_training(loaded, 2)
+    again = tmp_path / "again.yaml"
+    again.write_text(dump_config(loaded))
+    assert load_as(RewardTrainingConfig, again) == loaded
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda p: p.name)

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from megatron_rl.config.schema import DataSection, SourceSection
-from megatron_rl.data.prompts import PromptOrder, load_prompts
+from megatron_rl.data.order import Order
+from megatron_rl.data.prompts import load_prompts
 from megatron_rl.data.sources import read_rows
 from megatron_rl.data.templates import load_tokenizer
 from megatron_rl.errors import DataError
@@ -156,14 +157,14 @@ def test_tokenizers_that_cannot_be_used(toy_model: Callable[..., Path], tmp_path
 def test_order_visits_every_prompt_each_epoch_and_can_jump(tmp_path: Path, tokenizer: Any) -> None:
     source = jsonl(tmp_path / "x.jsonl", [{"prompt": str(n), "answer": "2"} for n in range(7)])
     prompts = load_prompts(source, section(source), tokenizer).prompts
-    order = PromptOrder(prompts, shuffle=True, seed=3)
+    order = Order(prompts, shuffle=True, seed=3)
     whole = [p.prompt_id for p in order.take(0, 21)]
     assert all(len(set(whole[i : i + 7])) == 7 for i in (0, 7, 14))
     assert whole[:7] != whole[7:14]
-    jumped = PromptOrder(prompts, shuffle=True, seed=3)
+    jumped = Order(prompts, shuffle=True, seed=3)
     assert [p.prompt_id for p in jumped.take(10, 11)] == whole[10:]
-    assert [p.prompt_id for p in PromptOrder(prompts, shuffle=True, seed=4).take(0, 7)] != whole[:7]
-    straight = PromptOrder(prompts, shuffle=False, seed=3).take(5, 4)
+    assert [p.prompt_id for p in Order(prompts, shuffle=True, seed=4).take(0, 7)] != whole[:7]
+    straight = Order(prompts, shuffle=False, seed=3).take(5, 4)
     assert [p.text for p in straight] == ["5", "6", "0", "1"]
 
 

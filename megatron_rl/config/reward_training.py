@@ -1,0 +1,128 @@
+"""The configuration of python -m megatron_rl.train_reward_model."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from megatron_rl.config.checks import positive, require
+from megatron_rl.config.machine import MemorySection, ParallelSection, PrecisionSection
+from megatron_rl.config.optimizer import OptimizerSection
+from megatron_rl.config.rollout import RolloutSection
+from megatron_rl.config.schema import (
+    BatchingSection,
+    CheckpointSection,
+    DataSection,
+    EvaluationSection,
+    MetricsSection,
+    ModelSection,
+    RowsSection,
+    RunConfig,
+    RunSection,
+    SourceSection,
+)
+from megatron_rl.config.validate import check_parallel
+from megatron_rl.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgedDataSection:
+    """Judged responses for training and evaluation."""
+
+    schema: Literal["pairwise", "pointwise", "stepwise", "math_shepherd"]
+    """Columns, as of the public sets. pairwise: (prompt,) chosen, rejected (, margin); pointwise: prompt, completion,
+    label; stepwise: prompt, completions, labels; math_shepherd: input and label with a mark at each step's end."""
+    train: RowsSection
+    """Training rows."""
+    evaluation: RowsSection | None = None
+    """Held-out rows."""
+    num_examples_per_step: int = 64
+    """Rows of an optimizer update."""
+    max_tokens: int = 2048
+    """Longest prompt and response together; rows with more are dropped, counted and reported."""
+    step_separator: str = "\n"
+    """Text that is put between the steps of stepwise."""
+    chat_template: Literal["auto", "rendered", "none"] = "auto"
+    """auto: the tokenizer's chat template when it has one; rendered: it has been applied already, as in what
+    tools/label_steps.py writes; none: prompts are plain text."""
+    shuffle: bool = True
+    """New order every epoch, from the run's seed."""
+
+    def __post_init__(self) -> None:
+        positive("data", self, "num_examples_per_step", "max_tokens")
+        require(bool(self.step_separator), "data.step_separator", repr(self.step_separator), "a text")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardEvaluationSection:
+    """Evaluation on data.evaluation during the run."""
+
+    every: int = 0
+    """Evaluate after every so many steps; 0: only before the first and after the last."""
+
+    def __post_init__(self) -> None:
+        require(self.every >= 0, "evaluation.every", self.every, "0 (off) or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardTrainingConfig:
+    """Everything that training a reward model needs to know."""
+
+    run: RunSection
+    model: ModelSection
+    data: JudgedDataSection
+    parallel: ParallelSection = field(default_factory=ParallelSection)
+    batching: BatchingSection = field(default_factory=BatchingSection)
+    precision: PrecisionSection = field(default_factory=PrecisionSection)
+    memory: MemorySection = field(default_factory=MemorySection)
+    optimizer: OptimizerSection = field(default_factory=lambda: OptimizerSection(lr=1e-5))
+    evaluation: RewardEvaluationSection = field(default_factory=RewardEvaluationSection)
+    checkpoint: CheckpointSection = field(default_factory=lambda: CheckpointSection(save_hf=True))
+    metrics: MetricsSection = field(default_factory=MetricsSection)
+
+    def as_run(self) -> RunConfig:
+        """What a model and its optimizer read, as of any run."""
+        return RunConfig(
+            run=self.run,
+            model=self.model,
+            data=DataSection(train=SourceSection(kind="jsonl", path="-"), max_prompt_tokens=self.data.max_tokens),
+            parallel=self.parallel,
+            rollout=RolloutSection(source="demonstrations"),
+            batching=self.batching,
+            precision=self.precision,
+            memory=self.memory,
+            optimizer=self.optimizer,
+            evaluation=EvaluationSection(),
+            checkpoint=self.checkpoint,
+            metrics=self.metrics,
+        )
+
+
+def validate_reward_training(config: RewardTrainingConfig, world_size: int) -> None:
+    """Refuse a configuration whose sections contradict each other or the number of ranks.
+
+    Raises:
+        ConfigError: with the values, what was expected and the key to change.
+    """
+    check_parallel(config.as_run(), world_size)
+    nothing: dict[str, tuple[object, object]] = {
+        "run.rollout_only": (config.run.rollout_only, False),
+        "batching.num_updates": (config.batching.num_updates, 1),
+        "batching.num_epochs": (config.batching.num_epochs, 1),
+        "batching.logprob_chunk_tokens": (config.batching.logprob_chunk_tokens, None),
+        "memory.offload": (list(config.memory.offload), []),
+        "metrics.keep_rollouts_every": (config.metrics.keep_rollouts_every, 0),
+    }
+    for key, (value, expected) in nothing.items():
+        require(value == expected, key, value, f"{expected}: it means nothing to a reward model's training")
+    tokens = config.batching.max_tokens_per_micro_batch * config.parallel.context_parallel_size
+    rows = 2 if config.data.schema == "pairwise" else 1
+    if tokens < rows * (config.data.max_tokens + 1):
+        raise ConfigError(
+            f"batching.max_tokens_per_micro_batch={config.batching.max_tokens_per_micro_batch} is too small for "
+            f"{rows} sequence(s) of data.max_tokens={config.data.max_tokens} tokens and one more. Raise it to at least "
+            f"{-(-rows * (config.data.max_tokens + 1) // config.parallel.context_parallel_size)}."
+        )
+    if config.evaluation.every and config.data.evaluation is None:
+        raise ConfigError(
+            f"evaluation.every={config.evaluation.every} needs held-out rows. "
+            "Set data.evaluation, or evaluation.every=0."
+        )

@@ -1,0 +1,180 @@
+"""Rows of judged responses, in the schemas of the public sets, to tokens with labels.
+
+pairwise: UltraFeedback-binarized, Anthropic HH-RLHF, and whatever TRL's RewardTrainer reads. pointwise: TRL's unpaired
+preferences. stepwise: trl-lib/math_shepherd and trl-lib/prm800k. math_shepherd: peiyi9979/Math-Shepherd itself.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from megatron_rl.config.reward_training import JudgedDataSection
+from megatron_rl.config.schema import RowsSection
+from megatron_rl.data.sources import read_rows
+from megatron_rl.data.templates import adds_special_tokens
+from megatron_rl.errors import DataError
+
+SHEPHERD_MARK = "ки"  # ends each step of Math-Shepherd's input
+SHEPHERD_LABELS = {"+": 1.0, "-": 0.0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """A prompt with its response, and what is known of it."""
+
+    token_ids: Sequence[int]
+    ends: Sequence[int]
+    """Tokens at which it is judged, ascending."""
+    labels: Sequence[float]
+    """Of each: from 0 (wrong) to 1 (right); of a pair the chosen one's is by how much it is better, the other's 0."""
+
+
+Example = tuple[Judged, ...]
+"""What is learnt from together: one response, or the chosen one and the rejected one."""
+
+
+class Written(NamedTuple):
+    """A prompt and the parts of a response, of each of which the end is judged."""
+
+    prompt: str | Sequence[Mapping[str, str]]
+    parts: Sequence[str]
+    labels: Sequence[float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgedSet:
+    """All examples of a source."""
+
+    examples: Sequence[Example]
+    num_overlong: int
+    """Dropped because they are longer than the limit."""
+
+
+def load_judged(source: RowsSection, config: JudgedDataSection, tokenizer: Any) -> JudgedSet:
+    """Read and tokenise a source.
+
+    Raises:
+        DataError: unreadable or empty source, a column that is missing or of another kind, a label that is none, or no
+            row within the limit.
+    """
+    reader = READERS[config.schema]
+    examples: list[Example] = []
+    rows = read_rows(source)
+    for number, row in enumerate(rows):
+        where = f"row {number} of {source.path or source.kind} (data.schema={config.schema})"
+        example = tuple(_tokenised(one, config, tokenizer, where) for one in reader(row, config, where))
+        if max(len(judged.token_ids) for judged in example) <= config.max_tokens:
+            examples.append(example)
+    if not examples:
+        raise DataError(
+            f"all {len(rows)} rows of {source.path} are longer than data.max_tokens={config.max_tokens}. "
+            "Raise the limit."
+        )
+    return JudgedSet(examples=examples, num_overlong=len(rows) - len(examples))
+
+
+def _pairwise(row: Mapping[str, Any], config: JudgedDataSection, where: str) -> list[Written]:
+    chosen, rejected = _column(row, "chosen", where), _column(row, "rejected", where)
+    margin = row.get("margin", 0.0)
+    if not isinstance(margin, int | float):
+        raise DataError(f"{where}: margin is {margin!r}, expected a number.")
+    made = [_written(row, response, where, label) for response, label in ((chosen, float(margin)), (rejected, 0.0))]
+    if made[0].prompt != made[1].prompt:
+        raise DataError(f"{where}: chosen and rejected answer different prompts. Compare answers to one prompt.")
+    return made
+
+
+def _pointwise(row: Mapping[str, Any], config: JudgedDataSection, where: str) -> list[Written]:
+    return [_written(row, _column(row, "completion", where), where, _label(_column(row, "label", where), where))]
+
+
+def _stepwise(row: Mapping[str, Any], config: JudgedDataSection, where: str) -> list[Written]:
+    steps, labels = _column(row, "completions", where), _column(row, "labels", where)
+    if not steps or len(steps) != len(labels) or not all(isinstance(step, str) for step in steps):
+        raise DataError(
+            f"{where}: {len(steps)} completions and {len(labels)} labels: expected texts, and as many labels."
+        )
+    parts = [step + config.step_separator for step in steps[:-1]] + [steps[-1]]
+    return [Written(_column(row, "prompt", where), parts, [_label(label, where) for label in labels])]
+
+
+def _math_shepherd(row: Mapping[str, Any], config: JudgedDataSection, where: str) -> list[Written]:
+    text, marked = _column(row, "input", where), _column(row, "label", where)
+    pieces = text.split(SHEPHERD_MARK)
+    steps, labels, place = pieces[:-1], [], 0
+    for step in steps:
+        place += len(step)
+        mark = marked[place : place + 1]
+        if mark not in SHEPHERD_LABELS or marked[place - len(step) : place] != step:
+            raise DataError(f"{where}: label is not input with + or - in the place of {SHEPHERD_MARK!r}.")
+        labels.append(SHEPHERD_LABELS[mark])
+        place += 1
+    begun = re.search(r"Step 1\s*:", text)
+    if not steps or begun is None or begun.start() > len(steps[0]):
+        raise DataError(f"{where}: input has no step that begins with 'Step 1:' and ends with {SHEPHERD_MARK!r}.")
+    parts = [steps[0][begun.start() :], *steps[1:]]
+    parts = [part.strip() + config.step_separator for part in parts[:-1]] + [parts[-1].strip()]
+    return [Written(text[: begun.start()].strip(), parts, labels)]
+
+
+READERS: dict[str, Callable[[Mapping[str, Any], JudgedDataSection, str], list[Written]]] = {
+    "pairwise": _pairwise,
+    "pointwise": _pointwise,
+    "stepwise": _stepwise,
+    "math_shepherd": _math_shepherd,
+}
+
+
+def _written(row: Mapping[str, Any], response: Any, where: str, label: float) -> Written:
+    """A response of text, or of messages whose last one is it; the prompt may be part of those, or of the text."""
+    prompt = row.get("prompt", "")
+    if isinstance(response, str):
+        return Written(prompt, [response], [label])
+    messages = list(response) if isinstance(response, Sequence) else []
+    if not messages or messages[-1].get("role") != "assistant":
+        raise DataError(f"{where}: expected a text, or messages of which the last one is the assistant's.")
+    before = list(messages[:-1])
+    if before or not prompt:
+        return Written(before, [messages[-1]["content"]], [label])
+    return Written(prompt, [messages[-1]["content"]], [label])
+
+
+def _tokenised(written: Written, config: JudgedDataSection, tokenizer: Any, where: str) -> Judged:
+    """The end token follows the response, as it does where a policy has said all it wanted."""
+    prompt = written.prompt
+    if prompt and config.chat_template == "auto" and tokenizer.chat_template is not None:
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    if not isinstance(prompt, str):
+        raise DataError(
+            f"{where}: the prompt is a list of messages, but no chat template is applied to it "
+            "(the tokenizer has none, or data.chat_template is not auto)."
+        )
+    ids = (
+        list(tokenizer.encode(prompt, add_special_tokens=adds_special_tokens(config.chat_template, tokenizer)))
+        if prompt
+        else []
+    )
+    ends = []
+    for part in written.parts:
+        ids += tokenizer.encode(part, add_special_tokens=False)
+        ends.append(len(ids) - 1)
+    if ends[0] < 0 or len(set(ends)) < len(ends):
+        raise DataError(f"{where}: a response or step has no tokens.")
+    if ids[-1] != tokenizer.eos_token_id:
+        ids.append(tokenizer.eos_token_id)
+    ends[-1] = len(ids) - 1
+    return Judged(token_ids=ids, ends=ends, labels=written.labels)
+
+
+def _column(row: Mapping[str, Any], name: str, where: str) -> Any:
+    if row.get(name) is None:
+        raise DataError(f"{where}: column {name!r} is missing or empty. Columns: {', '.join(row)}.")
+    return row[name]
+
+
+def _label(value: Any, where: str) -> float:
+    if not isinstance(value, bool | int | float) or not 0 <= value <= 1:
+        raise DataError(f"{where}: label {value!r}: expected true, false, or a number from 0 to 1.")
+    return float(value)

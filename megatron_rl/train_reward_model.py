@@ -1,0 +1,32 @@
+"""Train a reward model: python -m megatron_rl.train_reward_model --config FILE [key=value …], or under torchrun."""
+
+import sys
+from collections.abc import Sequence
+
+from megatron_rl.command import parse_arguments, reported
+from megatron_rl.config.load import load_as
+from megatron_rl.config.reward_training import RewardTrainingConfig
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run; the exit status."""
+    parsed = parse_arguments(
+        arguments, "python -m megatron_rl.train_reward_model", "Train a model that scores responses, or their steps."
+    )
+    with reported() as command:
+        config = load_as(RewardTrainingConfig, parsed.config, parsed.overrides)
+        from megatron_rl import reward_training
+
+        if parsed.dry_run:
+            reward_training.dry_run(config, parsed.resume, show=command.is_main)
+            return 0
+        reward_training.run(config, parsed.resume)
+        if command.is_main:
+            from megatron_rl.analysis.run_report import conclude
+
+            print(conclude(config), flush=True)
+    return command.status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

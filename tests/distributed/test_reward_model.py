@@ -1,0 +1,235 @@
+"""Reward models: what they learn is the same under every layout, and what they are good for."""
+
+import random
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from megatron_rl.config.load import load_as
+from megatron_rl.config.reward_training import RewardTrainingConfig
+from megatron_rl.data.judged import load_judged
+from megatron_rl.data.templates import load_tokenizer
+from megatron_rl.rollout.record import read_rollouts, step_file, write_lines
+from megatron_rl.tasks.hasty_chain import HastyChain, solve
+from tests.distributed import cases
+from tests.distributed.test_invariance import rows
+from tests.distributed.test_layouts import keys
+from tests.gang import Gang
+from tests.toys import TIMED, toy_config
+from tools.make_toy_model import make_model, make_tokenizer
+
+YAML = """
+run: {{name: judge, output_dir: {folder}/judge, num_steps: 3}}
+model: {{path: {model}, dtype: fp32}}
+data:
+  schema: stepwise
+  train: {{kind: task, path: hasty_chain, options: {{num_rows: 64}}}}
+  evaluation: {{kind: task, path: hasty_chain, split: test, limit: 24}}
+  max_tokens: 64
+  num_examples_per_step: 10
+batching: {{max_tokens_per_micro_batch: 200}}
+optimizer: {{lr: 1.0e-3}}
+metrics: {{console: silent, wandb: disabled, tensorboard: false}}
+"""
+COMPARED = ("reward_model/loss", "reward_model/accuracy", "reward_model/score", "reward_model/grad_norm")
+LAYOUTS = [
+    (1, "batching.micro_batch_size=2"),
+    (1, "batching.packed=false"),
+    (2, ""),
+    (2, "tp2 sp"),
+    (2, "pp2 vpp2"),
+    (2, "cp2 batching.micro_batch_size=2"),
+    (4, "tp2 pp2"),
+    (4, "cp2 batching.packed=false"),
+    (4, "parallel.overlap_grad_reduce=true parallel.overlap_param_gather=true"),
+]
+
+
+def judge_config(folder: Path, model: Path, *overrides: str) -> RewardTrainingConfig:
+    folder.mkdir(exist_ok=True)
+    path = folder / "judge.yaml"
+    path.write_text(YAML.format(folder=folder, model=model))
+    return load_as(RewardTrainingConfig, path, overrides)
+
+
+def trained(
+    gangs: Callable[[int], Gang], world_size: int, folder: Path, model: Path, *overrides: str
+) -> list[dict[str, Any]]:
+    gangs(world_size).call(cases.train_reward_model, config=judge_config(folder, model, *overrides))
+    return rows(folder / "judge")
+
+
+@pytest.fixture(scope="module")
+def deep(toy_model: Callable[..., Path]) -> Path:
+    return toy_model("qwen2", tied=True, num_hidden_layers=4)
+
+
+@pytest.fixture(scope="module")
+def one_rank(
+    gangs: Callable[[int], Gang], deep: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, list[dict[str, Any]]]:
+    folder = tmp_path_factory.mktemp("one_rank")
+    return {
+        schema: trained(gangs, 1, folder / schema, deep, f"data.schema={schema}")
+        for schema in ("stepwise", "pairwise", "pointwise")
+    }
+
+
+@pytest.mark.parametrize("schema", ["stepwise", "pairwise"])
+@pytest.mark.parametrize(("world_size", "layout"), LAYOUTS)
+def test_same_numbers_for_every_layout(
+    schema: str,
+    world_size: int,
+    layout: str,
+    one_rank: dict[str, list[dict[str, Any]]],
+    gangs: Callable[[int], Gang],
+    deep: Path,
+    tmp_path: Path,
+) -> None:
+    found = trained(gangs, world_size, tmp_path, deep, f"data.schema={schema}", *keys(layout))
+    for mine, wanted in zip(found, one_rank[schema], strict=True):
+        for name in wanted:
+            if name.startswith(("eval/", *COMPARED)):
+                assert mine[name] == pytest.approx(wanted[name], rel=1e-4, abs=1e-5), (mine["step"], name)
+
+
+def test_the_loss_is_the_mean_over_pairs_and_over_steps(one_rank: dict[str, list[dict[str, Any]]]) -> None:
+    # a value head that was not there is 0, and so is every score
+    for found in one_rank.values():
+        assert found[1]["reward_model/loss"] == pytest.approx(torch.tensor(2.0).log().item(), abs=1e-6)
+        assert found[0]["eval/loss"] == pytest.approx(torch.tensor(2.0).log().item(), abs=1e-6)
+        assert found[3]["reward_model/loss"] != found[1]["reward_model/loss"]
+
+
+def test_resumes_bit_for_bit_also_in_another_layout(gangs: Callable[[int], Gang], deep: Path, tmp_path: Path) -> None:
+    whole = trained(gangs, 2, tmp_path / "whole", deep, *keys("tp2"), "run.num_steps=6")
+    trained(gangs, 2, tmp_path / "parts", deep, *keys("tp2"))
+    parts = trained(gangs, 2, tmp_path / "parts", deep, *keys("tp2"), "run.num_steps=6")
+
+    def compared(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [{k: v for k, v in row.items() if not k.startswith((*TIMED, "eval/"))} for row in found]
+
+    assert compared(parts) == compared(whole)
+    checkpoint = tmp_path / "parts/judge/checkpoints/step_000003"
+    config = judge_config(tmp_path / "other", deep, *keys("pp2"), "run.num_steps=6")
+    gangs(2).call(cases.train_reward_model, config=config, resume=str(checkpoint))
+    for mine, wanted in zip(rows(tmp_path / "other/judge"), whole[4:], strict=True):
+        for name in COMPARED:
+            assert mine[name] == pytest.approx(wanted[name], rel=1e-4, abs=1e-5), (mine["step"], name)
+
+
+def test_what_is_saved_is_a_classification_model(gangs: Callable[[int], Gang], deep: Path, tmp_path: Path) -> None:
+    trained(gangs, 2, tmp_path, deep, *keys("pp2"))
+    folder = tmp_path / "judge/checkpoints/step_000003/hf"
+    theirs = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+    config = judge_config(tmp_path, folder, *keys("tp2 sp"))
+    assert config.data.evaluation is not None
+    judged = [one for (one,) in load_judged(config.data.evaluation, config.data, load_tokenizer(str(folder))).examples]
+    asked = [(list(one.token_ids), list(one.ends)) for one in judged]
+    for found in gangs(2).call(cases.reward_scores, config=config, asked=asked):
+        for scores, (tokens, places) in zip(found, asked, strict=True):
+            with torch.no_grad():
+                last = theirs(torch.tensor([tokens])).logits[0, 0]
+                hidden = theirs.model(torch.tensor([tokens])).last_hidden_state
+                torch.testing.assert_close(scores, theirs.score(hidden)[0, places, 0], atol=1e-5, rtol=0)
+            assert float(scores[-1]) == pytest.approx(float(last), abs=1e-5)
+
+
+@pytest.fixture(scope="module")
+def process_model(gangs: Callable[[int], Gang], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Trained on solutions and their exact labels."""
+    folder = tmp_path_factory.mktemp("process")
+    make_model("qwen2").save_pretrained(folder / "init")
+    make_tokenizer().save_pretrained(folder / "init")
+    found = trained(
+        gangs, 2, folder, folder / "init", "run.num_steps=120", "data.num_examples_per_step=64",
+        "data.train.options={num_rows: 8000}", "data.evaluation.limit=null", "optimizer.lr=3e-3",
+        "optimizer.lr_warmup_updates=20", "optimizer.adam_beta2=0.98", "batching.max_tokens_per_micro_batch=4096",
+    )  # fmt: skip
+    assert found[0]["eval/accuracy"] < 0.7
+    assert found[-1]["eval/accuracy"] > 0.9
+    assert found[-1]["eval/accuracy_of_wrong"] > 0.9
+    return folder / "judge/checkpoints/step_000120/hf"
+
+
+def recorded_chains(folder: Path, tokenizer: Any, num_problems: int) -> None:
+    """Eight solutions of each problem as a run records them, of which a third of the steps are hasty."""
+    draw = random.Random(5)
+    lines = []
+    for group, row in enumerate(HastyChain(num_rows=num_problems, seed=1).rows("train")):
+        problem = tuple(int(number) for number in re.findall(r"[+-]?\d+", row["prompt"]))
+        for sample in range(8):
+            steps, labels = solve(problem, 0.3, draw)
+            prompt, response = tokenizer.encode(row["prompt"]), [*tokenizer.encode("\n".join(steps)), 1]
+            length = len(prompt) + len(response)
+            lines.append(
+                {
+                    "format": 1, "step": 1, "group": group, "sample": sample, "prompt_id": str(group),
+                    "prompt": row["prompt"], "prompt_token_ids": prompt, "answer": row["answer"], "demonstration": None,
+                    "metadata": {}, "response": "\n".join(steps), "finish_reason": "stop", "status": "ok",
+                    "failure": "", "reward": float(labels[-1]), "reward_parts": {}, "seed": 0,
+                    "token_ids": prompt + response,
+                    "loss_mask": [0] * len(prompt) + [1] * len(response), "logprobs": [0.0] * length,
+                    "policy_versions": [-1] * len(prompt) + [0] * len(response),
+                }
+            )  # fmt: skip
+    write_lines(step_file(folder, 1), lines)
+
+
+def test_best_of_eight_by_steps_beats_majority_vote(
+    process_model: Path, gangs: Callable[[int], Gang], tmp_path: Path
+) -> None:
+    recorded_chains(tmp_path / "rollouts", load_tokenizer(str(process_model)), 100)
+    config = judge_config(tmp_path, process_model, *keys("tp2"))
+    arguments = [
+        "--config",
+        "-",
+        "--rollouts",
+        str(tmp_path / "rollouts"),
+        "--n",
+        "8",
+        "--answer-pattern",
+        r"=(-?\d+)$",
+    ]
+    printed, _ = gangs(2).call(cases.choose_best, config=config, arguments=arguments)
+    right = {name: float(share) for name, share in re.findall(r"\| ([\w, ]+) \| ([\d.]+)% ", printed)}
+    for how in ("min", "prod", "last", "mean"):
+        assert right["majority vote"] + 10 < right[f"reward model, {how}"] <= right["any is right"]
+    assert right["reward model, min"] > 0.9 * right["any is right"]
+
+
+def test_a_model_rewards_the_same_under_every_layout_and_steps_where_they_end(
+    process_model: Path, gangs: Callable[[int], Gang], tmp_path: Path
+) -> None:
+    overrides = (
+        "data.train={kind: task, path: hasty_chain, limit: 64}", "data.evaluation=null", "data.max_prompt_tokens=16",
+        "rollout.max_new_tokens=24", "reward.functions=[{name: format}]", f"reward.model.path={process_model}",
+        "reward.model.weight=0.5", "reward.model.step_separator='1'", "reward.model.aggregation=each",
+        "reward.model.activation=sigmoid", "algorithm.advantage=process", "metrics.keep_rollouts_every=1",
+        "rollout.drift_limit=null",
+    )  # fmt: skip
+    found = {}
+    for world_size, layout in ((1, ""), (2, "tp2"), (2, "cp2"), (4, "tp2 pp2")):
+        folder = tmp_path / f"{world_size}{layout.replace(' ', '')}"
+        folder.mkdir()
+        config = toy_config(folder, process_model.parents[3] / "init", *overrides, *keys(layout))
+        gangs(world_size).call(cases.run_training, config=config)
+        found[world_size, layout] = rows(folder / "run")
+        lines = list(read_rollouts(step_file(folder / "run/rollouts", 1)))
+        assert all(line["reward_parts"].keys() == {"format", "reward_model"} for line in lines)
+        for line in lines:
+            earned = dict(line["step_rewards"])
+            assert line["reward"] == pytest.approx(0.5 * line["reward_parts"]["reward_model"], abs=1e-6)
+            assert line["reward"] == pytest.approx(sum(earned.values()), abs=1e-6)
+            assert max(earned) == len(line["token_ids"]) - 1
+        assert max(len(line["step_rewards"]) for line in lines) > 1
+    one = found[1, ""]
+    for layout, found_rows in found.items():
+        for mine, wanted in zip(found_rows[1:], one[1:], strict=True):
+            for name in ("critic/score/mean", "reward_model/score/min", "actor/loss", "actor/grad_norm"):
+                assert mine[name] == pytest.approx(wanted[name], rel=1e-4, abs=1e-5), (layout, name)
