@@ -28,6 +28,7 @@ from megatron_rl.mcore.optimizer import check_optimizer
 from megatron_rl.mcore.parallel import split_again
 from megatron_rl.mcore.policy import Policy
 from megatron_rl.mcore.precision import Implementation, choose_implementation
+from megatron_rl.mcore.quantized import BLOCK
 from megatron_rl.mcore.reference import BaseReference, HostedReference
 from megatron_rl.mcore.reward_model import RewardModel
 from megatron_rl.mcore.scoring import ScoringModel
@@ -100,7 +101,7 @@ class Inputs:
                     f"algorithm.reference_path={config.algorithm.reference_path} has {reference.vocab_size} "
                     f"tokens, the policy {spec.vocab_size}. The reference must share the policy's tokenizer."
                 )
-        _check_lora(config.lora, spec)
+        _check_lora(config.lora, spec, config.parallel.tensor_parallel_size)
         if config.algorithm.uses_critic:
             _check_value_model(config.of_critic(), spec, implementation, "critic.path")
         if config.reward.model is not None:
@@ -132,9 +133,21 @@ class Inputs:
                 _check_fits(prompts, spec, config)
 
 
-def _check_lora(config: LoraSection, spec: ModelSpec) -> None:
+def _check_lora(config: LoraSection, spec: ModelSpec, tp_size: int) -> None:
     if not config.rank:
         return
+    if config.quantize != "none" and spec.moe is not None:
+        raise ConfigError(
+            f"lora.quantize={config.quantize}: the experts of {spec.family}, nearly all of its weights, would not be "
+            "quantised. Set lora.quantize=none."
+        )
+    for name, one in adapted_matrices(spec).items():
+        columns = one.columns // (1 if one.splits_rows else tp_size)
+        if config.quantize != "none" and columns % BLOCK:
+            raise ConfigError(
+                f"lora.quantize={config.quantize}: {name} has {columns} columns on each rank, which do not divide by "
+                f"{BLOCK}, those that share a scale. Lower parallel.tensor_parallel_size, or set lora.quantize=none."
+            )
     unknown = [target for target in config.targets if target not in adapted_matrices(spec)]
     if unknown:
         raise ConfigError(
@@ -218,7 +231,8 @@ def build_reference(config: RunConfig, policy: Policy) -> Reference | None:
     path = config.algorithm.reference_path or config.model.path
     if policy.adapters is not None and path == config.model.path and not config.algorithm.reference_reset_every:
         return BaseReference(policy)
-    if read_model_spec(path) == policy.spec and not config.precision.fp8_params:
+    is_dense = not config.precision.fp8_params and config.lora.quantize == "none"
+    if read_model_spec(path) == policy.spec and is_dense:
         return HostedReference(policy, path)
     return ScoringModel(config, policy.parallel, path)  # cannot take the policy's place
 

@@ -37,7 +37,19 @@ ROWS: dict[str, list[str]] = {
         "memory.recompute=full",
         "lora.rank=16",
     ],
-    "and whole layers in pairs": [
+    "and the frozen matrices have 8 bits (lora.quantize=int8)": [
+        "batching.logprob_chunk_tokens=512",
+        "memory.recompute=full",
+        "lora.rank=16",
+        "lora.quantize=int8",
+    ],
+    "or 4 bits (lora.quantize=nf4)": [
+        "batching.logprob_chunk_tokens=512",
+        "memory.recompute=full",
+        "lora.rank=16",
+        "lora.quantize=nf4",
+    ],
+    "all weights again, and whole layers in pairs": [
         "batching.logprob_chunk_tokens=512",
         "memory.recompute=full",
         "memory.recompute_num_layers=2",
@@ -71,7 +83,14 @@ def measure(folder: Path, overrides: list[str]) -> dict[str, float]:
     policy.learner.to_device()
     leave_world()
     learning = (held["grads"] + held["optimizer"]) / 2**20
-    return {"risen_mib": risen, "seconds": seconds, "freed_mib": freed, "learning_mib": learning}
+    weights = held["params"] / 2**20
+    return {
+        "risen_mib": risen,
+        "seconds": seconds,
+        "freed_mib": freed,
+        "learning_mib": learning,
+        "weights_mib": weights,
+    }
 
 
 def _peak_mib() -> float:
@@ -104,11 +123,12 @@ def main() -> None:
         make_tokenizer().save_pretrained(folder / "model")
         (folder / "run.yaml").write_text(RUN.format(folder=folder))
         print(f"{len(LENGTHS)} sequences of {LENGTHS[0]} tokens, {SIZES}, fp32\n")
-        print("| what | peak of an update, MiB | gradients and optimizer, MiB | seconds |\n|---|---|---|---|")
+        columns = ("what", "peak of an update, MiB", "weights, MiB", "gradients and optimizer, MiB", "seconds")
+        print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
         for title, overrides in ROWS.items():
             row = _row(folder, overrides)
-            shown = f"{row['risen_mib']:.0f} | {row['learning_mib']:.1f} | {row['seconds']:.1f}"
-            print(f"| {title} | {shown} |", flush=True)
+            memory = f"{row['risen_mib']:.0f} | {row['weights_mib']:.1f} | {row['learning_mib']:.1f}"
+            print(f"| {title} | {memory} | {row['seconds']:.1f} |", flush=True)
         print("\n| memory.offload | freed, MiB |\n|---|---|")
         for part in OFFLOAD:
             print(f"| {part} | {_row(folder, [f'memory.offload=[{part}]'])['freed_mib']:.1f} |", flush=True)

@@ -20,6 +20,9 @@ class LoraSection:
     """Matrices that get one, by their Hugging Face names."""
     path: str | None = None
     """PEFT folder of the adapters to begin with; null: fresh ones, which add nothing yet."""
+    quantize: Literal["none", "int8", "nf4"] = "none"
+    """In what the frozen matrices of the layers are kept (QLoRA, arXiv 2305.14314); they are dense while they are
+    multiplied."""
 
     def __post_init__(self) -> None:
         require(self.rank >= 0, "lora.rank", self.rank, "0 (no adapters) or more")
@@ -31,6 +34,9 @@ class LoraSection:
             "at least one, and each once",
         )
         require(self.rank > 0 or self.path is None, "lora.path", self.path, "nothing without a rank in lora.rank")
+        require(
+            self.rank > 0 or self.quantize == "none", "lora.quantize", self.quantize, "none without a rank in lora.rank"
+        )
 
     @property
     def scale(self) -> float:

@@ -1,6 +1,6 @@
 """Low-rank adapters beside Megatron's parallel linear layers. Source: LoRA, arXiv 2106.09685."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megatron_rl.config.lora import LoraSection
 from megatron_rl.mcore.model import global_parameters, place_of
+from megatron_rl.mcore.quantized import Format, quantized
 from megatron_rl.mcore.sharded_model import ShardedModel, replica_group
 from megatron_rl.models.lora import Adapted, adapted_matrices, lora_table
 from megatron_rl.types import ParallelContext
@@ -145,6 +146,10 @@ class LoraAdapters:
         self._adapters: dict[str, Adapter] = {}
         for chunk in model.chunks:
             chunk.requires_grad_(False)
+            if self.config.quantize != "none":
+                _quantize(chunk, {one.module for one in adapted_matrices(model.spec).values()}, self.config.quantize)
+        model.parameters = global_parameters(model.chunks, model.parallel)
+        for chunk in model.chunks:
             for layer in chunk.decoder.layers:
                 self._attach(chunk, layer)
             if chunk.pre_process:  # layers that are computed again for the gradient want an input that has one
@@ -216,6 +221,15 @@ class LoraAdapters:
         )
         for name, parameter in self.parameters.items():
             fill_shard(parameter, place.slices(table[name]), reader.read)
+
+
+@torch.no_grad()
+def _quantize(chunk: Any, modules: Collection[str], kind: Format) -> None:
+    """Keep the matrices of a chunk's layers in few bits; the dense ones are let go."""
+    for layer in chunk.decoder.layers:
+        for module in modules:
+            linear = layer.get_submodule(module)
+            linear.weight = torch.nn.Parameter(quantized(linear.weight, kind), requires_grad=False)
 
 
 def _adds(adapter: Adapter) -> Callable[[Any, Any, Any], Any]:

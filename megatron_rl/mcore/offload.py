@@ -9,6 +9,7 @@ from torch import Tensor, UntypedStorage
 
 from megatron_rl.config.machine import OffloadPart
 from megatron_rl.mcore.patches import inner_optimizers
+from megatron_rl.mcore.quantized import held_tensors
 
 
 class Offloader:
@@ -17,7 +18,8 @@ class Offloader:
     def __init__(
         self, parts: Sequence[OffloadPart], chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer
     ) -> None:
-        weights = _unique(parameter.data for chunk in chunks for parameter in chunk.parameters())
+        parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
+        weights = _unique(held for parameter in parameters for held in held_tensors(parameter))
         gradients = _unique(
             buffer.grad_data for chunk in chunks for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]
         )

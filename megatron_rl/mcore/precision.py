@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron_rl.config.schema import RunConfig
 from megatron_rl.errors import ConfigError
+from megatron_rl.mcore.quantized import QuantizedWeight
 
 Implementation = Literal["local", "transformer_engine"]
 
@@ -140,6 +141,8 @@ def set_weight(parameter: Tensor, shard: Tensor) -> None:
 
 
 def plain_weight(parameter: Tensor) -> Tensor:
-    """The parameter without gradient, and in its compute type if it is kept in FP8."""
+    """The parameter without gradient, and in its compute type if it is kept in fewer bits."""
     weight = parameter.detach()
+    if isinstance(weight, QuantizedWeight):
+        return weight.dequantized()
     return weight.dequantize() if hasattr(weight, "_quantizer") else weight

@@ -691,6 +691,11 @@ def adapted(config: RunConfig, folder: str | None = None) -> Adapted:
     )
 
 
+def weights(config: RunConfig) -> dict[str, torch.Tensor]:
+    """What a policy exports as it begins."""
+    return {name: tensor.clone() for name, tensor in Policy(config, world(config)).export()}
+
+
 def scored(config: RunConfig) -> dict[int, torch.Tensor]:
     """Log-probabilities of the toy sequences by a policy as it begins."""
     parallel = world(config)

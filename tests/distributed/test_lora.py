@@ -151,6 +151,13 @@ def test_a_run_pushes_merged_weights_and_resumes_bit_for_bit(
         ("qwen2", ["lora.path=somewhere"], r"lora\.path=somewhere.*lora\.rank"),
         ("qwen2", ["lora.rank=4", "lora.targets=[q_proj,q_proj]"], r"lora\.targets"),
         ("qwen2", ["lora.rank=4", "lora.targets=[lm_head]"], r"lora\.targets"),
+        ("qwen2", ["lora.quantize=nf4"], r"lora\.quantize=nf4: expected none without a rank"),
+        ("qwen2", ["lora.rank=4", "lora.quantize=nf4"], r"q_proj has 32 columns on each rank.*divide by 64"),
+        (
+            "qwen3_moe",
+            ["lora.rank=4", "lora.targets=[q_proj]", "lora.quantize=int8"],
+            r"the experts of .* would not be quantised",
+        ),
     ],
 )
 def test_contradictions_are_refused(
@@ -158,6 +165,60 @@ def test_contradictions_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         Inputs(toy_config(tmp_path, toy_model(family, tied=False), *overrides), 1)
+
+
+QUANTIZED = [(2, "tp2 sp"), (2, "pp2 memory.recompute=full"), (2, "cp2"), (4, "tp2 memory.offload=[params]")]
+
+
+@pytest.fixture(scope="module")
+def wide(toy_model: Callable[..., Path]) -> Path:
+    """As many columns on each of two ranks as share a scale."""
+    return toy_model("qwen2", tied=True, hidden_size=128, intermediate_size=256)
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_a_quantized_model_is_the_same_under_every_layout(
+    kind: str, gangs: Callable[[int], Gang], wide: Path, tmp_path: Path
+) -> None:
+    options = (*LORA, f"lora.quantize={kind}")
+    (alone,) = gangs(1).call(cases.adapted, config=toy_config(tmp_path, wide, *options))
+    assert not alone.frozen_changed
+    base = load_file(wide / "model.safetensors")
+    codes = {"int8": 256, "nf4": 16}[kind]
+    (frozen,) = gangs(1).call(cases.weights, config=toy_config(tmp_path, wide, *options))
+    for name, weight in frozen.items():
+        if "_proj.weight" not in name:
+            assert torch.equal(weight, base[name])
+            continue
+        blocks, wanted = weight.unflatten(1, (-1, 64)), base[name].unflatten(1, (-1, 64))
+        assert len(blocks[0, 0].unique()) <= codes
+        largest = wanted.abs().amax(-1, keepdim=True)
+        assert ((blocks - wanted).abs() <= largest * {"int8": 0.5 / 127, "nf4": 0.152}[kind] + 1e-6).all()
+    theirs = AutoModelForCausalLM.from_pretrained(wide, dtype=torch.float32)
+    theirs.load_state_dict(alone.merged, strict=False)
+    for place, sequence in enumerate(sequences(cases.LENGTHS)):
+        with torch.no_grad():
+            logits = theirs(sequence.token_ids[None]).logits[0, :-1]
+        wanted = logits.log_softmax(-1).gather(1, sequence.token_ids[1:, None])[:, 0]
+        mask = sequence.loss_mask[1:]
+        torch.testing.assert_close(alone.logprobs[place][1:][mask], wanted[mask], atol=1e-4, rtol=0)
+    for world_size, layout in QUANTIZED:
+        for found in gangs(world_size).call(cases.adapted, config=toy_config(tmp_path, wide, *options, *keys(layout))):
+            assert found.norms == pytest.approx(alone.norms, rel=1e-4), layout
+            assert max(float((found.merged[name] - alone.merged[name]).abs().max()) for name in alone.merged) < 1e-4
+            for place, row in found.logprobs.items():
+                assert row.tolist() == pytest.approx(alone.logprobs[place].tolist(), abs=1e-4)
+
+
+def test_a_run_on_a_quantized_model_pushes_what_it_learns(
+    gangs: Callable[[int], Gang], wide: Path, tmp_path: Path
+) -> None:
+    options = (*LORA[:4], "lora.quantize=nf4", *keys("tp2"), "weight_sync.probe_limit=1e-4")
+    gangs(2).call(cases.run_training, config=toy_config(tmp_path, wide, *options))
+    found = rows(tmp_path / "run")
+    assert max(row["train_rollout_logprob_abs_diff/max"] for row in found[1:]) < 1e-4
+    assert found[1]["actor/kl_loss"] == pytest.approx(0, abs=1e-6), "the reference is the quantised model"
+    assert found[-1]["actor/kl_loss"] > 1e-4
 
 
 def test_other_adapters_are_refused(
