@@ -81,29 +81,13 @@ class Adapter(torch.nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[T, 1, rows] for the layer's input [T, 1, columns], both as the layer itself has them on this rank."""
-        a, b = self.a, self.b
-        inner = F.linear(hidden, torch.cat(list(a.values())))
+        inner = F.linear(hidden, torch.cat(list(self.a.values())))
         inner = self._whole_tokens(inner) if self._splits_rows else self._summed(inner)
-        parts = dict(zip(a, inner.chunk(len(a), dim=-1), strict=True))
-        return self._scale * self._combine(
-            {
-                name: F.linear(parts[name], b[name]) if name in parts else inner.new_zeros(*inner.shape[:-1], rows)
-                for name, rows in self._rows.items()
-            },
-            dim=-1,
-        )
+        return F.linear(inner, self._all_b())
 
     def delta(self) -> Tensor:
         """[rows, columns]: what is added to this rank's weight."""
-        a, b = self.a, self.b
-        columns = next(iter(a.values()))
-        products = {
-            name: b[name].float() @ a[name].float()
-            if name in a
-            else torch.zeros(rows, columns.size(1), device=columns.device)
-            for name, rows in self._rows.items()
-        }
-        return self._scale * self._combine(products, dim=0)
+        return self._all_b().float() @ torch.cat(list(self.a.values())).float()
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
         """As Megatron's checkpoints want it."""
@@ -126,11 +110,16 @@ class Adapter(torch.nn.Module):
             return reduce_scatter_to_sequence_parallel_region(inner, group=self._tp)
         return reduce_from_tensor_model_parallel_region(inner, group=self._tp)
 
-    def _combine(self, parts: Mapping[str, Tensor], *, dim: int) -> Tensor:
-        """The layer's output features (in a dimension) from those of its matrices."""
-        blocks = [part.unflatten(dim, (self._groups, -1)) for part in parts.values()]
-        inner = dim if dim < 0 else dim + 1
-        return torch.cat(blocks, dim=inner).flatten(inner - 1, inner)
+    def _all_b(self) -> Tensor:
+        """[rows, rank of all matrices together], scaled: each matrix's features from its own part of the inner ones."""
+        blocks = []
+        for name, rows in self._rows.items():
+            parts = [
+                self.b[name] if name == other else self.b[other].new_zeros(rows, b.size(1))
+                for other, b in self.b.items()
+            ]
+            blocks.append(torch.cat(parts, dim=1).unflatten(0, (self._groups, -1)))
+        return self._scale * torch.cat(blocks, dim=1).flatten(0, 1)
 
 
 class LoraAdapters:

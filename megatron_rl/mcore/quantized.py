@@ -61,7 +61,7 @@ class QuantizedWeight(torch.Tensor):
         return self._codes, self._scales
 
     @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         if function is torch.ops.aten.detach.default:
             (self,) = args
             return QuantizedWeight(self._codes, self._scales, self._format, self.dtype)

@@ -42,6 +42,36 @@ def test_every_reward_models_training_loads(path: Path, tmp_path: Path) -> None:
     assert load_as(RewardTrainingConfig, again) == loaded
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["batching.num_updates=2"], r"batching\.num_updates=2: expected 1"),
+        (["run.rollout_only=true"], r"run\.rollout_only=True: expected False"),
+        (["memory.offload=[grads]"], r"memory\.offload=\['grads'\]: expected \[\]"),
+        (["data.max_tokens=9000"], r"too small for 2 sequence\(s\).*at least 18002"),
+        (["data.evaluation=null"], r"evaluation\.every=50 needs held-out rows"),
+        (["parallel.tensor_parallel_size=4"], r"world size 2 does not divide"),
+    ],
+)
+def test_a_reward_models_training_that_cannot_be(overrides: list[str], message: str) -> None:
+    path = ROOT / "configs/reward_models/chain_outcome.yaml"
+    with pytest.raises(ConfigError, match=message):
+        validate_reward_training(load_as(RewardTrainingConfig, path, overrides), 2)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["aggregation=prod", "step_separator=x"], r"activation=none: expected sigmoid"),
+        (["aggregation=mean"], r"aggregation=mean: expected nothing without reward\.model\.step_separator"),
+        (["step_separator=''"], r"step_separator=''"),
+    ],
+)
+def test_a_reward_model_that_cannot_be_used(config: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(config, [JUDGE, *(f"reward.model.{text}" for text in overrides)])
+
+
 @pytest.mark.parametrize("path", STUDIES, ids=lambda p: p.name)
 def test_every_study_of_the_project_loads(path: Path) -> None:
     study = load_study(path)
@@ -165,6 +195,7 @@ def test_files_that_are_missing_broken_or_loop(config: Path, tmp_path: Path) -> 
 PPO = "algorithm.advantage=gae"
 DISTILLATION = ("algorithm.advantage=distillation", "algorithm.reference_path=teacher")
 PENALTY = ("algorithm.kl_reward_coef=0.1", "algorithm.kl_reward_target=0.1")
+JUDGE = "reward.model.path=judge"
 SHORTER = "[{from_step: 1}, {from_step: 2, max_new_tokens: 4}]"
 DEMONSTRATIONS = ("rollout.source=demonstrations", "algorithm.loss=nll", "data.train.demonstration_field=text")
 
@@ -198,6 +229,9 @@ DEMONSTRATIONS = ("rollout.source=demonstrations", "algorithm.loss=nll", "data.t
             r"shortens responses \(\[8, 4\]\)",
         ),
         (["reward.functions=[]"], 1, r"reward\.functions is empty"),
+        ([JUDGE, "rollout.dynamic_sampling=true"], 1, r"dynamic_sampling=True with reward\.model"),
+        ([JUDGE, "rollout.source=replay", "rollout.replay_path=x"], 1, r"source=replay with reward\.model"),
+        ([JUDGE, *DISTILLATION, "algorithm.kl_coef=0"], 1, r"advantage=distillation with reward\.model"),
         (["rollout.source=demonstrations"], 1, r"algorithm\.loss=nll"),
         (["rollout.source=demonstrations", "algorithm.loss=nll"], 1, r"data\.train\.demonstration_field"),
         ([*DEMONSTRATIONS, "algorithm.rollout_is=token_mask"], 1, r"rollout_is=token_mask has no meaning"),
