@@ -15,7 +15,7 @@ TRL_INSTALLED := $(TRL_VENV)/.installed
 BENCH ?=
 BIN := $(VENV)/bin
 NEWEST := .megatron-newest
-GATES := $(addprefix tests/distributed/test_,layouts.py checkpoint.py model.py memory.py conversion.py critic.py lora.py)
+GATES := $(addprefix tests/distributed/test_,layouts.py checkpoint.py model.py memory.py conversion.py critic.py lora.py reward_model.py)
 INSTALLED := $(VENV)/.installed
 VLLM_INSTALLED := $(VLLM_VENV)/.installed
 SGLANG_INSTALLED := $(SGLANG_VENV)/.installed
@@ -33,7 +33,7 @@ TORCH := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 'torch>=2.11,<2.1
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install quickstart quickstart-seeds bench-algorithms bench-star bench-engines bench-step bench-memory bench-convert bench-weight-sync test test-vllm test-sglang test-newest lint clean
+.PHONY: install quickstart quickstart-seeds bench-algorithms bench-star bench-reward-models bench-engines bench-step bench-memory bench-convert bench-weight-sync test test-vllm test-sglang test-newest lint clean
 
 install: $(INSTALLED)
 
@@ -89,6 +89,10 @@ bench-star: $(INSTALLED)
 			--output runs/star/seed_$$seed run.seed=$$seed \
 			model.path=runs/quickstart/seed_$$seed/sft/checkpoints/step_001800/hf || exit 1; \
 	done
+
+# reward models of steps and of outcomes on a policy's own solutions, and best of eight by them
+bench-reward-models: $(INSTALLED)
+	PATH="$(abspath $(BIN)):$$PATH" tools/reward_models.sh $(SEED)
 
 # the quickstart's learning curve on every engine, three seeds
 bench-engines: $(INSTALLED) $(VLLM_INSTALLED) $(SGLANG_INSTALLED)
