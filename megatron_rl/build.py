@@ -47,14 +47,11 @@ from megatron_rl.rollout.collect import Collector, CollectorLimits
 from megatron_rl.rollout.conversation import Dialogue
 from megatron_rl.rollout.engine import Engine, EngineSetup, engine_place
 from megatron_rl.rollout.engine_sampler import EngineSampler
-from megatron_rl.rollout.engines.embedded import EmbeddedEngine
-from megatron_rl.rollout.engines.sglang import SglangEngine
-from megatron_rl.rollout.engines.vllm import VllmEngine
+from megatron_rl.rollout.engines.start import start_engine
 from megatron_rl.rollout.evaluator import Evaluator
 from megatron_rl.rollout.keeper import EngineKeeper
 from megatron_rl.rollout.replay import ReplaySampler
 from megatron_rl.rollout.sampler import DemonstrationSampler, Sampler
-from megatron_rl.rollout.sampling import sample_seed
 from megatron_rl.run_folder import RunFolder
 from megatron_rl.run_models import Reference, RunModels
 from megatron_rl.types import ParallelContext, SamplingParams, TrainState
@@ -260,13 +257,9 @@ def build_engine(config: RunConfig, policy: Policy) -> Engine:
         timeout_s=config.rollout.engine_timeout_s,
         options=config.rollout.engine_options,
     )
-    match config.rollout.engine:
-        case "vllm":
-            return VllmEngine(setup, identity=gather_objects(uuid.uuid4().hex[:8], parallel)[0])
-        case "sglang":
-            return SglangEngine(setup, seed=sample_seed(config.run.seed, setup.place.index) % 2**31)
-        case "embedded":
-            return EmbeddedEngine(setup, reports_routing=config.moe.routing_replay)
+    return start_engine(
+        config.rollout.engine, setup, parallel, seed=config.run.seed, reports_routing=config.moe.routing_replay
+    )
 
 
 def longest_sequence(config: RunConfig, spec: ModelSpec) -> int:

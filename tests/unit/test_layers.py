@@ -29,6 +29,8 @@ ALLOWED = {
     "mcore": BASE | {"algorithms", "batching", "metrics", "models", "weights", "collective", "cpu_linear"},
     "weight_sync": BASE | {"mcore", "models", "weights", "rollout", "batching", "metrics", "collective"},
     "analysis": BASE | {"rollout", "data", "tasks", "rewards", "metrics", "run_folder"},
+    "evaluation": BASE
+    | {"rollout", "data", "tasks", "rewards", "models", "weights", "collective", "run_folder", "analysis"},
     "run_folder": {"errors", "config"},
     "integrity": {"errors"},
     "conversion": {"errors", "models", "weights", "collective"},
@@ -45,6 +47,7 @@ EVERYTHING = {
     "loop",
     "build",
     "train",
+    "evaluate",
     "command",
     "cadence",
     "judging",

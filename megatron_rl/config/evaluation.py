@@ -1,0 +1,213 @@
+"""The configuration of python -m megatron_rl.evaluate, and of the tasks that it names, one file each."""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_rl.config.checks import positive, require
+from megatron_rl.config.load import load_as
+from megatron_rl.config.schema import ModelSection, RewardFunctionSection, RowsSection
+from megatron_rl.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class FewShotSection:
+    """Examples before the question."""
+
+    count: int
+    """How many, the first ones."""
+    template: str
+    """Text of an example, with {column} of its row."""
+    rows: RowsSection
+    """Where they come from."""
+    same: str | None = None
+    """Only rows that have what the question's row has in this column, for instance subject; null: any."""
+
+    def __post_init__(self) -> None:
+        positive("few_shot", self, "count")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskSamplingSection:
+    """How answers are sampled."""
+
+    num_samples: int = 1
+    """Answers to each question (k of avg@k)."""
+    temperature: float = 0.0
+    """0 is greedy decoding."""
+    top_p: float = 1.0
+    """Nucleus."""
+    max_new_tokens: int = 2048
+    """Longest answer."""
+    stop: list[str] = field(default_factory=list)
+    """Texts before which an answer ends."""
+
+    def __post_init__(self) -> None:
+        positive("sampling", self, "num_samples", "max_new_tokens")
+        require(self.temperature >= 0, "sampling.temperature", self.temperature, "0 (greedy) or more")
+        require(0 < self.top_p <= 1, "sampling.top_p", self.top_p, "above 0, to 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskConfig:
+    """A benchmark: one file in configs/eval/tasks."""
+
+    name: str
+    """Under which its results stand."""
+    version: int
+    """Raised whenever anything changes that changes results."""
+    source: str
+    """Where the protocol comes from."""
+    data: RowsSection
+    """The questions."""
+    revision: str | None = None
+    """Of the data set on the hub; null: the newest."""
+    num_questions: int | None = None
+    """As many as the published set has; another number is reported. null: unknown."""
+    prompt: str
+    """Text of a question, with {column} of its row; {choices} are lettered lines of choices_field."""
+    choices_field: str | None = None
+    """Column with a list of choices; the answer column is then the place of the right one."""
+    answer_field: str = "answer"
+    """Column of the reference answer; a list means that any of them is right."""
+    answer_pattern: str | None = None
+    """Regular expression whose first group, last match, is the answer inside that column."""
+    group_field: str | None = None
+    """Column by which results are also given, for instance subject."""
+    few_shot: FewShotSection | None = None
+    """Examples before the question; null: none."""
+    chat: bool = True
+    """Ask as a user's message where the tokenizer has a chat template; false: plain text to be continued."""
+    system_prompt: str | None = None
+    """System message; null: none."""
+    sampling: TaskSamplingSection = field(default_factory=TaskSamplingSection)
+    scorer: RewardFunctionSection
+    """A reward function of 0 and 1."""
+    gold_response: str = "\\boxed{{gold}}"
+    """A response that says the reference answer, {gold}, and nothing else: it has to be right by the scorer."""
+    answer_shown_by: str | None = None
+    """Regular expression whose first group, last match, is a response's answer, for majority votes; null: what is in
+    the last \\boxed{}."""
+    pass_at: list[int] = field(default_factory=lambda: [1])
+    """k of pass@k, each at most num_samples."""
+    majority: bool = True
+    """Report maj@k."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalRunSection:
+    """What this evaluation is called and where it writes."""
+
+    name: str
+    """Shown in the reports."""
+    output_dir: str
+    """Folder for answers and reports."""
+    seed: int = 0
+    """Of the sampling."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalEngineSection:
+    """Who answers."""
+
+    name: Literal["embedded", "vllm", "sglang"] = "embedded"
+    """Inference engine, as rollout.engine of training."""
+    tensor_parallel_size: int = 1
+    """Neighbouring ranks that make up one engine."""
+    max_num_sequences: int = 256
+    """Sequences decoded at a time by an engine."""
+    timeout_s: float = 600.0
+    """Longest time that an engine in other processes may take for an answer."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Passed on to vLLM's or SGLang's own constructor."""
+
+    def __post_init__(self) -> None:
+        positive("engine", self, "tensor_parallel_size", "max_num_sequences")
+        require(self.timeout_s > 0, "engine.timeout_s", self.timeout_s, "more than 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalSamplingSection:
+    """What replaces the tasks' own sampling; null: theirs."""
+
+    num_samples: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    max_new_tokens: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradingSection:
+    """The workers that grade."""
+
+    num_workers: int = 1
+    """Processes on each rank."""
+    timeout_s: float = 20.0
+    """Hard limit for one answer, in seconds; the worker is killed beyond it, and the answer counts as wrong."""
+    memory_limit_gb: float = 4.0
+    """Address-space limit of a worker, in GiB."""
+
+    def __post_init__(self) -> None:
+        positive("grading", self, "num_workers")
+        require(self.timeout_s > 0, "grading.timeout_s", self.timeout_s, "more than 0 seconds")
+        require(self.memory_limit_gb > 0, "grading.memory_limit_gb", self.memory_limit_gb, "more than 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """A suite of tasks and who is asked."""
+
+    run: EvalRunSection
+    model: ModelSection
+    tasks: list[str]
+    """Files of tasks, relative to this one."""
+    engine: EvalEngineSection = field(default_factory=EvalEngineSection)
+    sampling: EvalSamplingSection = field(default_factory=EvalSamplingSection)
+    grading: GradingSection = field(default_factory=GradingSection)
+    limit: int | None = None
+    """Only the first so many questions of each task; the report says so."""
+    data: dict[str, str] = field(default_factory=dict)
+    """Task name -> local file (.jsonl, .parquet) or folder that replaces its data set."""
+    console: Literal["auto", "plain", "silent"] = "auto"
+    """Progress with the time left; auto: plain lines, redrawn on a terminal."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.tasks), "tasks", self.tasks, "at least one file")
+        positive("", self, "limit")
+
+
+def load_evaluation(path: str | Path, overrides: list[str]) -> tuple[EvalConfig, list[TaskConfig]]:
+    """A suite and its tasks as they are asked, with all that the suite replaces.
+
+    Raises:
+        ConfigError: a file is missing or wrong, or two tasks have one name.
+    """
+    config = load_as(EvalConfig, path, overrides)
+    folder = Path(path).parent
+    tasks = [_adapted(load_as(TaskConfig, folder / name), config) for name in config.tasks]
+    names = [task.name for task in tasks]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(f"{path}: several tasks are called {twice[0]!r}. Name each once, or rename one.")
+    unknown = sorted(set(config.data) - set(names))
+    if unknown:
+        raise ConfigError(f"data.{unknown[0]}: there is no such task here. Tasks: {', '.join(names)}.")
+    return config, tasks
+
+
+def _adapted(task: TaskConfig, config: EvalConfig) -> TaskConfig:
+    """The task with the suite's sampling and data in the place of its own."""
+    given = {name: value for name, value in vars(config.sampling).items() if value is not None}
+    sampling = replace(task.sampling, **given)
+    data = task.data
+    if task.name in config.data:
+        data = replace(data, kind=_kind_of(config.data[task.name]), path=config.data[task.name], name=None)
+    if config.limit is not None:
+        data = replace(data, limit=config.limit)
+    pass_at = sorted({k for k in task.pass_at if k <= sampling.num_samples} | {1})
+    return replace(task, sampling=sampling, data=data, pass_at=pass_at)
+
+
+def _kind_of(path: str) -> str:
+    kinds = {".jsonl": "jsonl", ".parquet": "parquet"}
+    return kinds.get(Path(path).suffix, "datasets")

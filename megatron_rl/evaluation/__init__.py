@@ -1,0 +1,1 @@
+"""Benchmarks: tasks, answers, verdicts, reports. Never imports Megatron-Core."""

@@ -1,0 +1,102 @@
+"""Answers as they are kept: a line each, written when it is graded. A killed evaluation loses only what it was at."""
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from megatron_rl.errors import DataError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """One graded sample."""
+
+    task: str
+    question: int
+    sample: int
+    seed: int
+    response: str
+    num_tokens: int
+    finish_reason: str
+    right: bool
+    status: str
+    """ok, reward_error or reward_timeout; the last two count as wrong."""
+    message: str
+    """What went wrong, or what the scorer says; empty otherwise."""
+    shown: str | None
+    """The answer in the response; None: there is none."""
+
+    @property
+    def key(self) -> tuple[str, int, int]:
+        return self.task, self.question, self.sample
+
+
+class AnswerFile:
+    """Appends answers to a file of one engine."""
+
+    def __init__(self, path: Path) -> None:
+        """Open it; a line that a kill has cut in two is removed.
+
+        Raises:
+            DataError: it cannot be written.
+        """
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists():
+                content = path.read_bytes()
+                whole = content.rfind(b"\n") + 1
+                if whole < len(content):
+                    os.truncate(path, whole)
+            self._file: TextIO = path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise DataError(
+                f"{path} cannot be written: {error}. Free space, or choose another run.output_dir."
+            ) from error
+
+    def write(self, answer: Answer) -> None:
+        """Append an answer; it is there even if this process is killed at once."""
+        self._file.write(json.dumps(asdict(answer)) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_answers(folder: Path) -> dict[tuple[str, int, int], Answer]:
+    """All answers in a folder, by task, question and sample.
+
+    Raises:
+        DataError: a line is damaged that is not a file's last one.
+    """
+    found: dict[tuple[str, int, int], Answer] = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        for answer in _lines(path):
+            found.setdefault(answer.key, answer)
+    return found
+
+
+def _lines(path: Path) -> Iterator[Answer]:
+    lines = path.read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(lines[:-1], start=1):  # the last one is empty, or cut in two
+        try:
+            yield Answer(**json.loads(line))
+        except (ValueError, TypeError) as error:
+            raise DataError(
+                f"{path}:{number} is damaged: {error}. Remove the line; its answer is sampled again."
+            ) from error
+
+
+def by_question(answers: Iterable[Answer]) -> Mapping[int, list[Answer]]:
+    """Answers of one task by question, in the order of their samples."""
+    found: dict[int, list[Answer]] = {}
+    for answer in sorted(answers, key=lambda one: (one.question, one.sample)):
+        found.setdefault(answer.question, []).append(answer)
+    return found
+
+
+def as_rows(answers: Iterable[Answer]) -> list[dict[str, Any]]:
+    """Plain values, for reports."""
+    return [asdict(answer) for answer in answers]

@@ -1,0 +1,63 @@
+"""Results to read."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from megatron_rl.evaluation.results import TaskResult
+
+SHARES = ("truncated", "answered", "grading_failed", "repetition")
+
+
+def results_table(results: Sequence[TaskResult]) -> str:
+    """A line for each task, as Markdown."""
+    return table([result.as_json() for result in results])
+
+
+def table(results: Sequence[Mapping[str, Any]]) -> str:
+    """The same of what ``results.json`` holds of each task."""
+    lines = [
+        "| task | questions | right | 95% interval | pass@k | maj@k | tokens | truncated | no answer |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for result in results:
+        scores, k = result["scores"], result["num_samples"]
+        passes = ", ".join(f"@{name.removeprefix('pass@')} {percent(value)}" for name, value in of_pass(scores).items())
+        error = scores["standard_error"]
+        shown_error = "" if error is None else f" ± {percent(error)}"
+        lines.append(
+            f"| {result['task']} | {result['num_questions']} x {k} | {percent(scores[f'avg@{k}'])}{shown_error} | "
+            f"{percent(scores['interval_low'])} to {percent(scores['interval_high'])} | {passes} | "
+            f"{percent(scores[f'maj@{k}']) if f'maj@{k}' in scores else '-'} | {scores['response_length']:.0f} | "
+            f"{percent(scores['truncated'])} | {percent(1 - scores['answered'])} |"
+        )
+    return "\n".join(lines)
+
+
+def markdown(found: Mapping[str, Any]) -> str:
+    """The page of an evaluation."""
+    tasks = list(found["tasks"].values())
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    parts = [
+        f"# {found['name']}",
+        f"Model `{found['model']}` (fingerprint {found['fingerprint']}), engine {found['engine']}; {versions}.",
+        table(tasks),
+    ]
+    for task in tasks:
+        notes = [f"- {note}" for note in task["notes"]]
+        groups = [f"| {name} | {percent(value)} |" for name, value in task["groups"].items()]
+        if groups:
+            macro = percent(task["scores"]["macro_average"])
+            groups = ["| group | right |", "|---|---|", *groups, f"| mean of the groups | {macro} |"]
+        if notes or groups:
+            parts += [f"## {task['task']}, version {task['version']}", "\n".join(notes), "\n".join(groups)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def of_pass(scores: Mapping[str, float]) -> dict[str, float]:
+    """The pass@k among scores."""
+    return {name: value for name, value in scores.items() if name.startswith("pass@")}
+
+
+def percent(value: float | None) -> str:
+    """A share."""
+    return "-" if value is None else f"{value:.1%}"

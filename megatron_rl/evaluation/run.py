@@ -1,0 +1,277 @@
+"""A suite of tasks put to a model. Every rank executes these same lines."""
+
+import importlib.metadata
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_rl.collective import barrier, raise_together
+from megatron_rl.config.evaluation import EvalConfig, TaskConfig
+from megatron_rl.data.templates import load_tokenizer
+from megatron_rl.errors import ConfigError, DataError
+from megatron_rl.evaluation.answers import Answer, AnswerFile, by_question, read_answers
+from megatron_rl.evaluation.folder import EvalFolder
+from megatron_rl.evaluation.grading import Grading, Verdicts
+from megatron_rl.evaluation.metrics import mean
+from megatron_rl.evaluation.model import fingerprint, load_engine
+from megatron_rl.evaluation.questions import Question, read_questions
+from megatron_rl.evaluation.responder import Asked, Response, as_asked, respond
+from megatron_rl.evaluation.results import TaskResult, task_result
+from megatron_rl.models import ModelSpec, read_model_spec
+from megatron_rl.models.engine_shards import check_engine_size
+from megatron_rl.rollout.engine import Engine, EngineSetup, engine_place
+from megatron_rl.rollout.engines.start import start_engine
+from megatron_rl.rollout.sampling import sample_seed
+from megatron_rl.types import ParallelContext
+from megatron_rl.weights.hf_files import torch_dtype
+
+PROGRESS_S = 10.0
+Note = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Exam:
+    """A task with its questions."""
+
+    task: TaskConfig
+    questions: Sequence[Question]
+    asked: Sequence[Asked]
+    notes: Sequence[str]
+
+
+def evaluate(
+    config: EvalConfig, tasks: Sequence[TaskConfig], parallel: ParallelContext, note: Note
+) -> list[TaskResult]:
+    """Ask, grade and report; what an earlier start has answered already is kept. Collective.
+
+    Args:
+        note: shows a line; does nothing on ranks other than the first.
+
+    Returns:
+        the results, on the first rank; empty on the others.
+
+    Raises:
+        MegatronRLError: on every rank; what is wrong and what to change.
+    """
+    with raise_together(parallel):
+        spec = read_model_spec(config.model.path)
+        check_engine_size(spec, config.engine.tensor_parallel_size)
+        check_world(config, parallel.world_size)
+        tokenizer = load_tokenizer(config.model.path)
+        exams = [read_exam(task, config, tokenizer) for task in tasks]
+        longest = longest_sequence(exams, spec)
+        folder = EvalFolder(Path(config.run.output_dir))
+        mark = fingerprint(config.model.path)
+        if parallel.is_main:
+            folder.begin(config, tasks, mark)
+        grading = Grading(config.grading, tasks)
+    with closing(grading):
+        setup = EngineSetup(
+            folder=config.model.path,
+            spec=spec,
+            place=engine_place(parallel, config.engine.tensor_parallel_size),
+            device=parallel.device,
+            dtype=torch_dtype(config.model.dtype),
+            max_num_sequences=config.engine.max_num_sequences,
+            max_model_len=longest,
+            local_rank=parallel.local_rank,
+            timeout_s=config.engine.timeout_s,
+            options=config.engine.options,
+        )
+        engine = start_engine(config.engine.name, setup, parallel, seed=config.run.seed)
+        with closing(engine):
+            with raise_together(parallel):
+                load_engine(engine, spec, config.model.path)
+            with raise_together(parallel):
+                done = read_answers(folder.answers)
+            for exam in exams:
+                with raise_together(parallel):
+                    answer(exam, config, engine, setup, grading, tokenizer, done, folder, note)
+                barrier(parallel)
+        with raise_together(parallel):
+            if not parallel.is_main:
+                return []
+            found = read_answers(folder.answers)
+            results = [concluded(exam, found, grading) for exam in exams]
+            folder.finish(config, tasks, results, model=mark, versions=versions(config))
+            return results
+
+
+def read_exam(task: TaskConfig, config: EvalConfig, tokenizer: Any) -> Exam:
+    """A task with its questions as the model sees them.
+
+    Raises:
+        DataError, ConfigError: as of ``read_questions`` and ``as_asked``.
+    """
+    questions = read_questions(task)
+    notes = []
+    if task.num_questions is not None and len(questions) != task.num_questions:
+        why = f"limit={config.limit}" if config.limit is not None else "the data differ from the published set"
+        notes.append(f"{len(questions)} questions, of which the published set has {task.num_questions} ({why})")
+    return Exam(task, questions, as_asked(task, questions, tokenizer), notes)
+
+
+def check_world(config: EvalConfig, world_size: int) -> None:
+    """
+    Raises:
+        ConfigError: the ranks do not divide into engines.
+    """
+    size = config.engine.tensor_parallel_size
+    if world_size % size:
+        raise ConfigError(
+            f"world size {world_size} does not divide by engine.tensor_parallel_size={size}. "
+            f"Start a multiple of {size} ranks or change the key."
+        )
+
+
+def longest_sequence(exams: Sequence[Exam], spec: ModelSpec) -> int:
+    """Tokens of prompt and response that an engine must be ready for.
+
+    Raises:
+        DataError: a prompt leaves no room for an answer.
+    """
+    positions, longest = spec.max_position_embeddings, 0
+    for exam in exams:
+        lengths = [len(one.token_ids) for one in exam.asked]
+        if max(lengths) >= positions:
+            place = lengths.index(max(lengths))
+            raise DataError(
+                f"question {exam.questions[place].index} of task {exam.task.name} has {max(lengths)} tokens, the model "
+                f"{positions} positions. Use fewer examples, or another model."
+            )
+        longest = max(longest, min(positions, max(lengths) + exam.task.sampling.max_new_tokens))
+    return longest
+
+
+def answer(
+    exam: Exam,
+    config: EvalConfig,
+    engine: Engine,
+    setup: EngineSetup,
+    grading: Grading,
+    tokenizer: Any,
+    done: Mapping[tuple[str, int, int], Answer],
+    folder: EvalFolder,
+    note: Note,
+) -> None:
+    """This engine's share of what is not answered yet, written as it comes."""
+    task, place = exam.task, engine.place
+    wanted = missing(exam, config.run.seed, done, place.index, place.count)
+    total = sum(len(samples) for _, samples in wanted)
+    if not total:
+        return
+    progress = Progress(task.name, total, place.count, note)
+    pending: deque[tuple[Response, Verdicts]] = deque()
+    with closing(AnswerFile(folder.answers_of(task.name, place.index))) if place.is_leader else _Nowhere() as file:
+
+        def written(*, wait: bool) -> None:
+            while pending and (wait or pending[0][1].done()):
+                found = grading.finish(task, *pending.popleft())
+                file.write(found)
+                progress.count(found)
+
+        for response in respond(
+            engine,
+            task,
+            wanted,
+            stop_token_ids=(tokenizer.eos_token_id,),
+            max_model_len=setup.max_model_len,
+            max_requests=setup.max_num_sequences,
+            decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
+        ):
+            pending.append((response, grading.begin(task, response)))
+            written(wait=False)
+        written(wait=True)
+
+
+def missing(
+    exam: Exam, seed: int, done: Mapping[tuple[str, int, int], Answer], engine: int, num_engines: int
+) -> list[tuple[Asked, list[tuple[int, int]]]]:
+    """Questions of one engine with the (sample, seed) of each that is not answered yet."""
+    found = []
+    for asked in exam.asked[engine::num_engines]:
+        index = asked.question.index
+        samples = [
+            (sample, sample_seed(seed, index, sample))
+            for sample in range(exam.task.sampling.num_samples)
+            if (exam.task.name, index, sample) not in done
+        ]
+        if samples:
+            found.append((asked, samples))
+    return found
+
+
+def concluded(exam: Exam, found: Mapping[tuple[str, int, int], Answer], grading: Grading) -> TaskResult:
+    """Results of a task whose answers are all there."""
+    task = exam.task
+    answers = by_question([one for key, one in found.items() if key[0] == task.name])
+    wrong_golds = grading.wrong_golds(task, exam.questions)
+    notes = list(exam.notes)
+    if wrong_golds:
+        shown = ", ".join(map(str, wrong_golds[:10]))
+        notes.append(
+            f"{len(wrong_golds)} reference answers are not right by the scorer {task.scorer.name} themselves "
+            f"(questions {shown}{', …' if len(wrong_golds) > 10 else ''})"
+        )
+    wanted = task.majority and task.sampling.num_samples > 1
+    clusters = {
+        question.index: grading.clusters(task, question, answers[question.index])
+        for question in exam.questions
+        if wanted
+    }
+    groups = {question.index: question.group for question in exam.questions}
+    return task_result(task, answers, clusters, groups, notes)
+
+
+def versions(config: EvalConfig) -> dict[str, str]:
+    """Of what decides the numbers."""
+    names = ["torch", "transformers", "math-verify"]
+    names += [] if config.engine.name == "embedded" else [config.engine.name]
+    return {name: _version(name) for name in names}
+
+
+def _version(name: str) -> str:
+    for distribution in (name, f"{name}-cpu"):
+        try:
+            return importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "not installed"
+
+
+class Progress:
+    """Says now and then how far a task is."""
+
+    def __init__(self, name: str, total: int, num_engines: int, note: Note) -> None:
+        self._name, self._total, self._engines, self._note = name, total, num_engines, note
+        self._verdicts: list[float] = []
+        self._begun = self._told = time.monotonic()
+
+    def count(self, found: Answer) -> None:
+        """One more."""
+        self._verdicts.append(float(found.right))
+        now, done = time.monotonic(), len(self._verdicts)
+        if now - self._told < PROGRESS_S and done < self._total:
+            return
+        self._told = now
+        left = (now - self._begun) / done * (self._total - done)
+        shares = f" of this engine's share (one of {self._engines})" if self._engines > 1 else ""
+        self._note(
+            f"{self._name}: {done}/{self._total} answers{shares}, {mean(self._verdicts):.1%} right, {left:.0f} s left"
+        )
+
+
+class _Nowhere:
+    """The file of a rank that gets no answers."""
+
+    def __enter__(self) -> "_Nowhere":
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def write(self, found: Answer) -> None:
+        raise AssertionError("only the first rank of an engine gets answers")
