@@ -60,18 +60,24 @@ class TaskConfig:
     """Where the protocol comes from."""
     data: RowsSection
     """The questions."""
-    revision: str | None = None
-    """Of the data set on the hub; null: the newest."""
+    subsets: list[str] = field(default_factory=list)
+    """Configurations of the hub data set that make up the task, each row with its name in the column subset; in a local
+    file that column says which one a row is of. Empty: data.name alone."""
     num_questions: int | None = None
     """As many as the published set has; another number is reported. null: unknown."""
     prompt: str
     """Text of a question, with {column} of its row; {choices} are lettered lines of choices_field."""
     choices_field: str | None = None
-    """Column with a list of choices; the answer column is then the place of the right one."""
+    """Column with a list of choices; the answer column is then the place of the right one, or its letter."""
+    wrong_choices: list[str] = field(default_factory=list)
+    """Columns of wrong choices, among which the answer column is the right one; their order is drawn for each
+    question, the same in every evaluation."""
     answer_field: str = "answer"
     """Column of the reference answer; a list means that any of them is right."""
     answer_pattern: str | None = None
     """Regular expression whose first group, last match, is the answer inside that column."""
+    answer_in_box: bool = False
+    """The answer is in the last \\boxed{} of that column."""
     group_field: str | None = None
     """Column by which results are also given, for instance subject."""
     few_shot: FewShotSection | None = None

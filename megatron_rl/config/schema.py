@@ -62,6 +62,8 @@ class RowsSection:
     """Configuration of a hub data set, for instance "main" of openai/gsm8k."""
     split: str = "train"
     """Split of a data set or of a generated task."""
+    revision: str | None = None
+    """Of a data set on the hub, a tag or commit; null: the newest."""
     limit: int | None = None
     """Use only the first so many rows."""
     options: dict[str, Any] = field(default_factory=dict)

@@ -68,7 +68,7 @@ def read_datasets(source: RowsSection) -> Iterable[Row]:
         if (Path(source.path) / "dataset_info.json").exists() or (Path(source.path) / "dataset_dict.json").exists():
             saved = datasets.load_from_disk(source.path)
             return saved[source.split] if isinstance(saved, datasets.DatasetDict) else saved
-        return datasets.load_dataset(source.path, source.name, split=source.split)
+        return datasets.load_dataset(source.path, source.name, split=source.split, revision=source.revision)
     except (
         FileNotFoundError,
         KeyError,

@@ -1,14 +1,17 @@
 """Rows of a benchmark to questions with prompts."""
 
+import random
 import re
 import string
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megatron_rl.config.evaluation import FewShotSection, TaskConfig
 from megatron_rl.data.sources import read_rows
 from megatron_rl.errors import DataError
+from megatron_rl.rewards.math import last_boxed
+from megatron_rl.rollout.votes import last_match
 
 LETTERS = string.ascii_uppercase
 
@@ -35,16 +38,35 @@ def read_questions(task: TaskConfig) -> list[Question]:
     Raises:
         DataError: the data cannot be read, a column is missing, or a gold answer does not match its pattern.
     """
-    rows = read_rows(task.data)
-    shots = _read_shots(task.few_shot)
+    rows = [_with_choices(task, row, f"question {index} of task {task.name}") for index, row in enumerate(_rows(task))]
+    shots = [] if task.few_shot is None else [_with_choices(task, row, "an example") for row in _shots(task.few_shot)]
     return [_question(task, index, row, shots) for index, row in enumerate(rows)]
+
+
+def _rows(task: TaskConfig) -> list[Mapping[str, Any]]:
+    """Those of all subsets, up to the limit each."""
+    if not task.subsets:
+        return list(read_rows(task.data))
+    if task.data.kind != "datasets":
+        found = read_rows(replace(task.data, limit=None))
+        unknown = sorted({str(row.get("subset")) for row in found} - set(task.subsets))
+        if unknown:
+            raise DataError(f"task {task.name}: the column subset holds {unknown[0]!r}, none of the task's subsets.")
+        return [
+            row for name in task.subsets for row in [one for one in found if one["subset"] == name][: task.data.limit]
+        ]
+    return [{**row, "subset": name} for name in task.subsets for row in read_rows(replace(task.data, name=name))]
+
+
+def _shots(section: FewShotSection) -> list[Mapping[str, Any]]:
+    return list(read_rows(section.rows))
 
 
 def _question(task: TaskConfig, index: int, row: Mapping[str, Any], shots: Sequence[Mapping[str, Any]]) -> Question:
     where = f"question {index} of task {task.name}"
     return Question(
         index=index,
-        text=_examples(task, row, shots, where) + filled(task.prompt, _with_choices(task, row, where), where),
+        text=_examples(task, row, shots, where) + filled(task.prompt, row, where),
         answers=_answers(task, row, where),
         group=None if task.group_field is None else str(_column(row, task.group_field, where)),
         row=row,
@@ -52,19 +74,23 @@ def _question(task: TaskConfig, index: int, row: Mapping[str, Any], shots: Seque
 
 
 def _answers(task: TaskConfig, row: Mapping[str, Any], where: str) -> list[str]:
+    if "letter" in row and (task.choices_field is not None or task.wrong_choices):
+        return [row["letter"]]
     found = _column(row, task.answer_field, where)
-    if task.choices_field is not None:
-        place = LETTERS.index(found) if isinstance(found, str) and found in LETTERS else int(found)
-        return [LETTERS[place]]
     every = [str(one) for one in found] if isinstance(found, list | tuple) else [str(found)]
+    if task.answer_in_box:
+        boxes = [last_boxed(one) for one in every]
+        if None in boxes:
+            raise DataError(f"{where}: {task.answer_field} has no \\boxed{{}}: {every[0][-80:]!r}.")
+        return [str(one).strip() for one in boxes]
     if task.answer_pattern is None:
         return every
-    matches = [re.findall(task.answer_pattern, one) for one in every]
-    if not all(matches):
+    matches = [last_match(one, task.answer_pattern) for one in every]
+    if None in matches:
         raise DataError(
-            f"{where}: {task.answer_field} {every[0]!r} does not match answer_pattern={task.answer_pattern!r}."
+            f"{where}: {task.answer_field} {every[0][-80:]!r} does not match answer_pattern={task.answer_pattern!r}."
         )
-    return [one[-1].strip() for one in matches]
+    return [str(one) for one in matches]
 
 
 def _examples(task: TaskConfig, row: Mapping[str, Any], shots: Sequence[Mapping[str, Any]], where: str) -> str:
@@ -77,35 +103,41 @@ def _examples(task: TaskConfig, row: Mapping[str, Any], shots: Sequence[Mapping[
         raise DataError(
             f"{where}: {len(fitting)} examples fit it, few_shot.count={section.count}. Give more, or lower it."
         )
-    return "".join(
-        filled(section.template, _with_choices(task, shot, where), where) for shot in fitting[: section.count]
-    )
-
-
-def _read_shots(section: FewShotSection | None) -> Sequence[Mapping[str, Any]]:
-    return [] if section is None else read_rows(section.rows)
+    return "".join(filled(section.template, shot, where) for shot in fitting[: section.count])
 
 
 def _with_choices(task: TaskConfig, row: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     """The row with {choices} as lettered lines and {letter} as the right one's."""
-    if task.choices_field is None:
+    if task.choices_field is not None:
+        choices = list(_column(row, task.choices_field, where))
+        told = _column(row, task.answer_field, where)
+        place = LETTERS.index(told) if isinstance(told, str) and told in LETTERS else int(told)
+    elif task.wrong_choices:
+        choices = [_column(row, name, where) for name in (task.answer_field, *task.wrong_choices)]
+        order = list(range(len(choices)))
+        random.Random(str(choices[0])).shuffle(order)
+        choices, place = [choices[one] for one in order], order.index(0)
+    else:
         return row
-    choices = _column(row, task.choices_field, where)
+    if not 0 <= place < len(choices):
+        raise DataError(f"{where}: the right choice is number {place} of {len(choices)}.")
     lines = "\n".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False))
-    return {**row, "choices": lines, "letter": _answers(task, row, where)[0]}
+    return {**row, "choices": lines, "letter": LETTERS[place]}
 
 
 def filled(template: str, row: Mapping[str, Any], where: str) -> str:
-    """A template with the columns that it names; other braces stay.
+    """A template with the columns that it names in braces; other braces stay.
 
     Raises:
-        DataError: the row lacks one, which is to say that the template names a word in braces that is none.
+        DataError: a lower-case word in braces is no column.
     """
 
     def value(match: re.Match[str]) -> str:
+        if match[1] not in row and not match[1].islower():
+            return match[0]
         return str(_column(row, match[1], where))
 
-    return re.sub(r"\{([a-z_]\w*)\}", value, template)
+    return re.sub(r"\{([A-Za-z_][\w ]*)\}", value, template)
 
 
 def _column(row: Mapping[str, Any], name: str, where: str) -> Any:

@@ -22,7 +22,7 @@ def math_answer(sample: RewardInput) -> float:
         plain = _plainly_equal(boxed, sample.answer)
         if plain is not None:
             return float(plain)
-    return float(_verify(sample.answer, sample.response))
+    return float(verify_answer(sample.answer, sample.response))
 
 
 def last_boxed(text: str) -> str | None:
@@ -56,7 +56,8 @@ def _plain_number(text: str) -> Decimal | None:
         return None
 
 
-def _verify(answer: str, response: str) -> bool:
+def verify_answer(answer: str, response: str) -> bool:
+    """Whether math-verify finds the answer in a response."""
     # imported late: sympy takes a second, and many runs never need it
     from math_verify import parse, verify
 

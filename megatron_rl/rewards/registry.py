@@ -7,17 +7,24 @@ from collections.abc import Callable, Sequence
 from megatron_rl.config.schema import RewardFunctionSection
 from megatron_rl.errors import RewardError
 from megatron_rl.plugins import load_symbol
+from megatron_rl.rewards.code import code_tests
 from megatron_rl.rewards.coin_flip import coin_flip
 from megatron_rl.rewards.countdown import countdown
 from megatron_rl.rewards.exact import exact_match
 from megatron_rl.rewards.format import think_answer_format
 from megatron_rl.rewards.length import soft_overlong
 from megatron_rl.rewards.math import math_answer
+from megatron_rl.rewards.math_graders import math_qwen, math_sympy
+from megatron_rl.rewards.pattern import pattern_match
 from megatron_rl.rewards.record import RewardFunction, RewardInput
 
 REWARDS: dict[str, RewardFunction] = {
     "exact_match": exact_match,
+    "pattern_match": pattern_match,
+    "code_tests": code_tests,
     "math": math_answer,
+    "math_sympy": math_sympy,
+    "math_qwen": math_qwen,
     "format": think_answer_format,
     "countdown": countdown,
     "coin_flip": coin_flip,

@@ -14,7 +14,8 @@ ALLOWED = {
     "config": {"errors"},
     "plugins": {"errors"},
     "algorithms": BASE,
-    "rewards": BASE,
+    "rewards": BASE | {"sandbox"},
+    "sandbox": {"errors"},
     "tasks": BASE,
     "data": BASE | {"tasks"},
     "metrics": BASE,
@@ -69,7 +70,7 @@ ONLY_IN = {
     "omegaconf": {"config"},
     "math_verify": {"rewards"},
 }
-NO_TORCH = {"config", "errors", "plugins", "rewards", "tasks", "run_folder", "integrity"}
+NO_TORCH = {"config", "errors", "plugins", "rewards", "sandbox", "tasks", "run_folder", "integrity"}
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 

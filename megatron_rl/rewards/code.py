@@ -1,0 +1,64 @@
+"""Code that a model wrote, run against tests in a sandbox.
+
+Sources: the programs of HumanEval, arXiv 2107.03374 section 2.2 and its repository; MBPP, arXiv 2108.07732 section 2.1.
+"""
+
+import re
+from typing import Any, Literal
+
+from megatron_rl.errors import RewardError
+from megatron_rl.rewards.record import RewardInput
+from megatron_rl.sandbox import Limits, run_program
+
+BLOCK = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:\n```|\Z)", re.DOTALL | re.IGNORECASE)
+
+
+def code_tests(
+    sample: RewardInput,
+    style: Literal["humaneval", "mbpp"] = "humaneval",
+    timeout_s: float = 3.0,
+    memory_gb: float = 1.0,
+    allow_unisolated: bool = False,
+) -> float:
+    """1 when the code in a response passes all tests of its problem, else 0.
+
+    Args:
+        style: whose columns the problem has. humaneval: prompt, test, entry_point; mbpp: test_list, and
+            test_setup_code or test_imports.
+        timeout_s: wall-clock time for code and tests together.
+        memory_gb: address space, in GiB.
+        allow_unisolated: run it where nothing shuts it in.
+
+    Raises:
+        RewardError: it cannot be shut in here.
+    """
+    limits = Limits(seconds=timeout_s, memory_bytes=int(memory_gb * 2**30))
+    return float(run_program(program(sample, style), limits, allow_unisolated=allow_unisolated).status == "passed")
+
+
+def program(sample: RewardInput, style: Literal["humaneval", "mbpp"]) -> str:
+    """Code and tests as one program.
+
+    Raises:
+        RewardError: the problem lacks a column.
+    """
+    code = fenced(sample.response)
+    if style == "humaneval":
+        prompt, test, entry = (_column(sample, name) for name in ("prompt", "test", "entry_point"))
+        whole = code if code is not None and f"def {entry}" in code else prompt + (code or sample.response)
+        return f"{whole}\n\n{test}\n\ncheck({entry})\n"
+    metadata = sample.metadata
+    imports = metadata.get("test_setup_code") or "\n".join(metadata.get("test_imports") or ())
+    return "\n\n".join([imports, code or sample.response, *_column(sample, "test_list")])
+
+
+def fenced(response: str) -> str | None:
+    """The last fenced block of a response, also one that was not closed; None without one."""
+    blocks = BLOCK.findall(response)
+    return blocks[-1] if blocks else None
+
+
+def _column(sample: RewardInput, name: str) -> Any:
+    if not sample.metadata.get(name):
+        raise RewardError(f"the problem has no column {name!r}. Columns: {', '.join(sample.metadata)}.")
+    return sample.metadata[name]
