@@ -30,7 +30,7 @@ from megatron_rl.mcore.policy import Policy
 from megatron_rl.mcore.precision import Implementation, choose_implementation
 from megatron_rl.mcore.quantized import BLOCK
 from megatron_rl.mcore.reference import BaseReference, HostedReference
-from megatron_rl.mcore.reward_model import RewardModel
+from megatron_rl.mcore.reward_model import RewardModel, check_scores
 from megatron_rl.mcore.scoring import ScoringModel
 from megatron_rl.mcore.settings import transformer_config
 from megatron_rl.metrics.console import Console, SilentConsole, build_console
@@ -39,7 +39,6 @@ from megatron_rl.models import ModelSpec, read_model_spec
 from megatron_rl.models.engine_shards import check_engine_size
 from megatron_rl.models.flops import peak_tflops
 from megatron_rl.models.lora import ATTENTION_TARGETS, adapted_matrices, lora_table
-from megatron_rl.models.table import VALUE_HEAD
 from megatron_rl.plugins import load_symbol
 from megatron_rl.rewards.pool import RewardPool
 from megatron_rl.rewards.registry import build_grader
@@ -60,7 +59,6 @@ from megatron_rl.weight_sync.push import PROBE_PROMPT
 from megatron_rl.weights.hf_files import torch_dtype
 from megatron_rl.weights.layout import hf_shapes
 from megatron_rl.weights.peft_files import PeftReader
-from megatron_rl.weights.reader import WeightReader
 
 
 class Inputs:
@@ -100,15 +98,11 @@ class Inputs:
                 )
         _check_lora(config.lora, spec, config.parallel.tensor_parallel_size)
         if config.algorithm.uses_critic:
-            _check_value_model(config.of_critic(), spec, implementation, "critic.path")
+            _check_value_model(config.of_critic(), config.model.path, implementation, "critic.path")
         if config.reward.model is not None:
             own = config.of_reward_model(config.reward.model.path)
-            reader = _check_value_model(own, spec, implementation, "reward.model.path")
-            if VALUE_HEAD not in reader.names():
-                raise ConfigError(
-                    f"reward.model.path={own.model.path} has no {VALUE_HEAD}: it is no reward model. "
-                    "Train one with python -m megatron_rl.train_reward_model."
-                )
+            _check_value_model(own, config.model.path, implementation, "reward.model.path")
+            check_scores(own.model.path)
         for functions in reward_functions(config).values():
             build_grader(functions)
         build_objective(config.algorithm)
@@ -156,28 +150,29 @@ def _check_lora(config: LoraSection, spec: ModelSpec, tp_size: int) -> None:
         PeftReader(config.path, shapes, rank=config.rank, alpha=config.alpha)
 
 
-def _check_value_model(config: RunConfig, policy: ModelSpec, implementation: Implementation, key: str) -> WeightReader:
+def _check_value_model(config: RunConfig, policy: str, implementation: Implementation, key: str) -> None:
     """Everything about a model of one output that needs no model.
 
     Args:
         config: with it in the policy's place.
+        policy: folder of the policy.
         key: that names its folder.
     """
-    spec, path = read_model_spec(config.model.path), config.model.path
+    spec, theirs, path = read_model_spec(config.model.path), read_model_spec(policy), config.model.path
     transformer_config(spec, config, implementation)
     check_optimizer(config)
-    reader = check_weights(spec, path, "value")
-    if spec.vocab_size != policy.vocab_size:
+    check_weights(spec, path, "value")
+    vocabulary = load_tokenizer(policy).get_vocab()
+    if max(vocabulary.values()) >= spec.vocab_size or load_tokenizer(path).get_vocab() != vocabulary:
         raise ConfigError(
-            f"{key}={path} has {spec.vocab_size} tokens, the policy {policy.vocab_size}. "
+            f"{key}={path} has {spec.vocab_size} tokens, the policy {theirs.vocab_size}, and other ones. "
             "It must share the policy's tokenizer."
         )
-    if spec.max_position_embeddings < policy.max_position_embeddings:
+    if spec.max_position_embeddings < theirs.max_position_embeddings:
         raise ConfigError(
             f"{key}={path} has {spec.max_position_embeddings} positions, fewer than the policy's "
-            f"{policy.max_position_embeddings}. Choose a model that can read all that the policy can write."
+            f"{theirs.max_position_embeddings}. Choose a model that can read all that the policy can write."
         )
-    return reader
 
 
 def _check_fits(prompts: PromptSet, spec: ModelSpec, config: RunConfig) -> None:

@@ -26,6 +26,7 @@ class StepFinder:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._texts: dict[int, str] = {}
+        self._before = tokenizer.encode("a", add_special_tokens=False)
 
     def judged_places(self, rollout: Rollout, separator: str | None) -> list[int]:
         """Tokens of the sequence at which a reward model is asked; without a separator only the last one sampled."""
@@ -36,8 +37,13 @@ class StepFinder:
         return [sampled[end] for end in step_ends(texts, separator)]
 
     def _text(self, token_id: int) -> str:
+        """Behind another token: some tokenizers drop the space before the first one of a text."""
         if token_id not in self._texts:
-            self._texts[token_id] = self._tokenizer.decode([token_id], skip_special_tokens=True)
+            both, first = (
+                self._tokenizer.decode(ids, skip_special_tokens=True)
+                for ids in ([*self._before, token_id], self._before)
+            )
+            self._texts[token_id] = both[len(first) :]
         return self._texts[token_id]
 
 

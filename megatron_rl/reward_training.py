@@ -62,9 +62,10 @@ class RewardInputs:
     def describe(self) -> str:
         """How many examples there are."""
         held_out = self.evaluation or JudgedSet(examples=[], num_overlong=0)
-        return (
-            f"{len(self.train.examples)} training examples ({self.train.num_overlong} over-long dropped), "
-            f"{len(held_out.examples)} held-out examples ({held_out.num_overlong} dropped)"
+        return ", ".join(
+            f"{len(found.examples)} {name} examples ({found.num_overlong} over-long and {found.num_unreadable} "
+            "unreadable ones dropped)"
+            for name, found in (("training", self.train), ("held-out", held_out))
         )
 
 

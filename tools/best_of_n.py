@@ -7,6 +7,7 @@ response, majority vote, and any right response (pass@n). Alone or under torchru
 
 import argparse
 import math
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,31 +16,34 @@ import torch
 
 from megatron_rl.algorithms.steps import AGGREGATIONS, Aggregation, aggregated
 from megatron_rl.batching.judged import judged_sequence
+from megatron_rl.collective import raise_together
 from megatron_rl.config.load import load_as
 from megatron_rl.config.reward_training import RewardTrainingConfig, validate_reward_training
 from megatron_rl.data.templates import load_tokenizer
 from megatron_rl.errors import DataError, MegatronRLError
 from megatron_rl.judging import StepFinder
 from megatron_rl.mcore.parallel import init_parallel, launcher_world, leave_world
-from megatron_rl.mcore.reward_model import RewardModel
+from megatron_rl.mcore.reward_model import RewardModel, check_scores
+from megatron_rl.rewards.math import last_boxed
 from megatron_rl.rollout.record import read_folder, rollout_from_json, write_lines
 from megatron_rl.rollout.votes import best, last_match, majority, weighted_majority
 from megatron_rl.types import ParallelContext
 
 LAST: tuple[Aggregation, ...] = ("last",)
-BOXED = r"\\boxed\{(.*)\}"
 
 
 def main() -> None:
     """The command line."""
     asked = parse_arguments()
     try:
+        if asked.answer_pattern is not None and not re.compile(asked.answer_pattern).groups:
+            sys.exit(f"--answer-pattern {asked.answer_pattern!r} has no group (…) for the answer.")
         config = load_as(RewardTrainingConfig, asked.config, asked.overrides)
         _, world_size, _ = launcher_world()
         validate_reward_training(config, world_size)
         choose(asked, config, init_parallel(config.parallel))
     except MegatronRLError as error:
-        sys.exit(str(error))
+        sys.exit(str(error) if launcher_world()[0] == 0 else 1)  # the first rank says what all of them found
     finally:
         leave_world()
 
@@ -51,7 +55,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rollouts", required=True, type=Path, help="folder rollouts/ of a run")
     parser.add_argument("--n", type=int, help="responses of each prompt to choose from; default: all")
     parser.add_argument(
-        "--answer-pattern", default=BOXED, help="regular expression of the answer, last match (\\boxed)"
+        "--answer-pattern", help="regular expression with a group: the answer, last match; default: \\boxed{}"
     )
     parser.add_argument("--min-reward", type=float, default=1.0, help="total reward of a right response (1.0)")
     parser.add_argument("--output", type=Path, help="JSONL file for the responses with their scores")
@@ -61,12 +65,15 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def choose(asked: argparse.Namespace, config: RewardTrainingConfig, parallel: ParallelContext) -> None:
     """Score all responses and print what each way of choosing gets right; collective."""
+    with raise_together(parallel):
+        check_scores(config.model.path)
+        finder = StepFinder(load_tokenizer(config.model.path))
+        found = read_folder(asked.rollouts)
     model = RewardModel(config.as_run(), parallel)
     of_steps = config.data.schema in ("stepwise", "math_shepherd")
-    finder = StepFinder(load_tokenizer(config.model.path))
     prompts: dict[str, list[dict[str, Any]]] = {}
-    for line in read_folder(asked.rollouts):
-        if line["status"] == "ok":
+    for line in found:
+        if line["status"] == "ok" and any(line["loss_mask"]):
             prompts.setdefault(line["prompt"], []).append(line)
     groups = [lines[: asked.n] for lines in prompts.values() if len(lines) >= (asked.n or 1)]
     if not groups:
@@ -85,12 +92,17 @@ def choose(asked: argparse.Namespace, config: RewardTrainingConfig, parallel: Pa
     print(table(groups, asked, of_steps=of_steps))
 
 
+def shown(response: str, pattern: str | None) -> str | None:
+    """The answer in a response."""
+    return last_boxed(response) if pattern is None else last_match(response, pattern)
+
+
 def table(groups: list[list[dict[str, Any]]], asked: argparse.Namespace, *, of_steps: bool) -> str:
     """Share of right choices, with standard errors."""
     ways: dict[str, list[float]] = {}
     for group in groups:
         right = [float(line["reward"] >= asked.min_reward) for line in group]
-        answers = [last_match(line["response"], asked.answer_pattern) for line in group]
+        answers = [shown(line["response"], asked.answer_pattern) for line in group]
 
         def chosen(place: int | None, right: list[float] = right) -> float:
             return 0.0 if place is None else right[place]

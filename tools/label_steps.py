@@ -2,7 +2,8 @@
 
 From the end of every step the rest is sampled several times and graded (Math-Shepherd, arXiv 2312.08935). Writes rows
 of prompt, completions and labels, which python -m megatron_rl.train_reward_model reads with data.schema=stepwise and
-data.chat_template=rendered. The key=value overrides are those of the sampling.
+data.chat_template=rendered (none, where the run that recorded them had that). The key=value overrides are those of the
+sampling.
 """
 
 import argparse
@@ -45,6 +46,11 @@ def label(asked: argparse.Namespace, config: RunConfig) -> None:
     def is_right(sample: RewardInput) -> bool:
         return grader(sample)[0] >= asked.min_reward
 
+    if config.rollout.environment is not None:
+        sys.exit(
+            f"rollout.environment={config.rollout.environment}: the rest of a conversation cannot be sampled from the "
+            "middle of it. Label solutions that were given in one response."
+        )
     solutions = different(read_folder(asked.rollouts))
     rows = list(
         {prefix: asked_row(line, prefix) for line in solutions for prefix in beginnings(line, asked.separator)}.values()
@@ -65,11 +71,13 @@ def label(asked: argparse.Namespace, config: RunConfig) -> None:
         [
             *asked.overrides, "data.train.kind=jsonl", f"data.train.path={questions}", "data.train.options={}",
             "data.train.prompt_field=prompt", "data.train.answer_field=answer", "data.train.answer_pattern=null",
-            "data.train.limit=null", "data.shuffle=false", template, "data.curriculum=[]",
+            "data.train.limit=null", "data.shuffle=false", template, "data.system_prompt=null", "data.curriculum=[]",
+            "rollout.dynamic_sampling=false",
             "data.on_overlong_prompt=error", f"data.max_prompt_tokens={longest}",
             f"rollout.num_prompts_per_step={per_step}", f"rollout.group_size={asked.completions}",
         ],
         num_ranks=asked.num_ranks,
+        data=questions,
     )  # fmt: skip
     graded = graded_rests(rests, {line["prompt"]: line for line in solutions}, is_right, asked.completions)
     judged = [labelled(line, graded, is_right, asked.separator, soft=asked.soft) for line in solutions]

@@ -114,6 +114,7 @@ def by_hints(
         model,
         [
             "data.train.kind=jsonl", f"data.train.path={questions}", "data.train.options={}", template,
+            "data.system_prompt=null",
             "data.train.prompt_field=prompt", "data.train.answer_field=answer", "data.train.answer_pattern=null",
             f"data.max_prompt_tokens={config.data.max_prompt_tokens + longer}",
         ],

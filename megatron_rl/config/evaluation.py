@@ -67,6 +67,8 @@ class TaskConfig:
     """As many as the published set has; another number is reported. null: unknown."""
     prompt: str
     """Text of a question, with {column} of its row; {choices} are lettered lines of choices_field."""
+    lines: dict[str, str] = field(default_factory=dict)
+    """Name in the prompt -> column with a list of texts, which stand there as lines."""
     choices_field: str | None = None
     """Column with a list of choices; the answer column is then the place of the right one, or its letter."""
     wrong_choices: list[str] = field(default_factory=list)

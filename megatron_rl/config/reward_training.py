@@ -19,7 +19,7 @@ from megatron_rl.config.schema import (
     RunSection,
     SourceSection,
 )
-from megatron_rl.config.validate import check_parallel
+from megatron_rl.config.validate import check_decay, check_parallel
 from megatron_rl.errors import ConfigError
 
 
@@ -39,7 +39,7 @@ class JudgedDataSection:
     max_tokens: int = 2048
     """Longest prompt and response together; rows with more are dropped, counted and reported."""
     step_separator: str = "\n"
-    """Text that is put between the steps of stepwise."""
+    """Text that is put between the steps of stepwise and math_shepherd."""
     chat_template: Literal["auto", "rendered", "none"] = "auto"
     """auto: the tokenizer's chat template when it has one; rendered: it has been applied already, as in what
     tools/label_steps.py writes; none: prompts are plain text."""
@@ -103,6 +103,7 @@ def validate_reward_training(config: RewardTrainingConfig, world_size: int) -> N
         ConfigError: with the values, what was expected and the key to change.
     """
     check_parallel(config.as_run(), world_size)
+    check_decay(config.optimizer)
     nothing: dict[str, tuple[object, object]] = {
         "run.rollout_only": (config.run.rollout_only, False),
         "batching.num_updates": (config.batching.num_updates, 1),
@@ -113,6 +114,20 @@ def validate_reward_training(config: RewardTrainingConfig, world_size: int) -> N
     }
     for key, (value, expected) in nothing.items():
         require(value == expected, key, value, f"{expected}: it means nothing to a reward model's training")
+    has_steps = config.data.schema in ("stepwise", "math_shepherd")
+    separator, sequences = config.data.step_separator, config.batching.micro_batch_size
+    require(
+        has_steps or separator == "\n",
+        "data.step_separator",
+        repr(separator),
+        f"nothing with data.schema={config.data.schema}",
+    )
+    require(
+        config.data.schema != "pairwise" or sequences is None or sequences % 2 == 0,
+        "batching.micro_batch_size",
+        sequences,
+        "an even number with data.schema=pairwise, whose two sequences stay together",
+    )
     tokens = config.batching.max_tokens_per_micro_batch * config.parallel.context_parallel_size
     rows = 2 if config.data.schema == "pairwise" else 1
     if tokens < rows * (config.data.max_tokens + 1):

@@ -1,6 +1,7 @@
 """Checks across sections and against the world size, each naming the key to change."""
 
 from megatron_rl.config.critic import CriticSection
+from megatron_rl.config.optimizer import OptimizerSection
 from megatron_rl.config.schema import RunConfig
 from megatron_rl.errors import ConfigError
 
@@ -61,16 +62,17 @@ def _check_reward_model(config: RunConfig) -> None:
         ("rollout.dynamic_sampling", rollout.dynamic_sampling, False),
         ("rollout.greedy_baseline", rollout.greedy_baseline, False),
         ("rollout.source", rollout.source, "engine"),
-        (
-            "algorithm.advantage",
-            config.algorithm.advantage,
-            config.algorithm.advantage.replace("distillation", "another"),
-        ),
     ):
         if value != nothing:
             raise ConfigError(
                 f"{key}={value} with reward.model: expected {nothing}. Change it, or leave the model out."
             )
+    advantage = config.algorithm.advantage
+    if advantage in ("distillation", "pass_at_k"):
+        raise ConfigError(
+            f"algorithm.advantage={advantage} with reward.model: it reads no rewards, or only whether they are 1. "
+            "Choose another one, or leave the model out."
+        )
 
 
 def sequences_per_step(config: RunConfig) -> int:
@@ -228,7 +230,15 @@ def _check_micro_batches(config: RunConfig) -> None:
             f"sequence, data.max_prompt_tokens + rollout.max_new_tokens = {longest}{shared}. "
             f"Raise it to at least {-(-longest // ranks)}."
         )
-    decay, warmup = config.optimizer.lr_decay_updates, config.optimizer.lr_warmup_updates
+    check_decay(config.optimizer)
+
+
+def check_decay(optimizer: OptimizerSection) -> None:
+    """
+    Raises:
+        ConfigError: the learning rate would have decayed before it has risen.
+    """
+    decay, warmup = optimizer.lr_decay_updates, optimizer.lr_warmup_updates
     if decay is not None and decay <= warmup:
         raise ConfigError(
             f"optimizer.lr_decay_updates={decay} must be above optimizer.lr_warmup_updates={warmup}. "

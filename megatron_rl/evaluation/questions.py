@@ -107,7 +107,8 @@ def _examples(task: TaskConfig, row: Mapping[str, Any], shots: Sequence[Mapping[
 
 
 def _with_choices(task: TaskConfig, row: Mapping[str, Any], where: str) -> Mapping[str, Any]:
-    """The row with {choices} as lettered lines and {letter} as the right one's."""
+    """The row with lists as lines, {choices} as lettered ones, and {letter} as the right one's."""
+    row = {**row, **{name: "\n".join(_column(row, column, where)) for name, column in task.lines.items()}}
     if task.choices_field is not None:
         choices = list(_column(row, task.choices_field, where))
         told = _column(row, task.answer_field, where)

@@ -156,12 +156,11 @@ class LoraAdapters:
         return self._model.is_in_first_replica
 
     @torch.no_grad()
-    def merged(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The weights, those with an adapter replaced by copies to which what it adds is added."""
-        return {
-            name: (weight.float() + self._adapters[name].delta()).to(weight.dtype) if name in self._adapters else weight
-            for name, weight in weights.items()
-        }
+    def merge_into(self, weights: dict[str, Tensor]) -> None:
+        """Replace those that have an adapter by copies to which what it adds is added, one after the other."""
+        for name, adapter in self._adapters.items():
+            weight = weights.pop(name)
+            weights[name] = (weight.float() + adapter.delta()).to(weight.dtype)
 
     def export(self) -> Iterator[tuple[str, Tensor]]:
         """The matrices under PEFT's names, without its prefix; collective as ``ShardedModel.export``."""

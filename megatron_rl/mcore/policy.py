@@ -32,7 +32,9 @@ class Policy(ScoringModel):
     def shards(self) -> dict[str, Tensor]:
         """This rank's weights as ``ShardedModel.shards``; adapters are merged into them."""
         weights = super().shards()
-        return weights if self.adapters is None else self.adapters.merged(weights)
+        if self.adapters is not None:
+            self.adapters.merge_into(weights)
+        return weights
 
     @contextmanager
     def without_adapters(self) -> Iterator[None]:

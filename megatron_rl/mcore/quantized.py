@@ -4,6 +4,7 @@ Sources: NF4 and its blocks of 64 from QLoRA, arXiv 2305.14314 section 3 and app
 quantisation; int8 by the largest value from LLM.int8(), arXiv 2208.07339 section 2.1, of a block in place of a row.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -26,7 +27,8 @@ NF4 = (
 class QuantizedWeight(torch.Tensor):
     """A frozen [rows, columns] matrix that acts as the dense one it stands for.
 
-    Every operation sees the dense matrix and lets go of it; autograd keeps this one for the backward pass.
+    Every operation sees the dense matrix and lets go of it. Megatron's product with a frozen matrix keeps this one for
+    the backward pass; torch's own would keep the dense one.
     """
 
     _codes: Tensor
@@ -52,7 +54,7 @@ class QuantizedWeight(torch.Tensor):
             values = self._codes.float() / 127
         else:
             codes = torch.stack([self._codes >> 4, self._codes & 15], dim=-1).flatten(1)
-            values = torch.tensor(NF4, device=codes.device)[codes.int()]
+            values = _levels(codes.device)[codes.int()]
         return (values.unflatten(1, (-1, BLOCK)) * self._scales[..., None]).flatten(1).to(self.dtype)
 
     @property
@@ -65,6 +67,8 @@ class QuantizedWeight(torch.Tensor):
         if function is torch.ops.aten.detach.default:
             (self,) = args
             return QuantizedWeight(self._codes, self._scales, self._format, self.dtype)
+        if function._schema.is_mutable and isinstance(args[0], QuantizedWeight):
+            raise TypeError(f"{function} would write into a quantised matrix, which is not possible.")
         dense, named = tree_map(_dense, (args, kwargs or {}))
         return function(*dense, **named)
 
@@ -84,7 +88,7 @@ def quantized(weight: Tensor, kind: Format) -> QuantizedWeight:
     if kind == "int8":
         codes = (shares * 127).round().to(torch.int8).flatten(1)
     else:
-        levels = torch.tensor(NF4, device=weight.device)
+        levels = _levels(weight.device)
         # the boundaries lie half way between neighbours
         found = torch.bucketize(shares, (levels[1:] + levels[:-1]) / 2).to(torch.uint8).flatten(1)
         codes = found[:, ::2] << 4 | found[:, 1::2]
@@ -95,6 +99,12 @@ def held_tensors(parameter: Tensor) -> Sequence[Tensor]:
     """What takes memory of a parameter."""
     data = parameter.data
     return data.held if isinstance(data, QuantizedWeight) else (data,)
+
+
+@functools.cache
+def _levels(device: torch.device) -> Tensor:
+    """Of NF4, on a device; made once, as a copy would wait for it."""
+    return torch.tensor(NF4, device=device)
 
 
 def _dense(value: Any) -> Any:

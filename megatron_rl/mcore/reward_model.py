@@ -13,10 +13,13 @@ from megatron_rl.batching.judged import filler, share_out
 from megatron_rl.batching.plan import given_batch
 from megatron_rl.collective import gather_objects
 from megatron_rl.config.schema import RunConfig
+from megatron_rl.errors import ConfigError
 from megatron_rl.mcore.critic import reads_values
-from megatron_rl.mcore.model import ValueModel
+from megatron_rl.mcore.model import ValueModel, check_weights
 from megatron_rl.mcore.sharded_model import ShardedModel
 from megatron_rl.metrics.metric import Mean, Reduction
+from megatron_rl.models import read_model_spec
+from megatron_rl.models.table import VALUE_HEAD
 from megatron_rl.types import MicroBatch, ParallelContext, TrainSequence
 
 LOSS = "reward_model/loss"
@@ -76,6 +79,19 @@ class RewardModel(ShardedModel):
             dp_rank=parallel.dp_rank,
             dp_size=parallel.dp_size,
             multiple_of=parallel.pp_size if parallel.vp_size > 1 else 1,
+        )
+
+
+def check_scores(path: str) -> None:
+    """Refuse a folder whose scores would all be 0.
+
+    Raises:
+        ConfigError: it has no value head.
+    """
+    if VALUE_HEAD not in check_weights(read_model_spec(path), path, "value").names():
+        raise ConfigError(
+            f"{path} has no {VALUE_HEAD}: it is no reward model. Train one with "
+            "python -m megatron_rl.train_reward_model, or give the folder hf/ of one of its checkpoints."
         )
 
 

@@ -93,7 +93,8 @@ class WeightSync:
                 )
         seconds = time.perf_counter() - start
         if is_checked:
-            self._check(received, version)
+            self._check(received, shards, version)
+        del shards
         metrics = self._report(traffic, seconds)
         if settings.probe_tokens:
             if self._config.rollout.sleep:
@@ -130,10 +131,10 @@ class WeightSync:
         folder = Path(self._config.weight_sync.folder or Path(self._config.run.output_dir) / "weights")
         return partial(meet_in, folder, gather_objects(uuid.uuid4().hex[:8], self._parallel)[0])
 
-    def _check(self, received: ReceivedChecksums, version: int) -> None:
+    def _check(self, received: ReceivedChecksums, shards: Mapping[str, Tensor], version: int) -> None:
         place = self._engine.place
         readers = list(range(place.tp_size))  # the first engine's ranks stand for those of all
-        sent = sent_checksums(self._plan, self._policy.shards(), readers, self._parallel)
+        sent = sent_checksums(self._plan, shards, readers, self._parallel)
         with raise_together(self._parallel):
             received.check(sent[place.tp_rank], version)
 

@@ -210,6 +210,15 @@ def test_a_quantized_model_is_the_same_under_every_layout(
                 assert row.tolist() == pytest.approx(alone.logprobs[place].tolist(), abs=1e-4)
 
 
+def test_a_quantized_matrix_is_never_written_into() -> None:
+    from megatron_rl.mcore.quantized import quantized
+
+    weight = quantized(torch.randn(2, 64), "int8")
+    for write in (lambda: weight.mul_(2), lambda: weight.copy_(torch.zeros(2, 64))):
+        with pytest.raises(TypeError, match="would write into a quantised matrix"):
+            write()
+
+
 def test_a_run_on_a_quantized_model_pushes_what_it_learns(
     gangs: Callable[[int], Gang], wide: Path, tmp_path: Path
 ) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from megatron_rl.config import dump_config, load_config, validate
+from megatron_rl.config.evaluation import TaskConfig, load_evaluation
 from megatron_rl.config.load import _dotted_keys, load_as
 from megatron_rl.config.names import FOREIGN_NAMES
 from megatron_rl.config.reward_training import RewardTrainingConfig, validate_reward_training
@@ -23,7 +24,9 @@ def config(tmp_path: Path) -> Path:
 
 STUDIES = sorted((ROOT / "configs" / "ablations").glob("*.yaml"))
 REWARD_TRAININGS = sorted((ROOT / "configs" / "reward_models").glob("*.yaml"))
-CONFIGS = sorted(set((ROOT / "configs").rglob("*.yaml")) - set(STUDIES) - set(REWARD_TRAININGS))
+SUITES = sorted((ROOT / "configs" / "eval").glob("*.yaml"))
+TASKS = sorted((ROOT / "configs" / "eval" / "tasks").glob("*.yaml"))
+CONFIGS = sorted(set((ROOT / "configs").rglob("*.yaml")) - {*STUDIES, *REWARD_TRAININGS, *SUITES, *TASKS})
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: str(p.relative_to(ROOT / "configs")))
@@ -42,9 +45,44 @@ def test_every_reward_models_training_loads(path: Path, tmp_path: Path) -> None:
     assert load_as(RewardTrainingConfig, again) == loaded
 
 
+@pytest.mark.parametrize("path", SUITES, ids=lambda p: p.name)
+def test_every_suite_of_the_project_loads(path: Path) -> None:
+    config, tasks = load_evaluation(path, ["model.path=somewhere", "sampling.num_samples=4", "limit=3"])
+    assert config.model.path == "somewhere"
+    assert tasks
+    for task in tasks:
+        assert (task.sampling.num_samples, task.data.limit, max(task.pass_at) <= 4) == (4, 3, True)
+
+
+def test_every_task_of_the_project_is_called_as_its_file() -> None:
+    assert [load_as(TaskConfig, path).name for path in TASKS] == [path.stem for path in TASKS]
+
+
+@pytest.mark.parametrize(
+    ("suite", "overrides", "message"),
+    [
+        ("tasks: [a.yaml, b.yaml]", [], r"several tasks are called 'a'"),
+        ("tasks: []", [], r"tasks=\[\]: expected at least one file"),
+        ("tasks: [a.yaml]", ["data.b=x.jsonl"], r"data\.b: there is no such task here. Tasks: a"),
+        ("tasks: [a.yaml]", ["sampling.num_samples=0"], r"sampling\.num_samples=0"),
+        ("tasks: [c.yaml]", [], r"c\.yaml"),
+    ],
+)
+def test_a_suite_that_cannot_be(suite: str, overrides: list[str], message: str, tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / f"{name}.yaml").write_text(TASKS[0].read_text().replace(f"name: {TASKS[0].stem}", "name: a"))
+    path = tmp_path / "suite.yaml"
+    path.write_text(f"run: {{name: x, output_dir: y}}\nmodel: {{path: z}}\n{suite}\n")
+    with pytest.raises(ConfigError, match=message):
+        load_evaluation(path, overrides)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        (["batching.micro_batch_size=3"], r"micro_batch_size=3: expected an even number"),
+        (["data.step_separator=x"], r"data\.step_separator='x': expected nothing with data\.schema=pairwise"),
+        (["optimizer.lr_decay_updates=5"], r"lr_decay_updates=5 must be above optimizer\.lr_warmup_updates=20"),
         (["batching.num_updates=2"], r"batching\.num_updates=2: expected 1"),
         (["run.rollout_only=true"], r"run\.rollout_only=True: expected False"),
         (["memory.offload=[grads]"], r"memory\.offload=\['grads'\]: expected \[\]"),
@@ -231,7 +269,11 @@ DEMONSTRATIONS = ("rollout.source=demonstrations", "algorithm.loss=nll", "data.t
         (["reward.functions=[]"], 1, r"reward\.functions is empty"),
         ([JUDGE, "rollout.dynamic_sampling=true"], 1, r"dynamic_sampling=True with reward\.model"),
         ([JUDGE, "rollout.source=replay", "rollout.replay_path=x"], 1, r"source=replay with reward\.model"),
-        ([JUDGE, *DISTILLATION, "algorithm.kl_coef=0"], 1, r"advantage=distillation with reward\.model"),
+        (
+            [JUDGE, *DISTILLATION, "algorithm.kl_coef=0"],
+            1,
+            r"distillation with reward\.model: it reads no rewards",
+        ),
         (["rollout.source=demonstrations"], 1, r"algorithm\.loss=nll"),
         (["rollout.source=demonstrations", "algorithm.loss=nll"], 1, r"data\.train\.demonstration_field"),
         ([*DEMONSTRATIONS, "algorithm.rollout_is=token_mask"], 1, r"rollout_is=token_mask has no meaning"),

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from megatron_rl.algorithms.losses import binary_loss, pairwise_loss
 from megatron_rl.algorithms.steps import aggregated, step_ends, step_label, step_spans
@@ -19,11 +21,13 @@ from megatron_rl.config.schema import BatchingSection, RowsSection
 from megatron_rl.data.judged import JudgedSet, load_judged
 from megatron_rl.data.templates import load_tokenizer
 from megatron_rl.errors import DataError
+from megatron_rl.judging import StepFinder
 from megatron_rl.rewards.exact import exact_match
 from megatron_rl.rewards.record import RewardInput
 from megatron_rl.rollout.step_labels import Prefix, asked_row, beginnings, different, graded_rests, labelled
 from megatron_rl.rollout.votes import best, last_match, majority, weighted_majority
 from megatron_rl.tasks.hasty_chain import HastyChain, right_steps
+from megatron_rl.types import Rollout
 
 CHAT = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant: "
 
@@ -184,14 +188,17 @@ def test_steps_are_judged_at_their_last_token(load: Callable[..., JudgedSet], to
 
 
 def test_math_shepherd_is_read_as_published(load: Callable[..., JudgedSet], toy_model: Callable[..., Path]) -> None:
-    marked = "two and one? step 1: 2+1=3 {}\nstep 2: the answer is: 3 {}".replace("step", "Step")
+    marked = "two and one? step 1: 2+1=3 {}\nstep 2: the answer is: 3 {}"
     row = {"input": marked.format("ки", "ки"), "label": marked.format("+", "-"), "task": "gsm8k"}
     (judged,) = load("math_shepherd", row).examples[0]
     assert text(judged.token_ids, toy_model).count("\n") == 1
     assert [text(judged.token_ids[end], toy_model) for end in judged.ends] == ["\n", "<eos>"]
     assert judged.labels == [1.0, 0.0]
+    damaged = {**row, "label": marked.format("+", "x")}
     with pytest.raises(DataError, match="label is not input with"):
-        load("math_shepherd", {**row, "label": marked.format("+", "x")})
+        load("math_shepherd", damaged)
+    found = load("math_shepherd", damaged, row, {**row, "input": "ки", "label": "+"})
+    assert (len(found.examples), found.num_unreadable, found.num_overlong) == (1, 2, 0)
 
 
 def test_pairs_come_as_texts_and_as_messages(load: Callable[..., JudgedSet], toy_model: Callable[..., Path]) -> None:
@@ -213,12 +220,18 @@ def test_pairs_come_as_texts_and_as_messages(load: Callable[..., JudgedSet], toy
 @pytest.mark.parametrize(
     ("schema", "row", "message"),
     [
-        ("stepwise", {"prompt": "a", "completions": ["b"], "labels": [True, False]}, "1 completions and 2 labels"),
+        (
+            "stepwise",
+            {"prompt": "a", "completions": ["b"], "labels": [True, False]},
+            "labels [True, False]: expected texts",
+        ),
         ("stepwise", {"prompt": "a", "completions": ["b"]}, "column 'labels' is missing"),
+        ("stepwise", {"prompt": "a", "completions": 3, "labels": 3}, "completions 3 and labels 3"),
+        ("stepwise", {"prompt": "a", "completions": ["b", ""], "labels": [1, 1]}, "no tokens of its own"),
         ("pointwise", {"prompt": "a", "completion": "b", "label": 3}, "label 3: expected true, false, or a number"),
         ("pointwise", {"prompt": "a", "completion": [{"role": "user", "content": "b"}], "label": 1}, "assistant's"),
         ("pairwise", {"chosen": "a", "rejected": "b", "margin": "c"}, "margin is 'c'"),
-        ("pointwise", {"prompt": "a", "completion": "b" * 50, "label": 1}, "longer than data.max_tokens=20"),
+        ("pointwise", {"prompt": "a", "completion": "b" * 50, "label": 1}, "1 are longer than data.max_tokens=20"),
     ],
 )
 def test_bad_rows_are_named(schema: str, row: dict[str, Any], message: str, load: Callable[..., JudgedSet]) -> None:
@@ -231,6 +244,25 @@ def test_long_rows_are_dropped_and_counted(load: Callable[..., JudgedSet]) -> No
     rows = [{"prompt": "a", "completion": "b" * length, "label": 1} for length in (3, 30, 18, 19)]
     found = load("pointwise", *rows, max_tokens=20)
     assert (len(found.examples), found.num_overlong) == (2, 2)
+
+
+def test_steps_are_found_where_tokens_hold_spaces() -> None:
+    """As SentencePiece's do: the space before the first token of a text is dropped when it is decoded."""
+    vocabulary = {token: i for i, token in enumerate(["<eos>", "▁a", "▁#", "b", "▁b"])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<eos>"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    finder = StepFinder(PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>"))
+    assert finder.judged_places(said([1, 2, 1, 2, 4, 0]), " #") == [1, 3, 5]
+    assert finder.judged_places(said([1, 2, 1]), None) == [2]
+
+
+def said(tokens: list[int]) -> Rollout:
+    length = len(tokens)
+    return Rollout(
+        token_ids=torch.tensor(tokens), loss_mask=torch.ones(length).bool(), rollout_logprobs=torch.zeros(length),
+        text="", finish_reason="stop", policy_versions=torch.zeros(length).int(), seed=0, reward=0.0, reward_parts={},
+        status="ok", failure="",
+    )  # fmt: skip
 
 
 def test_a_token_is_judged_by_what_has_read_it() -> None:

@@ -1,5 +1,8 @@
 """Runs that tools start, and what they record."""
 
+import hashlib
+import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +12,7 @@ from megatron_rl.rollout.record import read_rollouts, step_file
 
 
 def recorded(
-    config: str, num_steps: int, run: Path, overrides: Sequence[str], *, num_ranks: int
+    config: str, num_steps: int, run: Path, overrides: Sequence[str], *, num_ranks: int, data: Path | None = None
 ) -> list[dict[str, Any]]:
     """Graded responses of a model, sampled unless they are there.
 
@@ -17,7 +20,15 @@ def recorded(
         config: file of the run that samples.
         num_steps: of that run.
         run: its folder.
+        data: file of its prompts that was made for it.
     """
+    digest = "" if data is None else hashlib.sha256(data.read_bytes()).hexdigest()
+    wanted = {"config": Path(config).read_text(), "num_steps": num_steps, "overrides": list(overrides), "data": digest}
+    asked = run.with_suffix(".asked.json")
+    if asked.exists() and json.loads(asked.read_text()) != wanted:
+        sys.exit(f"{run} holds what was sampled otherwise (see {asked}). Choose another folder, or remove this one.")
+    asked.parent.mkdir(parents=True, exist_ok=True)
+    asked.write_text(json.dumps(wanted, indent=2))
     files = [step_file(run / "rollouts", step) for step in range(1, num_steps + 1)]
     if not files[-1].exists():
         train(
