@@ -1,0 +1,416 @@
+"""Benchmarks: questions, verdicts, what they come to, and answers that outlive a kill."""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_rl.config.evaluation import EvalConfig, EvalRunSection, GradingSection, TaskConfig
+from megatron_rl.config.load import load_as
+from megatron_rl.config.schema import ModelSection
+from megatron_rl.errors import ConfigError, DataError
+from megatron_rl.evaluation.answers import Answer, AnswerFile, by_question, read_answers
+from megatron_rl.evaluation.folder import EvalFolder, read_results
+from megatron_rl.evaluation.grading import Grading
+from megatron_rl.evaluation.metrics import (
+    bootstrap_interval,
+    majority_place,
+    paired_difference,
+    pass_at_k,
+    repetition,
+    standard_error,
+)
+from megatron_rl.evaluation.questions import Question, filled, read_questions
+from megatron_rl.evaluation.responder import Asked, Response, cut
+from megatron_rl.evaluation.results import TaskResult, task_result
+from megatron_rl.rewards.math import math_answer
+from megatron_rl.rewards.math_graders import math_qwen, math_sympy
+from megatron_rl.rewards.record import RewardInput
+
+ROOT = Path(__file__).parents[2]
+TASKS = ROOT / "configs" / "eval" / "tasks"
+NUM_ROWS = 20
+
+
+def boxed(text: str) -> str:
+    return f"So it is \\boxed{{{text}}}."
+
+
+def code_row(i: int) -> dict[str, Any]:
+    return {
+        "task_id": f"t/{i}",
+        "prompt": f'def add_{i}(a, b):\n    """a + b + {i}"""\n',
+        "canonical_solution": f"    return a + b + {i}\n",
+        "test": f"def check(candidate):\n    assert candidate(1, 2) == {3 + i}\n",
+        "entry_point": f"add_{i}",
+    }
+
+
+def mbpp_row(i: int) -> dict[str, Any]:
+    return {
+        "task_id": i,
+        "text": f"Write a function that adds {i}.",
+        "prompt": f"Write a function that adds {i}.",
+        "code": f"def f(x):\n    return x + {i}",
+        "test_list": [f"assert f(1) == {1 + i}", f"assert f(-1) == {i - 1}"],
+        "test_setup_code": "",
+        "test_imports": [],
+    }
+
+
+def choice_row(i: int) -> dict[str, Any]:
+    return {
+        "question": f"Which is {i}?", "subject": "odd" if i % 2 else "even",
+        "choices": [str(i + shift - i % 4) for shift in range(4)], "answer": i % 4,
+    }  # fmt: skip
+
+
+# task -> (row number i, a right response, a wrong response)
+FIXTURES: dict[str, tuple[Callable[[int], dict[str, Any]], Callable[[int], str], Callable[[int], str]]] = {
+    "gsm8k": (
+        lambda i: {"question": f"{i} and {i}?", "answer": f"{i} + {i} = <<{i}+{i}={2 * i}>>{2 * i}\n#### {2 * i:,}"},
+        lambda i: boxed(f"{2 * i:,}"),
+        lambda i: boxed(str(2 * i + 1)),
+    ),
+    "gsm8k_5shot": (
+        lambda i: {"question": f"{i} and {i}?", "answer": f"It is\n#### {2 * i + 1000:,}"},
+        lambda i: f"They are ${2 * i + 1000:,}.",
+        lambda i: f"{2 * i + 1000}, no, 7",
+    ),
+    "gsm8k_5shot_strict": (
+        lambda i: {"question": f"{i} and {i}?", "answer": f"It is\n#### {2 * i + 1000:,}"},
+        lambda i: f"They are\n#### {2 * i + 1000}\n#### 3",
+        lambda i: f"They are {2 * i + 1000}",
+    ),
+    "math": (
+        lambda i: {"problem": f"What is {i}/7?", "solution": boxed(f"\\frac{{{i}}}{{7}}"), "level": f"Level {i % 5}",
+                   "type": "Algebra", "subset": "algebra"},
+        lambda i: boxed(f"{i}/7"),
+        lambda i: boxed(f"{i + 1}/7"),
+    ),
+    "math500": (
+        lambda i: {"problem": "?", "solution": "", "answer": f"{i}\\sqrt{{2}}", "level": i % 5 + 1},
+        lambda i: boxed(f"{i}\\sqrt2"),
+        lambda i: boxed(f"{i}.5"),
+    ),
+    "aime24": (
+        lambda i: {"problem": "?", "answer": f"{i:03d}", "year": "2024"},
+        lambda i: boxed(str(i)),
+        lambda i: f"The answer is {i}, nearly. {boxed(str(i + 1))}",
+    ),
+    "aime25": (lambda i: {"problem": "?", "answer": str(i)}, lambda i: boxed(str(i)), lambda i: boxed(str(-i - 1))),
+    "amc23": (
+        lambda i: {"question": "?", "answer": float(i)}, lambda i: boxed(str(i)), lambda i: boxed(f"{i}.25"),
+    ),
+    "amc_validation": (
+        lambda i: {"problem": "?", "answer": float(i), "url": ""}, lambda i: boxed(str(i)), lambda i: boxed(f"{i}.25"),
+    ),
+    "minerva_math": (
+        lambda i: {"question": "?", "answer": f"{i}.5"}, lambda i: boxed(f"{i}.50"), lambda i: boxed(f"{i}.6"),
+    ),
+    "olympiadbench": (
+        lambda i: {"question": "?", "final_answer": [f"${i}$", f"${i + 100}$"], "subfield": "Algebra"},
+        lambda i: boxed(str(i + 100 * (i % 2))),
+        lambda i: boxed(str(i + 50)),
+    ),
+    "humaneval": (
+        code_row,
+        lambda i: f"Here:\n```python\ndef add_{i}(a, b):\n    return {i} + b + a\n```\n",
+        lambda i: f"```python\ndef add_{i}(a, b):\n    return a + b + {i + 1}\n```",
+    ),
+    "humaneval_completion": (code_row, lambda i: f"    return {i} + b + a\n", lambda i: "    return None\n"),
+    "mbpp": (mbpp_row, lambda i: f"f = lambda x: {i} + x\n", lambda i: f"def f(x):\n    return {i + 1}\n"),
+    "mbpp_sanitized": (mbpp_row, lambda i: f"f = lambda x: {i} + x\n", lambda i: "import os; os._exit(0)\n"),
+    "mmlu": (
+        choice_row, lambda i: f"answer: C?\nAnswer: {'ABCD'[i % 4]}", lambda i: f"Answer: {'BCDA'[i % 4]}",
+    ),
+    "gpqa_diamond": (
+        lambda i: {"Question": f"{i}?", "Correct Answer": f"yes {i}", "High-level domain": "Physics",
+                   **{f"Incorrect Answer {n}": f"no {n}" for n in (1, 2, 3)}},
+        lambda i: "{right}",
+        lambda i: "I do not know.",
+    ),
+    "bbh": (
+        lambda i: {"input": f"{i}?", "target": f"({'ABC'[i % 3]})", "subset": ("navigate", "snarks")[i % 2]},
+        lambda i: f"Well. So the answer is ({'ABC'[i % 3]}).",
+        lambda i: f"So the answer is ({'BCA'[i % 3]}).",
+    ),
+    "hasty_addition": (
+        lambda i: {"prompt": f"{i}+{i}=", "answer": str(2 * i)}, lambda i: f"00,00>{2 * i}", lambda i: "1",
+    ),
+    "hasty_chain": (
+        lambda i: {"prompt": f"{i}+{i}+1=", "answer": str(2 * i + 1)}, lambda i: f"x={2 * i + 1}", lambda i: "x=0",
+    ),
+    "countdown": (
+        lambda i: {"prompt": "?", "demonstration": f"{i} + 1", "nums": [i, 1], "target": i + 1},
+        lambda i: f"<think></think> <answer>1 + {i}</answer>",
+        lambda i: f"<answer>{i} - 1</answer>",
+    ),
+}  # fmt: skip
+
+
+def is_right(question: int, sample: int) -> bool:
+    """The script: of four samples of question i the first i % 5 are right."""
+    return sample < question % 5
+
+
+@pytest.fixture
+def grade() -> Iterator[Callable[[TaskConfig], Grading]]:
+    started: list[Grading] = []
+
+    def start(task: TaskConfig) -> Grading:
+        started.append(Grading(GradingSection(timeout_s=60), [task]))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.close()
+
+
+def fixture_task(name: str, folder: Path) -> TaskConfig:
+    """The task on rows in the public schema, which are made here."""
+    task = load_as(TaskConfig, TASKS / f"{name}.yaml")
+    rows = [FIXTURES[name][0](i) for i in range(1, NUM_ROWS + 1)]
+    path = folder / f"{name}.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    local = {"kind": "jsonl", "path": str(path), "name": None}
+    shots = task.few_shot and replace(task.few_shot, rows=replace(task.few_shot.rows, **local))
+    return replace(
+        task,
+        data=replace(task.data, **local, limit=None),
+        few_shot=shots,
+        sampling=replace(task.sampling, num_samples=4),
+        pass_at=[1, 2, 4],
+    )
+
+
+def test_every_task_has_a_fixture() -> None:
+    assert sorted(FIXTURES) == sorted(path.stem for path in TASKS.glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", FIXTURES)
+def test_scripted_responses_come_to_what_they_should(
+    name: str, grade: Callable[[TaskConfig], Grading], tmp_path: Path
+) -> None:
+    task = fixture_task(name, tmp_path)
+    questions, grading = read_questions(task), grade(task)
+    assert len(questions) == NUM_ROWS
+    assert grading.wrong_golds(task, questions) == []
+    _, right, wrong = FIXTURES[name]
+    pending = []
+    for question in questions:
+        number = question.index + 1 if name != "bbh" else int(question.row["input"][:-1])
+        for sample in range(4):
+            text = (right if is_right(number, sample) else wrong)(number)
+            text = text.replace("{right}", f"Answer: {question.row.get('letter')}")
+            asked = Asked(question=question, prompt=question.text, token_ids=[1])
+            response = Response(
+                asked=asked, sample=sample, seed=0, text=text, num_tokens=10 + sample, finish_reason="stop"
+            )
+            pending.append((number, response, grading.begin(task, response)))
+    answers = []
+    for number, response, verdicts in pending:
+        found = grading.finish(task, response, verdicts)
+        assert found.status == "ok", found.message
+        assert found.right == is_right(number, found.sample), (number, found)
+        answers.append(found)
+    grouped = by_question(answers)
+    clusters = {q.index: grading.clusters(task, q, grouped[q.index]) for q in questions} if task.majority else {}
+    result = task_result(task, grouped, clusters, {q.index: q.group for q in questions}, [])
+    counts = [i % 5 for i in range(1, NUM_ROWS + 1)]
+    assert result.scores["avg@4"] == pytest.approx(sum(counts) / 4 / NUM_ROWS)
+    for k in (1, 2, 4):
+        brute = [any_right(count, k) for count in counts]
+        assert result.scores[f"pass@{k}"] == pytest.approx(sum(brute) / NUM_ROWS)
+    if task.majority:
+        # the wrong ones of a question all say the same, or nothing; ties go to the first, which is right
+        silent = wrong(1).count("{") == 0 and all(one.shown is None for one in answers if not one.right)
+        wanted = [count > 0 if silent else count >= 2 for count in counts]
+        assert result.scores["maj@4"] == pytest.approx(sum(wanted) / NUM_ROWS)
+    assert result.scores["grading_failed"] == 0
+
+
+def any_right(num_right: int, k: int) -> float:
+    """By going through all choices of k of four samples."""
+    chosen = list(combinations(range(4), k))
+    return sum(any(place < num_right for place in one) for one in chosen) / len(chosen)
+
+
+# answer, reference, and whether math_sympy, math and math_qwen take it: the table of how graders disagree
+DISAGREEMENTS = [
+    ("42.0", "42", "111"),
+    ("1/2", r"\frac12", "111"),
+    ("0.5", r"\frac12", "111"),
+    ("1,234", "1234", "111"),
+    ("x=5", "5", "111"),
+    (r"\$5", "5", "111"),
+    (r"5^\circ", "5", "111"),
+    (r"50\%", "50", "111"),
+    ("x^2+2x+1", "(x+1)^2", "111"),
+    (r"\sqrt{8}", r"2\sqrt{2}", "111"),
+    ("142", "142.0", "111"),
+    (r"\frac{2}{4}", r"\frac12", "011"),
+    ("0.5", "50", "001"),
+    ("50", "0.5", "001"),
+    ("3.1416", r"\pi", "001"),
+    ("[0,1]", "[0,1)", "001"),
+    (r"\{1,2\}", r"\{2,1\}", "011"),
+    ("10^{3}", "1000", "011"),
+    (r"5\text{ cm}", "5", "110"),
+    ("(2,1)", "(1,2)", "000"),
+    ("0.333", "1/3", "000"),
+]
+
+
+@pytest.mark.parametrize(("given", "answer", "wanted"), DISAGREEMENTS)
+def test_graders_disagree_as_published(given: str, answer: str, wanted: str) -> None:
+    sample = RewardInput(prompt="", response=boxed(given), answer=answer, finish_reason="stop", num_tokens=1, seed=0)
+    assert "".join(str(int(grader(sample))) for grader in (math_sympy, math_answer, math_qwen)) == wanted
+
+
+def test_another_grader_changes_a_tasks_score(grade: Callable[[TaskConfig], Grading], tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"problem": "?", "answer": answer}) + "\n" for _, answer, _ in DISAGREEMENTS))
+    task = load_as(TaskConfig, TASKS / "math500.yaml")
+    task = replace(task, data=replace(task.data, kind="jsonl", path=str(path)), group_field=None)
+    for column, name in enumerate(("math_sympy", "math", "math_qwen")):
+        graded = replace(task, scorer=replace(task.scorer, name=name))
+        grading, verdicts = grade(graded), []
+        for question, (given, _, _) in zip(read_questions(graded), DISAGREEMENTS, strict=True):
+            asked = Asked(question=question, prompt="", token_ids=[1])
+            said = Response(asked=asked, sample=0, seed=0, text=boxed(given), num_tokens=1, finish_reason="stop")
+            verdicts.append(grading.finish(graded, said, grading.begin(graded, said)).right)
+        assert verdicts == [wanted[column] == "1" for *_, wanted in DISAGREEMENTS]
+
+
+def test_pass_at_k_has_published_values() -> None:
+    found = [pass_at_k(8, 2, 1), pass_at_k(8, 2, 4), pass_at_k(8, 2, 8), pass_at_k(16, 1, 8), pass_at_k(8, 0, 4)]
+    assert found == pytest.approx([0.25, 0.785714, 1, 0.5, 0], abs=1e-6)
+
+
+def test_errors_and_intervals() -> None:
+    values = [0.0, 1.0, 1.0, 0.5]
+    assert standard_error(values) == pytest.approx(math.sqrt(0.6875 / 3 / 4))
+    low, high = bootstrap_interval([0.0, 1.0] * 200)
+    assert low == pytest.approx(0.5 - 1.96 * 0.025, abs=0.01)
+    assert high == pytest.approx(0.5 + 1.96 * 0.025, abs=0.01)
+    assert paired_difference([0, 0, 1, 1], [1, 0, 1, 1]) == (0.25, 0.25)
+    assert math.isnan(standard_error([1.0]))
+
+
+def test_the_majority_is_the_largest_cluster_and_the_first_of_equals() -> None:
+    assert majority_place([None, 1, 2, 1, 2]) == 1
+    assert majority_place([2, 1, 1]) == 1
+    assert majority_place([None, None]) is None
+
+
+def test_repetition_is_the_share_of_what_was_there_before() -> None:
+    assert repetition("abcdefghijklmnopqrstuvwxyz", 5) == 0
+    assert repetition("ab" * 50, 5) == pytest.approx(1 - 2 / 96)
+    assert repetition("ab", 5) == 0
+
+
+def test_wrong_answers_that_are_equal_vote_together(grade: Callable[[TaskConfig], Grading], tmp_path: Path) -> None:
+    task = fixture_task("math500", tmp_path)
+    grading = grade(task)
+    question = Question(index=0, text="?", answers=["7"], group=None)
+    said = [boxed("1/2"), boxed("7"), boxed("0.5"), "nothing", boxed(r"\frac{1}{2}"), boxed("7.0")]
+    answers = [
+        answer_of(0, sample, response=text, right=sample in (1, 5), shown=text[len("So it is \\boxed{") : -2] or None)
+        for sample, text in enumerate(said)
+    ]
+    answers[3] = replace(answers[3], shown=None)
+    assert grading.clusters(task, question, answers) == [0, 1, 0, None, 0, 1]
+
+
+def answer_of(question: int, sample: int, **fields: Any) -> Answer:
+    given = {"response": "r", "right": False, "shown": None, **fields}
+    return Answer(
+        task="t", question=question, sample=sample, seed=1, num_tokens=3, finish_reason="stop", status="ok", message="",
+        **given,
+    )  # fmt: skip
+
+
+def test_a_line_cut_in_two_is_sampled_again(tmp_path: Path) -> None:
+    path = tmp_path / "t.0.jsonl"
+    file = AnswerFile(path)
+    for sample in range(3):
+        file.write(answer_of(0, sample, response="ä\nb"))
+    file.close()
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-10])
+    assert sorted(read_answers(tmp_path)) == [("t", 0, 0), ("t", 0, 1)]
+    again = AnswerFile(path)
+    again.write(answer_of(0, 2, response="ä\nb"))
+    again.close()
+    assert path.read_bytes() == whole
+    path.write_bytes(b"x" + whole)
+    with pytest.raises(DataError, match=r"t\.0\.jsonl:1 is damaged"):
+        read_answers(tmp_path)
+
+
+def test_a_folder_keeps_one_evaluation(tmp_path: Path) -> None:
+    task = fixture_task("math500", tmp_path)
+    config = EvalConfig(
+        run=EvalRunSection(name="x", output_dir=str(tmp_path / "out")), model=ModelSection(path="m"), tasks=["t"]
+    )
+    folder = EvalFolder(tmp_path / "out")
+    folder.begin(config, [task], "f1")
+    folder.begin(replace(config, limit=3), [replace(task, majority=False), fixture_task("aime24", tmp_path)], "f1")
+    for changed, mark, message in (
+        (task, "f2", "the model's fingerprint"),
+        (replace(task, prompt="{problem}"), "f1", r"tasks\.math500\.prompt"),
+    ):
+        with pytest.raises(ConfigError, match=f"another evaluation: {message} differ"):
+            folder.begin(config, [changed], mark)
+    result = TaskResult(task="math500", version=1, num_questions=2, num_samples=1, scores={"a": 0.5, "b": math.nan})
+    folder.finish(config, [], [], model="f1", versions={})
+    assert result.as_json()["scores"] == {"a": 0.5, "b": None}
+    assert read_results(tmp_path / "out")["fingerprint"] == "f1"
+    with pytest.raises(DataError, match="Give the folder of a finished evaluation"):
+        read_results(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "row", "message"),
+    [
+        ({"prompt": "{nothing}"}, {}, "column 'nothing' is missing"),
+        ({"answer_pattern": "#### (.*)"}, {}, "does not match answer_pattern"),
+        ({"answer_in_box": True}, {}, r"has no \\boxed"),
+        ({"group_field": "kind"}, {}, "column 'kind' is missing"),
+        ({"choices_field": "choices", "answer_field": "place"}, {"choices": ["a"], "place": 1}, "number 1 of 1"),
+        ({"subsets": ["a"]}, {"subset": "b"}, "'b', none of the task's subsets"),
+    ],
+)
+def test_bad_rows_are_named(changes: dict[str, Any], row: dict[str, Any], message: str, tmp_path: Path) -> None:
+    task = replace(fixture_task("math500", tmp_path), group_field=None)
+    (tmp_path / "one.jsonl").write_text(json.dumps({"problem": "?", "answer": "1", **row}))
+    task = replace(task, data=replace(task.data, path=str(tmp_path / "one.jsonl")), **changes)
+    with pytest.raises(DataError, match=message):
+        read_questions(task)
+
+
+def test_prompts_name_columns_and_keep_other_braces() -> None:
+    assert filled(r"{a} {Two Words} \boxed{} {ANSWER}", {"a": "{b}", "Two Words": 2}, "") == r"{b} 2 \boxed{} {ANSWER}"
+
+
+def test_an_answer_ends_before_a_stop() -> None:
+    assert cut("a\nQ: b [DONE]", ["[DONE]", "\nQ:"]) == ("a", True)
+    assert cut("a", ["b"]) == ("a", False)
+
+
+def test_examples_fit_the_question(tmp_path: Path) -> None:
+    task = fixture_task("mmlu", tmp_path)
+    shots = load_as(TaskConfig, TASKS / "gsm8k_5shot.yaml").few_shot
+    assert shots is not None
+    section = replace(shots, count=2, same="subject", template="{question} {letter}\n", rows=task.data)
+    texts = [question.text for question in read_questions(replace(task, few_shot=section, prompt="{question}"))]
+    assert texts[0] == "Which is 1? B\nWhich is 3? D\nWhich is 1?"
+    assert texts[1] == "Which is 2? C\nWhich is 4? A\nWhich is 2?"
+    with pytest.raises(DataError, match=r"10 examples fit it, few_shot\.count=11"):
+        read_questions(replace(task, few_shot=replace(section, count=11)))

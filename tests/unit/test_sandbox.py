@@ -1,0 +1,146 @@
+"""Hostile programs do no harm, and each gets the status that it deserves."""
+
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_rl.errors import RewardError
+from megatron_rl.rewards.code import code_tests, fenced, program
+from megatron_rl.rewards.record import RewardInput
+from megatron_rl.sandbox import Limits, isolation, run, run_program
+
+LIMITS = Limits(seconds=5)
+
+# name -> program, status, part of the message
+PROGRAMS = {
+    "ends": ("assert 1 + 1 == 2", "passed", ""),
+    "uses the library": ("import json, math, socket, collections; assert math.isqrt(9) == 3", "passed", ""),
+    "writes a file of its own": ("open('a', 'w').write('x'); assert open('a').read() == 'x'", "passed", ""),
+    "leaves a daemon": ("import os, time\nif os.fork() == 0:\n    os.setsid()\n    time.sleep(1000)", "passed", ""),
+    "is wrong": ("assert 1 + 1 == 3, 'no'", "failed", "AssertionError: no"),
+    "is no program": ("def f(:", "failed", "SyntaxError"),
+    "leaves early": ("import sys; sys.exit(0)", "failed", "ended before its end"),
+    "leaves early, harder": ("import os; os._exit(0)", "failed", "before its end"),
+    "never ends": ("while True: pass", "timed out", "no end within"),
+    "sleeps": ("import time; time.sleep(1000)", "timed out", "no end within"),
+    "ignores signals": (
+        "import signal\nfor n in (2, 10, 12, 15): signal.signal(n, signal.SIG_IGN)\nwhile True: pass",
+        "timed out",
+        "",
+    ),
+    "forks without end": ("import os\nwhile True: os.fork()", "failed", "temporarily unavailable"),
+    "starts threads without end": (
+        "import threading, time\nwhile True: threading.Thread(target=time.sleep, args=(9,)).start()",
+        "failed",
+        "can't start new thread",
+    ),
+    "prints without end": ("while True: print('x' * 1000)", "failed", "bytes of output"),
+    "calls itself": ("def f(): return f()\nf()", "failed", "RecursionError"),
+    "takes all memory": ("x = bytearray(10**11)", "failed", "MemoryError"),
+    "writes without end": ("open('a', 'w').write('x' * 10**8)", "failed", "File too large"),
+    "fills its disk": (
+        "for i in range(99): open(str(i), 'w').write('x' * 10**6)",
+        "failed",
+        "No space left",
+    ),
+    "crashes": ("import ctypes; ctypes.string_at(0)", "crashed", "SIGSEGV"),
+    "removes a file": ("import os; os.remove('/etc/hostname')", "failed", "Read-only file system"),
+    "removes everything": ("import shutil; shutil.rmtree('/', ignore_errors=False)", "failed", ""),
+    "writes elsewhere": ("open('/tmp/evil', 'w')", "failed", "Read-only file system"),
+    "mounts": (
+        "import ctypes, os; l = ctypes.CDLL(None, use_errno=True)\n"
+        "assert l.mount(None, b'/', None, 32 | 4096, None) == 0, os.strerror(ctypes.get_errno())",
+        "failed",
+        "Operation not permitted",
+    ),
+    "connects": ("import socket; socket.create_connection(('127.0.0.1', PORT), 2)", "failed", "unreachable"),
+    "kills others": ("import os; os.kill(-1, 9)", "failed", ""),
+    "reads the keyboard": ("input()", "failed", "EOFError"),
+    "reads the environment": ("import os; assert 'SECRET' in os.environ", "failed", "AssertionError"),
+}
+
+
+def test_programs_can_be_shut_in_here() -> None:
+    assert isolation() == ""
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_each_program_ends_as_it_should(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import socket
+
+    monkeypatch.setenv("SECRET", "x")
+    before = set(os.listdir("/"))
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        text, status, message = PROGRAMS[name]
+        start = time.monotonic()
+        outcome = run_program(text.replace("PORT", str(listening.getsockname()[1])), LIMITS)
+        assert time.monotonic() - start < LIMITS.seconds + 10
+    assert (outcome.status, message in outcome.message) == (status, True), outcome
+    assert set(os.listdir("/")) == before
+    assert not Path("/tmp/evil").exists()
+    assert not any("jail.py" in line for line in running())
+
+
+def running() -> list[str]:
+    """Command lines of all processes."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            found.append(path.read_text())
+        except OSError:
+            continue
+    return found
+
+
+def test_a_program_is_a_nobody() -> None:
+    text = "import os; print(os.getuid(), len([p for p in os.listdir('/proc') if p.isdigit()]), os.listdir('.'))"
+    uid, processes, *files = run_program(text, LIMITS).output.split()
+    assert int(uid) > 0
+    assert int(processes) <= 2
+    assert files == ["['.python']"] if os.getuid() == 0 else ["[]"]
+
+
+def test_programs_run_beside_each_other() -> None:
+    outcomes: list[str] = []
+
+    def one(number: int) -> None:
+        text = f"import os, time\nopen('a', 'w').write('{number}')\ntime.sleep(0.5)\nprint(open('a').read())"
+        outcomes.append(run_program(text, Limits(seconds=30)).output.strip())
+
+    threads = [threading.Thread(target=one, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(outcomes) == list("012345")
+
+
+def test_where_nothing_shuts_it_in_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "isolation", lambda: "namespaces: Operation not permitted")
+    with pytest.raises(RewardError, match=r"\(namespaces: Operation not permitted\).*allow_unisolated=true"):
+        run_program("pass", LIMITS)
+    assert run_program("assert True", LIMITS, allow_unisolated=True).status == "passed"
+    assert run_program("while True: pass", Limits(seconds=1), allow_unisolated=True).status == "timed out"
+    assert run_program("import os; os._exit(0)", LIMITS, allow_unisolated=True).status == "failed"
+
+
+def problem(response: str, **columns: object) -> RewardInput:
+    return RewardInput(
+        prompt="", response=response, answer=None, finish_reason="stop", num_tokens=1, seed=0, metadata=columns
+    )
+
+
+def test_code_is_the_last_fenced_block() -> None:
+    assert fenced("a\n```python\nx = 1\n```\nb\n```\ny = 2\n```") == "y = 2"
+    assert fenced("```py\nx = 1\n") == "x = 1\n"
+    assert fenced("x = 1") is None
+
+
+def test_columns_that_are_missing_are_named() -> None:
+    with pytest.raises(RewardError, match="no column 'test'"):
+        code_tests(problem("", prompt="p", entry_point="f"))
+    with pytest.raises(RewardError, match="no column 'test_list'"):
+        program(problem(""), "mbpp")
