@@ -177,3 +177,14 @@ def test_a_sleeping_engine_holds_nothing_and_wakes_part_by_part(
     after = collect(engine.generate(iter(requests()), greedy, max_requests=5))
     assert {k: c.token_ids.tolist() for k, c in after.items()} == {k: c.token_ids.tolist() for k, c in before.items()}
     assert {completion.policy_version for completion in after.values()} == {6}
+
+
+def test_a_sequence_may_be_as_long_as_the_engine_was_built_for(
+    engine_of: EngineOf, toy_model: Callable[..., Path]
+) -> None:
+    engine = engine_of(toy_model("qwen2", **SIZES))
+    for length in (500, 511):
+        asked = Request(key=0, token_ids=torch.full((length,), 5), seeds=(1,))
+        changes = params(temperature=0.0, max_new_tokens=512 - length, stop_token_ids=())
+        found = collect(engine.generate(iter([asked]), changes, max_requests=1))[0, 0]
+        assert (found.token_ids.numel(), found.finish_reason) == (512 - length, "length")

@@ -34,6 +34,8 @@ from megatron_rl.weights.layout import hf_shapes, layer_of
 
 # bytes of whole layers that go over at a time
 BUNDLE_BYTES = 2**28
+# SGLang ends a sequence two tokens before its context does, and takes no prompt that ends in the last six
+SPARE_TOKENS = 8
 # how often a job that may be stopped is asked
 STOP_POLL_S = 0.05
 # with these set, the children would try to join the trainer's world
@@ -83,7 +85,7 @@ class SglangEngine:
 
     def _start(self) -> None:
         with TemporaryDirectory() as folder:
-            _write_config(Path(self._setup.folder), Path(folder))
+            _write_config(Path(self._setup.folder), Path(folder), self._setup.max_model_len + SPARE_TOKENS)
             self._start_from(folder)
 
     def _start_from(self, folder: str) -> None:
@@ -94,7 +96,7 @@ class SglangEngine:
             "load_format": "dummy",  # the first push brings the weights
             "skip_tokenizer_init": True,
             "dtype": DTYPES[setup.dtype],
-            "context_length": setup.max_model_len,
+            "context_length": setup.max_model_len + SPARE_TOKENS,
             "max_running_requests": setup.max_num_sequences,
             "tp_size": self.place.tp_size,
             "base_gpu_id": setup.local_rank if setup.device.type == "cuda" else 0,
@@ -102,7 +104,7 @@ class SglangEngine:
             "log_level": "error",
             "sleep_on_idle": True,  # a scheduler that polls takes a core from the trainer while that learns
             "custom_sigquit_handler": _ignore,  # a child that fails sends it; the trainer would end with the child
-            **_arguments(setup.device, setup.max_num_sequences * setup.max_model_len),
+            **_arguments(setup.device, setup.max_num_sequences * (setup.max_model_len + SPARE_TOKENS)),
             **setup.options,
         }
         with surroundings(_environment(setup), LAUNCHER_VARIABLES):
@@ -288,10 +290,16 @@ class SglangEngine:
             raise failure
 
 
-def _write_config(source: Path, target: Path) -> None:
-    """The model's configuration without tokens that end a response: SGLang would stop at those as well."""
+def _write_config(source: Path, target: Path, positions: int) -> None:
+    """The model's configuration without tokens that end a response, at which SGLang would stop as well.
+
+    Args:
+        positions: that it has at least, or SGLang refuses its own spare ones.
+    """
     config = json.loads((source / "config.json").read_text())
-    (target / "config.json").write_text(json.dumps({**config, "eos_token_id": None}))
+    longest = max(positions, config["max_position_embeddings"])
+    changed = {**config, "eos_token_id": None, "max_position_embeddings": longest}
+    (target / "config.json").write_text(json.dumps(changed))
 
 
 def _serialized(content: Mapping[str, Any], device: torch.device) -> str:
