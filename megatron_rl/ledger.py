@@ -28,6 +28,8 @@ class Ledger:
             for name, learner in self._models.learners.items()
             for part, size in learner.memory().items()
         }
+        if self._models.reward_model is not None:
+            models["reward_model_params"] = self._models.reward_model.num_bytes
         engine = {f"engine_{part}": size for part, size in self._engine.memory().items()}
         self._seen[phase] = {**models, **engine, "rank": _held_by_rank(self._models.policy.parallel.device)}
 

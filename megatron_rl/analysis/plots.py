@@ -50,6 +50,24 @@ def band_plot(title: str, curves: Mapping[str, Sequence[Mapping[int, float]]]) -
     return _finish(figure, axes, legend=True)
 
 
+def curve_plot(title: str, x_label: str, curves: Mapping[str, Sequence[tuple[float, float]]]) -> str:
+    """Points of each curve, joined."""
+    figure, axes = _figure(title)
+    axes.set_xlabel(x_label, fontsize=9, color=INK)
+    for (label, points), colour in zip(curves.items(), itertools.cycle(COLOURS), strict=False):
+        axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.8, marker="o", markersize=4, label=label)
+    return _finish(figure, axes, legend=len(curves) > 1)
+
+
+def bar_plot(title: str, x_label: str, bars: Mapping[str, float]) -> str:
+    """A horizontal bar for each name, the first one on top."""
+    figure, axes = _figure(title, height=max(3.0, 0.9 + 0.22 * len(bars)))
+    axes.set_xlabel(x_label, fontsize=9, color=INK)
+    names = list(bars)[::-1]
+    axes.barh(names, [bars[name] for name in names], color=COLOURS[0])
+    return _finish(figure, axes, legend=False)
+
+
 def time_split_plot(title: str, rows: Rows, spans: Sequence[str]) -> str | None:
     """Mean seconds of a step by span, as one stacked bar."""
     means = {}
@@ -82,10 +100,10 @@ def _running_mean(values: Sequence[float], width: int) -> list[float]:
     return means
 
 
-def _figure(title: str) -> tuple[Any, Any]:
+def _figure(title: str, *, height: float = 3.0) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.2, 3.0), layout="constrained")
+    figure = Figure(figsize=(5.2, height), layout="constrained")
     axes = figure.subplots()
     axes.set_title(title, loc="left", fontsize=11, color=INK)
     axes.set_xlabel("step", fontsize=9, color=INK)

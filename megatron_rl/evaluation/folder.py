@@ -64,8 +64,8 @@ class EvalFolder:
         *,
         model: str,
         versions: Mapping[str, str],
-    ) -> None:
-        """Write the results."""
+    ) -> dict[str, Any]:
+        """Write the results; they as they are written."""
         found = {
             "name": config.run.name,
             "model": config.model.path,
@@ -77,6 +77,7 @@ class EvalFolder:
         }
         write_atomically(self.results, json.dumps(found, indent=2, default=str))
         write_atomically(self.markdown, markdown(found))
+        return found
 
     def _check_same(self, wanted: Mapping[str, Any], found: Mapping[str, Any]) -> None:
         before, now = _decisive(found), _decisive(wanted)

@@ -5,7 +5,7 @@ from typing import Any
 
 from megatron_rl.evaluation.results import TaskResult
 
-SHARES = ("truncated", "answered", "grading_failed", "repetition")
+COLUMNS = ("task", "questions", "right", "95% interval", "pass@k", "maj@k", "tokens", "truncated", "no answer")
 
 
 def results_table(results: Sequence[TaskResult]) -> str:
@@ -15,22 +15,26 @@ def results_table(results: Sequence[TaskResult]) -> str:
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:
     """The same of what ``results.json`` holds of each task."""
-    lines = [
-        "| task | questions | right | 95% interval | pass@k | maj@k | tokens | truncated | no answer |",
-        "|---|---|---|---|---|---|---|---|---|",
+    lines = [COLUMNS, ["---"] * len(COLUMNS), *(cells(result) for result in results)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def cells(result: Mapping[str, Any]) -> list[str]:
+    """Of a task's line."""
+    scores, k = result["scores"], result["num_samples"]
+    error = scores["standard_error"]
+    passes = {name: value for name, value in scores.items() if name.startswith("pass@")}
+    return [
+        result["task"],
+        f"{result['num_questions']} x {k}",
+        percent(scores[f"avg@{k}"]) + ("" if error is None else f" ± {percent(error)}"),
+        f"{percent(scores['interval_low'])} to {percent(scores['interval_high'])}",
+        ", ".join(f"@{name.removeprefix('pass@')} {percent(value)}" for name, value in passes.items()),
+        percent(scores.get(f"maj@{k}")),
+        f"{scores['response_length']:.0f}",
+        percent(scores["truncated"]),
+        percent(1 - scores["answered"]),
     ]
-    for result in results:
-        scores, k = result["scores"], result["num_samples"]
-        passes = ", ".join(f"@{name.removeprefix('pass@')} {percent(value)}" for name, value in of_pass(scores).items())
-        error = scores["standard_error"]
-        shown_error = "" if error is None else f" ± {percent(error)}"
-        lines.append(
-            f"| {result['task']} | {result['num_questions']} x {k} | {percent(scores[f'avg@{k}'])}{shown_error} | "
-            f"{percent(scores['interval_low'])} to {percent(scores['interval_high'])} | {passes} | "
-            f"{percent(scores[f'maj@{k}']) if f'maj@{k}' in scores else '-'} | {scores['response_length']:.0f} | "
-            f"{percent(scores['truncated'])} | {percent(1 - scores['answered'])} |"
-        )
-    return "\n".join(lines)
 
 
 def markdown(found: Mapping[str, Any]) -> str:
@@ -51,11 +55,6 @@ def markdown(found: Mapping[str, Any]) -> str:
         if notes or groups:
             parts += [f"## {task['task']}, version {task['version']}", "\n".join(notes), "\n".join(groups)]
     return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def of_pass(scores: Mapping[str, float]) -> dict[str, float]:
-    """The pass@k among scores."""
-    return {name: value for name, value in scores.items() if name.startswith("pass@")}
 
 
 def percent(value: float | None) -> str:

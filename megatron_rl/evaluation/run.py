@@ -18,6 +18,7 @@ from megatron_rl.evaluation.folder import EvalFolder
 from megatron_rl.evaluation.grading import Grading, Verdicts
 from megatron_rl.evaluation.metrics import mean
 from megatron_rl.evaluation.model import fingerprint, load_engine
+from megatron_rl.evaluation.page import render
 from megatron_rl.evaluation.questions import Question, read_questions
 from megatron_rl.evaluation.responder import Asked, Response, as_asked, respond
 from megatron_rl.evaluation.results import TaskResult, task_result
@@ -26,6 +27,7 @@ from megatron_rl.models.engine_shards import check_engine_size
 from megatron_rl.rollout.engine import Engine, EngineSetup, engine_place
 from megatron_rl.rollout.engines.start import start_engine
 from megatron_rl.rollout.sampling import sample_seed
+from megatron_rl.run_folder import write_atomically
 from megatron_rl.types import ParallelContext
 from megatron_rl.weights.hf_files import torch_dtype
 
@@ -96,8 +98,14 @@ def evaluate(
             if not parallel.is_main:
                 return []
             found = read_answers(folder.answers)
-            results = [concluded(exam, found, grading) for exam in exams]
-            folder.finish(config, tasks, results, model=mark, versions=versions(config))
+            answers = {
+                exam.task.name: by_question([one for one in found.values() if one.task == exam.task.name])
+                for exam in exams
+            }
+            results = [concluded(exam, answers[exam.task.name], grading) for exam in exams]
+            written = folder.finish(config, tasks, results, model=mark, versions=versions(config))
+            asked = {exam.task.name: exam.asked for exam in exams}
+            write_atomically(folder.html, render(written, asked, answers))
             return results
 
 
@@ -205,10 +213,9 @@ def missing(
     return found
 
 
-def concluded(exam: Exam, found: Mapping[tuple[str, int, int], Answer], grading: Grading) -> TaskResult:
+def concluded(exam: Exam, answers: Mapping[int, Sequence[Answer]], grading: Grading) -> TaskResult:
     """Results of a task whose answers are all there."""
     task = exam.task
-    answers = by_question([one for key, one in found.items() if key[0] == task.name])
     wrong_golds = grading.wrong_golds(task, exam.questions)
     notes = list(exam.notes)
     if wrong_golds:

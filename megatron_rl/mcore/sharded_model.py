@@ -20,6 +20,7 @@ from megatron_rl.mcore.model import (
     place_of,
 )
 from megatron_rl.mcore.precision import choose_implementation, plain_weight
+from megatron_rl.mcore.quantized import held_tensors
 from megatron_rl.mcore.settings import transformer_config
 from megatron_rl.models import Head, layout_table, read_model_spec
 from megatron_rl.types import MicroBatch, ParallelContext, TrainBatch
@@ -50,6 +51,11 @@ class ShardedModel:
                 routing_replay.attach(chunk)
         self.load(path)
         self._export_plan = self.plan_export(self.parameters, layout_table(self.spec, parallel.tp_size, head))
+
+    @property
+    def num_bytes(self) -> int:
+        """That this rank's weights take."""
+        return sum(held.nbytes for parameter in self.parameters.values() for held in held_tensors(parameter))
 
     def load(self, path: str) -> None:
         """Read this rank's part of a Hugging Face folder of the same architecture."""

@@ -10,11 +10,18 @@ from typing import Any
 
 import pytest
 
-from megatron_rl.config.evaluation import EvalConfig, EvalRunSection, GradingSection, TaskConfig
+from megatron_rl.config.evaluation import (
+    EvalConfig,
+    EvalRunSection,
+    GradingSection,
+    TaskConfig,
+    TaskSamplingSection,
+)
 from megatron_rl.config.load import load_as
 from megatron_rl.config.schema import ModelSection
 from megatron_rl.errors import ConfigError, DataError
 from megatron_rl.evaluation.answers import Answer, AnswerFile, by_question, read_answers
+from megatron_rl.evaluation.compare import compared, read_finished
 from megatron_rl.evaluation.folder import EvalFolder, read_results
 from megatron_rl.evaluation.grading import Grading
 from megatron_rl.evaluation.metrics import (
@@ -25,12 +32,14 @@ from megatron_rl.evaluation.metrics import (
     repetition,
     standard_error,
 )
+from megatron_rl.evaluation.page import render
 from megatron_rl.evaluation.questions import Question, filled, read_questions
 from megatron_rl.evaluation.responder import Asked, Response, cut
 from megatron_rl.evaluation.results import TaskResult, task_result
 from megatron_rl.rewards.math import math_answer
 from megatron_rl.rewards.math_graders import math_qwen, math_sympy
 from megatron_rl.rewards.record import RewardInput
+from tools import compare_evals
 
 ROOT = Path(__file__).parents[2]
 TASKS = ROOT / "configs" / "eval" / "tasks"
@@ -414,3 +423,50 @@ def test_examples_fit_the_question(tmp_path: Path) -> None:
     assert texts[1] == "Which is 2? C\nWhich is 4? A\nWhich is 2?"
     with pytest.raises(DataError, match=r"10 examples fit it, few_shot\.count=11"):
         read_questions(replace(task, few_shot=replace(section, count=11)))
+
+
+def finished_run(folder: Path, rights: list[bool], *, prompt: str = "{problem}") -> Path:
+    """An evaluation of the shape that a run leaves."""
+    folder.mkdir()
+    task = replace(fixture_task("math500", folder), prompt=prompt, sampling=TaskSamplingSection())
+    rows = Path(str(task.data.path))
+    shared = folder.parent / "rows.jsonl"
+    shared.write_text(rows.read_text())
+    task = replace(task, data=replace(task.data, path=str(shared)))
+    out = EvalFolder(folder / "out")
+    config = EvalConfig(
+        run=EvalRunSection(name="x", output_dir=str(out.path)), model=ModelSection(path=folder.name), tasks=["t"]
+    )
+    out.begin(config, [task], "mark")
+    file = AnswerFile(out.answers_of(task.name, 0))
+    answers = [
+        replace(answer_of(i, 0, right=right, shown="1", response=boxed("<b>1</b>")), task=task.name)
+        for i, right in enumerate(rights)
+    ]
+    for one in answers:
+        file.write(one)
+    file.close()
+    questions = read_questions(task)
+    result = task_result(task, by_question(answers), {}, {q.index: q.group for q in questions}, ["a note"])
+    found = out.finish(config, [task], [result], model="mark", versions={"torch": "2"})
+    asked = [Asked(question=question, prompt=f"<s>{question.text}", token_ids=[1]) for question in questions]
+    page = render(found, {task.name: asked}, {task.name: by_question(answers)})
+    assert page.count("<svg") == 2, "by length and by level"
+    assert "&lt;s&gt;" in page, "what a model says is text and no HTML"
+    assert "<b>1</b>" not in page
+    assert "a note" in page
+    return out.path
+
+
+def test_models_are_compared_at_the_same_questions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = finished_run(tmp_path / "before", [i < 8 for i in range(NUM_ROWS)])
+    after = finished_run(tmp_path / "after", [4 <= i < 18 for i in range(NUM_ROWS)])
+    assert compare_evals.main([str(before), str(after)]) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    changes = [-1.0] * 4 + [0.0] * 4 + [1.0] * 10 + [0.0] * 2
+    error = standard_error(changes)
+    assert f"| math500 | 20 | 40.0% | 70.0% | +30.0% ± {error:.1%} | 4 / 4 / 10 / 2 |" in line.replace(" *", "")
+    assert (" *" in line) == (1.96 * error < 0.3)
+    other = finished_run(tmp_path / "other", [True] * NUM_ROWS, prompt="Please: {problem}")
+    with pytest.raises(DataError, match="were not asked the same, prompt differ"):
+        compared([read_finished(path) for path in (before, other)])
