@@ -33,7 +33,7 @@ TORCH := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 'torch>=2.11,<2.1
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install quickstart quickstart-seeds bench-algorithms bench-star bench-reward-models bench-engines bench-step bench-memory bench-convert bench-weight-sync test test-vllm test-sglang test-newest lint clean
+.PHONY: install quickstart eval-quickstart quickstart-seeds bench-algorithms bench-star bench-reward-models bench-engines bench-step bench-memory bench-convert bench-weight-sync test test-vllm test-sglang test-newest lint clean
 
 install: $(INSTALLED)
 
@@ -70,6 +70,11 @@ $(SGLANG_INSTALLED): setup.py pyproject.toml tools/sglang_cpu/requirements.txt
 
 quickstart: $(INSTALLED_$(ENGINE))
 	PATH="$(abspath $(BIN_$(ENGINE))):$$PATH" tools/quickstart.sh $(SEED) $(ENGINE)
+
+# the quickstart's model before and after, asked by every engine
+eval-quickstart: $(INSTALLED) $(VLLM_INSTALLED) $(SGLANG_INSTALLED)
+	PATH="$(abspath $(BIN_vllm)):$$PATH" tools/quickstart.sh $(SEED) vllm
+	tools/evaluate_quickstart.sh $(SEED) embedded=$(BIN)/python vllm=$(BIN_vllm)/python sglang=$(BIN_sglang)/python
 
 # three seeds and the coin-flip control, as a table
 quickstart-seeds: $(INSTALLED)

@@ -58,8 +58,8 @@ def find_model_folder(checkpoint: Path) -> Path:
             if (found / "config.json").exists():
                 return found
     raise ConversionError(
-        f"{checkpoint} has no config.json, which decides the architecture. Give the model's Hugging Face folder "
-        "(config.json and tokenizer are enough) with --config."
+        f"{checkpoint} has no config.json, which decides the architecture, or does not exist. Give a Hugging Face "
+        "folder; a conversion takes one with config.json and tokenizer alone by --config."
     )
 
 

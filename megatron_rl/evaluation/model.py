@@ -16,7 +16,7 @@ SAMPLED_BYTES = 2**20
 
 
 def load_engine(engine: Engine, spec: ModelSpec, folder: str) -> None:
-    """Give an engine the weights of a Hugging Face folder, or of one converted to Megatron.
+    """Give an engine the weights of a Hugging Face folder, of one converted to Megatron, or of a run's checkpoint.
 
     Raises:
         ConversionError: a file is missing or damaged.

@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_rl.collective import barrier, raise_together
 from megatron_rl.config.evaluation import EvalConfig, TaskConfig
+from megatron_rl.conversion.command import find_model_folder
 from megatron_rl.data.templates import load_tokenizer
 from megatron_rl.errors import ConfigError, DataError
 from megatron_rl.evaluation.answers import Answer, AnswerFile, by_question, read_answers
@@ -60,10 +61,11 @@ def evaluate(
         MegatronRLError: on every rank; what is wrong and what to change.
     """
     with raise_together(parallel):
-        spec = read_model_spec(config.model.path)
+        described = str(find_model_folder(Path(config.model.path)))
+        spec = read_model_spec(described)
         check_engine_size(spec, config.engine.tensor_parallel_size)
         check_world(config, parallel.world_size)
-        tokenizer = load_tokenizer(config.model.path)
+        tokenizer = load_tokenizer(described)
         exams = [read_exam(task, config, tokenizer) for task in tasks]
         longest = longest_sequence(exams, spec)
         folder = EvalFolder(Path(config.run.output_dir))
@@ -73,7 +75,7 @@ def evaluate(
         grading = Grading(config.grading, tasks)
     with closing(grading):
         setup = EngineSetup(
-            folder=config.model.path,
+            folder=described,
             spec=spec,
             place=engine_place(parallel, config.engine.tensor_parallel_size),
             device=parallel.device,

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# The quickstart's model before and after its training, asked by every engine and compared.
+# Usage: tools/evaluate_quickstart.sh SEED ENGINE=PYTHON [ENGINE=PYTHON …]   after tools/quickstart.sh SEED vllm
+set -euo pipefail
+cd "$(dirname "$0")/.."
+seed=$1
+trained=runs/quickstart/vllm_seed_$seed # whose heads are of a size that all engines take
+before=$trained/sft/checkpoints/step_001800/hf
+after=$trained/grpo/checkpoints/step_000100/hf
+for pair in "${@:2}"; do
+    engine=${pair%%=*} python=${pair#*=}
+    for when in before after; do
+        "$python" -m megatron_rl.evaluate --config configs/eval/quickstart.yaml model.path="${!when}" \
+            engine.name="$engine" engine.max_num_sequences=64 sampling.num_samples=1 sampling.temperature=0.0 \
+            run.output_dir="runs/eval/quickstart/seed_$seed/$engine/$when"
+    done
+    echo "$engine:"
+    "$python" tools/compare_evals.py "runs/eval/quickstart/seed_$seed/$engine/before" "runs/eval/quickstart/seed_$seed/$engine/after"
+done
