@@ -12,6 +12,7 @@ from megatron_rl.rewards.coin_flip import coin_flip
 from megatron_rl.rewards.countdown import countdown
 from megatron_rl.rewards.exact import exact_match
 from megatron_rl.rewards.format import think_answer_format
+from megatron_rl.rewards.knights_and_knaves import knights_and_knaves
 from megatron_rl.rewards.length import soft_overlong
 from megatron_rl.rewards.math import math_answer
 from megatron_rl.rewards.math_graders import math_qwen, math_sympy
@@ -27,6 +28,7 @@ REWARDS: dict[str, RewardFunction] = {
     "math_qwen": math_qwen,
     "format": think_answer_format,
     "countdown": countdown,
+    "knights_and_knaves": knights_and_knaves,
     "coin_flip": coin_flip,
     "soft_overlong": soft_overlong,
 }

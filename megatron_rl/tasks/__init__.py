@@ -4,11 +4,15 @@ from megatron_rl.tasks.base import Task
 from megatron_rl.tasks.countdown import Countdown
 from megatron_rl.tasks.hasty_addition import HastyAddition
 from megatron_rl.tasks.hasty_chain import HastyChain
+from megatron_rl.tasks.knights_and_knaves import KnightsAndKnaves
+from megatron_rl.tasks.multiplication import Multiplication
 
 TASKS: dict[str, type[Task]] = {
     "countdown": Countdown,
     "hasty_addition": HastyAddition,
     "hasty_chain": HastyChain,
+    "knights_and_knaves": KnightsAndKnaves,
+    "multiplication": Multiplication,
 }
 
 __all__ = ["TASKS", "Task"]

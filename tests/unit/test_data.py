@@ -1,8 +1,11 @@
 """Sources, adapters, templates and the order of prompts."""
 
 import json
+import operator
+import re
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +179,33 @@ def test_tasks_repeat_and_keep_their_splits_apart(name: str) -> None:
     assert not {row["prompt"] for row in train} & {row["prompt"] for row in test}
     with pytest.raises(DataError, match="has no split 'dev'"):
         TASKS[name](**options).rows("dev")
+
+
+@pytest.mark.parametrize("num_people", [2, 3, 6])
+def test_a_puzzle_has_one_solution(num_people: int) -> None:
+    """Found from the text alone."""
+
+    def holds(claim: str, said: dict[str, str]) -> bool:
+        for word, join in ((" if and only if ", operator.eq), (" and ", operator.and_), (" or ", operator.or_)):
+            if word in claim:
+                left, right = claim.split(word)
+                return bool(join(holds(left, said), holds(right, said)))
+        if claim.startswith("If "):
+            left, right = claim.removeprefix("If ").split(" then ")
+            return not holds(left, said) or holds(right, said)
+        name, role = claim.split(" is a ")
+        return said[name] == role
+
+    for row in TASKS["knights_and_knaves"](num_people=num_people, num_train=40, num_test=10).rows("train"):
+        claims = dict(re.findall(r'(\w+) says: "(.*?)\."', row["prompt"]))
+        assert len(claims) == num_people
+        every = (dict(zip(claims, roles, strict=True)) for roles in product(("knight", "knave"), repeat=num_people))
+        fitting = [
+            said
+            for said in every
+            if all(holds(claim, said) == (said[who] == "knight") for who, claim in claims.items())
+        ]
+        assert fitting == [row["roles"]]
 
 
 def test_countdown_is_always_solvable() -> None:

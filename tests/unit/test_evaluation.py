@@ -160,6 +160,19 @@ FIXTURES: dict[str, tuple[Callable[[int], dict[str, Any]], Callable[[int], str],
         lambda i: f"<think></think> <answer>1 + {i}</answer>",
         lambda i: f"<answer>{i} - 1</answer>",
     ),
+    "multiplication": (
+        lambda i: {"prompt": "?", "answer": str(1000 * i)},
+        lambda i: f"<answer> {1000 * i:,} </answer>",
+        lambda i: f"<answer>{1000 * i}.0</answer>",
+    ),
+    "knights_and_knaves": (
+        lambda i: {"prompt": "?", "answer": "(1) Ada is a knight\n(2) Ben is a knave",
+                   "roles": {"Ada": "knight", "Ben": "knave"}},
+        lambda i: "<answer>(1) Ben is a knave, and (2) Ada is a KNIGHT</answer>",
+        lambda i: ("<answer>Ada is a knight</answer>",
+                   "<answer>Ada is a knight, Ben is a knave, Eve is a knave</answer>",
+                   "Ada is a knight, Ben is a knave", "<answer>Ada is a knave, Ben is a knave</answer>")[i % 4],
+    ),
 }  # fmt: skip
 
 
