@@ -251,8 +251,10 @@ def test_scripted_responses_come_to_what_they_should(
         assert result.scores[f"pass@{k}"] == pytest.approx(sum(brute) / NUM_ROWS)
     if task.majority:
         # the wrong ones of a question all say the same, or nothing; ties go to the first, which is right
-        silent = wrong(1).count("{") == 0 and all(one.shown is None for one in answers if not one.right)
-        wanted = [count > 0 if silent else count >= 2 for count in counts]
+        wanted = [
+            sum(one.right for one in found) >= (1 if all(one.right or one.shown is None for one in found) else 2)
+            for found in grouped.values()
+        ]
         assert result.scores["maj@4"] == pytest.approx(sum(wanted) / NUM_ROWS)
     assert result.scores["grading_failed"] == 0
 
