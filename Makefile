@@ -33,7 +33,7 @@ TORCH := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 'torch>=2.11,<2.1
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install quickstart eval-quickstart quickstart-seeds bench-algorithms bench-star bench-reward-models bench-engines bench-step bench-memory bench-convert bench-weight-sync test test-vllm test-sglang test-newest lint clean
+.PHONY: install quickstart eval-quickstart quickstart-seeds bench-algorithms bench-star bench-reward-models bench-engines bench-step bench-memory bench-grading bench-convert bench-weight-sync test test-vllm test-sglang test-newest lint clean
 
 install: $(INSTALLED)
 
@@ -41,7 +41,7 @@ install: $(INSTALLED)
 $(INSTALLED): setup.py pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet '$(TORCH)'
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[dev,harness]'
 	touch $@
 
 # builds of torchvision and its kin that the resolver picks do not fit the CPU build of torch and break imports
@@ -110,6 +110,10 @@ bench-step: $(INSTALLED) $(TRL_INSTALLED)
 # what recomputation, chunks of logits and offload save
 bench-memory: $(INSTALLED)
 	$(BIN)/python tools/bench_memory.py
+
+# how many mathematical answers are graded in a second
+bench-grading: $(INSTALLED)
+	$(BIN)/python tools/bench_grading.py
 
 # conversion against cp, 3 GB and 15 GB; needs four times that on the disk
 bench-convert: $(INSTALLED)

@@ -53,5 +53,7 @@ setup(
             "mypy>=1.18,<3",
             "types-PyYAML",
         ],
+        # whose verdicts the tests of evaluation compare with
+        "harness": ["lm-eval==0.4.13"],
     },
 )

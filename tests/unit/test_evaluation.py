@@ -138,6 +138,7 @@ FIXTURES: dict[str, tuple[Callable[[int], dict[str, Any]], Callable[[int], str],
     "mmlu": (
         choice_row, lambda i: f"answer: C?\nAnswer: {'ABCD'[i % 4]}", lambda i: f"Answer: {'BCDA'[i % 4]}",
     ),
+    "mmlu_continued": (choice_row, lambda i: f" {'ABCD'[i % 4]}", lambda i: f" {'BCDA'[i % 4]}"),
     "gpqa_diamond": (
         lambda i: {"Question": f"{i}?", "Correct Answer": f"yes {i}", "High-level domain": "Physics",
                    **{f"Incorrect Answer {n}": f"no {n}" for n in (1, 2, 3)}},
