@@ -35,6 +35,7 @@ setup(
         "pyarrow>=17",
         "math-verify[antlr4_13_2]>=0.8,<0.10",
         "jinja2>=3.1,<4",
+        "httpx>=0.27,<1",
         "matplotlib>=3.9,<4",
         "rich>=13.7,<16",
         "tensorboard>=2.17,<3",

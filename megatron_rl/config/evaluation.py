@@ -118,8 +118,10 @@ class EvalRunSection:
 class EvalEngineSection:
     """Who answers."""
 
-    name: Literal["embedded", "vllm", "sglang"] = "embedded"
-    """Inference engine, as rollout.engine of training."""
+    name: Literal["embedded", "vllm", "sglang", "openai"] = "embedded"
+    """Inference engine, as rollout.engine of training; openai: an endpoint of that protocol."""
+    url: str | None = None
+    """Of the endpoint, for instance http://127.0.0.1:8000/v1; model.path is then the model's name there."""
     tensor_parallel_size: int = 1
     """Neighbouring ranks that make up one engine."""
     max_num_sequences: int = 256
@@ -131,6 +133,16 @@ class EvalEngineSection:
 
     def __post_init__(self) -> None:
         positive("engine", self, "tensor_parallel_size", "max_num_sequences")
+        is_remote = self.name == "openai"
+        require(
+            is_remote == (self.url is not None), "engine.url", self.url, "a url with engine.name=openai, and only then"
+        )
+        require(
+            not is_remote or (self.tensor_parallel_size == 1 and not self.options),
+            "engine.tensor_parallel_size and engine.options",
+            (self.tensor_parallel_size, self.options),
+            "nothing with engine.name=openai",
+        )
         require(self.timeout_s > 0, "engine.timeout_s", self.timeout_s, "more than 0")
 
 

@@ -13,7 +13,8 @@ from megatron_rl.collective import barrier, raise_together
 from megatron_rl.config.evaluation import EvalConfig, TaskConfig
 from megatron_rl.conversion.command import find_model_folder
 from megatron_rl.data.templates import load_tokenizer
-from megatron_rl.errors import ConfigError, DataError
+from megatron_rl.errors import ConfigError, DataError, MegatronRLError
+from megatron_rl.evaluation.answerers import Answerer, EndpointAnswerer, EngineAnswerer
 from megatron_rl.evaluation.answers import Answer, AnswerFile, by_question, read_answers
 from megatron_rl.evaluation.folder import EvalFolder
 from megatron_rl.evaluation.grading import Grading, Verdicts
@@ -21,11 +22,11 @@ from megatron_rl.evaluation.metrics import mean
 from megatron_rl.evaluation.model import fingerprint, load_engine
 from megatron_rl.evaluation.page import render
 from megatron_rl.evaluation.questions import Question, read_questions
-from megatron_rl.evaluation.responder import Asked, Response, as_asked, respond
+from megatron_rl.evaluation.responder import Asked, Response, as_asked
 from megatron_rl.evaluation.results import TaskResult, task_result
 from megatron_rl.models import ModelSpec, read_model_spec
 from megatron_rl.models.engine_shards import check_engine_size
-from megatron_rl.rollout.engine import Engine, EngineSetup, engine_place
+from megatron_rl.rollout.engine import EngineSetup, engine_place
 from megatron_rl.rollout.engines.start import start_engine
 from megatron_rl.rollout.sampling import sample_seed
 from megatron_rl.run_folder import write_atomically
@@ -60,55 +61,86 @@ def evaluate(
     Raises:
         MegatronRLError: on every rank; what is wrong and what to change.
     """
+    is_remote = config.engine.name == "openai"
     with raise_together(parallel):
-        described = str(find_model_folder(Path(config.model.path)))
-        spec = read_model_spec(described)
-        check_engine_size(spec, config.engine.tensor_parallel_size)
         check_world(config, parallel.world_size)
-        tokenizer = load_tokenizer(described)
+        described = None if is_remote else str(find_model_folder(Path(config.model.path)))
+        tokenizer = None if described is None else load_tokenizer(described)
         exams = [read_exam(task, config, tokenizer) for task in tasks]
-        longest = longest_sequence(exams, spec)
         folder = EvalFolder(Path(config.run.output_dir))
-        mark = fingerprint(config.model.path)
+        mark = f"{config.model.path} at {config.engine.url}" if described is None else fingerprint(config.model.path)
         if parallel.is_main:
             folder.begin(config, tasks, mark)
         grading = Grading(config.grading, tasks)
     with closing(grading):
-        setup = EngineSetup(
-            folder=described,
-            spec=spec,
-            place=engine_place(parallel, config.engine.tensor_parallel_size),
-            device=parallel.device,
-            dtype=torch_dtype(config.model.dtype),
-            max_num_sequences=config.engine.max_num_sequences,
-            max_model_len=longest,
-            local_rank=parallel.local_rank,
-            timeout_s=config.engine.timeout_s,
-            options=config.engine.options,
-        )
-        engine = start_engine(config.engine.name, setup, parallel, seed=config.run.seed)
-        with closing(engine):
-            with raise_together(parallel):
-                load_engine(engine, spec, config.model.path)
+        answerer: Answerer
+        if described is None:
+            answerer = EndpointAnswerer(
+                config.engine, config.model.path, index=parallel.rank, count=parallel.world_size
+            )
+        else:
+            answerer = engine_answerer(config, described, exams, tokenizer, parallel)
+        with closing(answerer):
             with raise_together(parallel):
                 done = read_answers(folder.answers)
             for exam in exams:
                 with raise_together(parallel):
-                    answer(exam, config, engine, setup, grading, tokenizer, done, folder, note)
+                    answer(exam, config, answerer, grading, done, folder, note)
                 barrier(parallel)
         with raise_together(parallel):
             if not parallel.is_main:
                 return []
-            found = read_answers(folder.answers)
-            answers = {
-                exam.task.name: by_question([one for one in found.values() if one.task == exam.task.name])
-                for exam in exams
-            }
-            results = [concluded(exam, answers[exam.task.name], grading) for exam in exams]
-            written = folder.finish(config, tasks, results, model=mark, versions=versions(config))
-            asked = {exam.task.name: exam.asked for exam in exams}
-            write_atomically(folder.html, render(written, asked, answers))
-            return results
+            return concluded_all(config, exams, folder, grading, mark)
+
+
+def engine_answerer(
+    config: EvalConfig, described: str, exams: Sequence[Exam], tokenizer: Any, parallel: ParallelContext
+) -> EngineAnswerer:
+    """This rank's part of an engine, with the model's weights; collective.
+
+    Args:
+        described: folder with config.json and tokenizer.
+    """
+    with raise_together(parallel):
+        spec = read_model_spec(described)
+        check_engine_size(spec, config.engine.tensor_parallel_size)
+        longest = longest_sequence(exams, spec)
+    assert config.engine.name != "openai"
+    setup = EngineSetup(
+        folder=described,
+        spec=spec,
+        place=engine_place(parallel, config.engine.tensor_parallel_size),
+        device=parallel.device,
+        dtype=torch_dtype(config.model.dtype),
+        max_num_sequences=config.engine.max_num_sequences,
+        max_model_len=longest,
+        local_rank=parallel.local_rank,
+        timeout_s=config.engine.timeout_s,
+        options=config.engine.options,
+    )
+    engine = start_engine(config.engine.name, setup, parallel, seed=config.run.seed)
+    try:
+        with raise_together(parallel):
+            load_engine(engine, spec, config.model.path)
+    except MegatronRLError:
+        engine.close()
+        raise
+    return EngineAnswerer(engine, tokenizer, max_model_len=longest, max_requests=setup.max_num_sequences)
+
+
+def concluded_all(
+    config: EvalConfig, exams: Sequence[Exam], folder: EvalFolder, grading: Grading, mark: str
+) -> list[TaskResult]:
+    """Results and reports from all answers."""
+    found = read_answers(folder.answers)
+    answers = {
+        exam.task.name: by_question([one for one in found.values() if one.task == exam.task.name]) for exam in exams
+    }
+    results = [concluded(exam, answers[exam.task.name], grading) for exam in exams]
+    tasks = [exam.task for exam in exams]
+    written = folder.finish(config, tasks, results, model=mark, versions=versions(config))
+    write_atomically(folder.html, render(written, {exam.task.name: exam.asked for exam in exams}, answers))
+    return results
 
 
 def read_exam(task: TaskConfig, config: EvalConfig, tokenizer: Any) -> Exam:
@@ -122,7 +154,11 @@ def read_exam(task: TaskConfig, config: EvalConfig, tokenizer: Any) -> Exam:
     if task.num_questions is not None and len(questions) != task.num_questions:
         why = f"limit={config.limit}" if config.limit is not None else "the data differ from the published set"
         notes.append(f"{len(questions)} questions, of which the published set has {task.num_questions} ({why})")
-    return Exam(task, questions, as_asked(task, questions, tokenizer), notes)
+    if tokenizer is None:  # the endpoint has its own
+        asked = [Asked(question=one, prompt=one.text, token_ids=()) for one in questions]
+    else:
+        asked = as_asked(task, questions, tokenizer)
+    return Exam(task, questions, asked, notes)
 
 
 def check_world(config: EvalConfig, world_size: int) -> None:
@@ -160,23 +196,25 @@ def longest_sequence(exams: Sequence[Exam], spec: ModelSpec) -> int:
 def answer(
     exam: Exam,
     config: EvalConfig,
-    engine: Engine,
-    setup: EngineSetup,
+    answerer: Answerer,
     grading: Grading,
-    tokenizer: Any,
     done: Mapping[tuple[str, int, int], Answer],
     folder: EvalFolder,
     note: Note,
 ) -> None:
-    """This engine's share of what is not answered yet, written as it comes."""
-    task, place = exam.task, engine.place
-    wanted = missing(exam, config.run.seed, done, place.index, place.count)
+    """This one's share of what is not answered yet, written as it comes."""
+    task = exam.task
+    wanted = missing(exam, config.run.seed, done, answerer.index, answerer.count)
     total = sum(len(samples) for _, samples in wanted)
     if not total:
         return
-    progress = Progress(task.name, total, place.count, note)
+    if not answerer.gives:
+        for _ in answerer.respond(task, wanted):
+            raise AssertionError("only the first rank of an engine gets answers")
+        return
+    progress = Progress(task.name, total, answerer.count, note)
     pending: deque[tuple[Response, Verdicts]] = deque()
-    with closing(AnswerFile(folder.answers_of(task.name, place.index))) if place.is_leader else _Nowhere() as file:
+    with closing(AnswerFile(folder.answers_of(task.name, answerer.index))) as file:
 
         def written(*, wait: bool) -> None:
             while pending and (wait or pending[0][1].done()):
@@ -184,15 +222,7 @@ def answer(
                 file.write(found)
                 progress.count(found)
 
-        for response in respond(
-            engine,
-            task,
-            wanted,
-            stop_token_ids=(tokenizer.eos_token_id,),
-            max_model_len=setup.max_model_len,
-            max_requests=setup.max_num_sequences,
-            decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
-        ):
+        for response in answerer.respond(task, wanted):
             pending.append((response, grading.begin(task, response)))
             written(wait=False)
         written(wait=True)
@@ -239,7 +269,7 @@ def concluded(exam: Exam, answers: Mapping[int, Sequence[Answer]], grading: Grad
 def versions(config: EvalConfig) -> dict[str, str]:
     """Of what decides the numbers."""
     names = ["torch", "transformers", "math-verify"]
-    names += [] if config.engine.name == "embedded" else [config.engine.name]
+    names += [config.engine.name] if config.engine.name in ("vllm", "sglang") else []
     return {name: _version(name) for name in names}
 
 
@@ -272,15 +302,3 @@ class Progress:
         self._note(
             f"{self._name}: {done}/{self._total} answers{shares}, {mean(self._verdicts):.1%} right, {left:.0f} s left"
         )
-
-
-class _Nowhere:
-    """The file of a rank that gets no answers."""
-
-    def __enter__(self) -> "_Nowhere":
-        return self
-
-    def __exit__(self, *_: object) -> None: ...
-
-    def write(self, found: Answer) -> None:
-        raise AssertionError("only the first rank of an engine gets answers")

@@ -5,10 +5,12 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -30,7 +32,8 @@ def command(folder: Path, model: Path, num_ranks: int = 1) -> list[str]:
     folder.mkdir(exist_ok=True)
     suite = folder / "suite.yaml"
     suite.write_text(SUITE.format(folder=folder / "out", model=model, tasks=ROOT / "configs/eval/tasks"))
-    python = ["torchrun", "--standalone", "--nproc-per-node", str(num_ranks)] if num_ranks > 1 else [sys.executable]
+    ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
+    python = [sys.executable, *(ranks if num_ranks > 1 else [])]
     return [*python, "-m", "megatron_rl.evaluate", "--config", str(suite)]
 
 
@@ -84,9 +87,6 @@ def test_two_ranks_give_the_same_answers(
     ("override", "message"),
     [
         ("model.path=nowhere", "nowhere"),
-        ("engine.name=other", "engine.name"),
-        ("limt=3", "Did you mean limit"),
-        ("data.hasty_chain=none.jsonl", "none.jsonl does not exist"),
         ("model.dtype=bf16", "holds answers to another evaluation: model.dtype differ"),
     ],
 )
@@ -100,3 +100,65 @@ def test_what_cannot_be_is_said_in_a_line(
     errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert len(errors) == 1
     assert message in errors[0]
+
+
+class Endpoint(BaseHTTPRequestHandler):
+    """Answers additions as told, and is busy every seventh time."""
+
+    asked: ClassVar[list[dict[str, Any]]] = []
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.asked.append({**body, "path": self.path, "key": self.headers.get("Authorization")})
+        status, found = self._answer(body)
+        content = json.dumps(found).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def _answer(self, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        if len(self.asked) % 7 == 3:
+            return 503, {"error": "busy"}
+        if body["model"] == "none":
+            return 404, {"error": "no such model"}
+        a, b = map(int, body["prompt"].rstrip("=").split("+"))
+        text = f"it is >{a + b if a % 2 else 0}"
+        choice = {"text": text, "finish_reason": "stop" if a % 3 else "length"}
+        return 200, {"choices": [choice], "usage": {"completion_tokens": 5}}
+
+    def log_message(self, *_: Any) -> None: ...
+
+
+def test_an_endpoint_is_asked(tmp_path: Path) -> None:
+    suite = tmp_path / "suite.yaml"
+    with ThreadingHTTPServer(("127.0.0.1", 0), Endpoint) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        suite.write_text(
+            f"run: {{name: x, output_dir: {tmp_path}/out}}\nmodel: {{path: some-model}}\n"
+            f"tasks: [{ROOT}/configs/eval/tasks/hasty_addition.yaml]\nlimit: 40\nsampling: {{num_samples: 2}}\n"
+            f"engine: {{name: openai, url: 'http://127.0.0.1:{server.server_port}/v1', max_num_sequences: 4}}\n"
+        )
+        line = [sys.executable, "-m", "megatron_rl.evaluate", "--config", str(suite)]
+        done = subprocess.run(
+            line, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"OPENAI_API_KEY": "k"}, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        refused = subprocess.run(
+            [*line, "model.path=none", f"run.output_dir={tmp_path}/other"],
+            capture_output=True, text=True, cwd=ROOT, check=False,
+        )  # fmt: skip
+        server.shutdown()
+    found = read_answers(tmp_path / "out/answers")
+    assert len(found) == 80
+    tasks = json.loads((tmp_path / "out/results.json").read_text())["tasks"]
+    asked = [one for one in Endpoint.asked if one["model"] == "some-model"]
+    assert {(one["path"], one["key"], one["max_tokens"]) for one in asked} == {("/v1/completions", "Bearer k", 12)}
+    assert len({(one["prompt"], one["seed"]) for one in asked}) == 80, "every sample has a seed of its own"
+    odd = {one["prompt"] for one in asked if int(one["prompt"].split("+")[0]) % 2}
+    assert tasks["hasty_addition"]["scores"]["response_length"] == 5
+    right = {key[1] for key, one in found.items() if one.right}
+    assert 0 < len(right) <= len(odd)
+    assert all(one.right == (one.finish_reason == "stop" and one.shown != "0") for one in found.values())
+    assert refused.returncode == 1
+    assert "status 404" in refused.stderr

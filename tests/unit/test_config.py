@@ -65,6 +65,10 @@ def test_every_task_of_the_project_is_called_as_its_file() -> None:
         ("tasks: []", [], r"tasks=\[\]: expected at least one file"),
         ("tasks: [a.yaml]", ["data.b=x.jsonl"], r"data\.b: there is no such task here. Tasks: a"),
         ("tasks: [a.yaml]", ["sampling.num_samples=0"], r"sampling\.num_samples=0"),
+        ("tasks: [a.yaml]", ["limt=3"], r"unknown key limt\. Did you mean limit"),
+        ("tasks: [a.yaml]", ["engine.name=other"], r"engine\.name"),
+        ("tasks: [a.yaml]", ["engine.name=openai"], r"engine\.url=None: expected a url with engine\.name=openai"),
+        ("tasks: [a.yaml]", ["engine.url=http://x"], r"engine\.url=http://x: expected a url with engine\.name=openai"),
         ("tasks: [c.yaml]", [], r"c\.yaml"),
     ],
 )
