@@ -9,6 +9,9 @@ from collections.abc import Sequence
 
 from megatron_rl.command import reported
 
+# ranks wait for those that still answer, and for the first one to report
+PATIENCE_MINUTES = 7 * 24 * 60
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run; the exit status."""
@@ -32,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(text, flush=True)
 
         try:
-            results = evaluate(config, tasks, init_parallel(ParallelSection()), note)
+            results = evaluate(config, tasks, init_parallel(ParallelSection(timeout_minutes=PATIENCE_MINUTES)), note)
         finally:
             leave_world()
         if command.is_main:

@@ -1,5 +1,6 @@
 """The configuration of python -m megatron_rl.evaluate, and of the tasks that it names, one file each."""
 
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -101,6 +102,15 @@ class TaskConfig:
     majority: bool = True
     """Report maj@k."""
 
+    def __post_init__(self) -> None:
+        for key in ("answer_shown_by", "answer_pattern"):
+            pattern = getattr(self, key)
+            try:
+                has_group = pattern is None or re.compile(pattern).groups > 0
+            except re.error as error:
+                raise ConfigError(f"{key}={pattern!r} is no regular expression: {error}.") from error
+            require(has_group, key, repr(pattern), "a regular expression with a group (…) for the answer")
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvalRunSection:
@@ -188,8 +198,8 @@ class EvalConfig:
     """Only the first so many questions of each task; the report says so."""
     data: dict[str, str] = field(default_factory=dict)
     """Task name -> local file (.jsonl, .parquet) or folder that replaces its data set."""
-    console: Literal["auto", "plain", "silent"] = "auto"
-    """Progress with the time left; auto: plain lines, redrawn on a terminal."""
+    console: Literal["plain", "silent"] = "plain"
+    """Progress with the time left, in lines."""
 
     def __post_init__(self) -> None:
         require(bool(self.tasks), "tasks", self.tasks, "at least one file")

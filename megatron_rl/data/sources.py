@@ -73,6 +73,7 @@ def read_datasets(source: RowsSection) -> Iterable[Row]:
         FileNotFoundError,
         KeyError,
         ValueError,
+        RuntimeError,  # data sets that are scripts
         ConnectionError,
         datasets.exceptions.DatasetNotFoundError,
     ) as error:

@@ -40,7 +40,14 @@ class Answerer(Protocol):
 class EngineAnswerer:
     """An engine with the model's weights in it."""
 
-    def __init__(self, engine: Engine, tokenizer: Any, *, max_model_len: int, max_requests: int) -> None:
+    def __init__(
+        self, engine: Engine, tokenizer: Any, *, ends: Sequence[int], max_model_len: int, max_requests: int
+    ) -> None:
+        """
+        Args:
+            ends: tokens at which the model ends an answer, besides the tokenizer's.
+        """
+        self._ends = ends
         self.index, self.count, self.gives = engine.place.index, engine.place.count, engine.place.is_leader
         self._engine, self._tokenizer = engine, tokenizer
         self._max_model_len, self._max_requests = max_model_len, max_requests
@@ -50,7 +57,7 @@ class EngineAnswerer:
             self._engine,
             task,
             wanted,
-            stop_token_ids=(self._tokenizer.eos_token_id,),
+            stop_token_ids=self._stop_token_ids(task),
             max_model_len=self._max_model_len,
             max_requests=self._max_requests,
             decode=lambda ids: self._tokenizer.decode(ids, skip_special_tokens=True),
@@ -58,6 +65,14 @@ class EngineAnswerer:
 
     def close(self) -> None:
         self._engine.close()
+
+    def _stop_token_ids(self, task: TaskConfig) -> tuple[int, ...]:
+        """The model's own end tokens, and those of the task's stops that are special tokens, which no text shows."""
+        special = {
+            token.content: place for place, token in self._tokenizer.added_tokens_decoder.items() if token.special
+        }
+        named = {special[text] for text in task.sampling.stop if text in special}
+        return tuple(sorted({self._tokenizer.eos_token_id, *self._ends, *named}))
 
 
 class EndpointAnswerer:

@@ -9,6 +9,9 @@ from typing import Any, TextIO
 
 from megatron_rl.errors import DataError
 
+Key = tuple[str, int, int, str]
+"""Task, question, sample, and digest of what was asked."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
@@ -28,10 +31,12 @@ class Answer:
     """What went wrong, or what the scorer says; empty otherwise."""
     shown: str | None
     """The answer in the response; None: there is none."""
+    asked: str
+    """Digest of prompt and reference answers: a place in a task can come to hold another question."""
 
     @property
-    def key(self) -> tuple[str, int, int]:
-        return self.task, self.question, self.sample
+    def key(self) -> Key:
+        return self.task, self.question, self.sample, self.asked
 
 
 class AnswerFile:
@@ -65,16 +70,17 @@ class AnswerFile:
         self._file.close()
 
 
-def read_answers(folder: Path) -> dict[tuple[str, int, int], Answer]:
-    """All answers in a folder, by task, question and sample.
+def read_answers(folder: Path) -> dict[Key, Answer]:
+    """All answers in a folder; of a sample whose grading failed and that was asked again, the one with a verdict.
 
     Raises:
         DataError: a line is damaged that is not a file's last one.
     """
-    found: dict[tuple[str, int, int], Answer] = {}
+    found: dict[Key, Answer] = {}
     for path in sorted(folder.glob("*.jsonl")):
         for answer in _lines(path):
-            found.setdefault(answer.key, answer)
+            if answer.key not in found or found[answer.key].status != "ok":
+                found[answer.key] = answer
     return found
 
 

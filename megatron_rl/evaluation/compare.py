@@ -72,9 +72,8 @@ def check_same(task: str, one: Finished, other: Finished) -> None:
         DataError: the two were not asked the same.
     """
     asked = [run.results["evaluation"]["tasks"][task] for run in (one, other)]
-    differing = sorted(
-        key for key, value in asked[0].items() if key not in ("sampling", "pass_at") and value != asked[1].get(key)
-    )
+    asked = [{**one, "sampling": {**one["sampling"], "num_samples": 0}, "pass_at": []} for one in asked]
+    differing = sorted(key for key, value in asked[0].items() if value != asked[1].get(key))
     if differing or set(one.rates[task]) != set(other.rates[task]):
         what = ", ".join(differing) or "the questions"
         raise DataError(f"task {task}: {one.name} and {other.name} were not asked the same, {what} differ. Ask again.")

@@ -116,6 +116,7 @@ def _decisive(described: Mapping[str, Any]) -> dict[str, Any]:
         "the model's fingerprint": described["fingerprint"],
         "model.dtype": described["model"]["dtype"],
         "engine.name": described["engine"]["name"],
+        "engine.options": described["engine"]["options"],
         "run.seed": described["run"]["seed"],
     }
     for name, task in described["tasks"].items():

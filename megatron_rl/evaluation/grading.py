@@ -5,6 +5,7 @@ from concurrent.futures import Future
 
 from megatron_rl.config.evaluation import GradingSection, TaskConfig
 from megatron_rl.config.schema import RewardSection
+from megatron_rl.errors import RewardError
 from megatron_rl.evaluation.answers import Answer
 from megatron_rl.evaluation.questions import Question
 from megatron_rl.evaluation.responder import Response
@@ -59,10 +60,15 @@ class Grading:
             status="ok" if right or failed is None else failed.status,
             message="" if right or failed is None else failed.message,
             shown=shown_answer(task, response.text),
+            asked=response.asked.digest,
         )
 
     def wrong_golds(self, task: TaskConfig, questions: Sequence[Question]) -> list[int]:
-        """Questions whose reference answers, said as plainly as can be, are not right by the scorer."""
+        """Questions whose reference answers, said as plainly as can be, are not right by the scorer.
+
+        Raises:
+            RewardError: the scorer fails on all of them, as it would on whatever a model says.
+        """
         pending = [
             (
                 question.index,
@@ -70,11 +76,13 @@ class Grading:
             )
             for question in questions
         ]
-        return [
-            index
-            for index, verdicts in pending
-            if not all(one.status == "ok" and one.total >= 1 for one in verdicts.result())
-        ]
+        found = [(index, verdicts.result()) for index, verdicts in pending]
+        failed = [one for _, results in found for one in results if one.status != "ok"]
+        if len(failed) == sum(len(results) for _, results in found):
+            raise RewardError(
+                f"task {task.name}: the scorer {task.scorer.name} fails on every reference answer: {failed[0].message}"
+            )
+        return [index for index, results in found if not all(one.status == "ok" and one.total >= 1 for one in results)]
 
     def clusters(self, task: TaskConfig, question: Question, answers: Sequence[Answer]) -> list[int | None]:
         """Of each sample of a question which ones say the same by the scorer: right ones do, and wrong ones may.

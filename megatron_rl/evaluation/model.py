@@ -1,6 +1,7 @@
 """The model that is asked: its weights in an engine, and what tells it apart from others."""
 
 import hashlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +25,13 @@ def load_engine(engine: Engine, spec: ModelSpec, folder: str) -> None:
     """
     table = layout_table(spec, 1)
     engine.load_weights(_tensors(open_weights(folder, table), list(hf_shapes(table))), version=0)
+
+
+def end_tokens(folder: str) -> list[int]:
+    """Tokens at which the model ends an answer, by its generation_config.json; empty without one."""
+    path = Path(folder) / "generation_config.json"
+    found = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
+    return [] if found is None else [found] if isinstance(found, int) else list(found)
 
 
 def fingerprint(folder: str) -> str:

@@ -79,7 +79,7 @@ def _answers(task: TaskConfig, row: Mapping[str, Any], where: str) -> list[str]:
     found = _column(row, task.answer_field, where)
     every = [str(one) for one in found] if isinstance(found, list | tuple) else [str(found)]
     if task.answer_in_box:
-        boxes = [last_boxed(one) for one in every]
+        boxes = [last_boxed(one) or last_match(one, r"\\boxed\s+([^\s$]+)") for one in every]
         if None in boxes:
             raise DataError(f"{where}: {task.answer_field} has no \\boxed{{}}: {every[0][-80:]!r}.")
         return [str(one).strip() for one in boxes]

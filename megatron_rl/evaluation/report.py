@@ -5,7 +5,18 @@ from typing import Any
 
 from megatron_rl.evaluation.results import TaskResult
 
-COLUMNS = ("task", "questions", "right", "95% interval", "pass@k", "maj@k", "tokens", "truncated", "no answer")
+COLUMNS = (
+    "task",
+    "questions",
+    "right",
+    "95% interval",
+    "pass@k",
+    "maj@k",
+    "tokens",
+    "truncated",
+    "no answer",
+    "ungraded",
+)
 
 
 def results_table(results: Sequence[TaskResult]) -> str:
@@ -34,6 +45,7 @@ def cells(result: Mapping[str, Any]) -> list[str]:
         f"{scores['response_length']:.0f}",
         percent(scores["truncated"]),
         percent(1 - scores["answered"]),
+        percent(scores["grading_failed"]),
     ]
 
 

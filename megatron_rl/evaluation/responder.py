@@ -1,5 +1,6 @@
 """Responses of an engine to questions."""
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,11 @@ class Asked:
     prompt: str
     """With chat template."""
     token_ids: Sequence[int]
+
+    @property
+    def digest(self) -> str:
+        """Of what is asked and what is right."""
+        return hashlib.sha256("\0".join([self.prompt, *self.question.answers]).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,11 @@ from megatron_rl.conversion.command import find_model_folder
 from megatron_rl.data.templates import load_tokenizer
 from megatron_rl.errors import ConfigError, DataError, MegatronRLError
 from megatron_rl.evaluation.answerers import Answerer, EndpointAnswerer, EngineAnswerer
-from megatron_rl.evaluation.answers import Answer, AnswerFile, by_question, read_answers
+from megatron_rl.evaluation.answers import Answer, AnswerFile, Key, by_question, read_answers
 from megatron_rl.evaluation.folder import EvalFolder
 from megatron_rl.evaluation.grading import Grading, Verdicts
 from megatron_rl.evaluation.metrics import mean
-from megatron_rl.evaluation.model import fingerprint, load_engine
+from megatron_rl.evaluation.model import end_tokens, fingerprint, load_engine
 from megatron_rl.evaluation.page import render
 from megatron_rl.evaluation.questions import Question, read_questions
 from megatron_rl.evaluation.responder import Asked, Response, as_asked
@@ -45,6 +45,10 @@ class Exam:
     questions: Sequence[Question]
     asked: Sequence[Asked]
     notes: Sequence[str]
+
+    def key(self, asked: Asked, sample: int) -> Key:
+        """Of an answer to one of its questions."""
+        return self.task.name, asked.question.index, sample, asked.digest
 
 
 def evaluate(
@@ -73,6 +77,9 @@ def evaluate(
             folder.begin(config, tasks, mark)
         grading = Grading(config.grading, tasks)
     with closing(grading):
+        with raise_together(parallel):  # before anything is sampled: a scorer that fails would make all answers wrong
+            if parallel.is_main:
+                exams = [with_golds_graded(exam, grading) for exam in exams]
         answerer: Answerer
         if described is None:
             answerer = EndpointAnswerer(
@@ -91,6 +98,23 @@ def evaluate(
             if not parallel.is_main:
                 return []
             return concluded_all(config, exams, folder, grading, mark)
+
+
+def with_golds_graded(exam: Exam, grading: Grading) -> Exam:
+    """The task with a note about reference answers that its own scorer does not take.
+
+    Raises:
+        RewardError: it takes none, as it fails.
+    """
+    wrong = grading.wrong_golds(exam.task, exam.questions)
+    if not wrong:
+        return exam
+    shown = ", ".join(map(str, wrong[:10])) + (", …" if len(wrong) > 10 else "")
+    note = (
+        f"{len(wrong)} reference answers are not right by the scorer {exam.task.scorer.name} themselves "
+        f"(questions {shown})"
+    )
+    return replace(exam, notes=[*exam.notes, note])
 
 
 def engine_answerer(
@@ -125,7 +149,13 @@ def engine_answerer(
     except MegatronRLError:
         engine.close()
         raise
-    return EngineAnswerer(engine, tokenizer, max_model_len=longest, max_requests=setup.max_num_sequences)
+    return EngineAnswerer(
+        engine,
+        tokenizer,
+        ends=end_tokens(described),
+        max_model_len=longest,
+        max_requests=setup.max_num_sequences,
+    )
 
 
 def concluded_all(
@@ -134,7 +164,10 @@ def concluded_all(
     """Results and reports from all answers."""
     found = read_answers(folder.answers)
     answers = {
-        exam.task.name: by_question([one for one in found.values() if one.task == exam.task.name]) for exam in exams
+        exam.task.name: by_question(
+            [found[exam.key(asked, n)] for asked in exam.asked for n in range(exam.task.sampling.num_samples)]
+        )
+        for exam in exams
     }
     results = [concluded(exam, answers[exam.task.name], grading) for exam in exams]
     tasks = [exam.task for exam in exams]
@@ -198,7 +231,7 @@ def answer(
     config: EvalConfig,
     answerer: Answerer,
     grading: Grading,
-    done: Mapping[tuple[str, int, int], Answer],
+    done: Mapping[Key, Answer],
     folder: EvalFolder,
     note: Note,
 ) -> None:
@@ -214,31 +247,48 @@ def answer(
         return
     progress = Progress(task.name, total, answerer.count, note)
     pending: deque[tuple[Response, Verdicts]] = deque()
-    with closing(AnswerFile(folder.answers_of(task.name, answerer.index))) as file:
+    failure: Exception | None = None
+    file: AnswerFile | None = None
 
-        def written(*, wait: bool) -> None:
-            while pending and (wait or pending[0][1].done()):
-                found = grading.finish(task, *pending.popleft())
-                file.write(found)
-                progress.count(found)
+    def written(*, wait: bool) -> None:
+        while file is not None and pending and (wait or pending[0][1].done()):
+            found = grading.finish(task, *pending.popleft())
+            file.write(found)
+            progress.count(found)
 
+    try:
+        file = AnswerFile(folder.answers_of(task.name, answerer.index))
+    except DataError as error:
+        failure = error
+    try:
         for response in answerer.respond(task, wanted):
-            pending.append((response, grading.begin(task, response)))
-            written(wait=False)
-        written(wait=True)
+            if failure is not None:
+                continue  # the other ranks of the engine go on to the end, and would wait for this one
+            try:
+                pending.append((response, grading.begin(task, response)))
+                written(wait=False)
+            except Exception as error:  # of any kind; raised when the engine has come to its end
+                failure = error
+    finally:
+        if failure is None:
+            written(wait=True)
+        if file is not None:
+            file.close()
+    if failure is not None:
+        raise failure
 
 
 def missing(
-    exam: Exam, seed: int, done: Mapping[tuple[str, int, int], Answer], engine: int, num_engines: int
+    exam: Exam, seed: int, done: Mapping[Key, Answer], engine: int, num_engines: int
 ) -> list[tuple[Asked, list[tuple[int, int]]]]:
     """Questions of one engine with the (sample, seed) of each that is not answered yet."""
-    found = []
+    found: list[tuple[Asked, list[tuple[int, int]]]] = []
     for asked in exam.asked[engine::num_engines]:
         index = asked.question.index
         samples = [
             (sample, sample_seed(seed, index, sample))
             for sample in range(exam.task.sampling.num_samples)
-            if (exam.task.name, index, sample) not in done
+            if (found_before := done.get(exam.key(asked, sample))) is None or found_before.status != "ok"
         ]
         if samples:
             found.append((asked, samples))
@@ -248,14 +298,6 @@ def missing(
 def concluded(exam: Exam, answers: Mapping[int, Sequence[Answer]], grading: Grading) -> TaskResult:
     """Results of a task whose answers are all there."""
     task = exam.task
-    wrong_golds = grading.wrong_golds(task, exam.questions)
-    notes = list(exam.notes)
-    if wrong_golds:
-        shown = ", ".join(map(str, wrong_golds[:10]))
-        notes.append(
-            f"{len(wrong_golds)} reference answers are not right by the scorer {task.scorer.name} themselves "
-            f"(questions {shown}{', …' if len(wrong_golds) > 10 else ''})"
-        )
     wanted = task.majority and task.sampling.num_samples > 1
     clusters = {
         question.index: grading.clusters(task, question, answers[question.index])
@@ -263,7 +305,7 @@ def concluded(exam: Exam, answers: Mapping[int, Sequence[Answer]], grading: Grad
         if wanted
     }
     groups = {question.index: question.group for question in exam.questions}
-    return task_result(task, answers, clusters, groups, notes)
+    return task_result(task, answers, clusters, groups, exam.notes)
 
 
 def versions(config: EvalConfig) -> dict[str, str]:

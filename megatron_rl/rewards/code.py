@@ -10,7 +10,8 @@ from megatron_rl.errors import RewardError
 from megatron_rl.rewards.record import RewardInput
 from megatron_rl.sandbox import Limits, run_program
 
-BLOCK = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:\n```|\Z)", re.DOTALL | re.IGNORECASE)
+BLOCK = re.compile(r"```([\w+-]*)[ \t]*\n(.*?)(?:\n[ \t]*```|\Z)", re.DOTALL)
+PYTHON = ("", "python", "py", "python3")
 
 
 def code_tests(
@@ -42,20 +43,27 @@ def program(sample: RewardInput, style: Literal["humaneval", "mbpp"]) -> str:
     Raises:
         RewardError: the problem lacks a column.
     """
-    code = fenced(sample.response)
     if style == "humaneval":
         prompt, test, entry = (_column(sample, name) for name in ("prompt", "test", "entry_point"))
-        whole = code if code is not None and f"def {entry}" in code else prompt + (code or sample.response)
+        head = f"def {entry}("
+        code = fenced(sample.response, head)
+        if code is not None and head in code:
+            whole = prompt.partition(head)[0] + code  # the problem's imports and helpers, and all of the function
+        else:
+            whole = prompt + (code or sample.response)
         return f"{whole}\n\n{test}\n\ncheck({entry})\n"
     metadata = sample.metadata
     imports = metadata.get("test_setup_code") or "\n".join(metadata.get("test_imports") or ())
-    return "\n\n".join([imports, code or sample.response, *_column(sample, "test_list")])
+    return "\n\n".join([imports, fenced(sample.response, "def ") or sample.response, *_column(sample, "test_list")])
 
 
-def fenced(response: str) -> str | None:
-    """The last fenced block of a response, also one that was not closed; None without one."""
-    blocks = BLOCK.findall(response)
-    return blocks[-1] if blocks else None
+def fenced(response: str, wanted: str) -> str | None:
+    """The last fenced block of Python that has a text, or else the last one, also one that was not closed.
+
+    None without a block.
+    """
+    blocks = [code for language, code in BLOCK.findall(response) if language.lower() in PYTHON]
+    return next((code for code in reversed(blocks) if wanted in code), blocks[-1] if blocks else None)
 
 
 def _column(sample: RewardInput, name: str) -> Any:

@@ -134,7 +134,10 @@ def _as_python(text: str) -> str | None:
     text = re.sub(r"\^\{?(-?\d{1,3})\}?", r"**\1", text)
     text = text.replace("\\cdot", "*").replace("\\times", "*").replace("\\pi", "pi")
     text = re.sub(r"(\d|\))(?=\(|[a-z])", r"\1*", text)
-    return text if _SAFE.fullmatch(text) and len(set(re.findall(r"[a-z]+", text)) - {"sqrt", "pi"}) <= 2 else None
+    unknowns = set(re.findall(r"[a-z]+", text)) - {"sqrt", "pi"}
+    # sympy evaluates Python: no word may be the name of anything
+    is_safe = _SAFE.fullmatch(text) and len(unknowns) <= 2 and all(len(name) == 1 for name in unknowns)
+    return text if is_safe else None
 
 
 def _number_of(expression: str | None) -> float | None:

@@ -18,8 +18,8 @@ from typing import Literal
 from megatron_rl.errors import RewardError
 
 JAIL = Path(__file__).with_name("jail.py")
-REFUSED = 99
-"""Exit status of a jail that the kernel does not let close."""
+BEGUN = b"."
+"""What the jail says just before the program begins."""
 Status = Literal["passed", "failed", "timed out", "crashed"]
 
 
@@ -54,7 +54,10 @@ class Outcome:
 @functools.cache
 def isolation() -> str:
     """Why programs cannot be shut in on this machine; empty when they can."""
-    outcome = _started("pass", Limits(seconds=20), isolated=True)
+    try:
+        outcome = _started("pass", Limits(seconds=20), isolated=True)
+    except RewardError as error:
+        return str(error)
     return "" if outcome.status == "passed" else outcome.message or outcome.status
 
 
@@ -98,6 +101,7 @@ def _started(program: str, limits: Limits, *, isolated: bool) -> Outcome:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             start_new_session=True,
+            env={},  # which the program could find
             pass_fds=(done_write,),
         )
         os.close(done_write)
@@ -138,8 +142,11 @@ def _watched(process: "subprocess.Popen[bytes]", order: bytes, word: str, done: 
     except subprocess.TimeoutExpired:
         return _outcome("timed out", f"no end within {limits.seconds:g} s", said)
     said["done"] += _rest(done)
-    if status == 0 and said["done"].decode(errors="replace") == word:
+    if status == 0 and said["done"] == BEGUN + word.encode():
         return _outcome("passed", "", said)
+    if not said["done"].startswith(BEGUN):
+        reason = said["errors"].decode(errors="replace").strip()[-300:]
+        raise RewardError(f"the sandbox did not close: {reason or f'status {status}'}")
     message = said["errors"].decode(errors="replace").strip().rsplit("\n", 1)[-1][:500]
     if status == -signal.SIGXCPU:
         return _outcome("timed out", "its processor time is used up", said)
@@ -162,10 +169,20 @@ def _outcome(status: Status, message: str, said: dict[str, bytearray]) -> Outcom
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
-    """End it and all that it has started."""
+    """End it and all that it has started, also a program that has left its session."""
+    for child in _children(process.pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)  # the first of its namespace: the kernel ends the others
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     for stream in (process.stdout, process.stderr):
         if stream is not None:
             stream.close()
+
+
+def _children(pid: int) -> list[int]:
+    """Of a process that has one thread."""
+    with contextlib.suppress(OSError):
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return []

@@ -19,7 +19,7 @@ from megatron_rl.config.evaluation import (
 )
 from megatron_rl.config.load import load_as
 from megatron_rl.config.schema import ModelSection
-from megatron_rl.errors import ConfigError, DataError
+from megatron_rl.errors import ConfigError, DataError, RewardError
 from megatron_rl.evaluation.answers import Answer, AnswerFile, by_question, read_answers
 from megatron_rl.evaluation.compare import compared, read_finished
 from megatron_rl.evaluation.folder import EvalFolder, read_results
@@ -36,6 +36,7 @@ from megatron_rl.evaluation.page import render
 from megatron_rl.evaluation.questions import Question, filled, read_questions
 from megatron_rl.evaluation.responder import Asked, Response, cut
 from megatron_rl.evaluation.results import TaskResult, task_result
+from megatron_rl.evaluation.run import Exam, missing
 from megatron_rl.rewards.math import math_answer
 from megatron_rl.rewards.math_graders import math_qwen, math_sympy
 from megatron_rl.rewards.record import RewardInput
@@ -354,7 +355,7 @@ def test_wrong_answers_that_are_equal_vote_together(grade: Callable[[TaskConfig]
 
 
 def answer_of(question: int, sample: int, **fields: Any) -> Answer:
-    given = {"response": "r", "right": False, "shown": None, **fields}
+    given = {"response": "r", "right": False, "shown": None, "asked": "d", **fields}
     return Answer(
         task="t", question=question, sample=sample, seed=1, num_tokens=3, finish_reason="stop", status="ok", message="",
         **given,
@@ -369,7 +370,7 @@ def test_a_line_cut_in_two_is_sampled_again(tmp_path: Path) -> None:
     file.close()
     whole = path.read_bytes()
     path.write_bytes(whole[:-10])
-    assert sorted(read_answers(tmp_path)) == [("t", 0, 0), ("t", 0, 1)]
+    assert sorted(read_answers(tmp_path)) == [("t", 0, 0, "d"), ("t", 0, 1, "d")]
     again = AnswerFile(path)
     again.write(answer_of(0, 2, response="ä\nb"))
     again.close()
@@ -377,6 +378,33 @@ def test_a_line_cut_in_two_is_sampled_again(tmp_path: Path) -> None:
     path.write_bytes(b"x" + whole)
     with pytest.raises(DataError, match=r"t\.0\.jsonl:1 is damaged"):
         read_answers(tmp_path)
+
+
+def test_an_answer_counts_for_what_was_asked_and_graded(tmp_path: Path) -> None:
+    task = fixture_task("math500", tmp_path)
+    first, second = (Question(index=0, text="?", answers=[gold], group=None) for gold in ("1", "2"))
+    asked = [Asked(question=one, prompt="?", token_ids=[1]) for one in (first, second)]
+    assert asked[0].digest != asked[1].digest
+    file = AnswerFile(tmp_path / "answers/math500.0.jsonl")
+    exam = Exam(replace(task, sampling=replace(task.sampling, num_samples=2)), [first], [asked[0]], [])
+    for sample, digest, status in ((0, asked[0].digest, "ok"), (1, asked[1].digest, "ok")):
+        file.write(replace(answer_of(0, sample, asked=digest), task="math500", status=status))
+    ((_, samples),) = missing(exam, 0, read_answers(tmp_path / "answers"), 0, 1)
+    assert [sample for sample, _ in samples] == [1], "the other one answers another question"
+    file.write(replace(answer_of(0, 1, asked=asked[0].digest), task="math500", status="reward_error"))
+    ((_, samples),) = missing(exam, 0, read_answers(tmp_path / "answers"), 0, 1)
+    assert [sample for sample, _ in samples] == [1], "it was not graded"
+    file.write(replace(answer_of(0, 1, asked=asked[0].digest, right=True), task="math500"))
+    file.close()
+    assert missing(exam, 0, read_answers(tmp_path / "answers"), 0, 1) == []
+    assert read_answers(tmp_path / "answers")["math500", 0, 1, asked[0].digest].right
+
+
+def test_a_scorer_that_fails_is_no_zero(grade: Callable[[TaskConfig], Grading], tmp_path: Path) -> None:
+    task = fixture_task("humaneval", tmp_path)
+    broken = replace(task, scorer=replace(task.scorer, options={"style": "mbpp"}))
+    with pytest.raises(RewardError, match=r"fails on every reference answer: .*no column 'test_list'"):
+        grade(broken).wrong_golds(broken, read_questions(broken))
 
 
 def test_a_folder_keeps_one_evaluation(tmp_path: Path) -> None:

@@ -1,6 +1,12 @@
 """Hostile programs do no harm, and each gets the status that it deserves."""
 
+import json
 import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -8,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from megatron_rl.errors import RewardError
-from megatron_rl.rewards.code import code_tests, fenced, program
+from megatron_rl.rewards.code import code_tests, fenced
 from megatron_rl.rewards.record import RewardInput
 from megatron_rl.sandbox import Limits, isolation, run, run_program
 
@@ -25,6 +31,7 @@ PROGRAMS = {
     "leaves early": ("import sys; sys.exit(0)", "failed", "ended before its end"),
     "leaves early, harder": ("import os; os._exit(0)", "failed", "before its end"),
     "never ends": ("while True: pass", "timed out", "no end within"),
+    "leaves its session": ("import os, time; os.setsid(); time.sleep(1000)", "timed out", "no end within"),
     "sleeps": ("import time; time.sleep(1000)", "timed out", "no end within"),
     "ignores signals": (
         "import signal\nfor n in (2, 10, 12, 15): signal.signal(n, signal.SIG_IGN)\nwhile True: pass",
@@ -133,14 +140,68 @@ def problem(response: str, **columns: object) -> RewardInput:
     )
 
 
-def test_code_is_the_last_fenced_block() -> None:
-    assert fenced("a\n```python\nx = 1\n```\nb\n```\ny = 2\n```") == "y = 2"
-    assert fenced("```py\nx = 1\n") == "x = 1\n"
-    assert fenced("x = 1") is None
+def test_code_is_the_last_fenced_block_that_defines_it() -> None:
+    assert fenced("a\n```python\nx = 1\n```\nb\n```\ny = 2\n```", "def ") == "y = 2"
+    assert fenced("```python3\ndef f(): 1\n```\nUsage:\n```python\nf()\n```", "def f(") == "def f(): 1"
+    assert fenced("```bash\npip\n```\n```py\nx = 1\n", "def ") == "x = 1\n"
+    assert fenced("```bash\npip\n```\nThis works.", "def ") is None
+    assert fenced("x = 1", "def ") is None
 
 
-def test_columns_that_are_missing_are_named() -> None:
-    with pytest.raises(RewardError, match="no column 'test'"):
-        code_tests(problem("", prompt="p", entry_point="f"))
-    with pytest.raises(RewardError, match="no column 'test_list'"):
-        program(problem(""), "mbpp")
+def test_a_problems_imports_and_helpers_stay() -> None:
+    prompt = (
+        'from typing import List\n\ndef helper(x):\n    return x + 1\n\n\ndef f(x: List[int]) -> int:\n    """?"""\n'
+    )
+    columns = {"prompt": prompt, "entry_point": "f", "test": "def check(f):\n    assert f([helper(1)]) == 2"}
+    assert code_tests(problem("```python\ndef f(x: List[int]) -> int:\n    return x[0]\n```", **columns)) == 1
+    assert code_tests(problem("    return x[0]", **columns)) == 1
+    assert code_tests(problem("    return x", **columns)) == 0
+
+
+def test_a_limit_above_the_workers_own_is_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    assert hard >= 64
+    text = "import resource; print(resource.getrlimit(resource.RLIMIT_AS)[1])"
+    code = (
+        "import resource\nresource.setrlimit(resource.RLIMIT_AS, (2**31, 2**31))\n"
+        "from megatron_rl.sandbox import Limits, run_program\n"
+        f"print(run_program({text!r}, Limits(seconds=20, memory_bytes=2**33)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "status='passed'" in done.stdout
+    assert str(2**31) in done.stdout
+
+
+def test_a_sandbox_that_does_not_close_is_no_verdict(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    broken = tmp_path / "jail.py"
+    broken.write_text("import sys; sys.stdin.readline(); sys.exit('namespaces: no')")
+    monkeypatch.setattr(run, "JAIL", broken)
+    with pytest.raises(RewardError, match="the sandbox did not close: namespaces: no"):
+        run_program("pass", LIMITS)
+
+
+def test_it_holds_without_root_too() -> None:
+    """As another user, in a user namespace, where the program could undo its mounts if it kept its capabilities."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        folder = Path(name)
+        shutil.copy(run.JAIL, folder / "jail.py")
+        (folder / "kept").write_text("x")
+        (folder / "work").mkdir()
+        for path in (folder, *folder.iterdir()):
+            path.chmod(0o777)
+        order = {
+            "word": "w", "isolated": True, "was_root": False, "folder": str(folder / "work"), "done": 1,
+            "limits": {"cpu_s": 9, "memory_bytes": 2**30, "processes": 16, "file_bytes": 2**20},
+            "program": "import ctypes\nl = ctypes.CDLL(None, use_errno=True)\n"
+            "assert l.mount(None, b'/', None, 32 | 4096, None) != 0\n"
+            "assert int(open('/proc/self/status').read().split('CapEff:')[1].split()[0], 16) == 0\n"
+            f"try:\n    open({str(folder / 'kept')!r}, 'w')\n    raise ValueError\nexcept OSError:\n    pass",
+        }  # fmt: skip
+        readable = Path("/usr/bin/python3")  # the tests' own may be in root's home
+        done = subprocess.run(
+            [str(readable) if readable.exists() else sys.executable, "-I", "-S", str(folder / "jail.py")],
+            input=json.dumps(order) + "\n", capture_output=True, text=True, check=False, cwd="/",
+            user=12345 if os.getuid() == 0 else None,
+        )  # fmt: skip
+        assert (done.stdout, done.returncode) == (".w", 0), done.stderr
+        assert (folder / "kept").read_text() == "x"
