@@ -6,7 +6,6 @@ response, majority vote, and any right response (pass@n). Alone or under torchru
 """
 
 import argparse
-import math
 import re
 import sys
 from pathlib import Path
@@ -15,18 +14,19 @@ from typing import Any
 import torch
 
 from megatron_rl.algorithms.steps import AGGREGATIONS, Aggregation, aggregated
+from megatron_rl.analysis.study import markdown
 from megatron_rl.batching.judged import judged_sequence
 from megatron_rl.collective import raise_together
 from megatron_rl.config.load import load_as
 from megatron_rl.config.reward_training import RewardTrainingConfig, validate_reward_training
 from megatron_rl.data.templates import load_tokenizer
 from megatron_rl.errors import DataError, MegatronRLError
+from megatron_rl.evaluation.metrics import mean, standard_error
 from megatron_rl.judging import StepFinder
 from megatron_rl.mcore.parallel import init_parallel, launcher_world, leave_world
 from megatron_rl.mcore.reward_model import RewardModel, check_scores
-from megatron_rl.rewards.math import last_boxed
 from megatron_rl.rollout.record import read_folder, rollout_from_json, write_lines
-from megatron_rl.rollout.votes import best, last_match, majority, weighted_majority
+from megatron_rl.rollout.votes import best, majority, shown_answer
 from megatron_rl.types import ParallelContext
 
 LAST: tuple[Aggregation, ...] = ("last",)
@@ -92,17 +92,12 @@ def choose(asked: argparse.Namespace, config: RewardTrainingConfig, parallel: Pa
     print(table(groups, asked, of_steps=of_steps))
 
 
-def shown(response: str, pattern: str | None) -> str | None:
-    """The answer in a response."""
-    return last_boxed(response) if pattern is None else last_match(response, pattern)
-
-
 def table(groups: list[list[dict[str, Any]]], asked: argparse.Namespace, *, of_steps: bool) -> str:
     """Share of right choices, with standard errors."""
     ways: dict[str, list[float]] = {}
     for group in groups:
         right = [float(line["reward"] >= asked.min_reward) for line in group]
-        answers = [shown(line["response"], asked.answer_pattern) for line in group]
+        answers = [shown_answer(line["response"], asked.answer_pattern) for line in group]
 
         def chosen(place: int | None, right: list[float] = right) -> float:
             return 0.0 if place is None else right[place]
@@ -113,17 +108,13 @@ def table(groups: list[list[dict[str, Any]]], asked: argparse.Namespace, *, of_s
             name = f"reward model, {how}" if of_steps else "reward model"
             found[name] = chosen(best(scores))
             if of_steps:
-                found[f"majority weighted by {how}"] = chosen(weighted_majority(answers, scores))
+                found[f"majority weighted by {how}"] = chosen(majority(answers, scores))
         found["any is right"] = max(right)
         for name, value in found.items():
             ways.setdefault(name, []).append(value)
     fewest = min(map(len, groups))
-    lines = [f"{len(groups)} prompts, {fewest} responses each or more", "", "| chosen by | right |", "|---|---|"]
-    for name, values in ways.items():
-        mean = sum(values) / len(values)
-        error = math.sqrt(sum((value - mean) ** 2 for value in values) / max(1, len(values) - 1) / len(values))
-        lines.append(f"| {name} | {mean:.1%} ± {error:.1%} |")
-    return "\n".join(lines)
+    rows = [[name, f"{mean(found):.1%} ± {standard_error(found):.1%}"] for name, found in ways.items()]
+    return f"{len(groups)} prompts, {fewest} responses each or more\n\n" + markdown([["chosen by", "right"], *rows])
 
 
 if __name__ == "__main__":

@@ -55,8 +55,3 @@ def share_out(
         packed=config.packed,
         multiple_of=multiple_of,
     )[dp_rank]
-
-
-def filler(sequence: TrainSequence) -> TrainSequence:
-    """A short copy that nothing is asked of, for a micro-batch that has no example."""
-    return bare_sequence(sequence.token_ids[:2], torch.zeros(2, dtype=torch.bool))

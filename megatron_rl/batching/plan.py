@@ -71,7 +71,7 @@ def plan_batch(
             places = []
             for index in batch or [FILLER]:
                 if index == FILLER:
-                    chosen.append(_filler(sequences[members[0]]))
+                    chosen.append(filler(sequences[members[0]]))
                 else:
                     chosen.append(_with_weight(sequences[index], float(weights[index - members[0]])))
                 places.append(len(chosen) - 1)
@@ -133,7 +133,7 @@ def _with_weight(sequence: TrainSequence, weight: float) -> TrainSequence:
     return replace(sequence, loss_weights=sequence.loss_mask * weight)
 
 
-def _filler(sequence: TrainSequence) -> TrainSequence:
+def filler(sequence: TrainSequence) -> TrainSequence:
     """A short copy without loss, for a rank that has no sequence left."""
     bare = bare_sequence(sequence.token_ids[:2], torch.zeros(2, dtype=torch.bool))
     return replace(bare, routing=None if sequence.routing is None else sequence.routing[:2])

@@ -62,9 +62,16 @@ class AnswerFile:
             ) from error
 
     def write(self, answer: Answer) -> None:
-        """Append an answer; it is there even if this process is killed at once."""
-        self._file.write(json.dumps(asdict(answer)) + "\n")
-        self._file.flush()
+        """Append an answer; it is there even if this process is killed at once.
+
+        Raises:
+            DataError: it cannot be written.
+        """
+        try:
+            self._file.write(json.dumps(asdict(answer)) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise DataError(f"{self._file.name} cannot be written: {error}. Free space and start again.") from error
 
     def close(self) -> None:
         self._file.close()

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rl.errors import DataError
-from megatron_rl.evaluation.answers import by_question, read_answers
-from megatron_rl.evaluation.folder import EvalFolder, read_results
+from megatron_rl.evaluation.folder import read_results
 from megatron_rl.evaluation.metrics import mean, paired_difference
 from megatron_rl.evaluation.report import percent
 
@@ -21,8 +20,8 @@ class Finished:
 
     name: str
     results: Mapping[str, Any]
-    rates: Mapping[str, Mapping[int, float]]
-    """Task -> question -> share of right samples."""
+    rates: Mapping[str, Sequence[float]]
+    """Task -> share of right samples of each question."""
 
 
 def read_finished(path: Path) -> Finished:
@@ -32,14 +31,7 @@ def read_finished(path: Path) -> Finished:
         DataError: it is not finished.
     """
     results = read_results(path)
-    found = read_answers(EvalFolder(path).answers)
-    rates = {
-        task: {
-            question: mean([float(one.right) for one in answers])
-            for question, answers in by_question([one for one in found.values() if one.task == task]).items()
-        }
-        for task in results["tasks"]
-    }
+    rates = {task: result["rates"] for task, result in results["tasks"].items()}
     return Finished(f"{path.name}: {results['model']}", results, rates)
 
 
@@ -55,7 +47,7 @@ def compared(runs: Sequence[Finished]) -> list[list[str]]:
         head += [other.name, "difference", "both / only before / only after / neither"]
     lines = [head]
     for task, result in first.results["tasks"].items():
-        line = [task, str(result["num_questions"]), percent(mean(list(first.rates[task].values())))]
+        line = [task, str(result["num_questions"]), percent(mean(first.rates[task]))]
         for other in others:
             if task not in other.rates:
                 line += ["-", "-", "-"]
@@ -74,25 +66,25 @@ def check_same(task: str, one: Finished, other: Finished) -> None:
     asked = [run.results["evaluation"]["tasks"][task] for run in (one, other)]
     asked = [{**one, "sampling": {**one["sampling"], "num_samples": 0}, "pass_at": []} for one in asked]
     differing = sorted(key for key, value in asked[0].items() if value != asked[1].get(key))
-    if differing or set(one.rates[task]) != set(other.rates[task]):
+    if differing or len(one.rates[task]) != len(other.rates[task]):
         what = ", ".join(differing) or "the questions"
         raise DataError(f"task {task}: {one.name} and {other.name} were not asked the same, {what} differ. Ask again.")
 
 
-def confusion(before: Mapping[int, float], after: Mapping[int, float]) -> tuple[int, int, int, int]:
+def confusion(before: Sequence[float], after: Sequence[float]) -> tuple[int, int, int, int]:
     """Questions that both have right, only the first, only the second, and neither; right is half of the samples."""
-    pairs = [(before[question] >= 0.5, after[question] >= 0.5) for question in before]
+    pairs = [(old >= 0.5, new >= 0.5) for old, new in zip(before, after, strict=True)]
     both, only_before, only_after, neither = (
         pairs.count(kind) for kind in ((True, True), (True, False), (False, True), (False, False))
     )
     return both, only_before, only_after, neither
 
 
-def _against(before: Mapping[int, float], after: Mapping[int, float]) -> list[str]:
-    change, error = paired_difference(list(before.values()), [after[question] for question in before])
+def _against(before: Sequence[float], after: Sequence[float]) -> list[str]:
+    change, error = paired_difference(before, after)
     mark = " *" if abs(change) > SIGNIFICANT * error else ""
     return [
-        percent(mean(list(after.values()))),
+        percent(mean(after)),
         f"{change:+.1%} ± {error:.1%}{mark}",
         " / ".join(map(str, confusion(before, after))),
     ]

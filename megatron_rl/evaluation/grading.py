@@ -9,10 +9,9 @@ from megatron_rl.errors import RewardError
 from megatron_rl.evaluation.answers import Answer
 from megatron_rl.evaluation.questions import Question
 from megatron_rl.evaluation.responder import Response
-from megatron_rl.rewards.math import last_boxed
 from megatron_rl.rewards.pool import RewardPool
 from megatron_rl.rewards.record import RewardInput, RewardResult
-from megatron_rl.rollout.votes import last_match
+from megatron_rl.rollout.votes import shown_answer
 
 Verdicts = Future[list[RewardResult]]
 
@@ -59,7 +58,7 @@ class Grading:
             right=right,
             status="ok" if right or failed is None else failed.status,
             message="" if right or failed is None else failed.message,
-            shown=shown_answer(task, response.text),
+            shown=shown_answer(response.text, task.answer_shown_by),
             asked=response.asked.digest,
         )
 
@@ -118,14 +117,6 @@ class Grading:
 
     def _gold(self, task: TaskConfig, question: Question, answer: str) -> RewardInput:
         return _graded(question, task.gold_response.replace("{gold}", answer), answer, "stop", 1, 0)
-
-
-def shown_answer(task: TaskConfig, text: str) -> str | None:
-    """What a response gives as its answer."""
-    if task.answer_shown_by is None:
-        boxed = last_boxed(text)
-        return None if boxed is None else boxed.strip()
-    return last_match(text, task.answer_shown_by)
 
 
 def _graded(question: Question, text: str, answer: str, finish_reason: str, num_tokens: int, seed: int) -> RewardInput:

@@ -1,7 +1,7 @@
 """What many answers to many questions come to. Pure functions of verdicts.
 
-Sources: pass@k without bias from HumanEval, arXiv 2107.03374 eq. 1; majority vote from arXiv 2203.11171; errors of
-means over clustered questions from arXiv 2411.00640.
+Sources: pass@k without bias from HumanEval, arXiv 2107.03374 eq. 1; errors of means over clustered questions from
+arXiv 2411.00640.
 """
 
 import math
@@ -52,22 +52,6 @@ def paired_difference(before: Sequence[float], after: Sequence[float]) -> tuple[
     """Mean of what changed at the same questions, and its standard error."""
     changes = [new - old for old, new in zip(before, after, strict=True)]
     return mean(changes), standard_error(changes)
-
-
-def majority_place(clusters: Sequence[int | None]) -> int | None:
-    """Place of the sample that a majority vote takes: the first one of the largest cluster of equal answers.
-
-    Args:
-        clusters: of each sample; None: it has no answer.
-
-    Returns:
-        None when no sample has one. Of equally large clusters that one which came first.
-    """
-    sizes: dict[int, int] = {}
-    for cluster in clusters:
-        if cluster is not None:
-            sizes[cluster] = sizes.get(cluster, 0) + 1
-    return clusters.index(max(sizes, key=sizes.__getitem__)) if sizes else None
 
 
 def repetition(text: str, n: int = 20) -> float:

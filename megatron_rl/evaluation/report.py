@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from megatron_rl.analysis.study import markdown as as_table
 from megatron_rl.evaluation.results import TaskResult
 
 COLUMNS = (
@@ -26,8 +27,7 @@ def results_table(results: Sequence[TaskResult]) -> str:
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:
     """The same of what ``results.json`` holds of each task."""
-    lines = [COLUMNS, ["---"] * len(COLUMNS), *(cells(result) for result in results)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return as_table([COLUMNS, *(cells(result) for result in results)])
 
 
 def cells(result: Mapping[str, Any]) -> list[str]:
@@ -60,12 +60,13 @@ def markdown(found: Mapping[str, Any]) -> str:
     ]
     for task in tasks:
         notes = [f"- {note}" for note in task["notes"]]
-        groups = [f"| {name} | {percent(value)} |" for name, value in task["groups"].items()]
+        groups = [[name, percent(value)] for name, value in task["groups"].items()]
         if groups:
             macro = percent(task["scores"]["macro_average"])
-            groups = ["| group | right |", "|---|---|", *groups, f"| mean of the groups | {macro} |"]
+            groups = [["group", "right"], *groups, ["mean of the groups", macro]]
         if notes or groups:
-            parts += [f"## {task['task']}, version {task['version']}", "\n".join(notes), "\n".join(groups)]
+            shown = as_table(groups) if groups else ""
+            parts += [f"## {task['task']}, version {task['version']}", "\n".join(notes), shown]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

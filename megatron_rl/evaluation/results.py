@@ -9,12 +9,12 @@ from megatron_rl.config.evaluation import TaskConfig
 from megatron_rl.evaluation.answers import Answer
 from megatron_rl.evaluation.metrics import (
     bootstrap_interval,
-    majority_place,
     mean,
     pass_at_k,
     repetition,
     standard_error,
 )
+from megatron_rl.rollout.votes import majority
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +28,8 @@ class TaskResult:
     """Of each question."""
     scores: Mapping[str, float]
     """accuracy (avg@k), its error and interval, pass@k, maj@k, lengths, shares."""
+    rates: Sequence[float] = ()
+    """Share of right samples of each question, in their order."""
     groups: Mapping[str, float] = field(default_factory=dict)
     """Accuracy by the task's group_field."""
     notes: Sequence[str] = ()
@@ -36,7 +38,13 @@ class TaskResult:
     def as_json(self) -> dict[str, Any]:
         """JSON has no NaN: what nothing is known of is null."""
         scores = {name: None if math.isnan(value) else value for name, value in self.scores.items()}
-        return {**vars(self), "scores": scores, "groups": dict(self.groups), "notes": list(self.notes)}
+        return {
+            **vars(self),
+            "scores": scores,
+            "rates": list(self.rates),
+            "groups": dict(self.groups),
+            "notes": list(self.notes),
+        }
 
 
 def task_result(
@@ -68,7 +76,7 @@ def task_result(
         },
     }
     if task.majority and k > 1:
-        taken = {question: majority_place(found) for question, found in clusters.items()}
+        taken = {question: majority(found) for question, found in clusters.items()}
         scores[f"maj@{k}"] = mean([place is not None and answers[q][place].right for q, place in taken.items()])
     lengths = {is_right: [one.num_tokens for one in every if one.right == is_right] for is_right in (True, False)}
     scores |= {
@@ -90,6 +98,7 @@ def task_result(
         num_questions=len(answers),
         num_samples=k,
         scores=scores,
+        rates=values,
         groups=by_group,
         notes=notes,
     )

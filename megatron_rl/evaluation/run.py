@@ -247,7 +247,7 @@ def answer(
         return
     progress = Progress(task.name, total, answerer.count, note)
     pending: deque[tuple[Response, Verdicts]] = deque()
-    failure: Exception | None = None
+    failure: MegatronRLError | None = None
     file: AnswerFile | None = None
 
     def written(*, wait: bool) -> None:
@@ -267,7 +267,7 @@ def answer(
             try:
                 pending.append((response, grading.begin(task, response)))
                 written(wait=False)
-            except Exception as error:  # of any kind; raised when the engine has come to its end
+            except MegatronRLError as error:  # raised when the engine has come to its end
                 failure = error
     finally:
         if failure is None:

@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rl.algorithms.losses import binary_loss, pairwise_loss
-from megatron_rl.batching.judged import filler, share_out
-from megatron_rl.batching.plan import given_batch
+from megatron_rl.batching.judged import share_out
+from megatron_rl.batching.plan import filler, given_batch
 from megatron_rl.collective import gather_objects
 from megatron_rl.config.schema import RunConfig
 from megatron_rl.errors import ConfigError

@@ -11,9 +11,11 @@ from megatron_rl.rewards.math import last_boxed, verify_answer
 from megatron_rl.rewards.record import RewardInput
 
 _UNITS = re.compile(r"\\(?:text|mathrm|mbox)\s*\{[^{}]*\}")
-
+_FRACTION = re.compile(r"-?(?:\\frac\{(-?\d+)\}\{(\d+)\}|(\d+)/(\d+))")
 _SAFE = re.compile(r"[\d\s.+\-*/()a-z]*")
 MAX_CHARACTERS = 200
+# what sympy raises for expressions that are none, or have no such value; anything else is a failure of the grader
+NO_MATHEMATICS = (ValueError, TypeError, AttributeError, SyntaxError, ArithmeticError, RecursionError)
 
 
 def math_sympy(sample: RewardInput) -> float:
@@ -100,8 +102,7 @@ def _split(text: str) -> Sequence[str]:
 def _simplifies(given: str, gold: str) -> bool:
     if given == gold:
         return True
-    fraction = re.compile(r"-?(?:\\frac\{(-?\d+)\}\{(\d+)\}|(\d+)/(\d+))")
-    mine, theirs = fraction.fullmatch(given), fraction.fullmatch(gold)
+    mine, theirs = _FRACTION.fullmatch(given), _FRACTION.fullmatch(gold)
     if mine and theirs:  # both are fractions and not the same one
         return _terms(mine) == _terms(theirs)
     if any("^{" in text or "\\{" in text or "," in text for text in (given, gold)):
@@ -113,7 +114,7 @@ def _simplifies(given: str, gold: str) -> bool:
 
     try:
         return bool(sympy.simplify(sympy.sympify(f"({a})-({b})")) == 0)
-    except Exception:  # whatever sympy makes of what a model wrote, it is not the answer
+    except NO_MATHEMATICS:
         return False
 
 
@@ -147,5 +148,5 @@ def _number_of(expression: str | None) -> float | None:
 
     try:
         return float(sympy.sympify(expression))
-    except Exception:  # as above
+    except NO_MATHEMATICS:
         return None

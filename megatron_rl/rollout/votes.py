@@ -7,6 +7,8 @@ weighted by it from Math-Shepherd, arXiv 2312.08935 eq. 6.
 import re
 from collections.abc import Hashable, Sequence
 
+from megatron_rl.rewards.math import last_boxed
+
 
 def last_match(response: str, pattern: str) -> str | None:
     """What the first group of a regular expression last found in a response; None: nothing."""
@@ -16,24 +18,24 @@ def last_match(response: str, pattern: str) -> str | None:
     return found
 
 
-def majority(answers: Sequence[Hashable | None]) -> int | None:
+def shown_answer(response: str, pattern: str | None) -> str | None:
+    """The answer that a response gives: by ``last_match``, or without a pattern what is in the last \\boxed{}."""
+    if pattern is not None:
+        return last_match(response, pattern)
+    boxed = last_boxed(response)
+    return None if boxed is None else boxed.strip()
+
+
+def majority(answers: Sequence[Hashable | None], weights: Sequence[float] | None = None) -> int | None:
     """Place of the first of the responses whose answer is given most often; None when none has one.
 
     Of answers that are given as often as each other the one wins that came first.
+
+    Args:
+        weights: of each response, such as the probability that it is right; not below 0; None: all count alike.
     """
-    counts: dict[Hashable, int] = {}
-    for answer in answers:
-        if answer is not None:
-            counts[answer] = counts.get(answer, 0) + 1
-    if not counts:
-        return None
-    return answers.index(max(counts, key=counts.__getitem__))
-
-
-def weighted_majority(answers: Sequence[Hashable | None], weights: Sequence[float]) -> int | None:
-    """The same with a weight for each response, such as the probability that it is right; not below 0."""
     sums: dict[Hashable, float] = {}
-    for answer, weight in zip(answers, weights, strict=True):
+    for answer, weight in zip(answers, weights or [1.0] * len(answers), strict=True):
         if answer is not None:
             sums[answer] = sums.get(answer, 0.0) + weight
     return answers.index(max(sums, key=sums.__getitem__)) if sums else None

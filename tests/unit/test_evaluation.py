@@ -26,7 +26,6 @@ from megatron_rl.evaluation.folder import EvalFolder, read_results
 from megatron_rl.evaluation.grading import Grading
 from megatron_rl.evaluation.metrics import (
     bootstrap_interval,
-    majority_place,
     paired_difference,
     pass_at_k,
     repetition,
@@ -40,6 +39,7 @@ from megatron_rl.evaluation.run import Exam, missing
 from megatron_rl.rewards.math import math_answer
 from megatron_rl.rewards.math_graders import math_qwen, math_sympy
 from megatron_rl.rewards.record import RewardInput
+from megatron_rl.rollout.votes import majority
 from tools import compare_evals
 
 ROOT = Path(__file__).parents[2]
@@ -330,9 +330,9 @@ def test_errors_and_intervals() -> None:
 
 
 def test_the_majority_is_the_largest_cluster_and_the_first_of_equals() -> None:
-    assert majority_place([None, 1, 2, 1, 2]) == 1
-    assert majority_place([2, 1, 1]) == 1
-    assert majority_place([None, None]) is None
+    assert majority([None, 1, 2, 1, 2]) == 1
+    assert majority([2, 1, 1]) == 1
+    assert majority([None, None]) is None
 
 
 def test_repetition_is_the_share_of_what_was_there_before() -> None:

@@ -25,7 +25,7 @@ from megatron_rl.judging import StepFinder
 from megatron_rl.rewards.exact import exact_match
 from megatron_rl.rewards.record import RewardInput
 from megatron_rl.rollout.step_labels import Prefix, asked_row, beginnings, different, graded_rests, labelled
-from megatron_rl.rollout.votes import best, last_match, majority, weighted_majority
+from megatron_rl.rollout.votes import best, last_match, majority
 from megatron_rl.tasks.hasty_chain import HastyChain, right_steps
 from megatron_rl.types import Rollout
 
@@ -288,7 +288,7 @@ def test_votes() -> None:
     assert majority(answers) == 0  # the one that came first
     assert majority([*answers, "4"]) == 2
     assert majority([None, None]) is None
-    assert weighted_majority(answers, [0.1, 9, 0.2, 0.2, 0.1, 0.3]) == 2
+    assert majority(answers, [0.1, 9, 0.2, 0.2, 0.1, 0.3]) == 2
     assert best([0.1, 0.9, 0.9]) == 1
     assert last_match("is 3=4\nso 5=61", r"=(\d+)$") == "61"
     assert last_match("none", r"=(\d+)$") is None
