@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from megatron_rl.config.evaluation import TaskConfig
@@ -38,13 +38,7 @@ class TaskResult:
     def as_json(self) -> dict[str, Any]:
         """JSON has no NaN: what nothing is known of is null."""
         scores = {name: None if math.isnan(value) else value for name, value in self.scores.items()}
-        return {
-            **vars(self),
-            "scores": scores,
-            "rates": list(self.rates),
-            "groups": dict(self.groups),
-            "notes": list(self.notes),
-        }
+        return {**asdict(self), "scores": scores}
 
 
 def task_result(
