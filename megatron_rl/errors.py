@@ -25,6 +25,10 @@ class EngineError(MegatronRLError, RuntimeError):
     """A rollout engine refuses a request or breaks."""
 
 
+class RefusedError(EngineError):
+    """A server refuses one request."""
+
+
 class EngineDied(EngineError):
     """A rollout engine's process is gone, or does not answer; it can be started again."""
 

@@ -50,6 +50,18 @@ class TaskSamplingSection:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LikelihoodSection:
+    """The most likely choice is the answer; nothing is sampled."""
+
+    of: Literal["letters", "choices"] = "letters"
+    """What stands behind the prompt: the letters of the choices, or the choices themselves."""
+    before: str = " "
+    """Text between prompt and choice."""
+    normalize: Literal["none", "characters"] = "none"
+    """Divide the log-likelihood of a choice by its length; acc_norm of lm-evaluation-harness is characters."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TaskConfig:
     """A benchmark: one file in configs/eval/tasks."""
 
@@ -90,6 +102,8 @@ class TaskConfig:
     system_prompt: str | None = None
     """System message; null: none."""
     sampling: TaskSamplingSection = field(default_factory=TaskSamplingSection)
+    likelihood: LikelihoodSection | None = None
+    """Take the most likely choice in the place of sampling; its letter is the response. null: sample."""
     scorer: RewardFunctionSection
     """A reward function of 0 and 1."""
     gold_response: str = "\\boxed{{gold}}"
@@ -110,6 +124,12 @@ class TaskConfig:
             except re.error as error:
                 raise ConfigError(f"{key}={pattern!r} is no regular expression: {error}.") from error
             require(has_group, key, repr(pattern), "a regular expression with a group (…) for the answer")
+        if self.likelihood is not None:
+            has_choices = self.choices_field is not None or bool(self.wrong_choices)
+            require(has_choices, "likelihood", "set", "null, or choices_field or wrong_choices beside it")
+            require(
+                self.sampling.num_samples == 1, "sampling.num_samples", self.sampling.num_samples, "1 by likelihood"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,7 +248,7 @@ def load_evaluation(path: str | Path, overrides: list[str]) -> tuple[EvalConfig,
 def _adapted(task: TaskConfig, config: EvalConfig) -> TaskConfig:
     """The task with the suite's sampling and data in the place of its own."""
     given = {name: value for name, value in vars(config.sampling).items() if value is not None}
-    sampling = replace(task.sampling, **given)
+    sampling = task.sampling if task.likelihood is not None else replace(task.sampling, **given)
     data = task.data
     if task.name in config.data:
         data = replace(data, kind=_kind_of(config.data[task.name]), path=config.data[task.name], name=None)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from megatron_rl.config.reward_training import JudgedDataSection
 from megatron_rl.config.schema import RowsSection
 from megatron_rl.data.sources import read_rows
-from megatron_rl.data.templates import adds_special_tokens
+from megatron_rl.data.templates import adds_special_tokens, in_chat
 from megatron_rl.errors import DataError
 
 SHEPHERD_MARK = "ки"  # ends each step of Math-Shepherd's input
@@ -161,8 +161,7 @@ def _tokenised(written: Written, config: JudgedDataSection, tokenizer: Any, wher
     """The end token follows the response, as it does where a policy has said all it wanted."""
     prompt = written.prompt
     if prompt and config.chat_template == "auto" and tokenizer.chat_template is not None:
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        prompt = in_chat(prompt, tokenizer)
     if not isinstance(prompt, str) and prompt:
         raise DataError(
             f"{where}: the prompt is a list of messages, but no chat template is applied to it "

@@ -1,7 +1,7 @@
 """Tokenizers and chat templates."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ def render_prompts(problems: Sequence[Problem], config: DataSection, tokenizer: 
     """
     use_template = config.chat_template == "auto" and tokenizer.chat_template is not None
     if use_template:
-        return [_render_chat(problem, config, tokenizer) for problem in problems]
+        return [in_chat(problem.prompt, tokenizer, system_prompt=config.system_prompt) for problem in problems]
     if config.system_prompt is not None:
         raise DataError(
             "data.system_prompt needs a chat template, and the tokenizer has none (or data.chat_template is not auto)."
@@ -65,6 +65,21 @@ def render_prompts(problems: Sequence[Problem], config: DataSection, tokenizer: 
             raise DataError("prompts are lists of messages, but the tokenizer has no chat template. Use text prompts.")
         texts.append(problem.prompt)
     return texts
+
+
+def in_chat(prompt: str | Sequence[Mapping[str, Any]], tokenizer: Any, *, system_prompt: str | None = None) -> str:
+    """The text of a prompt by the tokenizer's chat template, up to where the assistant begins.
+
+    Args:
+        prompt: what the user says, or messages.
+        system_prompt: stands before them, unless they begin with one of their own.
+    """
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    if system_prompt is not None and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": system_prompt})
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert isinstance(text, str)
+    return text
 
 
 def adds_special_tokens(chat_template: str, tokenizer: Any) -> bool:
@@ -79,14 +94,3 @@ def tokenize(texts: Sequence[str], tokenizer: Any, *, special_tokens: bool) -> l
         special_tokens: let the tokenizer add its start token.
     """
     return tokenizer(list(texts), add_special_tokens=special_tokens)["input_ids"]
-
-
-def _render_chat(problem: Problem, config: DataSection, tokenizer: Any) -> str:
-    messages = (
-        [{"role": "user", "content": problem.prompt}] if isinstance(problem.prompt, str) else list(problem.prompt)
-    )
-    if config.system_prompt is not None and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": config.system_prompt})
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert isinstance(text, str)
-    return text

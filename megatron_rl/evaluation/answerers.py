@@ -1,24 +1,16 @@
 """Who answers: an engine of this process, or an endpoint that speaks OpenAI's protocol."""
 
-import os
-import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from itertools import islice
 from typing import Any, Protocol
 
-import httpx
-
 from megatron_rl.config.evaluation import EvalEngineSection, TaskConfig
-from megatron_rl.errors import EngineError
-from megatron_rl.evaluation.responder import Asked, Response, cut, respond
+from megatron_rl.errors import EngineError, RefusedError
+from megatron_rl.evaluation.responder import Asked, Response, Wanted, choices_behind, choose, chosen, cut, respond
+from megatron_rl.rollout.endpoint import Endpoint
 from megatron_rl.rollout.engine import Engine
 
-Wanted = Sequence[tuple[Asked, Sequence[tuple[int, int]]]]
-"""Questions with (sample, seed) of each sample that is missing."""
-MAX_TRIES = 6
-FIRST_WAIT_S = 1.0
-KEY_VARIABLE = "OPENAI_API_KEY"
+MANY_REFUSALS = 16
+"""So many refused requests without one that is answered mean that the server takes none."""
 FINISHED = {"stop": "stop", "length": "length", "max_tokens": "length"}
 
 
@@ -53,6 +45,8 @@ class EngineAnswerer:
         self._max_model_len, self._max_requests = max_model_len, max_requests
 
     def respond(self, task: TaskConfig, wanted: Wanted) -> Iterator[Response]:
+        if task.likelihood is not None:
+            return choose(self._engine, task, wanted)
         return respond(
             self._engine,
             task,
@@ -85,91 +79,95 @@ class EndpointAnswerer:
         Args:
             model: its name at the endpoint.
         """
-        self.index, self.count = index, count
-        self._model, self._at_a_time = model, config.max_num_sequences
-        key = os.environ.get(KEY_VARIABLE)
         assert config.url is not None
-        self._client = httpx.Client(
-            base_url=config.url.rstrip("/") + "/",
-            timeout=config.timeout_s,
-            headers={"Authorization": f"Bearer {key}"} if key else {},
-            limits=httpx.Limits(max_connections=self._at_a_time),
-        )
+        self.index, self.count = index, count
+        self._endpoint = Endpoint(config.url, model, at_a_time=config.max_num_sequences, timeout_s=config.timeout_s)
 
     def respond(self, task: TaskConfig, wanted: Wanted) -> Iterator[Response]:
+        """
+        Raises:
+            EngineError: the server does not answer, or refuses everything.
+        """
         asked = ((one, sample, seed) for one, samples in wanted for sample, seed in samples)
-        with ThreadPoolExecutor(max_workers=self._at_a_time) as threads:
-            open_: set[Future[Response]] = set()
-            try:
-                while True:
-                    for one in islice(asked, self._at_a_time - len(open_)):
-                        open_.add(threads.submit(self._ask, task, *one))
-                    if not open_:
-                        return
-                    done, open_ = wait(open_, return_when=FIRST_COMPLETED)
-                    yield from (future.result() for future in done)
-            finally:
-                for future in open_:
-                    future.cancel()
+        num_refused, some_answered = 0, False
+        for response in self._endpoint.each(lambda one: self._ask(task, *one), asked):
+            num_refused += bool(response.failure)
+            some_answered = some_answered or not response.failure
+            if num_refused >= MANY_REFUSALS and not some_answered:
+                raise EngineError(f"task {task.name}: {response.failure}. It refused all of {num_refused} requests.")
+            yield response
 
     def close(self) -> None:
-        self._client.close()
+        self._endpoint.close()
 
     def _ask(self, task: TaskConfig, asked: Asked, sample: int, seed: int) -> Response:
-        sampling = task.sampling
-        question = asked.question.text
-        system = [] if task.system_prompt is None else [{"role": "system", "content": task.system_prompt}]
-        body = {
-            "model": self._model,
+        try:
+            if task.likelihood is not None:
+                return self._choose(task, asked, seed)
+            return self._sample(task, asked, sample, seed)
+        except RefusedError as error:
+            return Response(
+                asked=asked, sample=sample, seed=seed, text="", num_tokens=0, finish_reason="stop", failure=str(error)
+            )
+
+    def _choose(self, task: TaskConfig, asked: Asked, seed: int) -> Response:
+        """The server says what it thinks of prompt and choice together; how it splits them into tokens is its own."""
+        found = [self._likelihood(asked.question.text, choice) for choice in choices_behind(task, asked.question)]
+        return chosen(task, asked, seed, [sum(one) for one in found], [len(one) for one in found])
+
+    def _likelihood(self, prompt: str, choice: str) -> list[float]:
+        """Log-probabilities of the tokens that begin in the choice.
+
+        Raises:
+            EngineError: the server does not say.
+        """
+        begin, whole = len(prompt.rstrip()), prompt + choice
+        body = {"prompt": whole, "max_tokens": 1, "temperature": 0.0, "echo": True, "logprobs": 1}
+        found = self._endpoint.post("completions", body)
+        try:
+            about = found["choices"][0]["logprobs"]
+            told = zip(about["text_offset"], about["token_logprobs"], strict=True)
+            logprobs = [float(one) for place, one in told if begin <= place < len(whole)]
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise EngineError(
+                f"{self._endpoint.url}: no log-probabilities of the prompt ({error!r}), which tasks by likelihood "
+                f"need (echo and logprobs of completions): {found!r}"[:500]
+            ) from error
+        if not logprobs:
+            raise EngineError(f"{self._endpoint.url}: no token begins in the choice {choice!r}: {about!r}"[:500])
+        return logprobs
+
+    def _sample(self, task: TaskConfig, asked: Asked, sample: int, seed: int) -> Response:
+        sampling, text = task.sampling, asked.question.text
+        body: dict[str, Any] = {
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "max_tokens": sampling.max_new_tokens,
             "seed": seed % 2**31,
-            **({"stop": sampling.stop} if sampling.stop else {}),
-            **({"messages": [*system, {"role": "user", "content": question}]} if task.chat else {"prompt": question}),
         }
-        found = self._posted("chat/completions" if task.chat else "completions", body)
+        if sampling.stop:
+            body["stop"] = sampling.stop
+        if task.chat:
+            body["messages"] = [] if task.system_prompt is None else [{"role": "system", "content": task.system_prompt}]
+            body["messages"].append({"role": "user", "content": text})
+        else:
+            body["prompt"] = text
+        found = self._endpoint.post("chat/completions" if task.chat else "completions", body)
         try:
             choice = found["choices"][0]
-            text = (choice["message"]["content"] if task.chat else choice["text"]) or ""
+            said = (choice["message"]["content"] if task.chat else choice["text"]) or ""
             reason = FINISHED.get(choice.get("finish_reason") or "stop", "stop")
             num_tokens = int((found.get("usage") or {}).get("completion_tokens") or 0)
         except (KeyError, IndexError, TypeError) as error:
             raise EngineError(
-                f"{self._client.base_url}: the answer is of another form ({error!r}): {found!r}"[:500]
+                f"{self._endpoint.url}: the answer is of another form ({error!r}): {found!r}"[:500]
             ) from error
-        text, is_cut = cut(text, sampling.stop)
+        said, is_cut = cut(said, sampling.stop)
         return Response(
             asked=asked,
             sample=sample,
             seed=seed,
-            text=text,
+            text=said,
             num_tokens=num_tokens,
             finish_reason="stop" if is_cut else reason,
-        )
-
-    def _posted(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        """The answer; asked again where the server is busy or does not answer.
-
-        Raises:
-            EngineError: it refuses, or never answers.
-        """
-        problem = ""
-        for attempt in range(MAX_TRIES):
-            if attempt:
-                time.sleep(FIRST_WAIT_S * 2 ** (attempt - 1))
-            try:
-                answer = self._client.post(path, json=body)
-            except httpx.HTTPError as error:
-                problem = repr(error)
-                continue
-            if answer.status_code == 200:
-                found: dict[str, Any] = answer.json()
-                return found
-            problem = f"status {answer.status_code}: {answer.text[:300]}"
-            if answer.status_code < 500 and answer.status_code != 429:
-                break
-        raise EngineError(
-            f"engine.url={self._client.base_url}: {path} gave no answer: {problem}. Look at the server and at "
-            f"model.path, the model's name there; a key is read from {KEY_VARIABLE}."
         )

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -26,13 +26,15 @@ class Answer:
     finish_reason: str
     right: bool
     status: str
-    """ok, reward_error or reward_timeout; the last two count as wrong."""
+    """ok, reward_error, reward_timeout, or refused by the server; all but the first count as wrong."""
     message: str
     """What went wrong, or what the scorer says; empty otherwise."""
     shown: str | None
     """The answer in the response; None: there is none."""
     asked: str
     """Digest of prompt and reference answers: a place in a task can come to hold another question."""
+    likelihoods: Sequence[float] = ()
+    """Of each choice, as they were compared; empty for a sampled answer."""
 
     @property
     def key(self) -> Key:

@@ -46,7 +46,10 @@ class Grading:
         """The answer with its verdict; waits for it."""
         results = verdicts.result()
         failed = next((one for one in results if one.status != "ok"), None)
-        right = any(one.status == "ok" and one.total >= 1 for one in results)
+        right = not response.failure and any(one.status == "ok" and one.total >= 1 for one in results)
+        status, message = ("ok", "") if right or failed is None else (failed.status, failed.message)
+        if response.failure:
+            status, message = "refused", response.failure
         return Answer(
             task=task.name,
             question=response.asked.question.index,
@@ -56,10 +59,11 @@ class Grading:
             num_tokens=response.num_tokens,
             finish_reason=response.finish_reason,
             right=right,
-            status="ok" if right or failed is None else failed.status,
-            message="" if right or failed is None else failed.message,
+            status=status,
+            message=message,
             shown=shown_answer(response.text, task.answer_shown_by),
             asked=response.asked.digest,
+            likelihoods=response.likelihoods,
         )
 
     def wrong_golds(self, task: TaskConfig, questions: Sequence[Question]) -> list[int]:

@@ -14,6 +14,8 @@ from megatron_rl.rewards.math import last_boxed
 from megatron_rl.rollout.votes import last_match
 
 LETTERS = string.ascii_uppercase
+CHOICES = "listed choices"
+"""Column that is added for them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +32,8 @@ class Question:
     """Of the task's group_field."""
     row: Mapping[str, Any] = field(default_factory=dict)
     """All columns, for the scorer."""
+    choices: Sequence[str] = ()
+    """Of which one is to be chosen; empty when none are given."""
 
 
 def read_questions(task: TaskConfig) -> list[Question]:
@@ -70,6 +74,7 @@ def _question(task: TaskConfig, index: int, row: Mapping[str, Any], shots: Seque
         answers=_answers(task, row, where),
         group=None if task.group_field is None else str(_column(row, task.group_field, where)),
         row=row,
+        choices=row.get(CHOICES, ()),
     )
 
 
@@ -123,7 +128,7 @@ def _with_choices(task: TaskConfig, row: Mapping[str, Any], where: str) -> Mappi
     if not 0 <= place < len(choices):
         raise DataError(f"{where}: the right choice is number {place} of {len(choices)}.")
     lines = "\n".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False))
-    return {**row, "choices": lines, "letter": LETTERS[place]}
+    return {**row, "choices": lines, "letter": LETTERS[place], CHOICES: [str(choice) for choice in choices]}
 
 
 def filled(template: str, row: Mapping[str, Any], where: str) -> str:

@@ -3,16 +3,19 @@
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from megatron_rl.config.evaluation import TaskConfig
-from megatron_rl.data.templates import adds_special_tokens, tokenize
+from megatron_rl.config.evaluation import LikelihoodSection, TaskConfig
+from megatron_rl.data.templates import adds_special_tokens, in_chat, tokenize
 from megatron_rl.errors import ConfigError, DataError
-from megatron_rl.evaluation.questions import Question
-from megatron_rl.rollout.engine import Engine, Request
+from megatron_rl.evaluation.questions import LETTERS, Question
+from megatron_rl.rollout.engine import Continuation, Engine, Request
 from megatron_rl.types import SamplingParams
+
+QUESTIONS_AT_A_TIME = 64
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,11 +26,18 @@ class Asked:
     prompt: str
     """With chat template."""
     token_ids: Sequence[int]
+    continuations: Sequence[Continuation] = ()
+    """Every choice behind the prompt, where the most likely one is the answer."""
 
     @property
     def digest(self) -> str:
         """Of what is asked and what is right."""
         return hashlib.sha256("\0".join([self.prompt, *self.question.answers]).encode()).hexdigest()[:16]
+
+    @property
+    def num_tokens(self) -> int:
+        """Of the prompt, with the longest choice where there are any."""
+        return max([len(self.token_ids), *(one.token_ids.numel() for one in self.continuations)])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +50,14 @@ class Response:
     text: str
     num_tokens: int
     finish_reason: str
+    likelihoods: Sequence[float] = ()
+    """Of each choice, as they were compared; empty for a sampled response."""
+    failure: str = ""
+    """Why there is none; empty for one that came."""
+
+
+Wanted = Sequence[tuple[Asked, Sequence[tuple[int, int]]]]
+"""Questions with (sample, seed) of each sample that is missing."""
 
 
 def as_asked(task: TaskConfig, questions: Sequence[Question], tokenizer: Any) -> list[Asked]:
@@ -54,10 +72,18 @@ def as_asked(task: TaskConfig, questions: Sequence[Question], tokenizer: Any) ->
         raise ConfigError(
             f"task {task.name} has a system_prompt, which needs a chat template and chat=true. Set system_prompt=null."
         )
-    prompts = [_in_chat(task, question.text, tokenizer) if templated else question.text for question in questions]
+    prompts = [
+        in_chat(question.text, tokenizer, system_prompt=task.system_prompt) if templated else question.text
+        for question in questions
+    ]
     special = adds_special_tokens("auto" if templated else "none", tokenizer)
     asked = [
-        Asked(question=question, prompt=prompt, token_ids=ids)
+        Asked(
+            question=question,
+            prompt=prompt,
+            token_ids=ids,
+            continuations=_continuations(prompt, choices_behind(task, question), tokenizer, special=special),
+        )
         for question, prompt, ids in zip(
             questions, prompts, tokenize(prompts, tokenizer, special_tokens=special), strict=True
         )
@@ -71,7 +97,7 @@ def as_asked(task: TaskConfig, questions: Sequence[Question], tokenizer: Any) ->
 def respond(
     engine: Engine,
     task: TaskConfig,
-    wanted: Sequence[tuple[Asked, Sequence[tuple[int, int]]]],
+    wanted: Wanted,
     *,
     stop_token_ids: tuple[int, ...],
     max_model_len: int,
@@ -122,10 +148,62 @@ def cut(text: str, stops: Sequence[str]) -> tuple[str, bool]:
     return (text[: min(places)], True) if places else (text, False)
 
 
-def _in_chat(task: TaskConfig, text: str, tokenizer: Any) -> str:
-    messages = [{"role": "user", "content": text}]
-    if task.system_prompt is not None:
-        messages.insert(0, {"role": "system", "content": task.system_prompt})
-    rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert isinstance(rendered, str)
-    return rendered
+def choices_behind(task: TaskConfig, question: Question) -> list[str]:
+    """What may stand behind the prompt, with what separates it; empty unless the task goes by likelihood."""
+    if task.likelihood is None:
+        return []
+    return [task.likelihood.before + choice for choice in _choices(task.likelihood, question)]
+
+
+def _choices(section: LikelihoodSection, question: Question) -> Sequence[str]:
+    return LETTERS[: len(question.choices)] if section.of == "letters" else question.choices
+
+
+def chosen(task: TaskConfig, asked: Asked, seed: int, likelihoods: Sequence[float], lengths: Sequence[int]) -> Response:
+    """The most likely choice as a response, which is its letter; of equals the first.
+
+    Args:
+        likelihoods: log-likelihood of each choice.
+        lengths: its tokens.
+    """
+    assert task.likelihood is not None
+    choices = _choices(task.likelihood, asked.question)
+    divisors = [max(1, len(one)) if task.likelihood.normalize == "characters" else 1 for one in choices]
+    scores = [one / divisor for one, divisor in zip(likelihoods, divisors, strict=True)]
+    place = scores.index(max(scores))
+    return Response(
+        asked=asked,
+        sample=0,
+        seed=seed,
+        text=LETTERS[place],
+        num_tokens=lengths[place],
+        finish_reason="stop",
+        likelihoods=scores,
+    )
+
+
+def choose(engine: Engine, task: TaskConfig, wanted: Wanted) -> Iterator[Response]:
+    """The most likely choice of every question; every rank of the engine takes part, its leader gets the responses."""
+    wanted = engine.place.from_leader(wanted)
+    for group in batched(wanted, QUESTIONS_AT_A_TIME):
+        found = iter(engine.score([one for asked, _ in group for one in asked.continuations]))
+        for asked, ((_, seed),) in group if engine.place.is_leader else ():
+            logprobs = [next(found) for _ in asked.continuations]
+            yield chosen(task, asked, seed, [float(one.sum()) for one in logprobs], [one.numel() for one in logprobs])
+
+
+def _continuations(prompt: str, choices: Sequence[str], tokenizer: Any, *, special: bool) -> list[Continuation]:
+    """Prompt and choice are encoded together; spaces at the prompt's end belong to the choice."""
+    if not choices:
+        return []
+    context = prompt.rstrip()
+    gap = prompt[len(context) :]
+    (head,) = tokenize([context], tokenizer, special_tokens=special)
+    wholes = tokenize([context + gap + choice for choice in choices], tokenizer, special_tokens=special)
+    return [Continuation(token_ids=torch.tensor(whole), start=len(head)) for whole in wholes]
+
+
+def batched(values: Sequence[Value], size: int) -> Iterator[Sequence[Value]]:
+    """So many at a time."""
+    for start in range(0, len(values), size):
+        yield values[start : start + size]

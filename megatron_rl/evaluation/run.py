@@ -215,14 +215,15 @@ def longest_sequence(exams: Sequence[Exam], spec: ModelSpec) -> int:
     """
     positions, longest = spec.max_position_embeddings, 0
     for exam in exams:
-        lengths = [len(one.token_ids) for one in exam.asked]
+        lengths = [one.num_tokens for one in exam.asked]
         if max(lengths) >= positions:
             place = lengths.index(max(lengths))
             raise DataError(
                 f"question {exam.questions[place].index} of task {exam.task.name} has {max(lengths)} tokens, the model "
                 f"{positions} positions. Use fewer examples, or another model."
             )
-        longest = max(longest, min(positions, max(lengths) + exam.task.sampling.max_new_tokens))
+        room = 1 if exam.task.likelihood is not None else exam.task.sampling.max_new_tokens
+        longest = max(longest, min(positions, max(lengths) + room))
     return longest
 
 

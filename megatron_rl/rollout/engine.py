@@ -1,6 +1,6 @@
 """The protocol of a rollout engine, and which ranks make up which engine."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -39,6 +39,16 @@ class Finished:
     sample: int
     """Place among the seeds of its request."""
     completion: Completion
+
+
+@dataclass(frozen=True, kw_only=True)
+class Continuation:
+    """Tokens whose probabilities behind others are asked."""
+
+    token_ids: Tensor
+    """[T] int64, with those before them."""
+    start: int
+    """Place of the first one that is asked, at least 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,6 +184,18 @@ class Engine(Protocol):
         """
         ...
 
+    def score(self, continuations: Sequence[Continuation]) -> list[Tensor]:
+        """Log-probabilities of tokens at temperature 1; every rank of the engine takes part, with the same ones.
+
+        Returns:
+            [T - start] float32 of each, on the leader; empty on the other ranks.
+
+        Raises:
+            EngineError: one is too long, or has nothing before it.
+            EngineDied: the engine is gone and may be restarted.
+        """
+        ...
+
     def sleep(self) -> None:
         """Give up the memory of weights and caches; the engine has no version until weights are pushed again."""
         ...
@@ -204,18 +226,44 @@ def check_request(request: Request, params: SamplingParams, setup: EngineSetup) 
     Raises:
         EngineError: the request is empty, too long or has a token outside the vocabulary.
     """
-    ids, limit, vocab_size = request.token_ids, setup.max_model_len, setup.spec.vocab_size
+    ids, limit = request.token_ids, setup.max_model_len
     if ids.numel() == 0 or not request.seeds:
         raise EngineError(
             f"request {request.key}: {ids.numel()} tokens, {len(request.seeds)} samples: expected at least 1 each."
         )
-    if int(ids.min()) < 0 or int(ids.max()) >= vocab_size:
-        raise EngineError(
-            f"request {request.key}: token ids {int(ids.min())} to {int(ids.max())}, expected 0 to "
-            f"{vocab_size - 1}. The tokenizer and the model do not belong together."
-        )
+    _check_tokens(f"request {request.key}", ids, setup)
     if ids.numel() + request.limit(params) > limit:
         raise EngineError(
             f"request {request.key}: {ids.numel()} prompt tokens + rollout.max_new_tokens={request.limit(params)} "
             f"are more than the engine's {limit} tokens. Lower rollout.max_new_tokens or data.max_prompt_tokens."
+        )
+
+
+def check_continuations(continuations: Sequence[Continuation], setup: EngineSetup, *, version: int) -> None:
+    """Refuse what an engine cannot score, before it sees it.
+
+    Raises:
+        EngineError: the engine has no weights; one is too long, has nothing before it, or tokens
+            outside the vocabulary.
+    """
+    if version < 0:
+        raise EngineError("the engine has no weights: push them before it scores.")
+    for place, one in enumerate(continuations):
+        length = one.token_ids.numel()
+        if not 0 < one.start < length:
+            raise EngineError(
+                f"continuation {place} starts at token {one.start} of {length}: expected 1 to {length - 1}."
+            )
+        if length >= setup.max_model_len:
+            raise EngineError(
+                f"continuation {place} has {length} tokens, expected fewer than the engine's {setup.max_model_len}."
+            )
+        _check_tokens(f"continuation {place}", one.token_ids, setup)
+
+
+def _check_tokens(what: str, ids: Tensor, setup: EngineSetup) -> None:
+    if int(ids.min()) < 0 or int(ids.max()) >= setup.spec.vocab_size:
+        raise EngineError(
+            f"{what}: token ids {int(ids.min())} to {int(ids.max())}, expected 0 to {setup.spec.vocab_size - 1}. The "
+            "tokenizer and the model do not belong together."
         )

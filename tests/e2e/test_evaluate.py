@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
@@ -102,6 +102,14 @@ def test_what_cannot_be_is_said_in_a_line(
     assert message in errors[0]
 
 
+def echoed(text: str) -> dict[str, list[Any]]:
+    """Two characters are a token; what ends in the digit of an even number is likelier."""
+    offsets = list(range(0, len(text), 2))
+    likely = text.endswith(("A", "C"))
+    logprobs = [None, *(-1.0 - (place + 2 >= len(text)) * (not likely) for place in offsets[1:])]
+    return {"text_offset": [*offsets, len(text)], "token_logprobs": [*logprobs, -9.0]}
+
+
 class Endpoint(BaseHTTPRequestHandler):
     """Answers additions as told, and is busy every seventh time."""
 
@@ -122,7 +130,13 @@ class Endpoint(BaseHTTPRequestHandler):
             return 503, {"error": "busy"}
         if body["model"] == "none":
             return 404, {"error": "no such model"}
+        if body.get("echo"):
+            return 200, {"choices": [{"logprobs": echoed(body["prompt"])}]}
         a, b = map(int, body["prompt"].rstrip("=").split("+"))
+        if body["model"] == "strict" and a % 2:
+            return 400, {"error": "not this one"}
+        if body["model"] == "stricter":
+            return 400, {"error": "none of them"}
         text = f"it is >{a + b if a % 2 else 0}"
         choice = {"text": text, "finish_reason": "stop" if a % 3 else "length"}
         return 200, {"choices": [choice], "usage": {"completion_tokens": 5}}
@@ -130,35 +144,82 @@ class Endpoint(BaseHTTPRequestHandler):
     def log_message(self, *_: Any) -> None: ...
 
 
-def test_an_endpoint_is_asked(tmp_path: Path) -> None:
-    suite = tmp_path / "suite.yaml"
+@pytest.fixture
+def endpoint() -> Iterator[str]:
+    """Its url."""
     with ThreadingHTTPServer(("127.0.0.1", 0), Endpoint) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        suite.write_text(
-            f"run: {{name: x, output_dir: {tmp_path}/out}}\nmodel: {{path: some-model}}\n"
-            f"tasks: [{ROOT}/configs/eval/tasks/hasty_addition.yaml]\nlimit: 40\nsampling: {{num_samples: 2}}\n"
-            f"engine: {{name: openai, url: 'http://127.0.0.1:{server.server_port}/v1', max_num_sequences: 4}}\n"
-        )
-        line = [sys.executable, "-m", "megatron_rl.evaluate", "--config", str(suite)]
-        done = subprocess.run(
-            line, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"OPENAI_API_KEY": "k"}, check=False
-        )
-        assert done.returncode == 0, done.stderr
-        refused = subprocess.run(
-            [*line, "model.path=none", f"run.output_dir={tmp_path}/other"],
-            capture_output=True, text=True, cwd=ROOT, check=False,
-        )  # fmt: skip
+        Endpoint.asked.clear()
+        yield f"http://127.0.0.1:{server.server_port}/v1"
         server.shutdown()
+
+
+def ask(url: str, model: str, folder: Path, task: str, *more: str) -> subprocess.CompletedProcess[str]:
+    """Evaluate what an endpoint serves."""
+    suite = folder / "suite.yaml"
+    suite.write_text(
+        f"run: {{name: x, output_dir: {folder}/out}}\nmodel: {{path: {model}}}\ntasks: [{task}]\nlimit: 40\n"
+        f"engine: {{name: openai, url: '{url}', max_num_sequences: 4}}\n"
+    )
+    return subprocess.run(
+        [sys.executable, "-m", "megatron_rl.evaluate", "--config", str(suite), *more],
+        capture_output=True, text=True, cwd=ROOT, env=os.environ | {"OPENAI_API_KEY": "k"}, check=False,
+    )  # fmt: skip
+
+
+def scores_of(folder: Path, task: str) -> dict[str, float]:
+    found: dict[str, float] = json.loads((folder / "out/results.json").read_text())["tasks"][task]["scores"]
+    return found
+
+
+ADDITION = f"{ROOT}/configs/eval/tasks/hasty_addition.yaml"
+
+
+def test_an_endpoint_is_asked(endpoint: str, tmp_path: Path) -> None:
+    done = ask(endpoint, "some-model", tmp_path, ADDITION, "sampling.num_samples=2")
+    assert done.returncode == 0, done.stderr
     found = read_answers(tmp_path / "out/answers")
     assert len(found) == 80
-    tasks = json.loads((tmp_path / "out/results.json").read_text())["tasks"]
-    asked = [one for one in Endpoint.asked if one["model"] == "some-model"]
+    asked = Endpoint.asked
     assert {(one["path"], one["key"], one["max_tokens"]) for one in asked} == {("/v1/completions", "Bearer k", 12)}
     assert len({(one["prompt"], one["seed"]) for one in asked}) == 80, "every sample has a seed of its own"
     odd = {one["prompt"] for one in asked if int(one["prompt"].split("+")[0]) % 2}
-    assert tasks["hasty_addition"]["scores"]["response_length"] == 5
+    assert scores_of(tmp_path, "hasty_addition")["response_length"] == 5
     right = {key[1] for key, one in found.items() if one.right}
     assert 0 < len(right) <= len(odd)
     assert all(one.right == (one.finish_reason == "stop" and one.shown != "0") for one in found.values())
-    assert refused.returncode == 1
-    assert "status 404" in refused.stderr
+
+
+def test_what_an_endpoint_refuses(endpoint: str, tmp_path: Path) -> None:
+    """One request: it is recorded, and asked again by the next start. All of them: an error."""
+    for model, message in (("none", "status 404"), ("stricter", "refused all of 16 requests")):
+        done = ask(endpoint, model, tmp_path, ADDITION, f"run.output_dir={tmp_path}/{model}")
+        assert done.returncode == 1
+        assert message in done.stderr
+    done = ask(endpoint, "strict", tmp_path, ADDITION)
+    assert done.returncode == 0, done.stderr
+    found = read_answers(tmp_path / "out/answers").values()
+    refused = [one for one in found if one.status == "refused"]
+    assert 0 < len(refused) < len(found) == 40
+    assert all(not one.right and "not this one" in one.message for one in refused)
+    assert scores_of(tmp_path, "hasty_addition")["grading_failed"] == len(refused) / 40
+    Endpoint.asked.clear()
+    assert ask(endpoint, "strict", tmp_path, ADDITION).returncode == 0
+    assert len({one["prompt"] for one in Endpoint.asked}) == len(refused)
+
+
+def test_an_endpoint_says_which_choice_is_likely(endpoint: str, tmp_path: Path) -> None:
+    rows = [{"question": "?" * (place % 3), "choices": ["x", "y", "z"], "answer": place % 3} for place in range(12)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "task.yaml").write_text(
+        f"name: choice\nversion: 1\nsource: here\ndata: {{kind: jsonl, path: {tmp_path}/rows.jsonl}}\n"
+        'prompt: "{question}\\n{choices}\\nAnswer:"\nchoices_field: choices\nchat: false\n'
+        "likelihood: {of: letters}\nscorer: {name: exact_match}\ngold_response: '{gold}'\nmajority: false\n"
+    )
+    done = ask(endpoint, "some-model", tmp_path, f"{tmp_path}/task.yaml")
+    assert done.returncode == 0, done.stderr
+    found = read_answers(tmp_path / "out/answers").values()
+    # A and C are equally likely, and the first of equals is taken
+    assert {one.response for one in found} == {"A"}
+    assert {tuple(one.likelihoods[:2]) for one in found} <= {(-1.0, -2.0), (-2.0, -3.0)}
+    assert scores_of(tmp_path, "choice")["avg@1"] == pytest.approx(4 / 12)

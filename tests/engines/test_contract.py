@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from megatron_rl.errors import EngineError, WeightSyncError
-from megatron_rl.rollout.engine import Engine, Request
+from megatron_rl.rollout.engine import Continuation, Engine, Request
 from tests.engines.contract import SIZES, collect, params, requests
 from tests.toys import VOCAB
 from tools.make_toy_model import FAMILIES
@@ -73,6 +73,39 @@ def test_logprobs_are_those_of_the_distribution_really_sampled(
             logits = logits.masked_fill(outside, float("-inf"))
         wanted = logits.log_softmax(-1).gather(1, completion.token_ids[:, None])[:, 0]
         torch.testing.assert_close(completion.logprobs, wanted, rtol=0, atol=1e-5)
+
+
+def test_scores_are_transformers_log_probabilities(engine_of: EngineOf, toy_model: Callable[..., Path]) -> None:
+    folder = toy_model("qwen2", **SIZES)
+    hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    engine = engine_of(folder)
+    asked = [
+        Continuation(token_ids=one.token_ids, start=start)
+        for one in requests(count=9) for start in {1, one.token_ids.numel() - 1}
+    ]  # fmt: skip
+    for _ in range(2):  # the second time the engine may have the prompts in its cache
+        found = engine.score(asked)
+        assert len(found) == len(asked)
+        for one, logprobs in zip(asked, found, strict=True):
+            with torch.no_grad():
+                logits = hf(one.token_ids[None]).logits[0, one.start - 1 : -1]
+            wanted = logits.log_softmax(-1).gather(1, one.token_ids[one.start :, None])[:, 0]
+            torch.testing.assert_close(logprobs, wanted, rtol=0, atol=1e-5)
+    assert engine.score([]) == []
+    # it can still sample
+    assert len(collect(engine.generate(iter(requests()), params(), max_requests=5))) == 15
+
+
+@pytest.mark.parametrize(
+    ("tokens", "start", "message"),
+    [([3, 4], 0, "starts at token 0 of 2"), ([3, 4], 2, "starts at token 2 of 2"), ([3] * 512, 5, "has 512 tokens"),
+     ([3, VOCAB], 1, f"token ids 3 to {VOCAB}")],
+)  # fmt: skip
+def test_what_cannot_be_scored_is_refused(
+    tokens: list[int], start: int, message: str, engine_of: EngineOf, toy_model: Callable[..., Path]
+) -> None:
+    with pytest.raises(EngineError, match=message):
+        engine_of(toy_model("qwen2", **SIZES)).score([Continuation(token_ids=torch.tensor(tokens), start=start)])
 
 
 def test_a_sample_depends_on_its_seed_and_not_on_its_company(

@@ -13,15 +13,31 @@ ROOT = Path(__file__).parents[2]
 SUITE = """
 run: {{name: toy, output_dir: {folder}/out}}
 model: {{path: {model}, dtype: fp32}}
-tasks: [{tasks}/hasty_addition.yaml]
+tasks: [{tasks}/hasty_addition.yaml, choice.yaml]
 engine: {{name: {engine}, max_num_sequences: {at_a_time}}}
 limit: 48
+"""
+CHOICE = """
+name: choice
+version: 1
+source: here
+data: {{kind: jsonl, path: {folder}/rows.jsonl}}
+prompt: "{{question}}\\n{{choices}}\\nAnswer:"
+choices_field: choices
+chat: false
+likelihood: {{of: choices}}
+scorer: {{name: exact_match}}
+gold_response: "{{gold}}"
+majority: false
 """
 
 
 def evaluated(engine: str, folder: Path, model: Path, at_a_time: int) -> dict[str, Any]:
     folder.mkdir()
     suite, tasks = folder / "suite.yaml", ROOT / "configs/eval/tasks"
+    rows = [{"question": f"{i}+{i}=", "choices": [str(2 * i), str(i), f"{i}+1"], "answer": i % 3} for i in range(48)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "choice.yaml").write_text(CHOICE.format(folder=folder))
     suite.write_text(SUITE.format(folder=folder, engine=engine, model=model, tasks=tasks, at_a_time=at_a_time))
     done = subprocess.run(
         [sys.executable, "-m", "megatron_rl.evaluate", "--config", str(suite)],
@@ -39,5 +55,6 @@ def test_greedy_answers_are_those_of_the_embedded_engine(
     theirs = evaluated(engine_name, tmp_path / "theirs", model, 5)
     assert theirs["tasks"] == ours["tasks"]
     assert "not installed" not in theirs["versions"].values()
+    assert set(ours["tasks"]) == {"hasty_addition", "choice"}
     found, wanted = (read_answers(tmp_path / name / "out/answers") for name in ("theirs", "ours"))
     assert {key: one.response for key, one in found.items()} == {key: one.response for key, one in wanted.items()}

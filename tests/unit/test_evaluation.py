@@ -139,6 +139,7 @@ FIXTURES: dict[str, tuple[Callable[[int], dict[str, Any]], Callable[[int], str],
     "mmlu": (
         choice_row, lambda i: f"answer: C?\nAnswer: {'ABCD'[i % 4]}", lambda i: f"Answer: {'BCDA'[i % 4]}",
     ),
+    "mmlu_likelihood": (choice_row, lambda i: "ABCD"[i % 4], lambda i: "BCDA"[i % 4]),
     "mmlu_continued": (choice_row, lambda i: f" {'ABCD'[i % 4]}", lambda i: f" {'BCDA'[i % 4]}"),
     "gpqa_diamond": (
         lambda i: {"Question": f"{i}?", "Correct Answer": f"yes {i}", "High-level domain": "Physics",
@@ -206,6 +207,7 @@ def fixture_task(name: str, folder: Path) -> TaskConfig:
     shots = task.few_shot and replace(task.few_shot, rows=replace(task.few_shot.rows, **local))
     return replace(
         task,
+        likelihood=None,  # letters are the responses of the script
         data=replace(task.data, **local, limit=None),
         few_shot=shots,
         sampling=replace(task.sampling, num_samples=4),

@@ -12,16 +12,25 @@ from typing import Any
 
 import pytest
 import yaml
+from lm_eval.api.instance import Instance
 from lm_eval.api.metrics import exact_match_hf_evaluate
+from lm_eval.api.task import ConfigurableTask
+from lm_eval.api.task import TaskConfig as TaskConfigOfHarness
 from lm_eval.filters.extraction import RegexFilter, WhitespaceFilter
+from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import hendrycks_math
 from lm_eval.tasks.hendrycks_math import utils as harness_math
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
-from megatron_rl.config.evaluation import GradingSection, TaskConfig
+from megatron_rl.config.evaluation import GradingSection, LikelihoodSection, TaskConfig
 from megatron_rl.config.load import load_as
+from megatron_rl.data.templates import load_tokenizer
 from megatron_rl.evaluation.grading import Grading
 from megatron_rl.evaluation.questions import Question
-from megatron_rl.evaluation.responder import Asked, Response, cut
+from megatron_rl.evaluation.responder import Asked, Response, as_asked, choose, cut
+from megatron_rl.rollout.engines.embedded import EmbeddedEngine
+from tests.engines.contract import setup_of
 
 TASKS = Path(__file__).parents[2] / "configs" / "eval" / "tasks"
 HARNESS = Path(hendrycks_math.__path__[0]).parent
@@ -149,6 +158,54 @@ def test_mmlu() -> None:
     theirs = harness_verdicts(settings("mmlu/generative/_default_template_yaml"), "get_response", responses, answers)
     assert ours == theirs
     assert 10 < sum(ours) < NUMBER - 10
+
+
+@pytest.mark.parametrize("of", ["letters", "choices"])
+def test_mmlu_by_likelihood(of: str, toy_model: Callable[..., Path]) -> None:
+    """A real model in both: log-likelihoods, and what is right by them without and with the choices' lengths."""
+    folder, draw = toy_model("qwen2"), random.Random(5)
+    task = load_as(TaskConfig, TASKS / "mmlu_likelihood.yaml")
+    assert (task.prompt, task.chat) == ("{question}\n{choices}\nAnswer:", False)
+    task = replace(task, likelihood=LikelihoodSection(of=of))
+    docs = [
+        {
+            "question": f"{draw.randint(0, 99)}+{draw.randint(0, 99)}=",
+            "choices": ["0" * draw.randint(1, 3) + str(draw.randint(0, 999)) for _ in "ABCD"],
+            "answer": draw.randint(0, 3),
+        }
+        for _ in range(NUMBER)
+    ]
+    prompts = ["\n".join([doc["question"], *map("{}. {}".format, "ABCD", doc["choices"]), "Answer:"]) for doc in docs]
+    questions = [
+        Question(index=place, text=prompt, answers=["ABCD"[doc["answer"]]], group=None, choices=doc["choices"])
+        for place, (doc, prompt) in enumerate(zip(docs, prompts, strict=True))
+    ]
+    tokenizer = load_tokenizer(str(folder))
+    engine = EmbeddedEngine(setup_of(folder))
+    engine.load_weights(iter(load_file(folder / "model.safetensors").items()), version=0)
+    wanted = [(asked, [(0, 0)]) for asked in as_asked(task, questions, tokenizer)]
+
+    shown = ["A", "B", "C", "D"] if of == "letters" else None
+    harness = HFLM(pretrained=AutoModelForCausalLM.from_pretrained(folder), tokenizer=tokenizer, batch_size=16)
+    pairs = [(prompt, f" {one}") for prompt, doc in zip(prompts, docs, strict=True) for one in shown or doc["choices"]]
+    told = harness.loglikelihood([Instance("loglikelihood", {}, pair, 0) for pair in pairs], disable_tqdm=True)
+    scorer = ConfigurableTask.__new__(ConfigurableTask)
+    scorer.OUTPUT_TYPE, scorer.prompt, scorer.features = "multiple_choice", None, ["answer", "choices"]
+    scorer.multiple_input = scorer.multiple_target = 0
+    scorer._metric_fn_list = {"acc": None, "acc_norm": None}
+    scorer._config = TaskConfigOfHarness(doc_to_target="answer", doc_to_choice=shown or "{{choices}}")
+    for normalize, metric in (("none", "acc"), ("characters", "acc_norm")):
+        normalized = replace(task, likelihood=LikelihoodSection(of=of, normalize=normalize))
+        found = list(choose(engine, normalized, wanted))
+        right = [one.text == one.asked.question.answers[0] for one in found]
+        theirs = [
+            bool(scorer.process_results(doc, told[4 * place : 4 * place + 4])[metric]) for place, doc in enumerate(docs)
+        ]
+        assert right == theirs
+        assert 10 < sum(right) < NUMBER - 10
+        if normalize == "none":
+            ours = [value for one in found for value in one.likelihoods]
+            assert ours == pytest.approx([value for value, _ in told], abs=1e-4)
 
 
 def test_math_differs_only_where_equal_answers_are_written_differently() -> None:

@@ -103,21 +103,15 @@ class Decoder:
             prompts: [B, P] int64, padded on the right.
             lengths: [B] int64.
         """
-        self.routes.clear()
-        width = prompts.size(1)
-        rotation = self._rotation(torch.arange(width, device=self.device))
-        hidden = F.embedding(prompts, self._weights[EMBEDDING])
-        for layer in range(self.spec.num_layers):
-            query, key, value = self._project(layer, hidden, rotation)
-            cache.keys[layer][:, :, :width] = key
-            cache.values[layer][:, :, :width] = value
-            seen = self._seen_in_prompt(layer, width)
-            attended = F.scaled_dot_product_attention(
-                query, key, value, attn_mask=seen, is_causal=seen is None, scale=self._scale, enable_gqa=True
-            )
-            hidden = self._finish_layer(layer, hidden, attended)
+        hidden = self._whole_pass(prompts, cache)
         cache.lengths.copy_(lengths)
         return self._logits(hidden[torch.arange(len(lengths), device=self.device), lengths - 1])
+
+    @torch.no_grad()
+    def score(self, token_ids: Tensor, start: int) -> Tensor:
+        """[T - start] float32 log-probabilities of the tokens [T] from ``start`` on, at temperature 1."""
+        hidden = self._whole_pass(token_ids[None, :-1], None)[0, start - 1 :]
+        return self._logits(hidden).log_softmax(-1).gather(1, token_ids[start:, None])[:, 0]
 
     @torch.no_grad()
     def decode(self, tokens: Tensor, cache: KVCache, working: Tensor) -> Tensor:
@@ -156,6 +150,24 @@ class Decoder:
             hidden = self._finish_layer(layer, hidden, attended.reshape(query.shape))
         cache.lengths += working
         return self._logits(hidden[:, 0])
+
+    def _whole_pass(self, prompts: Tensor, cache: KVCache | None) -> Tensor:
+        """[B, P, H] of whole prompts [B, P], whose keys and values go to the cache, if there is one."""
+        self.routes.clear()
+        width = prompts.size(1)
+        rotation = self._rotation(torch.arange(width, device=self.device))
+        hidden = F.embedding(prompts, self._weights[EMBEDDING])
+        for layer in range(self.spec.num_layers):
+            query, key, value = self._project(layer, hidden, rotation)
+            if cache is not None:
+                cache.keys[layer][:, :, :width] = key
+                cache.values[layer][:, :, :width] = value
+            seen = self._seen_in_prompt(layer, width)
+            attended = F.scaled_dot_product_attention(
+                query, key, value, attn_mask=seen, is_causal=seen is None, scale=self._scale, enable_gqa=True
+            )
+            hidden = self._finish_layer(layer, hidden, attended)
+        return hidden
 
     def _seen_in_prompt(self, layer: int, width: int) -> Tensor | None:
         """[width, width] bool, which tokens each one attends to; None: all before it."""

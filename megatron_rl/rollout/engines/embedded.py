@@ -10,7 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_rl.rollout.engine import EnginePart, EngineSetup, Finished, Request
+from megatron_rl.rollout.engine import (
+    Continuation,
+    EnginePart,
+    EngineSetup,
+    Finished,
+    Request,
+    check_continuations,
+)
 from megatron_rl.rollout.engines.admission import Admission
 from megatron_rl.rollout.engines.decoder import Decoder, KVCache
 from megatron_rl.rollout.engines.storages import Storages
@@ -148,6 +155,10 @@ class EmbeddedEngine:
             rows = self._drop_finished(rows)
             if rows is not None:
                 self._advance(rows)
+
+    def score(self, continuations: Sequence[Continuation]) -> list[Tensor]:
+        check_continuations(continuations, self._setup, version=self._version)
+        return [self._decoder.score(one.token_ids.to(self._device), one.start).cpu() for one in continuations]
 
     def _admit(self, requests: list[Request], params: SamplingParams) -> _Rows:
         """Prefill every prompt once and give each of its samples a row."""

@@ -10,7 +10,7 @@ import json
 import os
 import pickle
 import signal
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from multiprocessing import active_children
@@ -24,7 +24,14 @@ from torch import Tensor
 from megatron_rl.collective import gather_over
 from megatron_rl.errors import EngineDied, EngineError, WeightSyncError
 from megatron_rl.models import layout_table
-from megatron_rl.rollout.engine import EnginePart, EngineSetup, Finished, Request
+from megatron_rl.rollout.engine import (
+    Continuation,
+    EnginePart,
+    EngineSetup,
+    Finished,
+    Request,
+    check_continuations,
+)
 from megatron_rl.rollout.engines.admission import Admission
 from megatron_rl.rollout.engines.children import ChildWatch, own_signals
 from megatron_rl.rollout.engines.hosting import DTYPES, finish_reason, surroundings
@@ -194,6 +201,20 @@ class SglangEngine:
         finally:
             self._give_up(owners)
 
+    def score(self, continuations: Sequence[Continuation]) -> list[Tensor]:
+        check_continuations(continuations, self._setup, version=self._version)
+        if self._engine is None:
+            return []
+        tasks = [self._engine.loop.create_task(self._score(one)) for one in continuations]
+        waiting = set(tasks)
+        try:
+            while waiting:
+                with self._watch.waiting():
+                    waiting -= self._engine.loop.run_until_complete(_some_of(waiting, None))
+        finally:
+            self._give_up(waiting)
+        return [task.result() for task in tasks]
+
     def sleep(self) -> None:
         self._version = -1
         # on CPUs SGLang keeps its memory
@@ -245,6 +266,20 @@ class SglangEngine:
             input_ids=ids, sampling_params=wanted, return_logprob=True
         )
         return found
+
+    async def _score(self, asked: Continuation) -> Tensor:
+        """[T - start] float32."""
+        ids = asked.token_ids.tolist()
+        found = await self._engine.async_generate(
+            input_ids=ids,
+            sampling_params={"max_new_tokens": 1, "temperature": 0.0},
+            return_logprob=True,
+            logprob_start_len=asked.start - 1,  # it says nothing about the first token of those
+        )
+        entries = found["meta_info"]["input_token_logprobs"][1:]
+        if [entry[1] for entry in entries] != ids[asked.start :]:
+            raise EngineError("SGLang reported log-probabilities of other tokens than those it was asked about.")
+        return torch.tensor([entry[0] for entry in entries], dtype=torch.float32)
 
     def _completion(self, found: Mapping[str, Any]) -> Completion:
         tokens, about = list(found["output_ids"]), found["meta_info"]

@@ -5,7 +5,7 @@ Written against vLLM 0.20 to 0.32. What differs between a machine with GPUs and 
 
 import gc
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,14 @@ from torch import Tensor
 
 from megatron_rl.errors import EngineDied, EngineError
 from megatron_rl.models import layout_table
-from megatron_rl.rollout.engine import EnginePart, EngineSetup, Finished, Request
+from megatron_rl.rollout.engine import (
+    Continuation,
+    EnginePart,
+    EngineSetup,
+    Finished,
+    Request,
+    check_continuations,
+)
 from megatron_rl.rollout.engines.admission import Admission
 from megatron_rl.rollout.engines.hosting import DTYPES, finish_reason, surroundings
 from megatron_rl.rollout.engines.loading import ExpectedTensors
@@ -134,6 +141,25 @@ class VllmEngine:
             if in_work:
                 engine.abort_request(list(in_work))
 
+    def score(self, continuations: Sequence[Continuation]) -> list[Tensor]:
+        from vllm import SamplingParams as VllmParams
+        from vllm import TokensPrompt
+
+        check_continuations(continuations, self._setup, version=self._version)
+        engine = self._llm.llm_engine
+        wanted = VllmParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
+        in_work: dict[str, Continuation] = {}
+        for one in continuations:
+            name = self._new_name()
+            engine.add_request(name, TokensPrompt(prompt_token_ids=one.token_ids.tolist()), wanted)
+            in_work[name] = one
+        found: dict[str, Tensor] = {}
+        while len(found) < len(in_work):
+            for output in self._stepped(engine):
+                if output.finished:
+                    found[output.request_id] = _logprobs_of(in_work[output.request_id], output.prompt_logprobs)
+        return [found[name] for name in in_work] if self.place.is_leader else []
+
     def sleep(self) -> None:
         self._version = -1
         if self._setup.device.type == "cuda" and not self._asleep:
@@ -197,8 +223,7 @@ class VllmEngine:
 
         samples = {}
         for sample, seed in enumerate(request.seeds):
-            name = str(self._count)
-            self._count += 1
+            name = self._new_name()
             wanted = VllmParams(
                 temperature=params.temperature,
                 top_p=params.top_p,
@@ -214,6 +239,11 @@ class VllmEngine:
             self._llm.llm_engine.add_request(name, TokensPrompt(prompt_token_ids=request.token_ids.tolist()), wanted)
             samples[name] = _Sample(key=request.key, sample=sample)
         return samples
+
+    def _new_name(self) -> str:
+        """Of a request, as vLLM knows it."""
+        self._count += 1
+        return str(self._count)
 
     def _finished(self, sample: "_Sample", reason: str) -> Finished:
         completion = Completion(
@@ -239,6 +269,12 @@ class _Sample:
         tokens = list(output.token_ids)
         self.tokens += tokens
         self.logprobs += [found[token].logprob for token, found in zip(tokens, output.logprobs or (), strict=True)]
+
+
+def _logprobs_of(asked: Continuation, found: Sequence[Any]) -> Tensor:
+    """[T - start] float32 from vLLM's log-probabilities of a whole prompt."""
+    tokens = asked.token_ids.tolist()[asked.start :]
+    return torch.tensor([one[token].logprob for token, one in zip(tokens, found[asked.start :], strict=True)])
 
 
 def _arguments(device: torch.device, max_model_len: int) -> dict[str, Any]:
