@@ -35,7 +35,7 @@ majority: false
 def evaluated(engine: str, folder: Path, model: Path, at_a_time: int) -> dict[str, Any]:
     folder.mkdir()
     suite, tasks = folder / "suite.yaml", ROOT / "configs/eval/tasks"
-    rows = [{"question": f"{i}+{i}=", "choices": [str(2 * i), str(i), f"{i}+1"], "answer": i % 3} for i in range(48)]
+    rows = [{"question": f"{i}+{i}=", "choices": [str(2 * i), str(i), f"{i}+1"], "answer": i % 3} for i in range(1, 49)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "choice.yaml").write_text(CHOICE.format(folder=folder))
     suite.write_text(SUITE.format(folder=folder, engine=engine, model=model, tasks=tasks, at_a_time=at_a_time))
