@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from megatron_rl.algorithms.steps import AGGREGATIONS, Aggregation, aggregated
+from megatron_rl.analysis.scores import mean, standard_error
 from megatron_rl.analysis.study import markdown
 from megatron_rl.batching.judged import judged_sequence
 from megatron_rl.collective import raise_together
@@ -21,7 +22,6 @@ from megatron_rl.config.load import load_as
 from megatron_rl.config.reward_training import RewardTrainingConfig, validate_reward_training
 from megatron_rl.data.templates import load_tokenizer
 from megatron_rl.errors import DataError, MegatronRLError
-from megatron_rl.evaluation.metrics import mean, standard_error
 from megatron_rl.judging import StepFinder
 from megatron_rl.mcore.parallel import init_parallel, launcher_world, leave_world
 from megatron_rl.mcore.reward_model import RewardModel, check_scores

@@ -1,6 +1,7 @@
 """The configuration of python -m megatron_rl.evaluate, and of the tasks that it names, one file each."""
 
 import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -82,6 +83,10 @@ class TaskConfig:
     """Text of a question, with {column} of its row; {choices} are lettered lines of choices_field."""
     lines: dict[str, str] = field(default_factory=dict)
     """Name in the prompt -> column with a list of texts, which stand there as lines."""
+    question: str | None = None
+    """The same without instructions, for the templates of a suite; null: the task takes none."""
+    template: str | None = None
+    """Name of the suite's template by which it is asked; set by the suite."""
     choices_field: str | None = None
     """Column with a list of choices; the answer column is then the place of the right one, or its letter."""
     wrong_choices: list[str] = field(default_factory=list)
@@ -130,6 +135,32 @@ class TaskConfig:
             require(
                 self.sampling.num_samples == 1, "sampling.num_samples", self.sampling.num_samples, "1 by likelihood"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TemplateConfig:
+    """Another way to ask the questions of tasks: one file in configs/eval/templates."""
+
+    name: str
+    source: str
+    """Where it comes from."""
+    text: str
+    """What the model sees, with {question}."""
+    chat: bool = False
+    """Ask as a user's message where the tokenizer has a chat template; false: the text is all."""
+    stop: list[str] = field(default_factory=list)
+    """Texts before which an answer ends."""
+    few_shot: FewShotSection | None = None
+    """Examples before the text; null: none."""
+    scorer: RewardFunctionSection | None = None
+    """In the place of the task's; null: the task's."""
+    gold_response: str | None = None
+    """In the place of the task's; null: the task's."""
+    answer_shown_by: str | None = None
+    """In the place of the task's; null: the task's."""
+
+    def __post_init__(self) -> None:
+        require("{question}" in self.text, "text", repr(self.text), "a text with {question}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,6 +245,10 @@ class EvalConfig:
     engine: EvalEngineSection = field(default_factory=EvalEngineSection)
     sampling: EvalSamplingSection = field(default_factory=EvalSamplingSection)
     grading: GradingSection = field(default_factory=GradingSection)
+    templates: list[str] = field(default_factory=list)
+    """Files of templates, relative to this one; every task is asked by each of them. Empty: by its own prompt."""
+    temperatures: list[float] = field(default_factory=list)
+    """Every task is asked at each of them. Empty: at its own."""
     limit: int | None = None
     """Only the first so many questions of each task; the report says so."""
     data: dict[str, str] = field(default_factory=dict)
@@ -234,15 +269,56 @@ def load_evaluation(path: str | Path, overrides: list[str]) -> tuple[EvalConfig,
     """
     config = load_as(EvalConfig, path, overrides)
     folder = Path(path).parent
-    tasks = [_adapted(load_as(TaskConfig, folder / name), config) for name in config.tasks]
-    names = [task.name for task in tasks]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ConfigError(f"{path}: several tasks are called {twice[0]!r}. Name each once, or rename one.")
+    own = [load_as(TaskConfig, folder / name) for name in config.tasks]
+    templates = [load_as(TemplateConfig, folder / name) for name in config.templates]
+    for kind, found in (("task", own), ("template", templates)):
+        names = [one.name for one in found]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ConfigError(f"{path}: several {kind}s are called {twice[0]!r}. Name each once, or rename one.")
+    names = [task.name for task in own]
     unknown = sorted(set(config.data) - set(names))
     if unknown:
         raise ConfigError(f"data.{unknown[0]}: there is no such task here. Tasks: {', '.join(names)}.")
-    return config, tasks
+    return config, [
+        asked for task in own for asked in _variants(_adapted(task, config), templates, config.temperatures)
+    ]
+
+
+def _variants(
+    task: TaskConfig, templates: Sequence[TemplateConfig], temperatures: Sequence[float]
+) -> Iterator[TaskConfig]:
+    """The task by every template and at every temperature, named TASK@TEMPLATE@TEMPERATURE."""
+    by_template = [_by_template(task, template) for template in templates] or [task]
+    for one in by_template:
+        if not temperatures:
+            yield one
+        for temperature in temperatures:
+            sampling = replace(one.sampling, temperature=temperature)
+            yield replace(one, name=f"{one.name}@{temperature:g}", sampling=sampling)
+
+
+def _by_template(task: TaskConfig, template: TemplateConfig) -> TaskConfig:
+    require(
+        task.question is not None and task.likelihood is None,
+        f"templates with task {task.name}: question",
+        task.question,
+        "the bare question, with {columns}, in a task that is not by likelihood",
+    )
+    assert task.question is not None
+    return replace(
+        task,
+        name=f"{task.name}@{template.name}",
+        template=template.name,
+        prompt=template.text.replace("{question}", task.question),
+        chat=template.chat,
+        system_prompt=task.system_prompt if template.chat else None,
+        few_shot=template.few_shot,
+        scorer=template.scorer or task.scorer,
+        gold_response=template.gold_response or task.gold_response,
+        answer_shown_by=template.answer_shown_by or task.answer_shown_by,
+        sampling=replace(task.sampling, stop=list(template.stop)),
+    )
 
 
 def _adapted(task: TaskConfig, config: EvalConfig) -> TaskConfig:

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_rl.analysis.scores import mean, paired_difference
 from megatron_rl.errors import DataError
 from megatron_rl.evaluation.folder import read_results
-from megatron_rl.evaluation.metrics import mean, paired_difference
 from megatron_rl.evaluation.report import percent
 
 SIGNIFICANT = 1.96

@@ -1,6 +1,7 @@
 """The folder of an evaluation.
 
 evaluation.yaml          the suite and its tasks, resolved, with the model's fingerprint
+questions.jsonl          what is asked, with all columns of each question's row
 answers/TASK.N.jsonl     every answer with its verdict, as engine N finished them
 results.json             what they come to, and all that they depend on
 report.md  report.html   the same to read
@@ -18,6 +19,7 @@ from megatron_rl.config.evaluation import EvalConfig, TaskConfig
 from megatron_rl.errors import ConfigError, DataError
 from megatron_rl.evaluation.report import markdown
 from megatron_rl.evaluation.results import TaskResult
+from megatron_rl.rollout.record import read_lines
 from megatron_rl.run_folder import write_atomically
 
 # of a task, what may change between a start and the next one: how much of it is asked, and what is reported
@@ -31,6 +33,7 @@ class EvalFolder:
         self.path = path
         self.answers = path / "answers"
         self.config = path / "evaluation.yaml"
+        self.questions = path / "questions.jsonl"
         self.results = path / "results.json"
         self.markdown = path / "report.md"
         self.html = path / "report.html"
@@ -88,6 +91,15 @@ class EvalFolder:
                 f"run.output_dir={self.path} holds answers to another evaluation: {', '.join(differing)} differ. "
                 "Choose another run.output_dir, or ask for the same."
             )
+
+
+def read_questions_of(folder: EvalFolder) -> dict[tuple[str, int], dict[str, Any]]:
+    """What was asked, by task and question.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    return {(one["task"], one["question"]): one for one in read_lines(folder.questions)}
 
 
 def read_results(path: Path) -> dict[str, Any]:

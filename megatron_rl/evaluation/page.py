@@ -7,12 +7,14 @@ import yaml
 from jinja2 import Environment, PackageLoader
 
 from megatron_rl.analysis.plots import bar_plot, curve_plot
+from megatron_rl.analysis.scores import mean, pass_at_k
+from megatron_rl.analysis.template_plots import template_plots
 from megatron_rl.evaluation.answers import Answer
-from megatron_rl.evaluation.metrics import mean, pass_at_k
 from megatron_rl.evaluation.report import COLUMNS, cells, percent
 from megatron_rl.evaluation.responder import Asked
 
 NUM_BINS = 8
+BY_TEMPLATE = {"answered": "Answered", "accuracy": "Right", "pass@": "pass@k", "response_length": "Tokens"}
 NUM_SHOWN = 200
 """Answers on the page; all of them are in answers/."""
 
@@ -37,12 +39,18 @@ def render(
         engine=found["engine"],
         versions=", ".join(f"{name} {version}" for name, version in found["versions"].items()),
         columns=COLUMNS,
+        plots=template_plots({name: _rates(result) for name, result in found["tasks"].items()}, BY_TEMPLATE),
         tasks=[
             _task(result, found["evaluation"]["tasks"][name], asked[name], answers[name])
             for name, result in found["tasks"].items()
         ],
         config=yaml.safe_dump(found["evaluation"], sort_keys=False, allow_unicode=True),
     )
+
+
+def _rates(result: Mapping[str, Any]) -> dict[str, float | None]:
+    """With accuracy under the same name for every number of samples."""
+    return {**result["scores"], "accuracy": result["scores"][f"avg@{result['num_samples']}"]}
 
 
 def _task(

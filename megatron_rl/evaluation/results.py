@@ -5,15 +5,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from megatron_rl.config.evaluation import TaskConfig
-from megatron_rl.evaluation.answers import Answer
-from megatron_rl.evaluation.metrics import (
+from megatron_rl.analysis.scores import (
     bootstrap_interval,
     mean,
     pass_at_k,
     repetition,
     standard_error,
 )
+from megatron_rl.config.evaluation import TaskConfig
+from megatron_rl.evaluation.answers import Answer
 from megatron_rl.rollout.votes import majority
 
 

@@ -9,20 +9,31 @@ from megatron_rl.rewards.record import RewardInput
 _NUMBER = re.compile(r"^-?\$?(\d{1,3}(,\d{3})+|\d+)(\.\d+)?%?$")
 
 
-def math_answer(sample: RewardInput) -> float:
+def math_answer(sample: RewardInput, after: str | None = None) -> float:
     """1 when the response's final answer equals the reference mathematically, else 0.
 
     The final answer is the last \\boxed{…}, or what math-verify finds without one. The library's own
     time limits are off, as they need the main thread and count wall-clock time; the pool has hard ones.
+
+    Args:
+        after: the answer stands behind the last occurrence of this text, such as <answer>, and up to </answer>, if that
+            follows; without the text the response is wrong.
     """
     if sample.answer is None:
         return 0.0
-    boxed = last_boxed(sample.response)
+    response = sample.response
+    if after is not None:
+        if after not in response:
+            return 0.0
+        response = response.rpartition(after)[2].partition("</answer>")[0].strip()
+        if last_boxed(response) is None:
+            response = f"\\boxed{{{response}}}"
+    boxed = last_boxed(response)
     if boxed is not None:
         plain = _plainly_equal(boxed, sample.answer)
         if plain is not None:
             return float(plain)
-    return float(verify_answer(sample.answer, sample.response))
+    return float(verify_answer(sample.answer, response))
 
 
 def last_boxed(text: str) -> str | None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from megatron_rl.config import dump_config, load_config, validate
-from megatron_rl.config.evaluation import TaskConfig, load_evaluation
+from megatron_rl.config.evaluation import TaskConfig, TemplateConfig, load_evaluation
 from megatron_rl.config.load import _dotted_keys, load_as
 from megatron_rl.config.names import FOREIGN_NAMES
 from megatron_rl.config.reward_training import RewardTrainingConfig, validate_reward_training
@@ -26,7 +26,9 @@ STUDIES = sorted((ROOT / "configs" / "ablations").glob("*.yaml"))
 REWARD_TRAININGS = sorted((ROOT / "configs" / "reward_models").glob("*.yaml"))
 SUITES = sorted((ROOT / "configs" / "eval").glob("*.yaml"))
 TASKS = sorted((ROOT / "configs" / "eval" / "tasks").glob("*.yaml"))
-CONFIGS = sorted(set((ROOT / "configs").rglob("*.yaml")) - {*STUDIES, *REWARD_TRAININGS, *SUITES, *TASKS})
+TEMPLATES = sorted((ROOT / "configs" / "eval" / "templates").glob("*.yaml"))
+OTHERS = {*STUDIES, *REWARD_TRAININGS, *SUITES, *TASKS, *TEMPLATES}
+CONFIGS = sorted(set((ROOT / "configs").rglob("*.yaml")) - OTHERS)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: str(p.relative_to(ROOT / "configs")))
@@ -51,11 +53,13 @@ def test_every_suite_of_the_project_loads(path: Path) -> None:
     assert config.model.path == "somewhere"
     assert tasks
     for task in tasks:
-        assert (task.sampling.num_samples, task.data.limit, max(task.pass_at) <= 4) == (4, 3, True)
+        num_samples = 4 if task.likelihood is None else 1
+        assert (task.sampling.num_samples, task.data.limit, max(task.pass_at) <= 4) == (num_samples, 3, True)
 
 
-def test_every_task_of_the_project_is_called_as_its_file() -> None:
+def test_every_task_and_template_of_the_project_is_called_as_its_file() -> None:
     assert [load_as(TaskConfig, path).name for path in TASKS] == [path.stem for path in TASKS]
+    assert [load_as(TemplateConfig, path).name for path in TEMPLATES] == [path.stem for path in TEMPLATES]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,78 @@
+"""The page of an analysis: one self-contained HTML file."""
+
+from collections.abc import Mapping, Sequence
+
+from jinja2 import Environment, PackageLoader
+
+from megatron_rl.analysis.behaviour import Behaviour, Said
+from megatron_rl.analysis.plots import bar_plot, curve_plot
+from megatron_rl.analysis.reflection import POOLS, keywords_in
+from megatron_rl.analysis.template_plots import rate_of, template_plots
+
+NUM_SHOWN = 60
+"""Responses on the page, those that reflect first."""
+PANELS: Mapping[str, Mapping[str, str]] = {
+    "Right": {"accuracy": "accuracy", "pass@": "pass@k"},
+    "Reflection (share of responses)": {
+        **{f"reflection/{pool}": pool for pool in POOLS},
+        "reflection/judge": "judge",
+        "reflection/keywords_and_judge": "keywords and judge",
+    },
+    "Right, with and without a keyword of reflection": {
+        "accuracy/understand_r1_zero/with": "with",
+        "accuracy/understand_r1_zero/without": "without",
+    },
+    "Tokens": {"response_length_right": "right", "response_length_wrong": "wrong"},
+    "Answers, cuts, repetition": {
+        "answered": "answered",
+        "answered_by_judge": "answered (judge)",
+        "truncated": "truncated",
+        "repetition": "repetition",
+    },
+}
+RATES = {"answered": "Answered", "accuracy": "Right", "pass@": "pass@k"}
+
+
+def render_behaviour(title: str, found: Sequence[Behaviour], said: Sequence[Said]) -> str:
+    """The page."""
+    environment = Environment(loader=PackageLoader("megatron_rl.analysis"), autoescape=True)
+    names = list(dict.fromkeys(name for one in found for name in one.rates))
+    ordered = sorted(said, key=lambda one: not keywords_in(one.response, "understand_r1_zero"))
+    return environment.get_template("behaviour.html").render(
+        title=title,
+        plots=_plots(found),
+        labels=[one.label for one in found],
+        counts=[f"{one.num_questions} / {one.num_responses}" for one in found],
+        rows=[(name, [_cell(name, one.rates.get(name)) for one in found]) for name in names],
+        responses=[
+            (one, sorted({word for pool in POOLS for word in keywords_in(one.response, pool)}))
+            for one in ordered[:NUM_SHOWN]
+        ],
+        num_left_out=max(0, len(said) - NUM_SHOWN),
+    )
+
+
+def _plots(found: Sequence[Behaviour]) -> list[str]:
+    if all(one.label.isdigit() for one in found) and len(found) > 1:
+        return [plot for title, names in PANELS.items() if (plot := _panel(title, names, found)) is not None]
+    by_template = template_plots({one.label: one.rates for one in found}, RATES)
+    return by_template or [bar_plot(title, "share", _bars(found, name)) for name, title in RATES.items()]
+
+
+def _panel(title: str, names: Mapping[str, str], found: Sequence[Behaviour]) -> str | None:
+    curves = {
+        label: [(float(one.label), value) for one in found if (value := rate_of(one.rates, name)) is not None]
+        for name, label in names.items()
+    }
+    known = {label: points for label, points in curves.items() if points}
+    return curve_plot(title, "step", known) if known else None
+
+
+def _bars(found: Sequence[Behaviour], name: str) -> dict[str, float]:
+    return {one.label: value for one in found if (value := rate_of(one.rates, name)) is not None}
+
+
+def _cell(name: str, value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.1f}" if name.startswith("response_length") else f"{value:.1%}"

@@ -1,0 +1,61 @@
+"""Responses that were saved, of an evaluation or of a training run, for analysis."""
+
+from pathlib import Path
+
+from megatron_rl.analysis.behaviour import Said
+from megatron_rl.errors import DataError
+from megatron_rl.evaluation.answers import by_place, read_answers
+from megatron_rl.evaluation.folder import EvalFolder, read_questions_of
+from megatron_rl.rollout.record import read_folder
+from megatron_rl.rollout.votes import shown_answer
+
+
+def read_said(path: Path, *, min_reward: float, answer_shown_by: str | None) -> list[Said]:
+    """All responses of a folder.
+
+    Args:
+        path: ``run.output_dir`` of an evaluation or of a run, or ``rollouts/`` of the latter.
+        min_reward: total reward of a right response of a run.
+        answer_shown_by: regular expression whose first group is a response's answer, of a run; None: \\boxed{}.
+
+    Raises:
+        DataError: there are none.
+    """
+    if (path / "answers").is_dir():
+        return _of_evaluation(EvalFolder(path))
+    rollouts = path / "rollouts" if (path / "rollouts").is_dir() else path
+    return [
+        Said(
+            label=str(line["step"]),
+            key=f"{line['step']}/{line['group']}",
+            question=line["prompt"],
+            response=line["response"],
+            is_right=line["status"] == "ok" and line["reward"] >= min_reward,
+            num_tokens=sum(line["loss_mask"]),
+            is_truncated=line["finish_reason"] == "length",
+            has_answer=shown_answer(line["response"], answer_shown_by) is not None,
+        )
+        for line in read_folder(rollouts)
+    ]
+
+
+def _of_evaluation(folder: EvalFolder) -> list[Said]:
+    questions, answers = read_questions_of(folder), by_place(read_answers(folder.answers).values())
+    found = [
+        Said(
+            label=answer.task,
+            key=f"{answer.task}/{answer.question}",
+            question=questions[answer.task, answer.question]["text"],
+            response=answer.response,
+            is_right=answer.right,
+            num_tokens=answer.num_tokens,
+            is_truncated=answer.finish_reason == "length",
+            has_answer=answer.shown is not None,
+        )
+        for place in questions
+        for answer in answers.get(place, ())
+        if answer.asked == questions[place]["asked"]
+    ]
+    if not found:
+        raise DataError(f"{folder.path} holds no answers. Give the folder of an evaluation that has begun.")
+    return found

@@ -1,0 +1,256 @@
+"""How saved responses behave: keywords and judges of reflection, rates, templates, the pages."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+
+from megatron_rl.analysis.behaviour import Said, behaviour, by_label
+from megatron_rl.analysis.behaviour_page import render_behaviour
+from megatron_rl.analysis.reflection import ANSWERING, POOLS, REFLECTION, category_of, keywords_in
+from megatron_rl.analysis.scores import pass_at_k
+from megatron_rl.config.evaluation import load_evaluation
+from megatron_rl.errors import ConfigError, DataError
+from megatron_rl.evaluation.said import read_said
+from megatron_rl.rewards.math import math_answer
+from megatron_rl.rewards.record import RewardInput
+from megatron_rl.rollout.record import step_file, write_groups
+from megatron_rl.types import Prompt, Rollout, RolloutGroup
+from tools import analyze_responses
+
+ROOT = Path(__file__).parents[2]
+
+
+def said(place: int, sample: int, response: str, **changes: Any) -> Said:
+    one = Said(
+        label="4", key=str(place), question=f"question {place}", response=response, is_right=False, num_tokens=10,
+        is_truncated=False, has_answer=True,
+    )  # fmt: skip
+    return replace(one, **changes)
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_every_keyword_is_found_at_the_beginning_of_a_word(pool: str) -> None:
+    for word in POOLS[pool]:
+        assert word in keywords_in(f"So. {word.capitalize()} it", pool)
+        assert word in keywords_in(f"({word}ing)", pool)
+        assert keywords_in(f"a{word} it", pool) == [] or word not in keywords_in(f"a{word} it", pool)
+    assert keywords_in("Nothing here: awaited, forewarned.", pool) == []
+
+
+def test_the_pools_are_the_published_ones() -> None:
+    assert {name: len(words) for name, words in POOLS.items()} == {"understand_r1_zero": 15, "simplerl_zoo": 7}
+
+
+@pytest.mark.parametrize(
+    ("text", "category"),
+    [("Category: 2", 2), ("category 1, no: **Category: 3**", 3), ("Category: 7", None), ("2", None), ("", None)],
+)
+def test_what_a_judge_says_is_read(text: str, category: int | None) -> None:
+    assert category_of(text, REFLECTION) == category
+    assert category_of("Category: 2", ANSWERING) is None
+
+
+def test_rates_are_counted_as_they_are_defined() -> None:
+    script = [
+        said(0, 0, "wait, recheck", is_right=True, num_tokens=4, judged={"reflection": 2, "answering": 1}),
+        said(0, 1, "plainly", num_tokens=6, judged={"reflection": 1, "answering": 1}),
+        said(1, 0, "Recheck it", num_tokens=20, is_truncated=True, has_answer=False, judged={"reflection": 1}),
+        said(1, 1, "", num_tokens=2, has_answer=False, judged={"reflection": 0, "answering": 0}),
+    ]
+    rates = behaviour("4", script).rates
+    assert rates["accuracy"] == 0.25
+    assert rates["pass@2"] == pytest.approx((pass_at_k(2, 1, 2) + 0) / 2)
+    assert (rates["answered"], rates["truncated"]) == (0.5, 0.25)
+    assert (rates["response_length_right"], rates["response_length_wrong"]) == (4, pytest.approx(28 / 3))
+    assert (rates["reflection/understand_r1_zero"], rates["reflection/understand_r1_zero/questions"]) == (0.5, 1.0)
+    assert (rates["reflection/judge"], rates["reflection/keywords_and_judge"]) == (0.25, 0.25)
+    assert rates["accuracy/understand_r1_zero/with"] == 0.5
+    assert rates["accuracy/understand_r1_zero/without"] == 0.0
+    assert [rates[f"judged/{name}"] for name in REFLECTION.categories.values()] == [0.25, 0.5, 0.25, 0.0]
+    assert rates["answered_by_judge"] == pytest.approx(2 / 3)
+    unjudged = behaviour("4", [replace(one, judged={}) for one in script]).rates
+    assert not {"reflection/judge", "answered_by_judge"} & set(unjudged), "what nobody said has no rate"
+
+
+def rollouts(folder: Path) -> Path:
+    """A run of three steps, later ones longer and reflecting."""
+    for step in (1, 2, 3):
+        groups = []
+        for index in range(4):
+            ids = torch.tensor([3, 4])
+            prompt = Prompt(prompt_id=f"p{index}", text=f"{index}+1=", token_ids=ids, answer=str(index + 1))
+            texts = [f"\\boxed{{{index + 1}}}" if sample < step else "wait, no" for sample in range(4)]
+            samples = [
+                Rollout(
+                    token_ids=torch.tensor([3, 4] + [5] * (step + 1)),
+                    loss_mask=torch.tensor([False, False] + [True] * (step + 1)),
+                    rollout_logprobs=torch.zeros(step + 3),
+                    text=text,
+                    finish_reason="stop",
+                    reward=float("boxed" in text),
+                    reward_parts={},
+                    status="ok",
+                    failure="",
+                    policy_versions=torch.zeros(step + 3, dtype=torch.int32),
+                    seed=sample,
+                )
+                for sample, text in enumerate(texts)
+            ]  # fmt: skip
+            groups.append(RolloutGroup(index=index, prompt=prompt, rollouts=samples))
+        write_groups(step_file(folder / "rollouts", step), step, groups)
+    return folder
+
+
+def test_a_run_is_read_by_step(tmp_path: Path) -> None:
+    found = by_label(read_said(rollouts(tmp_path), min_reward=1.0, answer_shown_by=None))
+    assert [one.label for one in found] == ["1", "2", "3"]
+    assert [one.rates["accuracy"] for one in found] == [0.25, 0.5, 0.75]
+    assert [one.rates["answered"] for one in found] == [0.25, 0.5, 0.75]
+    assert [one.rates["reflection/simplerl_zoo"] for one in found] == [0.75, 0.5, 0.25]
+    assert [one.rates["response_length"] for one in found] == [2, 3, 4]
+    page = render_behaviour("x", found, read_said(tmp_path, min_reward=1.0, answer_shown_by=None))
+    assert page.count("<svg") == 5
+    assert "wait, no" in page
+    with pytest.raises(DataError, match="has no step_"):
+        read_said(tmp_path / "nothing", min_reward=1.0, answer_shown_by=None)
+
+
+class JudgeServer(BaseHTTPRequestHandler):
+    """Says that responses with "wait" reflect."""
+
+    asked: ClassVar[list[str]] = []
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        text = body["messages"][0]["content"]
+        self.asked.append(text)
+        is_about_answering = "N being 0 or 1" in text
+        category = int("boxed" in text) if is_about_answering else 1 + ("wait, no" in text)
+        answer = {"choices": [{"message": {"content": f"Well. Category: {category}"}, "finish_reason": "stop"}]}
+        content = json.dumps(answer).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: Any) -> None: ...
+
+
+@pytest.fixture
+def judge_url() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), JudgeServer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        JudgeServer.asked.clear()
+        yield f"http://127.0.0.1:{server.server_port}/v1"
+        server.shutdown()
+
+
+def test_a_judge_behind_an_endpoint_is_asked_once(judge_url: str, tmp_path: Path) -> None:
+    run, output = rollouts(tmp_path / "run"), tmp_path / "out"
+    line = [str(run), "--output", str(output), "--judge-url", judge_url, "--judge-model", "m"]
+    assert analyze_responses.main(line) == 0
+    found = json.loads((output / "behaviour.json").read_text())
+    assert [one["rates"]["reflection/judge"] for one in found] == [0.75, 0.5, 0.25]
+    assert [one["rates"]["answered_by_judge"] for one in found] == [0.25, 0.5, 0.75]
+    # four questions, each with two different responses; both verdicts
+    assert len(JudgeServer.asked) == len(set(JudgeServer.asked)) == 4 * 2 * 2
+    assert analyze_responses.main(line) == 0
+    assert len(JudgeServer.asked) == 16, "what was said is kept"
+    with pytest.raises(SystemExit):
+        analyze_responses.main([str(run), "--output", str(output), "--judge-url", judge_url])
+
+
+SUITE = """
+run: {{name: templates, output_dir: {folder}/out}}
+model: {{path: {model}, dtype: fp32}}
+tasks: [task.yaml]
+templates: [{templates}/none.yaml, {templates}/qwen_math.yaml, {templates}/r1.yaml, four_shot.yaml]
+temperatures: [0.5, 1.0]
+sampling: {{num_samples: 4, max_new_tokens: 8}}
+"""
+TASK = """
+name: sums
+version: 1
+source: here
+data: {{kind: jsonl, path: {folder}/rows.jsonl}}
+prompt: "{{problem}} in a box"
+question: "{{problem}}"
+system_prompt: never
+scorer: {{name: math}}
+"""
+FOUR_SHOT = """
+name: four_shot
+source: here
+text: "Problem: {{question}}\\nSolution:"
+few_shot:
+  count: 4
+  template: "Problem: {{problem}}\\nSolution: {{answer}}\\n"
+  rows: {{kind: jsonl, path: {folder}/rows.jsonl}}
+"""
+
+
+def suite_in(folder: Path, model: str) -> Path:
+    rows = [{"problem": f"{i}+{i}", "answer": str(2 * i)} for i in range(6)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "task.yaml").write_text(TASK.format(folder=folder))
+    (folder / "four_shot.yaml").write_text(FOUR_SHOT.format(folder=folder))
+    suite = folder / "suite.yaml"
+    suite.write_text(SUITE.format(folder=folder, model=model, templates=ROOT / "configs/eval/templates"))
+    return suite
+
+
+def test_a_suite_asks_by_every_template_at_every_temperature(tmp_path: Path) -> None:
+    _, tasks = load_evaluation(suite_in(tmp_path, "m"), [])
+    names = [f"sums@{name}@{t}" for name in ("none", "qwen_math", "r1", "four_shot") for t in ("0.5", "1")]
+    assert [task.name for task in tasks] == names
+    by_name = {task.name: task for task in tasks}
+    assert by_name["sums@none@0.5"].prompt == "{problem}"
+    assert by_name["sums@qwen_math@1"].prompt.endswith("<|im_start|>user\n{problem}<|im_end|>\n<|im_start|>assistant\n")
+    assert by_name["sums@r1@1"].sampling.stop == ["</answer>"]
+    assert {task.system_prompt for task in tasks} == {None}
+    assert {task.chat for task in tasks} == {False}
+    text = (tmp_path / "task.yaml").read_text()
+    (tmp_path / "task.yaml").write_text(text.replace('question: "{problem}"\n', ""))
+    with pytest.raises(ConfigError, match=r"templates with task sums: question=None"):
+        load_evaluation(tmp_path / "suite.yaml", [])
+
+
+@pytest.mark.parametrize(
+    ("response", "right"),
+    [("so </think> <answer> 1/2", 1), ("</think> <answer>\\boxed{0.5}</answer> 3", 1), ("so \\boxed{1/2}", 0),
+     ("</think><answer> 1/2", 0), ("</think> <answer> 1/3", 0), ("</think> <answer>", 0)],
+)  # fmt: skip
+def test_the_r1_template_wants_its_tags(response: str, right: int) -> None:
+    sample = RewardInput(prompt="", response=response, answer="1/2", finish_reason="stop", num_tokens=1, seed=0)
+    assert math_answer(sample, after="</think> <answer>") == right
+
+
+def test_templates_of_a_base_model_in_one_command(toy_model: Any, judge_url: str, tmp_path: Path) -> None:
+    suite = suite_in(tmp_path, str(toy_model("qwen2", tied=False, hidden_size=64)))
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_rl.evaluate", "--config", str(suite)],
+        capture_output=True, text=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    page = (tmp_path / "out/report.html").read_text()
+    assert page.count("Right by temperature") == 1
+    assert page.count("Answered by temperature") == 1
+    questions = [json.loads(line) for line in (tmp_path / "out/questions.jsonl").read_text().splitlines()]
+    assert len(questions) == 8 * 6
+    assert questions[-1]["text"].count("Problem:") == 5
+    assert analyze_responses.main([str(tmp_path / "out"), "--output", str(tmp_path / "behaviour")]) == 0
+    found = json.loads((tmp_path / "behaviour/behaviour.json").read_text())
+    assert [(one["label"].split("@")[1:], one["num_responses"]) for one in found][:3] == [
+        (["none", "0.5"], 24), (["none", "1"], 24), (["qwen_math", "0.5"], 24),
+    ]  # fmt: skip
+    assert (tmp_path / "behaviour/behaviour.html").read_text().count("<svg") == 3
