@@ -249,6 +249,8 @@ class EvalConfig:
     """Files of templates, relative to this one; every task is asked by each of them. Empty: by its own prompt."""
     temperatures: list[float] = field(default_factory=list)
     """Every task is asked at each of them. Empty: at its own."""
+    pass_at: list[int] = field(default_factory=list)
+    """k of pass@k in the place of the tasks' own; empty: theirs."""
     limit: int | None = None
     """Only the first so many questions of each task; the report says so."""
     data: dict[str, str] = field(default_factory=dict)
@@ -330,7 +332,7 @@ def _adapted(task: TaskConfig, config: EvalConfig) -> TaskConfig:
         data = replace(data, kind=_kind_of(config.data[task.name]), path=config.data[task.name], name=None)
     if config.limit is not None:
         data = replace(data, limit=config.limit)
-    pass_at = sorted({k for k in task.pass_at if k <= sampling.num_samples} | {1})
+    pass_at = sorted({k for k in config.pass_at or task.pass_at if k <= sampling.num_samples} | {1})
     return replace(task, sampling=sampling, data=data, pass_at=pass_at)
 
 
