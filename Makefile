@@ -41,7 +41,7 @@ install: $(INSTALLED)
 $(INSTALLED): setup.py pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet '$(TORCH)'
-	$(BIN)/python -m pip install --quiet --editable '.[dev,harness]'
+	$(BIN)/python -m pip install --quiet --editable '.[dev,harness,curation]'
 	touch $@
 
 # builds of torchvision and its kin that the resolver picks do not fit the CPU build of torch and break imports

@@ -44,6 +44,8 @@ setup(
     extras_require={
         "vllm": ["vllm>=0.26,<0.33"],
         "sglang": ["sglang>=0.5,<0.7"],
+        # near-duplicate problems (tools/curate.py)
+        "curation": ["datasketch>=1.6,<3", "rapidfuzz>=3.9,<4"],
         "te": ["transformer-engine[pytorch]>=2.9,<3"],
         "dev": [
             "mbridge==0.15.1",

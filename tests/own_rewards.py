@@ -10,6 +10,11 @@ def digit_share(sample: RewardInput) -> float:
     return sum(c.isdigit() for c in sample.response) / max(1, len(sample.response))
 
 
+def begins_with_a_digit(sample: RewardInput) -> float:
+    """A verdict of 0 or 1."""
+    return float(sample.response[:1].isdigit())
+
+
 def raises(sample: RewardInput) -> float:
     """A reward with a fault."""
     raise ZeroDivisionError("this reward is broken")

@@ -329,13 +329,14 @@ def _adapted(task: TaskConfig, config: EvalConfig) -> TaskConfig:
     sampling = task.sampling if task.likelihood is not None else replace(task.sampling, **given)
     data = task.data
     if task.name in config.data:
-        data = replace(data, kind=_kind_of(config.data[task.name]), path=config.data[task.name], name=None)
+        data = local(data, config.data[task.name])
     if config.limit is not None:
         data = replace(data, limit=config.limit)
     pass_at = sorted({k for k in config.pass_at or task.pass_at if k <= sampling.num_samples} | {1})
     return replace(task, sampling=sampling, data=data, pass_at=pass_at)
 
 
-def _kind_of(path: str) -> str:
+def local(data: RowsSection, path: str) -> RowsSection:
+    """The same rows from a local file (.jsonl, .parquet) or folder."""
     kinds = {".jsonl": "jsonl", ".parquet": "parquet"}
-    return kinds.get(Path(path).suffix, "datasets")
+    return replace(data, kind=kinds.get(Path(path).suffix, "datasets"), path=path, name=None)

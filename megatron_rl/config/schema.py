@@ -68,6 +68,11 @@ class RowsSection:
     """Use only the first so many rows."""
     options: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of a generated task or of an own source."""
+    schema: str | None = None
+    """Published schema of the rows (docs/data.md), which then have the columns prompt, answer, demonstration, source
+    and licence as well; null: rows are as they are."""
+    allow_noncommercial: bool = False
+    """Read a data set whose licence forbids commercial use."""
 
     def __post_init__(self) -> None:
         positive("data source", self, "limit")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rl.config.schema import RowsSection
+from megatron_rl.data.schemas import check_licence, read_schema
 from megatron_rl.errors import DataError
 from megatron_rl.plugins import load_symbol
 from megatron_rl.tasks import TASKS
@@ -19,15 +20,16 @@ def read_rows(source: RowsSection) -> list[Row]:
     """All rows of a source, in its order, up to its limit.
 
     Raises:
-        DataError: the file or data set is missing, damaged or empty.
+        DataError: the file or data set is missing, damaged or empty, of another schema, or forbids commercial use.
     """
+    check_licence(source.path, source.schema, allow_noncommercial=source.allow_noncommercial)
     reader = load_symbol(source.kind, READERS, "data source kind")
     rows = list(islice(reader(source), source.limit))
     if not rows:
         raise DataError(
             f"data source {source.path or source.kind} (split {source.split!r}) has no rows. Give one that does."
         )
-    return rows
+    return rows if source.schema is None else read_schema(rows, source.schema, path=source.path)
 
 
 def read_jsonl(source: RowsSection) -> Iterable[Row]:

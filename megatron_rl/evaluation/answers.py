@@ -112,14 +112,6 @@ def by_question(answers: Iterable[Answer]) -> Mapping[int, list[Answer]]:
     return found
 
 
-def by_place(answers: Iterable[Answer]) -> Mapping[tuple[str, int], list[Answer]]:
-    """Answers by task and question, in the order of their samples."""
-    found: dict[tuple[str, int], list[Answer]] = {}
-    for answer in sorted(answers, key=lambda one: one.sample):
-        found.setdefault((answer.task, answer.question), []).append(answer)
-    return found
-
-
 def as_rows(answers: Iterable[Answer]) -> list[dict[str, Any]]:
     """Plain values, for reports."""
     return [asdict(answer) for answer in answers]

@@ -17,6 +17,7 @@ import yaml
 
 from megatron_rl.config.evaluation import EvalConfig, TaskConfig
 from megatron_rl.errors import ConfigError, DataError
+from megatron_rl.evaluation.answers import Answer, read_answers
 from megatron_rl.evaluation.report import markdown
 from megatron_rl.evaluation.results import TaskResult
 from megatron_rl.rollout.record import read_lines
@@ -100,6 +101,20 @@ def read_questions_of(folder: EvalFolder) -> dict[tuple[str, int], dict[str, Any
         DataError: it cannot be read.
     """
     return {(one["task"], one["question"]): one for one in read_lines(folder.questions)}
+
+
+def current_answers(folder: EvalFolder) -> dict[tuple[str, int], list[Answer]]:
+    """Answers to what is asked now, by task and question, in the order of the questions and of their samples.
+
+    Raises:
+        DataError: questions or answers cannot be read.
+    """
+    asked = {place: question["asked"] for place, question in read_questions_of(folder).items()}
+    found: dict[tuple[str, int], list[Answer]] = {place: [] for place in asked}
+    for answer in sorted(read_answers(folder.answers).values(), key=lambda one: one.sample):
+        if asked.get((answer.task, answer.question)) == answer.asked:
+            found[answer.task, answer.question].append(answer)
+    return found
 
 
 def read_results(path: Path) -> dict[str, Any]:

@@ -4,8 +4,7 @@ from pathlib import Path
 
 from megatron_rl.analysis.behaviour import Said
 from megatron_rl.errors import DataError
-from megatron_rl.evaluation.answers import by_place, read_answers
-from megatron_rl.evaluation.folder import EvalFolder, read_questions_of
+from megatron_rl.evaluation.folder import EvalFolder, current_answers, read_questions_of
 from megatron_rl.rollout.record import read_folder
 from megatron_rl.rollout.votes import shown_answer
 
@@ -40,21 +39,20 @@ def read_said(path: Path, *, min_reward: float, answer_shown_by: str | None) -> 
 
 
 def _of_evaluation(folder: EvalFolder) -> list[Said]:
-    questions, answers = read_questions_of(folder), by_place(read_answers(folder.answers).values())
+    questions = read_questions_of(folder)
     found = [
         Said(
             label=answer.task,
             key=f"{answer.task}/{answer.question}",
-            question=questions[answer.task, answer.question]["text"],
+            question=questions[place]["text"],
             response=answer.response,
             is_right=answer.right,
             num_tokens=answer.num_tokens,
             is_truncated=answer.finish_reason == "length",
             has_answer=answer.shown is not None,
         )
-        for place in questions
-        for answer in answers.get(place, ())
-        if answer.asked == questions[place]["asked"]
+        for place, answers in current_answers(folder).items()
+        for answer in answers
     ]
     if not found:
         raise DataError(f"{folder.path} holds no answers. Give the folder of an evaluation that has begun.")

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from megatron_rl.config import dump_config, load_config, validate
+from megatron_rl.config.curation import CurationConfig
 from megatron_rl.config.evaluation import TaskConfig, TemplateConfig, load_evaluation
 from megatron_rl.config.load import _dotted_keys, load_as
 from megatron_rl.config.names import FOREIGN_NAMES
@@ -27,7 +28,8 @@ REWARD_TRAININGS = sorted((ROOT / "configs" / "reward_models").glob("*.yaml"))
 SUITES = sorted((ROOT / "configs" / "eval").glob("*.yaml"))
 TASKS = sorted((ROOT / "configs" / "eval" / "tasks").glob("*.yaml"))
 TEMPLATES = sorted((ROOT / "configs" / "eval" / "templates").glob("*.yaml"))
-OTHERS = {*STUDIES, *REWARD_TRAININGS, *SUITES, *TASKS, *TEMPLATES}
+CURATIONS = sorted((ROOT / "configs" / "curation").glob("*.yaml"))
+OTHERS = {*STUDIES, *REWARD_TRAININGS, *SUITES, *TASKS, *TEMPLATES, *CURATIONS}
 CONFIGS = sorted(set((ROOT / "configs").rglob("*.yaml")) - OTHERS)
 
 
@@ -55,6 +57,12 @@ def test_every_suite_of_the_project_loads(path: Path) -> None:
     for task in tasks:
         num_samples = 4 if task.likelihood is None else 1
         assert (task.sampling.num_samples, task.data.limit, max(task.pass_at) <= 4) == (num_samples, 3, True)
+
+
+@pytest.mark.parametrize("path", CURATIONS, ids=lambda p: p.name)
+def test_every_curation_of_the_project_loads(path: Path) -> None:
+    loaded = load_as(CurationConfig, path, ["generate.model.path=somewhere"])
+    assert all((path.parent / name).exists() for name in loaded.contamination.tasks)
 
 
 def test_every_task_and_template_of_the_project_is_called_as_its_file() -> None:

@@ -1,0 +1,103 @@
+"""Problems with what a model made of them, in the schemas that others read. Pure functions."""
+
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_rl.analysis.scores import mean
+from megatron_rl.curation.text import as_text
+from megatron_rl.evaluation.answers import Answer
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solved:
+    """A problem with its samples."""
+
+    row: Row
+    answers: Sequence[Answer]
+    """Empty where nothing was generated."""
+    difficulty: str | None
+    """None where nothing was generated."""
+
+    @classmethod
+    def of(cls, row: Row, answers: Sequence[Answer], labels: Mapping[str, float]) -> "Solved":
+        """With the label of its pass rate."""
+        return cls(row=row, answers=answers, difficulty=difficulty_of(mean([one.right for one in answers]), labels))
+
+    @property
+    def pass_rate(self) -> float:
+        """Share of right samples; NaN where nothing was generated."""
+        return mean([one.right for one in self.answers])
+
+
+def difficulty_of(pass_rate: float, labels: Mapping[str, float]) -> str:
+    """The label with the largest bound that the pass rate reaches."""
+    return max((bound, label) for label, bound in labels.items() if pass_rate >= bound)[1]
+
+
+def problem(solved: Solved) -> Row:
+    """As a run's data.train reads it, with the columns that its rewards may need."""
+    row = {key: value for key, value in solved.row.items() if key not in DROPPED}
+    if not solved.answers:
+        return row
+    return {**row, "pass_rate": solved.pass_rate, "num_samples": len(solved.answers), "difficulty": solved.difficulty}
+
+
+def openr1_math(solved: Solved) -> Row:
+    """Columns of open-r1/OpenR1-Math-220k, and pass_rate and difficulty."""
+    prompt = as_text(solved.row["prompt"])
+    checks = [one.right for one in solved.answers]
+    return {
+        "problem": prompt,
+        "solution": solved.row.get("demonstration") or "",
+        "answer": solved.row.get("answer"),
+        "problem_type": solved.row.get("problem_type"),
+        "question_type": solved.row.get("question_type"),
+        "source": solved.row.get("source"),
+        "uuid": str(uuid.uuid5(uuid.NAMESPACE_URL, prompt)),
+        "is_reasoning_complete": [one.finish_reason == "stop" for one in solved.answers],
+        "generations": [one.response for one in solved.answers],
+        "correctness_math_verify": checks,
+        "correctness_llama": None,
+        "finish_reasons": [one.finish_reason for one in solved.answers],
+        "correctness_count": sum(checks),
+        "messages": _turns(solved, "role", "content"),
+        "pass_rate": solved.pass_rate,
+        "difficulty": solved.difficulty,
+    }
+
+
+def conversations(solved: Solved) -> Row:
+    """Columns of open-thoughts/OpenThoughts-114k and Bespoke-Stratos-17k, and pass_rate and difficulty."""
+    turns = _turns(solved, "from", "value")
+    return {
+        "system": next((turn["value"] for turn in turns if turn["from"] == "system"), ""),
+        "conversations": [turn for turn in turns if turn["from"] != "system"],
+        "source": solved.row.get("source"),
+        "answer": solved.row.get("answer"),
+        "pass_rate": solved.pass_rate,
+        "difficulty": solved.difficulty,
+    }
+
+
+def _turns(solved: Solved, who: str, what: str) -> list[dict[str, str]]:
+    """The prompt, and the shortest right response behind it, where there is one."""
+    prompt = solved.row["prompt"]
+    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    turns = [{who: turn["role"], what: turn["content"]} for turn in asked]
+    right = [one for one in solved.answers if one.right]
+    if right:
+        turns.append({who: "assistant", what: min(right, key=lambda one: one.num_tokens).response})
+    return turns
+
+
+DROPPED = ("generations", "messages", "conversations", "prompt_text")
+"""Columns of a source that would stand beside the new ones and contradict them."""
+OUTPUTS: Mapping[str, Callable[[Solved], Row]] = {
+    "problems": problem,
+    "openr1_math": openr1_math,
+    "conversations": conversations,
+}

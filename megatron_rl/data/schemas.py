@@ -1,0 +1,172 @@
+"""Rows of published sets of reasoning data as rows of this project.
+
+Whatever the schema, a row comes out with the columns prompt, answer, demonstration, source and licence beside its own.
+Source of the schemas: the sets' cards and files.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_rl.errors import DataError
+from megatron_rl.rewards.math import last_boxed
+from megatron_rl.tasks.countdown import PROMPT as COUNTDOWN_PROMPT
+
+Row = Mapping[str, Any]
+NONCOMMERCIAL = "cc-by-nc-sa-4.0"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeedSchema:
+    """A published schema."""
+
+    sets: Sequence[str]
+    """Hub ids of sets that have it."""
+    licence: str
+    """As their cards say; "see card" where this project does not know."""
+    read: Callable[[Row], Row]
+    """Of a row: prompt (text or messages), answer and demonstration (None where there is none). KeyError without a
+    column, ValueError for a row that holds no problem."""
+
+
+def check_licence(path: str | None, schema: str | None, *, allow_noncommercial: bool) -> None:
+    """Of a data set by its hub id, or else by its schema; before anything is read.
+
+    Raises:
+        DataError: the schema is unknown, or the licence forbids commercial use and that is not allowed.
+    """
+    if schema is not None and schema not in SCHEMAS:
+        raise DataError(f"data source schema={schema!r} is unknown. Expected one of: {', '.join(SCHEMAS)}.")
+    by_path = next((one.licence for one in SCHEMAS.values() if path in one.sets), None)
+    licence = by_path or (None if schema is None else SCHEMAS[schema].licence)
+    if licence == NONCOMMERCIAL and not allow_noncommercial:
+        raise DataError(
+            f"data source {path} has the licence {licence}, which forbids commercial use. Set allow_noncommercial=true "
+            "on the source if yours is none, or generate the data (tasks)."
+        )
+
+
+def read_schema(rows: Sequence[Row], schema: str, *, path: str | None) -> list[Row]:
+    """Rows of a schema with the common columns.
+
+    Args:
+        path: of the data set, for messages.
+
+    Raises:
+        DataError: a row is of another schema.
+    """
+    found = SCHEMAS[schema]
+    return [_common(row, found, f"row {number} of {path} (schema={schema})") for number, row in enumerate(rows)]
+
+
+def _common(row: Row, schema: SeedSchema, where: str) -> Row:
+    try:
+        common = schema.read(row)
+    except KeyError as error:
+        raise DataError(f"{where}: column {error} is missing. Columns: {', '.join(row)}.") from error
+    except (ValueError, TypeError, IndexError) as error:
+        raise DataError(f"{where}: {error}. It is of another schema, or damaged.") from error
+    return {**row, "source": row.get("source") or schema.sets[0], "licence": schema.licence, **common}
+
+
+def _openr1_math(row: Row) -> Row:
+    """The first generation that was verified is the demonstration."""
+    checks = row.get("correctness_math_verify") or ()
+    right = [text for text, is_right in zip(row.get("generations") or (), checks, strict=False) if is_right]
+    return {"prompt": row["problem"], "answer": row["answer"], "demonstration": right[0] if right else None}
+
+
+def _openthoughts_metadata(row: Row) -> Row:
+    thought, solution = row["deepseek_reasoning"], row["deepseek_solution"]
+    reference = row.get("ground_truth_solution")
+    return {
+        "prompt": row["problem"],
+        "answer": (last_boxed(reference) or reference) if reference else None,
+        "demonstration": f"<think>{thought}</think>{solution}",
+        "source": row.get("source") or row.get("domain"),
+    }
+
+
+def _conversations(row: Row) -> Row:
+    """system, and turns of {from, value}: the last of the assistant's is the demonstration."""
+    roles = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
+    turns = [{"role": roles[turn["from"]], "content": turn["value"]} for turn in row["conversations"]]
+    return _messages(turns, row.get("system"))
+
+
+def _messages(turns: Sequence[Mapping[str, str]], system: str | None = None) -> Row:
+    if len(turns) < 2 or turns[-1]["role"] != "assistant":
+        raise ValueError("the conversation does not end with an answer")
+    before = [{"role": "system", "content": system}] if system else []
+    said = turns[-1]["content"]
+    return {"prompt": [*before, *turns[:-1]], "answer": last_boxed(said), "demonstration": said}
+
+
+def _r1_distill(row: Row) -> Row:
+    """Version 1 has messages, version 0 columns."""
+    if "reannotated_messages" in row:
+        return _messages(row["reannotated_messages"])
+    reference = row.get("solution")
+    return {
+        "prompt": row["problem"],
+        "answer": (last_boxed(reference) or reference) if reference else None,
+        "demonstration": row["reannotated_assistant_content"],
+    }
+
+
+def _gsm8k(row: Row) -> Row:
+    worked, mark, answer = row["answer"].partition("####")
+    if not mark:
+        raise ValueError("the answer has no ####")
+    return {"prompt": row["question"], "answer": answer.strip(), "demonstration": worked.strip()}
+
+
+def _countdown(row: Row) -> Row:
+    numbers = [int(number) for number in row["nums"]]
+    target = int(row["target"])
+    prompt = COUNTDOWN_PROMPT.format(numbers=numbers, target=target)
+    return {"prompt": prompt, "answer": str(target), "demonstration": None, "nums": numbers, "target": target}
+
+
+def _knights_and_knaves(row: Row) -> Row:
+    """Roles by name, for the reward of that name."""
+    roles = dict(zip(row["names"], ["knight" if told else "knave" for told in row["solution"]], strict=True))
+    return {"prompt": row["quiz"], "answer": row["solution_text"], "demonstration": None, "roles": roles}
+
+
+def _verl(row: Row) -> Row:
+    """Rows for verl: prompt as messages, reward_model.ground_truth."""
+    return {"prompt": list(row["prompt"]), "answer": str(row["reward_model"]["ground_truth"]), "demonstration": None}
+
+
+def _problem_and_answer(row: Row) -> Row:
+    return {"prompt": row["problem"], "answer": str(row["answer"]), "demonstration": row.get("solution")}
+
+
+def _x_r1(row: Row) -> Row:
+    answer = last_boxed(row["solution"]) or re.sub(r"^\$|\$$", "", row["solution"].strip())
+    return {"prompt": row["problem"], "answer": answer, "demonstration": None}
+
+
+SCHEMAS: Mapping[str, SeedSchema] = {
+    "openr1_math": SeedSchema(sets=["open-r1/OpenR1-Math-220k"], licence="apache-2.0", read=_openr1_math),
+    "openthoughts_metadata": SeedSchema(
+        sets=["open-thoughts/OpenThoughts-114k"], licence="apache-2.0", read=_openthoughts_metadata
+    ),
+    "conversations": SeedSchema(sets=["bespokelabs/Bespoke-Stratos-17k"], licence="apache-2.0", read=_conversations),
+    "messages": SeedSchema(
+        sets=["cognitivecomputations/dolphin-r1"], licence="apache-2.0", read=lambda row: _messages(row["messages"])
+    ),
+    "r1_distill_sft": SeedSchema(sets=["ServiceNow-AI/R1-Distill-SFT"], licence=NONCOMMERCIAL, read=_r1_distill),
+    "gsm8k": SeedSchema(sets=["openai/gsm8k"], licence="mit", read=_gsm8k),
+    "countdown": SeedSchema(sets=["Jiayi-Pan/Countdown-Tasks-3to4"], licence="see card", read=_countdown),
+    "knights_and_knaves": SeedSchema(
+        sets=["K-and-K/knights-and-knaves"], licence=NONCOMMERCIAL, read=_knights_and_knaves
+    ),
+    "verl": SeedSchema(
+        sets=["hkust-nlp/SimpleRL-Zoo-Data", "BytedTsinghua-SIA/DAPO-Math-17k"], licence="see card", read=_verl
+    ),
+    "deepscaler": SeedSchema(sets=["agentica-org/DeepScaleR-Preview-Dataset"], licence="mit", read=_problem_and_answer),
+    "x_r1": SeedSchema(sets=["xiaodongguaAIGC/X-R1-750"], licence="see card", read=_x_r1),
+}

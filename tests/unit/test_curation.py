@@ -1,0 +1,242 @@
+"""Published schemas, licences, contamination, near duplicates, pass rates and what is written."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_rl.config.curation import CurationConfig
+from megatron_rl.config.load import load_as
+from megatron_rl.config.schema import RowsSection, SourceSection
+from megatron_rl.curation.contamination import Benchmarks
+from megatron_rl.curation.near_duplicates import near_duplicates
+from megatron_rl.curation.rows import OUTPUTS, Solved, difficulty_of
+from megatron_rl.data.adapters import to_problem
+from megatron_rl.data.schemas import SCHEMAS
+from megatron_rl.data.sources import read_rows
+from megatron_rl.errors import ConfigError, DataError
+from megatron_rl.evaluation.answers import Answer
+from megatron_rl.rewards.countdown import countdown
+from megatron_rl.rewards.knights_and_knaves import knights_and_knaves
+from megatron_rl.rewards.record import RewardInput
+from tools import curate
+
+ROOT = Path(__file__).parents[2]
+TURNS = [{"from": "user", "value": "2+2?"}, {"from": "assistant", "value": "so \\boxed{4}"}]
+MESSAGES = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "so \\boxed{4}"}]
+ASKED = [{"role": "user", "content": "2+2?"}]
+# schema -> (a row with its public columns, prompt, answer, demonstration)
+ROWS: dict[str, tuple[dict[str, Any], Any, str | None, str | None]] = {
+    "openr1_math": (
+        {"problem": "2+2?", "solution": "four", "answer": "4", "problem_type": "Algebra", "question_type": "math-word",
+         "source": "olympiads", "uuid": "u", "is_reasoning_complete": [True, True], "generations": ["5", "4"],
+         "correctness_math_verify": [False, True], "correctness_llama": None, "finish_reasons": ["stop", "stop"],
+         "correctness_count": 1, "messages": MESSAGES},
+        "2+2?", "4", "4",
+    ),
+    "openthoughts_metadata": (
+        {"problem": "2+2?", "deepseek_reasoning": "hm", "deepseek_solution": "4", "ground_truth_solution": "\\boxed{4}",
+         "domain": "math", "source": "numina", "test_cases": None, "starter_code": None},
+        "2+2?", "4", "<think>hm</think>4",
+    ),
+    "conversations": (
+        {"system": "be brief", "conversations": TURNS},
+        [{"role": "system", "content": "be brief"}, *ASKED], "4", "so \\boxed{4}",
+    ),
+    "messages": ({"messages": MESSAGES}, ASKED, "4", "so \\boxed{4}"),
+    "r1_distill_sft": (
+        {"id": "1", "reannotated_assistant_content": "<think></think>4", "problem": "2+2?", "source": "x",
+         "solution": "it is \\boxed{4}", "verified": True, "quality_metrics": None},
+        "2+2?", "4", "<think></think>4",
+    ),
+    "gsm8k": ({"question": "2+2?", "answer": "2+2=<<2+2=4>>4\n#### 4"}, "2+2?", "4", "2+2=<<2+2=4>>4"),
+    "countdown": ({"target": 7, "nums": [3, 4]}, None, "7", None),
+    "knights_and_knaves": (
+        {"quiz": "Who?", "names": ["Ada", "Ben"], "knight_knave": {}, "solution": [True, False],
+         "solution_text": "(1) Ada is a knight\n(2) Ben is a knave"},
+        "Who?", "(1) Ada is a knight\n(2) Ben is a knave", None,
+    ),
+    "verl": (
+        {"data_source": "x", "prompt": ASKED, "ability": "math", "reward_model": {"style": "rule", "ground_truth": 4}},
+        ASKED, "4", None,
+    ),
+    "deepscaler": ({"problem": "2+2?", "answer": "4", "solution": "add"}, "2+2?", "4", "add"),
+    "x_r1": ({"problem": "2+2?", "solution": "$4$"}, "2+2?", "4", None),
+}  # fmt: skip
+
+
+def write(folder: Path, rows: list[dict[str, Any]], name: str = "rows") -> str:
+    path = folder / f"{name}.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_every_schema_has_a_row_here() -> None:
+    assert set(ROWS) == set(SCHEMAS)
+
+
+@pytest.mark.parametrize("schema", ROWS)
+def test_a_published_schema_is_read(schema: str, tmp_path: Path) -> None:
+    row, prompt, answer, demonstration = ROWS[schema]
+    path = write(tmp_path, [row])
+    source = SourceSection(kind="jsonl", path=path, schema=schema, allow_noncommercial=True, demonstration_field=None)
+    (found,) = read_rows(source)
+    assert found["prompt"] == prompt if prompt is not None else "[3, 4]" in found["prompt"]
+    assert (found["answer"], found["demonstration"]) == (answer, demonstration)
+    assert found["licence"] == SCHEMAS[schema].licence
+    assert found["source"]
+    problem = to_problem(found, source, 0)
+    assert problem.answer == answer
+    broken = {key: value for key, value in row.items() if key in ("source", "system", "data_source", "id")}
+    write(tmp_path, [broken or {"x": 1}])
+    with pytest.raises(DataError, match="row 0 of"):
+        read_rows(source)
+
+
+def test_the_columns_of_a_schema_are_what_its_reward_reads(tmp_path: Path) -> None:
+    for schema, reward, response in (
+        ("countdown", countdown, "<answer>4 + 3</answer>"),
+        ("knights_and_knaves", knights_and_knaves, "<answer>Ada is a knight, Ben is a knave</answer>"),
+    ):
+        path = write(tmp_path, [ROWS[schema][0]])
+        (row,) = read_rows(RowsSection(kind="jsonl", path=path, schema=schema, allow_noncommercial=True))
+        said = RewardInput(
+            prompt="", response=response, answer=row["answer"], finish_reason="stop", num_tokens=1, seed=0, metadata=row
+        )
+        assert reward(said) == 1
+
+
+def test_non_commercial_licences_need_a_flag(tmp_path: Path) -> None:
+    path = write(tmp_path, [ROWS["r1_distill_sft"][0]])
+    with pytest.raises(DataError, match=r"cc-by-nc-sa-4\.0.*allow_noncommercial=true"):
+        read_rows(RowsSection(kind="jsonl", path=path, schema="r1_distill_sft"))
+    # by its id also without a schema, and before anything is downloaded
+    with pytest.raises(DataError, match=r"K-and-K/knights-and-knaves has the licence cc-by-nc-sa-4\.0"):
+        read_rows(RowsSection(kind="datasets", path="K-and-K/knights-and-knaves"))
+    with pytest.raises(DataError, match="schema='nothing' is unknown"):
+        read_rows(RowsSection(kind="jsonl", path=path, schema="nothing"))
+
+
+def test_contamination_is_any_shared_run_of_words() -> None:
+    question = "A farmer has seven cows and buys three more cows at the market. How many?"
+    benchmarks = Benchmarks({"farm": [question], "short": ["Two plus two?"]})
+    assert benchmarks.found_in("x " + question.upper() + " y") is not None
+    assert benchmarks.found_in("has seven, cows AND buys three more cows") == (
+        "farm", "has seven cows and buys three more cows",
+    )  # fmt: skip
+    assert benchmarks.found_in("has seven cows and buys three more goats") is None
+    assert benchmarks.found_in("two plus two") == ("short", "two plus two")
+    assert benchmarks.found_in("so two plus two") is None
+
+
+def test_near_duplicates_are_those_of_a_comparison_of_all_pairs() -> None:
+    from rapidfuzz import fuzz
+
+    bases = [
+        f"Train number {i} leaves town {chr(65 + i)} at {i} o'clock with {7 * i} passengers, and loses {i * i} of them "
+        f"at stop {3 * i}; how many passengers are left when it comes to {chr(90 - i)}?"
+        for i in range(20)
+    ]
+    texts = []
+    for i, base in enumerate(bases):
+        texts += [base, base.upper() + " ", base.replace("passengers", "travellers", i % 2), base[:40] * 3]
+    found = near_duplicates(texts, 95.0)
+    kept: list[int] = []
+    for place, text in enumerate(texts):
+        plain = " ".join(text.lower().split())
+        same = next((one for one in kept if fuzz.ratio(plain, " ".join(texts[one].lower().split())) >= 95), None)
+        assert found[place] == same, (text, texts[same or 0])
+        if same is None:
+            kept.append(place)
+    assert 20 < len(kept) < 80
+    assert near_duplicates(["", "", "a"], 95.0) == [None, 0, None]
+
+
+def answer_of(sample: int, text: str, *, right: bool, tokens: int) -> Answer:
+    return Answer(
+        task="t", question=0, sample=sample, seed=0, response=text, num_tokens=tokens, finish_reason="stop",
+        right=right, status="ok", message="", shown=None, asked="",
+    )  # fmt: skip
+
+
+def test_what_is_written_can_be_read_again(tmp_path: Path) -> None:
+    answers = [
+        answer_of(0, "wrong", right=False, tokens=1), answer_of(1, "long \\boxed{4}", right=True, tokens=9),
+        answer_of(2, "\\boxed{4}", right=True, tokens=3), answer_of(3, "no", right=False, tokens=2),
+    ]  # fmt: skip
+    row = {"prompt": "2+2?", "answer": "4", "source": "here", "prompt_text": "2+2?", "nums": [2, 2]}
+    one = Solved.of(row, answers, {"easy": 0.7, "medium": 0.3, "hard": 0.0})
+    assert (one.pass_rate, one.difficulty) == (0.5, "medium")
+    written = {name: json.loads(json.dumps(output(one))) for name, output in OUTPUTS.items()}
+    assert set(ROWS["openr1_math"][0]) <= set(written["openr1_math"])
+    for schema in ("openr1_math", "conversations"):
+        (found,) = read_rows(RowsSection(kind="jsonl", path=write(tmp_path, [written[schema]]), schema=schema))
+        assert found["answer"] == "4"
+        assert found["demonstration"] == ("long \\boxed{4}" if schema == "openr1_math" else "\\boxed{4}")
+    assert written["problems"]["nums"] == [2, 2]
+    assert written["problems"]["pass_rate"] == 0.5
+    assert written["openr1_math"]["messages"][-1]["content"] == "\\boxed{4}", "the shortest right one"
+
+
+@pytest.mark.parametrize(("rate", "label"), [(0.0, "hard"), (0.29, "hard"), (0.3, "medium"), (1.0, "easy")])
+def test_difficulty_is_the_label_with_the_largest_bound(rate: float, label: str) -> None:
+    assert difficulty_of(rate, {"easy": 0.7, "medium": 0.3, "hard": 0.0}) == label
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["near_duplicates=0"], "near_duplicates=0"),
+        (["pass_rate.above=0.8", "pass_rate.below=0.2"], r"pass_rate\.below=0\.2"),
+        (["output.schema=conversations", "generate=null"], r"output\.schema=.?conversations"),
+    ],
+)
+def test_a_wrong_configuration_is_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_as(CurationConfig, ROOT / "configs/curation/quickstart.yaml", overrides)
+
+
+SUITE = """
+run: {{name: toy, output_dir: {folder}/out}}
+data: {{kind: jsonl, path: {folder}/rows.jsonl}}
+contamination: {{tasks: [{tasks}/hasty_addition.yaml], data: {{hasty_addition: {folder}/test.jsonl}}}}
+near_duplicates: 95
+generate:
+  model: {{path: {model}, dtype: fp32}}
+  chat: false
+  sampling: {{num_samples: 8, temperature: 1.0, max_new_tokens: 3}}
+  scorer: {{name: "tests.own_rewards:begins_with_a_digit"}}
+"""
+
+
+def test_the_whole_way(toy_model: Any, tmp_path: Path) -> None:
+    """Planted: one contaminated problem, two doubles; the rest is sieved by what a random model really says."""
+    rows = [{"prompt": f"{i}+{i * i}+{7 * i}=", "answer": str(i)} for i in range(11, 59)]
+    rows += [{"prompt": prompt, "answer": "1"} for prompt in ("99+1=", " 11+121+77=", "12+144+84=")]
+    write(tmp_path, rows)
+    write(tmp_path, [{"prompt": "99+1=", "answer": "100"}], "test")
+    config = tmp_path / "curate.yaml"
+    config.write_text(
+        SUITE.format(folder=tmp_path, tasks=ROOT / "configs/eval/tasks", model=toy_model("qwen2", tied=False))
+    )
+    assert curate.main(["--config", str(config)]) == 0
+    kept = [json.loads(line) for line in (tmp_path / "out/curated.jsonl").read_text().splitlines()]
+    dropped = [json.loads(line) for line in (tmp_path / "out/dropped.jsonl").read_text().splitlines()]
+    stages = [one["stage"] for one in dropped]
+    assert (stages.count("contamination"), stages.count("near duplicate")) == (1, 2)
+    assert len(kept) + len(dropped) == len(rows)
+    assert kept
+    assert all(0 < row["pass_rate"] < 1 and row["num_samples"] == 8 for row in kept)
+    said = tmp_path / "out/generated/answers/problems.0.jsonl"
+    answers = [json.loads(line) for line in said.read_text().splitlines()]
+    assert len(answers) == 8 * 48
+    counts = {place: sum(one["right"] for one in answers if one["question"] == place) for place in range(48)}
+    wanted = {row["prompt"]: counts[place] / 8 for place, row in enumerate(rows[:48]) if 0 < counts[place] < 8}
+    assert {row["prompt"]: row["pass_rate"] for row in kept} == wanted
+    assert stages.count("pass rate") == 48 - len(wanted)
+    # once more, with another window: nothing is asked again
+    assert curate.main(["--config", str(config), "pass_rate.below=0.5"]) == 0
+    again = [json.loads(line) for line in (tmp_path / "out/curated.jsonl").read_text().splitlines()]
+    assert {row["prompt"] for row in again} == {prompt for prompt, rate in wanted.items() if rate < 0.5}
+    assert len(said.read_text().splitlines()) == 8 * 48
