@@ -1,7 +1,7 @@
 """Configuration to objects. With loop.py and train.py the only place that sees the whole RunConfig."""
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from megatron_rl.data.prompts import PromptSet, load_prompts
 from megatron_rl.data.templates import load_tokenizer
 from megatron_rl.environments import build_environment
 from megatron_rl.errors import ConfigError, DataError
+from megatron_rl.examiner import Examiner, Suite, read_suite
 from megatron_rl.judging import Judge, StepFinder
 from megatron_rl.mcore.critic import Critic
 from megatron_rl.mcore.model import check_weights
@@ -122,6 +123,9 @@ class Inputs:
         for prompts in (self.train, self.evaluation):
             if prompts is not None:
                 _check_fits(prompts, spec, config)
+        self.suite = read_suite(config, self.tokenizer)
+        if self.suite is not None:
+            self.suite.longest(spec.max_position_embeddings)  # before anything is built
 
 
 def _check_lora(config: LoraSection, spec: ModelSpec, tp_size: int) -> None:
@@ -237,9 +241,14 @@ def build_dialogue(config: RolloutSection) -> Dialogue | None:
     return Dialogue(environment=environment, max_turns=config.max_turns, template=config.turn_template)
 
 
-def build_engine(config: RunConfig, policy: Policy) -> Engine:
-    """This rank's rollout engine; collective."""
-    parallel = policy.parallel
+def build_engine(config: RunConfig, policy: Policy, suite: Suite | None = None) -> Engine:
+    """This rank's rollout engine; collective.
+
+    Args:
+        suite: of benchmarks that it answers as well.
+    """
+    parallel, positions = policy.parallel, policy.spec.max_position_embeddings
+    longest = longest_sequence(config, policy.spec)
     setup = EngineSetup(
         folder=config.model.path,
         spec=policy.spec,
@@ -247,7 +256,7 @@ def build_engine(config: RunConfig, policy: Policy) -> Engine:
         device=parallel.device,
         dtype=torch_dtype(config.model.dtype),
         max_num_sequences=config.rollout.max_num_sequences,
-        max_model_len=longest_sequence(config, policy.spec),
+        max_model_len=longest if suite is None else max(longest, suite.longest(positions)),
         local_rank=parallel.local_rank,
         timeout_s=config.rollout.engine_timeout_s,
         options=config.rollout.engine_options,
@@ -336,6 +345,15 @@ def build_evaluator(config: RunConfig, inputs: Inputs, collector: Collector) -> 
         seed=config.run.seed,
         num_samples=config.metrics.num_samples,
     )
+
+
+def build_examiner(
+    config: RunConfig, inputs: Inputs, keeper: EngineKeeper, parallel: ParallelContext, note: Callable[[str], None]
+) -> Examiner | None:
+    """Benchmarks during the run; None without a suite."""
+    if inputs.suite is None:
+        return None
+    return Examiner(inputs.suite, keeper, config, inputs.tokenizer, parallel, note)
 
 
 def reward_functions(config: RunConfig) -> dict[str, Sequence[RewardFunctionSection]]:

@@ -10,6 +10,7 @@ from megatron_rl.build import (
     build_collector,
     build_engine,
     build_evaluator,
+    build_examiner,
     build_judge,
     build_keeper,
     build_log,
@@ -25,6 +26,7 @@ from megatron_rl.collective import raise_together
 from megatron_rl.config import RunConfig, validate
 from megatron_rl.drift import check_drift
 from megatron_rl.errors import EngineDied
+from megatron_rl.examiner import Examiner
 from megatron_rl.judging import Judge
 from megatron_rl.learning import learn
 from megatron_rl.ledger import Ledger
@@ -74,7 +76,7 @@ def run_in(config: RunConfig, resume: str, parallel: ParallelContext) -> None:
 
     models = build_models(config, parallel)
     policy = models.policy
-    engine = build_engine(config, policy)
+    engine = build_engine(config, policy, inputs.suite)
     checkpoints = Checkpoints(folder, config, parallel)
     state = checkpoints.restore(checkpoint, models) if checkpoint else fresh_state(parallel)
     load_reference(models.reference, checkpoints.reference_of(state), parallel)
@@ -102,7 +104,8 @@ def run_in(config: RunConfig, resume: str, parallel: ParallelContext) -> None:
         ) as log:
             log.note(describe(config, inputs, parallel, checkpoint.name if checkpoint else None))
             judge = build_judge(config, inputs, models)
-            train(config, state, models, sampler, judge, evaluator, keeper, checkpoints, log, parallel)
+            examiner = build_examiner(config, inputs, keeper, parallel, log.note)
+            train(config, state, models, sampler, judge, evaluator, examiner, keeper, checkpoints, log, parallel)
 
 
 def train(
@@ -112,6 +115,7 @@ def train(
     sampler: Sampler,
     judge: Judge | None,
     evaluator: Evaluator | None,
+    examiner: Examiner | None,
     keeper: EngineKeeper,
     checkpoints: Checkpoints,
     log: RunLog,
@@ -120,7 +124,8 @@ def train(
     """Step after step until the last, or until a signal asks to stop."""
     stop, ledger = StopRequest(parallel), Ledger(models, keeper.engine)
     if state.step == 0:
-        log.step(0, evaluate(evaluator, sampler, models, config, keeper, log, state, Stopwatch()))
+        held_out = evaluate(evaluator, sampler, models, config, keeper, log, state, Stopwatch())
+        log.step(0, held_out | examine(examiner, sampler, models, config, keeper, log, state, Stopwatch()))
     while state.step < config.run.num_steps and not stop.agreed():
         watch, step = Stopwatch(), state.step + 1
         metrics: dict[str, Reduction] = {}
@@ -150,6 +155,9 @@ def train(
         if is_due(config.evaluation.every, step, config.run.num_steps):
             with saved_if_engines_die(checkpoints, state, models, sampler):
                 metrics = merge([metrics, evaluate(evaluator, sampler, models, config, keeper, log, state, watch)])
+        if is_due(config.evaluation.suite_every, step, config.run.num_steps):
+            with saved_if_engines_die(checkpoints, state, models, sampler):
+                metrics |= examine(examiner, sampler, models, config, keeper, log, state, watch)
         checkpoints.finish_if_written()
         if config.algorithm.reference_reset_every and step % config.algorithm.reference_reset_every == 0:
             with watch.span("reset_reference"):
@@ -251,6 +259,29 @@ def evaluate(
     log.note(f"held out, step {state.step}: {', '.join(shown)}")
     log.samples(samples)
     return pushed | metrics
+
+
+def examine(
+    examiner: Examiner | None,
+    sampler: Sampler,
+    models: RunModels,
+    config: RunConfig,
+    keeper: EngineKeeper,
+    log: RunLog,
+    state: TrainState,
+    watch: Stopwatch,
+) -> dict[str, Reduction]:
+    """Metrics of the benchmarks, on the first rank; empty without a suite."""
+    if examiner is None:
+        return {}
+    with watch.span("benchmarks"):
+        sampler.settle(version=state.step)
+        keeper.push(version=state.step)
+        with room_for_engine(models, keeper.engine, config, watch):
+            metrics = examiner.examine(state.step)
+    for note in keeper.take_notes():
+        log.note(note)
+    return metrics
 
 
 def rollout_metrics(

@@ -25,6 +25,8 @@ class SamplingParams:
     top_k: int
     max_new_tokens: int
     stop_token_ids: tuple[int, ...]
+    logprobs: bool = True
+    """Log-probabilities of the sampled tokens are wanted; without them they may come as NaN."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -46,6 +46,7 @@ def render(config: RunConfig | RewardTrainingConfig, rows: Rows, samples: Sequen
     plots = [
         line_plot("Reward", rows, {"critic/score/mean": "reward"}),
         line_plot("Held-out accuracy", rows, accuracy, smooth=False),
+        line_plot("Benchmarks", rows, _benchmarks(rows), smooth=False),
         line_plot("Response length (tokens)", rows, {"response_length/mean": "mean"}),
         line_plot("Entropy (nats per token)", rows, {"actor/entropy": "entropy"}),
         line_plot("KL", rows, {"actor/kl_loss": "to the reference", "actor/ppo_kl": "to the policy before the update"}),
@@ -90,6 +91,12 @@ def _held_out(rows: Rows) -> dict[str, tuple[float, float, int]]:
         with_value = [row for row in rows if row.get(name) is not None]
         found[name] = (with_value[0][name], with_value[-1][name], with_value[-1]["step"])
     return found
+
+
+def _benchmarks(rows: Rows) -> dict[str, str]:
+    """Share of right answers of each task -> its label."""
+    names = sorted({name for row in rows for name in row if name.startswith("benchmark/") and "/avg@" in name})
+    return {name: name.removeprefix("benchmark/").replace("/avg@", ", avg@") for name in names}
 
 
 def _paired(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -235,9 +235,16 @@ class EvaluationSection:
     """Longest response; null: rollout.max_new_tokens."""
     functions: list[RewardFunctionSection] = field(default_factory=list)
     """Reward functions that grade; empty: reward.functions."""
+    suite: str | None = None
+    """File of a suite of benchmarks (configs/eval), answered by the training engine; null: none."""
+    suite_every: int = 0
+    """Put the suite to the policy after every so many steps; 0: only before the first and after the last."""
 
     def __post_init__(self) -> None:
         require(self.every >= 0, "evaluation.every", self.every, "0 (off) or more")
+        require(self.suite_every >= 0, "evaluation.suite_every", self.suite_every, "0 (off) or more")
+        no_schedule = self.suite is not None or self.suite_every == 0
+        require(no_schedule, "evaluation.suite_every", self.suite_every, "0, or evaluation.suite beside it")
         require(self.temperature >= 0, "evaluation.temperature", self.temperature, "0 (greedy) or more")
         positive("evaluation", self, "num_prompts", "max_new_tokens")
 

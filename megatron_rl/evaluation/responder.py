@@ -118,6 +118,7 @@ def respond(
         top_k=0,
         max_new_tokens=sampling.max_new_tokens,
         stop_token_ids=stop_token_ids,
+        logprobs=False,
     )
     requests = (
         Request(

@@ -9,6 +9,7 @@ from megatron_rl.collective import barrier, raise_together
 from megatron_rl.config.evaluation import EvalConfig, TaskConfig
 from megatron_rl.conversion.command import find_model_folder
 from megatron_rl.data.templates import load_tokenizer
+from megatron_rl.evaluation.answerers import Answerer
 from megatron_rl.evaluation.answers import Answer, by_question, read_answers
 from megatron_rl.evaluation.asking import Note, answer
 from megatron_rl.evaluation.exam import Exam, read_exam, with_golds_graded
@@ -50,21 +51,36 @@ def evaluate(
             write_lines(folder.questions, [line for exam in exams for line in exam.as_lines()])
         grading = Grading(config.grading, tasks)
     with closing(grading):
-        with raise_together(parallel):  # before anything is sampled: a scorer that fails would make all answers wrong
-            if parallel.is_main:
-                exams = [with_golds_graded(exam, grading) for exam in exams]
+        exams = checked(exams, grading, parallel)
         answerer = start_answerer(config, described, [(one.task, one.asked) for one in exams], tokenizer, parallel)
         with closing(answerer):
-            with raise_together(parallel):
-                done = read_answers(folder.answers)
-            for exam in exams:
-                with raise_together(parallel):
-                    answer(exam, config.run.seed, answerer, grading, done, folder, note)
-                barrier(parallel)
+            answer_all(exams, config.run.seed, answerer, grading, folder, parallel, note)
         with raise_together(parallel):
-            if not parallel.is_main:
-                return []
-            return concluded_all(config, exams, folder, grading, mark)
+            return concluded_all(config, exams, folder, grading, mark) if parallel.is_main else []
+
+
+def checked(exams: Sequence[Exam], grading: Grading, parallel: ParallelContext) -> list[Exam]:
+    """The tasks with notes about their reference answers, before anything is sampled; collective."""
+    with raise_together(parallel):  # a scorer that fails would make all answers wrong
+        return [with_golds_graded(exam, grading) for exam in exams] if parallel.is_main else list(exams)
+
+
+def answer_all(
+    exams: Sequence[Exam],
+    seed: int,
+    answerer: Answerer,
+    grading: Grading,
+    folder: EvalFolder,
+    parallel: ParallelContext,
+    note: Note,
+) -> None:
+    """What is not answered yet, by all ranks; collective."""
+    with raise_together(parallel):
+        done = read_answers(folder.answers)
+    for exam in exams:
+        with raise_together(parallel):
+            answer(exam, seed, answerer, grading, done, folder, note)
+        barrier(parallel)
 
 
 def concluded_all(

@@ -75,6 +75,25 @@ def test_logprobs_are_those_of_the_distribution_really_sampled(
         torch.testing.assert_close(completion.logprobs, wanted, rtol=0, atol=1e-5)
 
 
+def test_samples_without_logprobs_come_from_the_nucleus(engine_of: EngineOf, toy_model: Callable[..., Path]) -> None:
+    """Evaluation asks so; of SGLang it is the only way to have a nucleus."""
+    folder = toy_model("qwen2", **SIZES)
+    hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    asked, wanted = requests(count=8, samples=8), params(top_p=0.4, logprobs=False)
+    found = collect(engine_of(folder).generate(iter(asked), wanted, max_requests=8))
+    assert len(found) == 64
+    outside = 0
+    for (key, _), completion in found.items():
+        ids = torch.cat([asked[key].token_ids, completion.token_ids])
+        with torch.no_grad():
+            probs = hf(ids[None]).logits[0, asked[key].token_ids.numel() - 1 : -1].softmax(-1)
+        values, order = probs.sort(descending=True)
+        before = (values.cumsum(-1) - values).gather(1, order.argsort(-1))  # the mass of all likelier tokens
+        outside += int((before.gather(1, completion.token_ids[:, None]) >= 0.4 + 1e-4).sum())
+        assert completion.logprobs.shape == completion.token_ids.shape
+    assert outside == 0
+
+
 def test_scores_are_transformers_log_probabilities(engine_of: EngineOf, toy_model: Callable[..., Path]) -> None:
     folder = toy_model("qwen2", **SIZES)
     hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

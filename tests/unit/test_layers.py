@@ -49,6 +49,7 @@ ALLOWED = {
     "conversion": {"errors", "models", "weights", "collective"},
 }
 EVERYTHING = {
+    "examiner",
     "learning",
     "ledger",
     "run_models",

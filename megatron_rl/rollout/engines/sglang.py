@@ -7,6 +7,7 @@ import asyncio
 import atexit
 import base64
 import json
+import math
 import os
 import pickle
 import signal
@@ -166,7 +167,7 @@ class SglangEngine:
         max_requests: int,
         should_stop: Callable[[], bool] | None = None,
     ) -> Iterator[Finished]:
-        if params.top_p < 1 or params.top_k > 0:
+        if params.logprobs and (params.top_p < 1 or params.top_k > 0):
             raise EngineError(
                 f"SGLang reports log-probabilities of the whole distribution, but top_p={params.top_p} and "
                 f"top_k={params.top_k} sample from a part of it. Set rollout.top_p=1 and rollout.top_k=0."
@@ -257,13 +258,15 @@ class SglangEngine:
         stops = list(params.stop_token_ids)
         wanted = {
             "temperature": params.temperature,
+            "top_p": params.top_p,
+            "top_k": params.top_k or -1,
             "max_new_tokens": request.limit(params),
             "stop_token_ids": stops,
             "ignore_eos": not stops,  # which would ignore the stop tokens as well
         }
         ids = request.token_ids.tolist()
         found: dict[str, Any] = await self._engine.async_generate(
-            input_ids=ids, sampling_params=wanted, return_logprob=True
+            input_ids=ids, sampling_params=wanted, return_logprob=params.logprobs
         )
         return found
 
@@ -283,7 +286,8 @@ class SglangEngine:
 
     def _completion(self, found: Mapping[str, Any]) -> Completion:
         tokens, about = list(found["output_ids"]), found["meta_info"]
-        logprobs = about["output_token_logprobs"] if tokens else []
+        # none were asked for where there are none
+        logprobs = about.get("output_token_logprobs", [(math.nan, token) for token in tokens]) if tokens else []
         if [entry[1] for entry in logprobs] != tokens:
             raise EngineError("SGLang reported log-probabilities of other tokens than those it returned.")
         return Completion(

@@ -4,6 +4,7 @@ Written against vLLM 0.20 to 0.32. What differs between a machine with GPUs and 
 """
 
 import gc
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -232,7 +233,7 @@ class VllmEngine:
                 max_tokens=request.limit(params),
                 stop_token_ids=list(params.stop_token_ids),
                 ignore_eos=True,  # the stop tokens are all given
-                logprobs=0,
+                logprobs=0 if params.logprobs else None,
                 detokenize=False,
                 output_kind=RequestOutputKind.DELTA if in_parts else RequestOutputKind.FINAL_ONLY,
             )
@@ -268,7 +269,11 @@ class _Sample:
         """Further tokens; with those of the end vLLM may send none."""
         tokens = list(output.token_ids)
         self.tokens += tokens
-        self.logprobs += [found[token].logprob for token, found in zip(tokens, output.logprobs or (), strict=True)]
+        # none were asked for where there are none
+        logprobs = output.logprobs or [None] * len(tokens)
+        self.logprobs += [
+            math.nan if found is None else found[token].logprob for token, found in zip(tokens, logprobs, strict=True)
+        ]
 
 
 def _logprobs_of(asked: Continuation, found: Sequence[Any]) -> Tensor:
