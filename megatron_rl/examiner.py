@@ -20,7 +20,7 @@ from megatron_rl.evaluation.folder import EvalFolder
 from megatron_rl.evaluation.grading import Grading
 from megatron_rl.evaluation.model import end_tokens
 from megatron_rl.evaluation.results import TaskResult
-from megatron_rl.evaluation.run import answer_all, checked, concluded_all
+from megatron_rl.evaluation.run import answer_all, begin, checked, concluded_all
 from megatron_rl.evaluation.starting import longest_sequence
 from megatron_rl.metrics.metric import Mean, Reduction
 from megatron_rl.rollout.keeper import EngineKeeper
@@ -89,21 +89,21 @@ class Examiner:
             RewardError: a scorer fails.
         """
         folder = EvalFolder(self._folder / f"step_{step:06d}")
-        mark, tasks = f"step {step}", [exam.task for exam in self._exams]
+        mark = f"step {step}"
         run = replace(self._config.run, name=f"{self._config.run.name}, step {step}", output_dir=str(folder.path))
         config = replace(self._config, run=run)
         with raise_together(self._parallel):
             if self._parallel.is_main:
                 # of an attempt that was given up, whose weights were perhaps others
                 shutil.rmtree(folder.path, ignore_errors=True)
-                folder.begin(config, tasks, mark)
-        with closing(Grading(config.grading, tasks)) as grading:
-            self._exams = checked(self._exams, grading, self._parallel)
+                begin(folder, config, self._exams, mark)
+        with closing(Grading(config.grading, [exam.task for exam in self._exams])) as grading:
+            exams = checked(self._exams, grading, self._parallel)
             self._answer(step, folder, grading)
             with raise_together(self._parallel):
                 if not self._parallel.is_main:
                     return {}
-                results = concluded_all(config, self._exams, folder, grading, mark)
+                results = concluded_all(config, exams, folder, grading, mark)
         shown = [f"{one.task} {one.scores[f'avg@{one.num_samples}']:.1%}" for one in results]
         self._note(f"benchmarks, step {step}: {', '.join(shown)}; {folder.html}")
         return metrics_of(results)

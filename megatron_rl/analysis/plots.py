@@ -68,6 +68,44 @@ def bar_plot(title: str, x_label: str, bars: Mapping[str, float]) -> str:
     return _finish(figure, axes, legend=False)
 
 
+def grouped_bar_plot(title: str, x_label: str, groups: Mapping[str, Mapping[str, float]]) -> str:
+    """For each name the bars of several groups, the first name and group on top.
+
+    Args:
+        groups: label -> (name -> value).
+    """
+    names = list(dict.fromkeys(name for bars in groups.values() for name in bars))
+    figure, axes = _figure(title, height=max(3.0, 0.9 + 0.22 * len(names) * len(groups)))
+    axes.set_xlabel(x_label, fontsize=9, color=INK)
+    thickness = 0.8 / len(groups)
+    for place, ((label, bars), colour) in enumerate(zip(groups.items(), itertools.cycle(COLOURS), strict=False)):
+        known = [(index, bars[name]) for index, name in enumerate(names) if name in bars]
+        heights = [index + (place - (len(groups) - 1) / 2) * thickness for index, _ in known]
+        axes.barh(heights, [value for _, value in known], height=thickness, color=colour, label=label)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    return _finish(figure, axes, legend=len(groups) > 1)
+
+
+def table_plot(title: str, rows: Sequence[str], columns: Sequence[str], counts: Sequence[Sequence[int]]) -> str:
+    """Counts in a grid, the darker the more.
+
+    Args:
+        counts: of each row, one for each column.
+    """
+    figure, axes = _figure(title)
+    axes.imshow(counts, cmap="Blues", aspect="auto", vmin=0)
+    axes.set_xticks(range(len(columns)), columns)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set_xlabel("")
+    axes.grid(visible=False)
+    most = max(max(row) for row in counts)
+    for y, row in enumerate(counts):
+        for x, count in enumerate(row):
+            axes.text(x, y, str(count), ha="center", va="center", color="white" if count > 0.6 * most else INK)
+    return _finish(figure, axes, legend=False)
+
+
 def time_split_plot(title: str, rows: Rows, spans: Sequence[str]) -> str | None:
     """Mean seconds of a step by span, as one stacked bar."""
     means = {}

@@ -18,10 +18,20 @@ SIGNIFICANT = 1.96
 class Finished:
     """One evaluation."""
 
-    name: str
+    path: Path
     results: Mapping[str, Any]
     rates: Mapping[str, Sequence[float]]
     """Task -> share of right samples of each question."""
+
+    @property
+    def name(self) -> str:
+        """Folder and model."""
+        return f"{self.path.name}: {self.results['model']}"
+
+
+def is_right(rate: float) -> bool:
+    """Half of a question's samples are right."""
+    return rate >= 0.5
 
 
 def read_finished(path: Path) -> Finished:
@@ -32,7 +42,7 @@ def read_finished(path: Path) -> Finished:
     """
     results = read_results(path)
     rates = {task: result["rates"] for task, result in results["tasks"].items()}
-    return Finished(f"{path.name}: {results['model']}", results, rates)
+    return Finished(path if path.is_dir() else path.parent, results, rates)
 
 
 def compared(runs: Sequence[Finished]) -> list[list[str]]:
@@ -73,7 +83,7 @@ def check_same(task: str, one: Finished, other: Finished) -> None:
 
 def confusion(before: Sequence[float], after: Sequence[float]) -> tuple[int, int, int, int]:
     """Questions that both have right, only the first, only the second, and neither; right is half of the samples."""
-    pairs = [(old >= 0.5, new >= 0.5) for old, new in zip(before, after, strict=True)]
+    pairs = [(is_right(old), is_right(new)) for old, new in zip(before, after, strict=True)]
     both, only_before, only_after, neither = (
         pairs.count(kind) for kind in ((True, True), (True, False), (False, True), (False, False))
     )

@@ -47,8 +47,7 @@ def evaluate(
         folder = EvalFolder(Path(config.run.output_dir))
         mark = f"{config.model.path} at {config.engine.url}" if described is None else fingerprint(config.model.path)
         if parallel.is_main:
-            folder.begin(config, tasks, mark)
-            write_lines(folder.questions, [line for exam in exams for line in exam.as_lines()])
+            begin(folder, config, exams, mark)
         grading = Grading(config.grading, tasks)
     with closing(grading):
         exams = checked(exams, grading, parallel)
@@ -57,6 +56,19 @@ def evaluate(
             answer_all(exams, config.run.seed, answerer, grading, folder, parallel, note)
         with raise_together(parallel):
             return concluded_all(config, exams, folder, grading, mark) if parallel.is_main else []
+
+
+def begin(folder: EvalFolder, config: EvalConfig, exams: Sequence[Exam], mark: str) -> None:
+    """Make the folder, or go on in it, with what is asked.
+
+    Args:
+        mark: the model's fingerprint.
+
+    Raises:
+        ConfigError: it holds answers to something else, or cannot be written.
+    """
+    folder.begin(config, [exam.task for exam in exams], mark)
+    write_lines(folder.questions, [line for exam in exams for line in exam.as_lines()])
 
 
 def checked(exams: Sequence[Exam], grading: Grading, parallel: ParallelContext) -> list[Exam]:

@@ -11,9 +11,11 @@ import pytest
 from megatron_rl.build import Inputs
 from megatron_rl.errors import ConfigError, DataError
 from megatron_rl.evaluation.answers import read_answers
+from megatron_rl.evaluation.compare import read_finished
 from tests.distributed import cases
 from tests.gang import Gang
 from tests.toys import toy_config
+from tools import compare_evals
 
 ROOT = Path(__file__).parents[2]
 SUITE = """
@@ -79,6 +81,16 @@ def test_the_policy_is_examined_on_schedule(
     assert {key: one.response for key, one in alone.items()} == {key: one.response for key, one in steps[3].items()}
     before = {key: one.response for key, one in steps[0].items()}
     assert before != {key: one.response for key, one in steps[3].items()}, "the policy has learnt something"
+
+    page = tmp_path / "page.html"
+    folders = [str(folder / f"benchmarks/step_{step:06d}") for step in (0, 3)]
+    assert compare_evals.main([*folders, "--html", str(page)]) == 0
+    rates = [read_finished(Path(one)).rates for one in folders]
+    pairs = [pair for task in rates[0] for pair in zip(rates[0][task], rates[1][task], strict=True)]
+    changed = sum((old >= 0.5) != (new >= 0.5) for old, new in pairs)
+    text = page.read_text()
+    assert text.count("<svg") == 3, "the shares, and what changed of each task"
+    assert text.count("<details>") == changed
 
 
 def test_a_suite_that_cannot_be_answered_stops_before_the_first_step(
