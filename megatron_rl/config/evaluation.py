@@ -1,10 +1,10 @@
 """The configuration of python -m megatron_rl.evaluate, and of the tasks that it names, one file each."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from megatron_rl.config.checks import positive, require
 from megatron_rl.config.load import load_as
@@ -22,6 +22,8 @@ class FewShotSection:
     """Text of an example, with {column} of its row."""
     rows: RowsSection
     """Where they come from."""
+    preamble: str = ""
+    """Text before the first example, with {column} of its row."""
     same: str | None = None
     """Only rows that have what the question's row has in this column, for instance subject; null: any."""
 
@@ -255,12 +257,17 @@ class EvalConfig:
     """Only the first so many questions of each task; the report says so."""
     data: dict[str, str] = field(default_factory=dict)
     """Task name -> local file (.jsonl, .parquet) or folder that replaces its data set."""
+    examples: dict[str, str] = field(default_factory=dict)
+    """Task or template name -> local file or folder that replaces the rows of its few_shot."""
     console: Literal["plain", "silent"] = "plain"
     """Progress with the time left, in lines."""
 
     def __post_init__(self) -> None:
         require(bool(self.tasks), "tasks", self.tasks, "at least one file")
         positive("", self, "limit")
+
+
+Asking = TypeVar("Asking", TaskConfig, TemplateConfig)
 
 
 def load_evaluation(path: str | Path, overrides: list[str]) -> tuple[EvalConfig, list[TaskConfig]]:
@@ -271,8 +278,8 @@ def load_evaluation(path: str | Path, overrides: list[str]) -> tuple[EvalConfig,
     """
     config = load_as(EvalConfig, path, overrides)
     folder = Path(path).parent
-    own = [load_as(TaskConfig, folder / name) for name in config.tasks]
-    templates = [load_as(TemplateConfig, folder / name) for name in config.templates]
+    own = [_with_examples(load_as(TaskConfig, folder / name), config.examples) for name in config.tasks]
+    templates = [_with_examples(load_as(TemplateConfig, folder / name), config.examples) for name in config.templates]
     for kind, found in (("task", own), ("template", templates)):
         names = [one.name for one in found]
         twice = sorted({name for name in names if names.count(name) > 1})
@@ -282,9 +289,24 @@ def load_evaluation(path: str | Path, overrides: list[str]) -> tuple[EvalConfig,
     unknown = sorted(set(config.data) - set(names))
     if unknown:
         raise ConfigError(f"data.{unknown[0]}: there is no such task here. Tasks: {', '.join(names)}.")
+    askings: list[TaskConfig | TemplateConfig] = [*own, *templates]
+    with_examples = [one.name for one in askings if one.few_shot is not None]
+    unknown = sorted(set(config.examples) - set(with_examples))
+    if unknown:
+        raise ConfigError(
+            f"examples.{unknown[0]}: nothing of that name has examples here. Those that have: "
+            f"{', '.join(with_examples) or 'none'}."
+        )
     return config, [
         asked for task in own for asked in _variants(_adapted(task, config), templates, config.temperatures)
     ]
+
+
+def _with_examples(asked: Asking, examples: Mapping[str, str]) -> Asking:
+    """The task or template with local examples, where some are named."""
+    if asked.few_shot is None or asked.name not in examples:
+        return asked
+    return replace(asked, few_shot=replace(asked.few_shot, rows=local(asked.few_shot.rows, examples[asked.name])))
 
 
 def _variants(

@@ -106,5 +106,8 @@ def _existing_file(source: RowsSection) -> Path:
     assert source.path is not None
     path = Path(source.path)
     if not path.is_file():
-        raise DataError(f"data file {path} does not exist. Set the path of data.train or data.evaluation.")
+        raise DataError(
+            f"data file {path} does not exist. Set the path of the source: data.train or data.evaluation of a run, "
+            "data.TASK or examples.TASK of an evaluation."
+        )
     return path

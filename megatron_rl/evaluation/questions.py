@@ -108,7 +108,10 @@ def _examples(task: TaskConfig, row: Mapping[str, Any], shots: Sequence[Mapping[
         raise DataError(
             f"{where}: {len(fitting)} examples fit it, few_shot.count={section.count}. Give more, or lower it."
         )
-    return "".join(filled(section.template, shot, where) for shot in fitting[: section.count])
+    chosen = fitting[: section.count]
+    return filled(section.preamble, chosen[0], where) + "".join(
+        filled(section.template, shot, where) for shot in chosen
+    )
 
 
 def _with_choices(task: TaskConfig, row: Mapping[str, Any], where: str) -> Mapping[str, Any]:

@@ -76,6 +76,7 @@ def test_every_task_and_template_of_the_project_is_called_as_its_file() -> None:
         ("tasks: [a.yaml, b.yaml]", [], r"several tasks are called 'a'"),
         ("tasks: []", [], r"tasks=\[\]: expected at least one file"),
         ("tasks: [a.yaml]", ["data.b=x.jsonl"], r"data\.b: there is no such task here. Tasks: a"),
+        ("tasks: [a.yaml]", ["examples.a=x.jsonl"], r"examples\.a: nothing of that name has examples here.*: none"),
         ("tasks: [a.yaml]", ["sampling.num_samples=0"], r"sampling\.num_samples=0"),
         ("tasks: [a.yaml]", ["limt=3"], r"unknown key limt\. Did you mean limit"),
         ("tasks: [a.yaml]", ["engine.name=other"], r"engine\.name"),

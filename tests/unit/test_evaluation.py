@@ -153,6 +153,12 @@ FIXTURES: dict[str, tuple[Callable[[int], dict[str, Any]], Callable[[int], str],
         lambda i: f"Well. So the answer is ({'ABC'[i % 3]}).",
         lambda i: f"So the answer is ({'BCA'[i % 3]}).",
     ),
+    "bbh_3shot": (
+        lambda i: {"input": f"{i}?", "target": f"({'ABC'[i % 3]})", "subset": ("navigate", "snarks")[i % 2],
+                   "description": "About.", "worked": "So the answer is (A)."},
+        lambda i: f"Well. So the answer is ({'ABC'[i % 3]}).",
+        lambda i: f"So the answer is ({'BCA'[i % 3]}).",
+    ),
     "hasty_addition": (
         lambda i: {"prompt": f"{i}+{i}=", "answer": str(2 * i)}, lambda i: f"00,00>{2 * i}", lambda i: "1",
     ),
@@ -231,7 +237,7 @@ def test_scripted_responses_come_to_what_they_should(
     _, right, wrong = FIXTURES[name]
     pending = []
     for question in questions:
-        number = question.index + 1 if name != "bbh" else int(question.row["input"][:-1])
+        number = question.index + 1 if not name.startswith("bbh") else int(question.row["input"][:-1])
         for sample in range(4):
             text = (right if is_right(number, sample) else wrong)(number)
             text = text.replace("{right}", f"Answer: {question.row.get('letter')}")

@@ -4,6 +4,7 @@ Its data sets and the metric that runs code would be downloaded, so the code tas
 are run plainly here.
 """
 
+import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -23,14 +24,15 @@ from lm_eval.tasks.hendrycks_math import utils as harness_math
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from megatron_rl.config.evaluation import GradingSection, LikelihoodSection, TaskConfig
+from megatron_rl.config.evaluation import GradingSection, LikelihoodSection, TaskConfig, load_evaluation
 from megatron_rl.config.load import load_as
 from megatron_rl.data.templates import load_tokenizer
 from megatron_rl.evaluation.grading import Grading
-from megatron_rl.evaluation.questions import Question
+from megatron_rl.evaluation.questions import Question, read_questions
 from megatron_rl.evaluation.responder import Asked, Response, as_asked, choose, cut
 from megatron_rl.rollout.engines.embedded import EmbeddedEngine
 from tests.engines.contract import setup_of
+from tools import bbh_examples
 
 TASKS = Path(__file__).parents[2] / "configs" / "eval" / "tasks"
 HARNESS = Path(hendrycks_math.__path__[0]).parent
@@ -145,6 +147,58 @@ def test_bbh() -> None:
     theirs = harness_verdicts(settings("bbh/cot_zeroshot/navigate.yaml"), "strict-match", responses, answers)
     assert ours == theirs
     assert 10 < sum(ours) < NUMBER - 10
+
+
+def published(folder: Path, subset: str) -> tuple[dict[str, Any], Path]:
+    """The harness' settings of a subset, and its examples as they are published."""
+    found = settings(f"bbh/cot_fewshot/{subset}.yaml")
+    questions = [
+        "Q: {input}\nA: Let's think step by step.\n{target}".format(**one) for one in found["fewshot_config"]["samples"]
+    ]
+    path = folder / f"{subset}.txt"
+    path.write_text(
+        "\n".join(["Some notice.", "-----", found["description"].strip(), "", "\n\n".join(questions)]) + "\n"
+    )
+    return found, path
+
+
+def test_bbh_with_its_published_examples(tmp_path: Path) -> None:
+    """Prompts as the harness' first-n sampler writes them, and its filter and metric."""
+    task = load_as(TaskConfig, TASKS / "bbh_3shot.yaml")
+    (tmp_path / "cot-prompts").mkdir()
+    settings_of = {subset: published(tmp_path / "cot-prompts", subset)[0] for subset in task.subsets}
+    assert bbh_examples.main([str(tmp_path / "cot-prompts"), str(tmp_path / "examples.jsonl")]) == 0
+    rows = [{"input": f"What of {subset}?", "target": "(A)", "subset": subset} for subset in task.subsets]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    suite = tmp_path / "suite.yaml"
+    suite.write_text(
+        f"run: {{name: x, output_dir: x}}\nmodel: {{path: x}}\ntasks: [{TASKS}/bbh_3shot.yaml]\n"
+        f"data: {{bbh_3shot: {tmp_path}/rows.jsonl}}\nexamples: {{bbh_3shot: {tmp_path}/examples.jsonl}}\n"
+    )
+    _, (task,) = load_evaluation(suite, [])
+    for question in read_questions(task):
+        theirs = settings_of[question.row["subset"]]
+        assert theirs["fewshot_config"]["sampler"] == "first_n"
+        wanted = theirs["description"]
+        for one in [*theirs["fewshot_config"]["samples"][: theirs["num_fewshot"]], {"input": question.row["input"]}]:
+            text = theirs["doc_to_text"].replace("{{input}}", one["input"])
+            wanted += text + (one["target"] + "\n\n" if "target" in one else "")
+        assert question.text == wanted
+    forms = [
+        "So the answer is {v}.",
+        "the answer is {v}",
+        "The answer is {v}.",
+        "the answer is {v}. Q the answer is X.",
+    ]
+    responses, answers = generated([*forms, "Hm.\n\nSo the answer is {v}."], yes_or_no)
+    ours = our_verdicts("bbh_3shot", responses, [{}] * NUMBER, answers)
+    assert ours == harness_verdicts(settings_of["navigate"], "get-answer", responses, answers)
+    assert 10 < sum(ours) < NUMBER - 10
+
+
+def yes_or_no(draw: random.Random) -> tuple[str, str]:
+    answer = draw.choice(["Yes", "No", "(A)"])
+    return draw.choice([answer, answer, answer.lower(), "Yes"]), answer
 
 
 def test_mmlu() -> None:
