@@ -1,5 +1,6 @@
 """Generated problem families: endless verifiable data without a download."""
 
+from megatron_rl.tasks.arithmetic import Arithmetic
 from megatron_rl.tasks.base import Task
 from megatron_rl.tasks.countdown import Countdown
 from megatron_rl.tasks.hasty_addition import HastyAddition
@@ -8,6 +9,7 @@ from megatron_rl.tasks.knights_and_knaves import KnightsAndKnaves
 from megatron_rl.tasks.multiplication import Multiplication
 
 TASKS: dict[str, type[Task]] = {
+    "arithmetic": Arithmetic,
     "countdown": Countdown,
     "hasty_addition": HastyAddition,
     "hasty_chain": HastyChain,

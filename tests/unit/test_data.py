@@ -181,6 +181,18 @@ def test_tasks_repeat_and_keep_their_splits_apart(name: str) -> None:
         TASKS[name](**options).rows("dev")
 
 
+def test_the_value_of_an_expression_is_its_own() -> None:
+    """By Python itself."""
+    rows = TASKS["arithmetic"](max_numbers=6, num_train=500, num_test=10).rows("train")
+    for row in rows:
+        expression = re.fullmatch(r"What is ([\d +*()-]+)\? Show.*", row["prompt"])
+        assert expression is not None
+        assert eval(expression[1]) == int(row["answer"])
+    assert {"(", "*", "-"} <= set("".join(row["prompt"] for row in rows))
+    with pytest.raises(DataError, match="largest=3: too few expressions"):
+        TASKS["arithmetic"](largest=3)
+
+
 @pytest.mark.parametrize("num_people", [2, 3, 6])
 def test_a_puzzle_has_one_solution(num_people: int) -> None:
     """Found from the text alone."""

@@ -170,6 +170,11 @@ FIXTURES: dict[str, tuple[Callable[[int], dict[str, Any]], Callable[[int], str],
         lambda i: f"<think></think> <answer>1 + {i}</answer>",
         lambda i: f"<answer>{i} - 1</answer>",
     ),
+    "arithmetic": (
+        lambda i: {"prompt": "?", "answer": str(7 - 1000 * i)},
+        lambda i: f"<answer> {7 - 1000 * i:,} </answer>",
+        lambda i: f"<answer>{1000 * i - 7}</answer>",
+    ),
     "multiplication": (
         lambda i: {"prompt": "?", "answer": str(1000 * i)},
         lambda i: f"<answer> {1000 * i:,} </answer>",
