@@ -348,12 +348,13 @@ def build_evaluator(config: RunConfig, inputs: Inputs, collector: Collector) -> 
 
 
 def build_examiner(
-    config: RunConfig, inputs: Inputs, keeper: EngineKeeper, parallel: ParallelContext, note: Callable[[str], None]
+    config: RunConfig, inputs: Inputs, keeper: EngineKeeper, policy: Policy, note: Callable[[str], None]
 ) -> Examiner | None:
     """Benchmarks during the run; None without a suite."""
     if inputs.suite is None:
         return None
-    return Examiner(inputs.suite, keeper, config, inputs.tokenizer, parallel, note)
+    positions = policy.spec.max_position_embeddings
+    return Examiner(inputs.suite, keeper, config, inputs.tokenizer, policy.parallel, note, positions=positions)
 
 
 def reward_functions(config: RunConfig) -> dict[str, Sequence[RewardFunctionSection]]:

@@ -69,7 +69,13 @@ class Examiner:
         tokenizer: Any,
         parallel: ParallelContext,
         note: Note,
+        *,
+        positions: int,
     ) -> None:
+        """
+        Args:
+            positions: that the model has.
+        """
         self._config, self._exams = suite.config, suite.exams
         self._keeper, self._parallel, self._note = keeper, parallel, note
         self._folder = Path(config.run.output_dir) / "benchmarks"
@@ -77,7 +83,7 @@ class Examiner:
             keeper.engine,
             tokenizer,
             ends=[*end_tokens(config.model.path), *config.rollout.stop_token_ids],
-            max_model_len=suite.longest(10**9),
+            max_model_len=suite.longest(positions),
             max_requests=config.rollout.max_num_sequences,
         )
 
@@ -97,7 +103,8 @@ class Examiner:
                 # of an attempt that was given up, whose weights were perhaps others
                 shutil.rmtree(folder.path, ignore_errors=True)
                 begin(folder, config, self._exams, mark)
-        with closing(Grading(config.grading, [exam.task for exam in self._exams])) as grading:
+            grading = Grading(config.grading, [exam.task for exam in self._exams])
+        with closing(grading):
             exams = checked(self._exams, grading, self._parallel)
             self._answer(step, folder, grading)
             with raise_together(self._parallel):

@@ -104,7 +104,7 @@ def run_in(config: RunConfig, resume: str, parallel: ParallelContext) -> None:
         ) as log:
             log.note(describe(config, inputs, parallel, checkpoint.name if checkpoint else None))
             judge = build_judge(config, inputs, models)
-            examiner = build_examiner(config, inputs, keeper, parallel, log.note)
+            examiner = build_examiner(config, inputs, keeper, policy, log.note)
             train(config, state, models, sampler, judge, evaluator, examiner, keeper, checkpoints, log, parallel)
 
 

@@ -45,13 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if asked.judge_url is not None and asked.judge_engine is not None:
         parser.error("--judge-url and --judge-engine exclude each other")
     try:
-        from megatron_rl.evaluation.said import read_said
+        from megatron_rl.evaluation.said import read_all_said
 
-        said = [
-            one
-            for folder in asked.folders
-            for one in read_said(folder, min_reward=asked.min_reward, answer_shown_by=asked.answer_shown_by)
-        ]
+        said = read_all_said(asked.folders, min_reward=asked.min_reward, answer_shown_by=asked.answer_shown_by)
         if asked.judge_model is not None:
             said = judged(said, asked)
         found = by_label(said)

@@ -9,11 +9,12 @@ before=$trained/sft/checkpoints/step_001800/hf
 after=$trained/grpo/checkpoints/step_000100/hf
 for pair in "${@:2}"; do
     engine=${pair%%=*} python=${pair#*=}
+    folder=runs/eval/quickstart/seed_$seed/$engine
     for when in before after; do
         "$python" -m megatron_rl.evaluate --config configs/eval/quickstart.yaml model.path="${!when}" \
             engine.name="$engine" engine.max_num_sequences=64 sampling.num_samples=1 sampling.temperature=0.0 \
-            run.output_dir="runs/eval/quickstart/seed_$seed/$engine/$when"
+            run.output_dir="$folder/$when"
     done
     echo "$engine:"
-    "$python" tools/compare_evals.py "runs/eval/quickstart/seed_$seed/$engine/before" "runs/eval/quickstart/seed_$seed/$engine/after"
+    "$python" tools/compare_evals.py "$folder/before" "$folder/after" --html "$folder/comparison.html"
 done

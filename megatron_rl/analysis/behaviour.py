@@ -18,9 +18,11 @@ class Said:
     """A response."""
 
     label: str
-    """With which others it belongs together: a training step, or a task with template and temperature."""
+    """With which others of its source it belongs together: a training step, or a task with template and temperature."""
     key: str
     """The same for all samples of a question."""
+    source: str = ""
+    """Which of several runs or evaluations it comes from; empty where there is one."""
     question: str
     response: str
     is_right: bool
@@ -34,20 +36,26 @@ class Said:
 
 @dataclass(frozen=True, kw_only=True)
 class Behaviour:
-    """What the responses with a label come to."""
+    """What the responses of a source with a label come to."""
 
     label: str
+    source: str
     num_responses: int
     num_questions: int
     rates: Mapping[str, float]
-    """NaN where nothing is known."""
+    """Of which something is known."""
+
+    @property
+    def title(self) -> str:
+        """Source and label."""
+        return f"{self.source} {self.label}".strip()
 
 
-def behaviour(label: str, said: Sequence[Said]) -> Behaviour:
+def behaviour(said: Sequence[Said]) -> Behaviour:
     """Rates over responses, and over questions where the name says so.
 
     Args:
-        said: at least one response.
+        said: at least one response; all have the first one's source and label.
     """
     questions: dict[str, list[Said]] = {}
     for one in said:
@@ -79,7 +87,8 @@ def behaviour(label: str, said: Sequence[Said]) -> Behaviour:
     answering = [one.judged["answering"] for one in said if "answering" in one.judged]
     rates["answered_by_judge"] = mean([float(one == 1) for one in answering])
     return Behaviour(
-        label=label,
+        label=said[0].label,
+        source=said[0].source,
         num_responses=len(said),
         num_questions=len(questions),
         rates={name: value for name, value in rates.items() if not math.isnan(value)},
@@ -100,6 +109,8 @@ def _reflection(
 
 
 def by_label(said: Sequence[Said]) -> list[Behaviour]:
-    """Of each label, in the order in which they come."""
-    labels = list(dict.fromkeys(one.label for one in said))
-    return [behaviour(label, [one for one in said if one.label == label]) for label in labels]
+    """Of each source and label, in the order in which they come."""
+    found: dict[tuple[str, str], list[Said]] = {}
+    for one in said:
+        found.setdefault((one.source, one.label), []).append(one)
+    return [behaviour(several) for several in found.values()]

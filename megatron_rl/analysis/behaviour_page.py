@@ -41,7 +41,7 @@ def render_behaviour(title: str, found: Sequence[Behaviour], said: Sequence[Said
     return environment.get_template("behaviour.html").render(
         title=title,
         plots=_plots(found),
-        labels=[one.label for one in found],
+        labels=[one.title for one in found],
         counts=[f"{one.num_questions} / {one.num_responses}" for one in found],
         rows=[(name, [_cell(name, one.rates.get(name)) for one in found]) for name in names],
         responses=[
@@ -53,23 +53,28 @@ def render_behaviour(title: str, found: Sequence[Behaviour], said: Sequence[Said
 
 
 def _plots(found: Sequence[Behaviour]) -> list[str]:
-    if all(one.label.isdigit() for one in found) and len(found) > 1:
-        return [plot for title, names in PANELS.items() if (plot := _panel(title, names, found)) is not None]
-    by_template = template_plots({one.label: one.rates for one in found}, RATES)
-    return by_template or [bar_plot(title, "share", _bars(found, name)) for name, title in RATES.items()]
+    """Curves of what is by step or by temperature, bars of the rest."""
+    by_step = [one for one in found if one.label.isdigit()]
+    plots = [plot for title, names in PANELS.items() if (plot := _panel(title, names, by_step)) is not None]
+    for source in dict.fromkeys(one.source for one in found):
+        rates = {one.label: one.rates for one in found if one.source == source}
+        plots += template_plots(rates, {name: f"{source} {title}".strip() for name, title in RATES.items()})
+    others = [one for one in found if not one.label.isdigit() and one.label.count("@") != 2]
+    return plots + [bar_plot(title, "share", _bars(others, name)) for name, title in RATES.items() if others]
 
 
 def _panel(title: str, names: Mapping[str, str], found: Sequence[Behaviour]) -> str | None:
-    curves = {
-        label: [(float(one.label), value) for one in found if (value := rate_of(one.rates, name)) is not None]
-        for name, label in names.items()
-    }
-    known = {label: points for label, points in curves.items() if points}
-    return curve_plot(title, "step", known) if known else None
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for one in found:
+        for name, label in names.items():
+            value = rate_of(one.rates, name)
+            if value is not None:
+                curves.setdefault(f"{one.source} {label}".strip(), []).append((float(one.label), value))
+    return curve_plot(title, "step", curves) if curves else None
 
 
 def _bars(found: Sequence[Behaviour], name: str) -> dict[str, float]:
-    return {one.label: value for one in found if (value := rate_of(one.rates, name)) is not None}
+    return {one.title: value for one in found if (value := rate_of(one.rates, name)) is not None}
 
 
 def _cell(name: str, value: float | None) -> str:

@@ -24,7 +24,7 @@ def line_plot(title: str, rows: Rows, metrics: Mapping[str, str], *, smooth: boo
     if not series:
         return None
     figure, axes = _figure(title)
-    for (label, points), colour in zip(series.items(), COLOURS, strict=False):
+    for (label, points), colour in zip(series.items(), itertools.cycle(COLOURS), strict=False):
         steps, values = [p[0] for p in points], [p[1] for p in points]
         if smooth and len(points) > 20:
             axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)

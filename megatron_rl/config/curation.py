@@ -7,6 +7,8 @@ from megatron_rl.config.checks import positive, require
 from megatron_rl.config.evaluation import EvalEngineSection, EvalRunSection, GradingSection, TaskSamplingSection
 from megatron_rl.config.schema import ModelSection, RewardFunctionSection, RowsSection
 
+LABELS = {"easy": 0.7, "medium": 0.3, "hard": 0.0}
+
 
 @dataclass(frozen=True, kw_only=True)
 class ContaminationSection:
@@ -40,6 +42,8 @@ class GenerateSection:
     )
     scorer: RewardFunctionSection
     """A reward function of 0 and 1."""
+    gold_response: str = "\\boxed{{gold}}"
+    """A response that says the reference answer, {gold}, and nothing else: it has to be right by the scorer."""
     grading: GradingSection = field(default_factory=GradingSection)
 
 
@@ -77,13 +81,20 @@ class CurationConfig:
     generate: GenerateSection | None = None
     """null: nothing is generated, and all that is left is written."""
     pass_rate: PassRateSection = field(default_factory=PassRateSection)
-    difficulty: dict[str, float] = field(default_factory=lambda: {"easy": 0.7, "medium": 0.3, "hard": 0.0})
-    """Label -> smallest pass rate that has it; of several the one with the largest."""
+    difficulty: dict[str, float] = field(default_factory=dict)
+    """Label -> smallest pass rate that has it; of several the one with the largest. Empty: easy from 0.7, medium from
+    0.3, hard below."""
     output: OutputSection = field(default_factory=OutputSection)
 
     def __post_init__(self) -> None:
         valid = self.near_duplicates is None or 0 < self.near_duplicates <= 100
         require(valid, "near_duplicates", self.near_duplicates, "a similarity above 0, to 100, or null")
-        require(0.0 in self.difficulty.values(), "difficulty", self.difficulty, "a label for pass rates from 0.0 on")
+        everything = 0.0 in self.labels.values() and len(set(self.labels.values())) == len(self.labels)
+        require(everything, "difficulty", self.difficulty, "different pass rates, one of them 0.0")
         needs_responses = self.output.schema != "problems" and self.generate is None
         require(not needs_responses, "output.schema", self.output.schema, "problems where nothing is generated")
+
+    @property
+    def labels(self) -> dict[str, float]:
+        """Of difficulty."""
+        return self.difficulty or LABELS

@@ -264,6 +264,8 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         require(bool(self.tasks), "tasks", self.tasks, "at least one file")
+        different = len(set(self.temperatures)) == len(self.temperatures)
+        require(different, "temperatures", self.temperatures, "different ones")
         positive("", self, "limit")
 
 
@@ -315,8 +317,9 @@ def _variants(
     """The task by every template and at every temperature, named TASK@TEMPLATE@TEMPERATURE."""
     by_template = [_by_template(task, template) for template in templates] or [task]
     for one in by_template:
-        if not temperatures:
+        if not temperatures or task.likelihood is not None:  # likelihoods are the same at each
             yield one
+            continue
         for temperature in temperatures:
             sampling = replace(one.sampling, temperature=temperature)
             yield replace(one, name=f"{one.name}@{temperature:g}", sampling=sampling)

@@ -3,9 +3,13 @@
 Source: any shared lower-case 8-gram drops a row, as open-r1 does it.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from megatron_rl.curation.text import words
+
+LARGEST_SHARE = 0.5
+"""Of a benchmark's questions: an n-gram in more of them is an instruction."""
 
 
 class Benchmarks:
@@ -20,9 +24,11 @@ class Benchmarks:
         self._n = n
         self._grams: dict[tuple[str, ...], str] = {}
         for name, texts in questions.items():
-            for text in texts:
-                for gram in self._of(text):
-                    self._grams.setdefault(gram, name)
+            grams = [set(self._of(text)) for text in texts]
+            counts = Counter(gram for found in grams for gram in found)
+            # what stands in most questions is how they are asked
+            own = (gram for gram, count in counts.items() if count <= max(1, len(grams) * LARGEST_SHARE))
+            self._grams |= {gram: name for gram in own if gram not in self._grams}
 
     def found_in(self, text: str) -> tuple[str, str] | None:
         """The first benchmark that shares an n-gram, and which; None when none does."""

@@ -14,7 +14,7 @@ from megatron_rl.curation.near_duplicates import near_duplicates
 from megatron_rl.curation.rows import Row, Solved
 from megatron_rl.curation.text import as_text
 from megatron_rl.data.sources import read_rows
-from megatron_rl.errors import DataError
+from megatron_rl.errors import ConfigError, DataError
 from megatron_rl.evaluation.folder import EvalFolder, current_answers
 from megatron_rl.evaluation.questions import read_questions
 
@@ -48,6 +48,10 @@ class Sieved(Generic[One]):
     dropped: Sequence[Mapping[str, Any]]
     """problem, stage and reason of each."""
 
+    def then(self, later: "Sieved[One]") -> "Sieved[One]":
+        """With what a later sieve has left of this one."""
+        return Sieved(kept=later.kept, dropped=[*self.dropped, *later.dropped])
+
 
 def sieve(rows: Sequence[One], stage: str, reasons: Sequence[str | None], text: Callable[[One], str]) -> Sieved[One]:
     """Rows apart by whether there is a reason to drop them.
@@ -75,14 +79,28 @@ def candidates(config: CurationConfig, config_folder: Path) -> Sieved[Row]:
         DataError: the data or a benchmark cannot be read, or nothing is left.
     """
     rows = [_with_text(row, f"row {number} of {config.data.path}") for number, row in enumerate(read_rows(config.data))]
-    clean = sieve(rows, "contamination", _contamination(config.contamination, rows, config_folder), _text)
+    found = _sieved(config, rows, config_folder)
+    if not found.kept:
+        raise DataError(
+            f"none of the {len(rows)} problems of {config.data.path} is left; of the first one: {found.dropped[0]}. "
+            "Look at contamination and near_duplicates."
+        )
+    return found
+
+
+def _sieved(config: CurationConfig, rows: Sequence[Row], config_folder: Path) -> Sieved[Row]:
+    answers = [
+        None if row.get("answer") is not None or config.generate is None else "no answer to grade by" for row in rows
+    ]
+    graded = sieve(rows, "no answer", answers, _text)
+    contaminated = _contamination(config.contamination, graded.kept, config_folder)
+    clean = graded.then(sieve(graded.kept, "contamination", contaminated, _text))
     if config.near_duplicates is None:
         return clean
     texts = [_text(row) for row in clean.kept]
     same = near_duplicates(texts, config.near_duplicates)
     reasons = [None if place is None else f"nearly the same as: {texts[place]}" for place in same]
-    unique = sieve(clean.kept, "near duplicate", reasons, _text)
-    return Sieved(kept=unique.kept, dropped=[*clean.dropped, *unique.dropped])
+    return clean.then(sieve(clean.kept, "near duplicate", reasons, _text))
 
 
 def evaluation_of(generate: GenerateSection, config: CurationConfig) -> tuple[EvalConfig, TaskConfig]:
@@ -105,6 +123,7 @@ def evaluation_of(generate: GenerateSection, config: CurationConfig) -> tuple[Ev
         chat=generate.chat,
         sampling=generate.sampling,
         scorer=generate.scorer,
+        gold_response=generate.gold_response,
         majority=False,
     )
     return evaluation, task
@@ -115,13 +134,15 @@ def solved(config: CurationConfig, rows: Sequence[Row]) -> Sieved[Solved]:
     if config.generate is None:
         return Sieved(kept=[Solved(row=row, answers=[], difficulty=None) for row in rows], dropped=[])
     answers = current_answers(EvalFolder(CurationFolder(Path(config.run.output_dir)).generated))
-    found = [Solved.of(row, answers[TASK, place], config.difficulty) for place, row in enumerate(rows)]
+    found = [Solved.of(row, answers[TASK, place], config.labels) for place, row in enumerate(rows)]
+    ungraded = [next((one.message for one in each.answers if one.status != "ok"), None) for each in found]
+    graded = sieve(found, "not graded", ungraded, lambda one: _text(one.row))
     low, high = config.pass_rate.above, config.pass_rate.below
     reasons = [
         None if low < one.pass_rate < high else f"pass rate {one.pass_rate:g}, wanted above {low:g} and below {high:g}"
-        for one in found
+        for one in graded.kept
     ]
-    return sieve(found, "pass rate", reasons, lambda one: _text(one.row))
+    return graded.then(sieve(graded.kept, "pass rate", reasons, lambda one: _text(one.row)))
 
 
 def _with_text(row: Row, where: str) -> Row:
@@ -139,11 +160,15 @@ def _text(row: Row) -> str:
 
 def _contamination(section: ContaminationSection, rows: Sequence[Row], config_folder: Path) -> list[str | None]:
     questions = {}
-    for name in section.tasks:
-        task = load_as(TaskConfig, config_folder / name)
+    tasks = [load_as(TaskConfig, config_folder / name) for name in section.tasks]
+    unknown = sorted(set(section.data) - {task.name for task in tasks})
+    if unknown:
+        raise ConfigError(
+            f"contamination.data.{unknown[0]}: there is no such task. Tasks: {', '.join(task.name for task in tasks)}."
+        )
+    for task in tasks:
         if task.name in section.data:
             task = replace(task, data=local(task.data, section.data[task.name]))
-        # examples of the task and its instructions stand in every question and say nothing
         bare = replace(task, prompt=task.question or task.prompt, few_shot=None)
         questions[task.name] = [question.text for question in read_questions(bare)]
     benchmarks = Benchmarks(questions, section.ngram)

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_rl.analysis.scores import mean
-from megatron_rl.curation.text import as_text
 from megatron_rl.evaluation.answers import Answer
 
 Row = Mapping[str, Any]
@@ -48,7 +47,7 @@ def problem(solved: Solved) -> Row:
 
 def openr1_math(solved: Solved) -> Row:
     """Columns of open-r1/OpenR1-Math-220k, and pass_rate and difficulty."""
-    prompt = as_text(solved.row["prompt"])
+    prompt = solved.row["prompt_text"]
     checks = [one.right for one in solved.answers]
     return {
         "problem": prompt,
@@ -72,10 +71,9 @@ def openr1_math(solved: Solved) -> Row:
 
 def conversations(solved: Solved) -> Row:
     """Columns of open-thoughts/OpenThoughts-114k and Bespoke-Stratos-17k, and pass_rate and difficulty."""
-    turns = _turns(solved, "from", "value")
     return {
-        "system": next((turn["value"] for turn in turns if turn["from"] == "system"), ""),
-        "conversations": [turn for turn in turns if turn["from"] != "system"],
+        "system": "",
+        "conversations": _turns(solved, "from", "value"),
         "source": solved.row.get("source"),
         "answer": solved.row.get("answer"),
         "pass_rate": solved.pass_rate,
@@ -84,10 +82,8 @@ def conversations(solved: Solved) -> Row:
 
 
 def _turns(solved: Solved, who: str, what: str) -> list[dict[str, str]]:
-    """The prompt, and the shortest right response behind it, where there is one."""
-    prompt = solved.row["prompt"]
-    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    turns = [{who: turn["role"], what: turn["content"]} for turn in asked]
+    """The problem, and the shortest right response to it, where there is one."""
+    turns = [{who: "user", what: solved.row["prompt_text"]}]
     right = [one for one in solved.answers if one.right]
     if right:
         turns.append({who: "assistant", what: min(right, key=lambda one: one.num_tokens).response})

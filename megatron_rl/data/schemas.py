@@ -38,8 +38,7 @@ def check_licence(path: str | None, schema: str | None, *, allow_noncommercial: 
     """
     if schema is not None and schema not in SCHEMAS:
         raise DataError(f"data source schema={schema!r} is unknown. Expected one of: {', '.join(SCHEMAS)}.")
-    by_path = next((one.licence for one in SCHEMAS.values() if path in one.sets), None)
-    licence = by_path or (None if schema is None else SCHEMAS[schema].licence)
+    licence = licence_of(path) or (None if schema is None else SCHEMAS[schema].licence)
     if licence == NONCOMMERCIAL and not allow_noncommercial:
         raise DataError(
             f"data source {path} has the licence {licence}, which forbids commercial use. Set allow_noncommercial=true "
@@ -57,17 +56,23 @@ def read_schema(rows: Sequence[Row], schema: str, *, path: str | None) -> list[R
         DataError: a row is of another schema.
     """
     found = SCHEMAS[schema]
-    return [_common(row, found, f"row {number} of {path} (schema={schema})") for number, row in enumerate(rows)]
+    return [_common(row, found, path, number) for number, row in enumerate(rows)]
 
 
-def _common(row: Row, schema: SeedSchema, where: str) -> Row:
+def licence_of(path: str | None) -> str | None:
+    """Of a data set by its hub id; None where this project does not know it."""
+    return next((one.licence for one in SCHEMAS.values() if path in one.sets), None)
+
+
+def _common(row: Row, schema: SeedSchema, path: str | None, number: int) -> Row:
+    where = f"row {number} of {path}"
     try:
         common = schema.read(row)
     except KeyError as error:
         raise DataError(f"{where}: column {error} is missing. Columns: {', '.join(row)}.") from error
     except (ValueError, TypeError, IndexError) as error:
         raise DataError(f"{where}: {error}. It is of another schema, or damaged.") from error
-    return {**row, "source": row.get("source") or schema.sets[0], "licence": schema.licence, **common}
+    return {**row, "source": row.get("source") or path, "licence": licence_of(path) or "unknown", **common}
 
 
 def _openr1_math(row: Row) -> Row:
@@ -84,7 +89,6 @@ def _openthoughts_metadata(row: Row) -> Row:
         "prompt": row["problem"],
         "answer": (last_boxed(reference) or reference) if reference else None,
         "demonstration": f"<think>{thought}</think>{solution}",
-        "source": row.get("source") or row.get("domain"),
     }
 
 
@@ -93,6 +97,15 @@ def _conversations(row: Row) -> Row:
     roles = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
     turns = [{"role": roles[turn["from"]], "content": turn["value"]} for turn in row["conversations"]]
     return _messages(turns, row.get("system"))
+
+
+def _dolphin(row: Row) -> Row:
+    """The answer ends the messages, or stands beside them with its reasoning."""
+    turns = list(row["messages"])
+    if row.get("reasoning") is not None and row.get("answer") is not None:
+        said = f"<think>{row['reasoning']}</think>{row['answer']}"
+        turns = [*(turn for turn in turns if turn["role"] != "assistant"), {"role": "assistant", "content": said}]
+    return _messages(turns)
 
 
 def _messages(turns: Sequence[Mapping[str, str]], system: str | None = None) -> Row:
@@ -155,9 +168,7 @@ SCHEMAS: Mapping[str, SeedSchema] = {
         sets=["open-thoughts/OpenThoughts-114k"], licence="apache-2.0", read=_openthoughts_metadata
     ),
     "conversations": SeedSchema(sets=["bespokelabs/Bespoke-Stratos-17k"], licence="apache-2.0", read=_conversations),
-    "messages": SeedSchema(
-        sets=["cognitivecomputations/dolphin-r1"], licence="apache-2.0", read=lambda row: _messages(row["messages"])
-    ),
+    "messages": SeedSchema(sets=["cognitivecomputations/dolphin-r1"], licence="apache-2.0", read=_dolphin),
     "r1_distill_sft": SeedSchema(sets=["ServiceNow-AI/R1-Distill-SFT"], licence=NONCOMMERCIAL, read=_r1_distill),
     "gsm8k": SeedSchema(sets=["openai/gsm8k"], licence="mit", read=_gsm8k),
     "countdown": SeedSchema(sets=["Jiayi-Pan/Countdown-Tasks-3to4"], licence="see card", read=_countdown),

@@ -14,6 +14,28 @@ MANY_REFUSALS = 16
 FINISHED = {"stop": "stop", "length": "length", "max_tokens": "length"}
 
 
+def behind(text: str, tokens: Sequence[str], logprobs: Sequence[float | None]) -> list[float]:
+    """Log-probabilities of the last tokens of a prompt, those that spell a text; one may begin before it.
+
+    Offsets that servers report are not used: they count start tokens and broken characters, or are missing.
+
+    Args:
+        tokens: of the prompt, and perhaps one that was generated behind it.
+
+    Raises:
+        ValueError: the tokens end otherwise.
+    """
+    for end in (len(tokens) - 1, len(tokens)):
+        spelt, start = "", end
+        while start > 0 and len(spelt) < len(text):
+            start -= 1
+            spelt = tokens[start] + spelt
+        found = [one for one in logprobs[start:end] if one is not None]
+        if text and spelt.endswith(text) and len(found) == end - start:
+            return found
+    raise ValueError(f"the prompt's tokens do not end with {text!r}")
+
+
 class Answerer(Protocol):
     """One of several that share the questions."""
 
@@ -22,8 +44,12 @@ class Answerer(Protocol):
     gives: bool
     """This rank gets the answers; the other ranks of its engine only compute."""
 
-    def respond(self, task: TaskConfig, wanted: Wanted) -> Iterator[Response]:
-        """Responses in the order in which they are finished."""
+    def respond(self, task: TaskConfig, wanted: Wanted, *, some_answered: bool = False) -> Iterator[Response]:
+        """Responses in the order in which they are finished.
+
+        Args:
+            some_answered: there are answers to the task already.
+        """
         ...
 
     def close(self) -> None: ...
@@ -44,7 +70,7 @@ class EngineAnswerer:
         self._engine, self._tokenizer = engine, tokenizer
         self._max_model_len, self._max_requests = max_model_len, max_requests
 
-    def respond(self, task: TaskConfig, wanted: Wanted) -> Iterator[Response]:
+    def respond(self, task: TaskConfig, wanted: Wanted, *, some_answered: bool = False) -> Iterator[Response]:
         if task.likelihood is not None:
             return choose(self._engine, task, wanted)
         return respond(
@@ -83,19 +109,22 @@ class EndpointAnswerer:
         self.index, self.count = index, count
         self._endpoint = Endpoint(config.url, model, at_a_time=config.max_num_sequences, timeout_s=config.timeout_s)
 
-    def respond(self, task: TaskConfig, wanted: Wanted) -> Iterator[Response]:
+    def respond(self, task: TaskConfig, wanted: Wanted, *, some_answered: bool = False) -> Iterator[Response]:
         """
         Raises:
             EngineError: the server does not answer, or refuses everything.
         """
         asked = ((one, sample, seed) for one, samples in wanted for sample, seed in samples)
-        num_refused, some_answered = 0, False
+        refused: list[str] = []
         for response in self._endpoint.each(lambda one: self._ask(task, *one), asked):
-            num_refused += bool(response.failure)
             some_answered = some_answered or not response.failure
-            if num_refused >= MANY_REFUSALS and not some_answered:
-                raise EngineError(f"task {task.name}: {response.failure}. It refused all of {num_refused} requests.")
-            yield response
+            refused += [response.failure] if response.failure else []
+            if len(refused) < MANY_REFUSALS or some_answered:
+                yield response
+                continue
+            break
+        if refused and not some_answered:
+            raise EngineError(f"task {task.name}: {refused[-1]}. It refused all of {len(refused)} requests.")
 
     def close(self) -> None:
         self._endpoint.close()
@@ -126,15 +155,12 @@ class EndpointAnswerer:
         found = self._endpoint.post("completions", body)
         try:
             about = found["choices"][0]["logprobs"]
-            told = zip(about["text_offset"], about["token_logprobs"], strict=True)
-            logprobs = [float(one) for place, one in told if begin <= place < len(whole)]
+            logprobs = behind(whole[begin:], about["tokens"], about["token_logprobs"])
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise EngineError(
                 f"{self._endpoint.url}: no log-probabilities of the prompt ({error!r}), which tasks by likelihood "
                 f"need (echo and logprobs of completions): {found!r}"[:500]
             ) from error
-        if not logprobs:
-            raise EngineError(f"{self._endpoint.url}: no token begins in the choice {choice!r}: {about!r}"[:500])
         return logprobs
 
     def _sample(self, task: TaskConfig, asked: Asked, sample: int, seed: int) -> Response:

@@ -52,11 +52,7 @@ class AnswerFile:
         """
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            if path.exists():
-                content = path.read_bytes()
-                whole = content.rfind(b"\n") + 1
-                if whole < len(content):
-                    os.truncate(path, whole)
+            whole_lines_only(path)
             self._file: TextIO = path.open("a", encoding="utf-8")
         except OSError as error:
             raise DataError(
@@ -77,6 +73,15 @@ class AnswerFile:
 
     def close(self) -> None:
         self._file.close()
+
+
+def whole_lines_only(path: Path) -> None:
+    """Remove a last line that a kill has cut in two; nothing happens without a file."""
+    if path.exists():
+        content = path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            os.truncate(path, whole)
 
 
 def read_answers(folder: Path) -> dict[Key, Answer]:

@@ -53,7 +53,8 @@ def answer(
     except DataError as error:
         failure = error
     try:
-        for response in answerer.respond(task, wanted):
+        some_answered = any(one.status == "ok" for key, one in done.items() if key[0] == task.name)
+        for response in answerer.respond(task, wanted, some_answered=some_answered):
             if failure is not None:
                 continue  # the other ranks of the engine go on to the end, and would wait for this one
             try:

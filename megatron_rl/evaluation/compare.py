@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_rl.analysis.scores import mean, paired_difference
 from megatron_rl.errors import DataError
-from megatron_rl.evaluation.folder import read_results
+from megatron_rl.evaluation.folder import FREE_OF_TASK, essential, read_results
 from megatron_rl.evaluation.report import percent
 
 SIGNIFICANT = 1.96
@@ -73,9 +73,10 @@ def check_same(task: str, one: Finished, other: Finished) -> None:
     Raises:
         DataError: the two were not asked the same.
     """
-    asked = [run.results["evaluation"]["tasks"][task] for run in (one, other)]
-    asked = [{**one, "sampling": {**one["sampling"], "num_samples": 0}, "pass_at": []} for one in asked]
-    differing = sorted(key for key, value in asked[0].items() if value != asked[1].get(key))
+    asked = [essential(run.results["evaluation"]["tasks"][task]) for run in (one, other)]
+    asked = [{**one, "sampling": {**one["sampling"], "num_samples": 0}} for one in asked]
+    keys = {key for one in asked for key in one} - set(FREE_OF_TASK)
+    differing = sorted(key for key in keys if asked[0].get(key) != asked[1].get(key))
     if differing or len(one.rates[task]) != len(other.rates[task]):
         what = ", ".join(differing) or "the questions"
         raise DataError(f"task {task}: {one.name} and {other.name} were not asked the same, {what} differ. Ask again.")

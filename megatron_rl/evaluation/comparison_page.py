@@ -7,6 +7,7 @@ from jinja2 import Environment, PackageLoader
 
 from megatron_rl.analysis.plots import grouped_bar_plot, table_plot
 from megatron_rl.analysis.scores import mean
+from megatron_rl.errors import DataError
 from megatron_rl.evaluation.compare import Finished, compared, confusion, is_right
 from megatron_rl.evaluation.folder import EvalFolder, current_answers, read_questions_of
 
@@ -33,7 +34,10 @@ def render_comparison(runs: Sequence[Finished]) -> str:
 
 
 def _plots(runs: Sequence[Finished]) -> Iterator[str]:
-    right = {run.name: {task: mean(rates) for task, rates in run.rates.items()} for run in runs}
+    right = {
+        f"{number}. {run.path.name}": {task: mean(rates) for task, rates in run.rates.items()}
+        for number, run in enumerate(runs, start=1)
+    }
     yield grouped_bar_plot("Right", "share of the samples", right)
     first = runs[0]
     for other in runs[1:]:
@@ -55,13 +59,18 @@ def _changed(first: Finished, other: Finished) -> Iterator[dict[str, Any]]:
     for task, rates in first.rates.items():
         for place, (old, new) in enumerate(zip(rates, other.rates.get(task, ()), strict=False)):
             if is_right(old) != is_right(new):
-                before, after = (found[task, place][0].response for found in answers)
+                before, after = (found.get((task, place)) for found in answers)
+                if not before or not after:
+                    raise DataError(
+                        f"{first.path} or {other.path} has no answer to question {place} of {task}, though its results "
+                        "do: it was started again since. Let it finish."
+                    )
                 yield {
                     "task": task,
                     "question": place,
                     "run": other.name,
                     "is_better": is_right(new),
                     "text": questions[task, place]["text"],
-                    "before": before,
-                    "after": after,
+                    "before": before[0].response,
+                    "after": after[0].response,
                 }

@@ -5,10 +5,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_rl.config.evaluation import EvalConfig, TaskConfig
+from megatron_rl.errors import ConfigError
 from megatron_rl.evaluation.answers import Key
 from megatron_rl.evaluation.grading import Grading
 from megatron_rl.evaluation.questions import Question, read_questions
-from megatron_rl.evaluation.responder import Asked, as_asked
+from megatron_rl.evaluation.responder import Asked, as_asked, choices_behind
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ def read_exam(task: TaskConfig, config: EvalConfig, tokenizer: Any) -> Exam:
     """A task with its questions as the model sees them.
 
     Raises:
-        DataError, ConfigError: as of ``read_questions`` and ``as_asked``.
+        DataError, ConfigError: as of ``read_questions`` and ``as_asked``; an endpoint is asked for likelihoods
+            in a chat.
     """
     questions = read_questions(task)
     notes = []
@@ -52,7 +54,14 @@ def read_exam(task: TaskConfig, config: EvalConfig, tokenizer: Any) -> Exam:
         why = f"limit={config.limit}" if config.limit is not None else "the data differ from the published set"
         notes.append(f"{len(questions)} questions, of which the published set has {task.num_questions} ({why})")
     if tokenizer is None:  # the endpoint has its own
-        asked = [Asked(question=one, prompt=one.text, token_ids=()) for one in questions]
+        if task.likelihood is not None and task.chat:
+            raise ConfigError(
+                f"task {task.name}: an endpoint says how likely plain text is, not messages. Set chat=false in the "
+                "task, or use an engine."
+            )
+        asked = [
+            Asked(question=one, prompt=one.text, token_ids=(), choices=choices_behind(task, one)) for one in questions
+        ]
     else:
         asked = as_asked(task, questions, tokenizer)
     return Exam(task, questions, asked, notes)

@@ -24,7 +24,7 @@ from megatron_rl.rollout.record import read_lines
 from megatron_rl.run_folder import write_atomically
 
 # of a task, what may change between a start and the next one: how much of it is asked, and what is reported
-FREE_OF_TASK = ("pass_at", "majority", "num_questions", "source")
+FREE_OF_TASK = ("pass_at", "majority", "num_questions", "source", "question")
 
 
 class EvalFolder:
@@ -86,7 +86,8 @@ class EvalFolder:
     def _check_same(self, wanted: Mapping[str, Any], found: Mapping[str, Any]) -> None:
         before, now = _decisive(found), _decisive(wanted)
         # a task that is added or left out changes no answer to another one
-        differing = sorted(key for key in before if key in now and before[key] != now[key])
+        both = [key for key in before if key in now]
+        differing = sorted(key for key in both if (before[key] or None) != (now[key] or None))
         if differing:
             raise ConfigError(
                 f"run.output_dir={self.path} holds answers to another evaluation: {', '.join(differing)} differ. "
@@ -148,8 +149,17 @@ def _decisive(described: Mapping[str, Any]) -> dict[str, Any]:
     }
     for name, task in described["tasks"].items():
         for key, value in task.items():
-            if key == "data":
-                value = {part: one for part, one in value.items() if part != "limit"}
             if key not in FREE_OF_TASK:
-                found[f"tasks.{name}.{key}"] = value
+                found[f"tasks.{name}.{key}"] = essential(value)
     return found
+
+
+def essential(value: Any) -> Any:
+    """A value of a task without what changes no question: unset keys, which a later version may have added, and how
+    much of the data is read."""
+    if not isinstance(value, Mapping):
+        return value
+    free = ("limit", "allow_noncommercial")
+    return {
+        key: essential(one) for key, one in value.items() if key not in free and one not in (None, "", False, [], {})
+    }

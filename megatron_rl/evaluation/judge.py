@@ -11,7 +11,9 @@ from megatron_rl.analysis.behaviour import Said
 from megatron_rl.analysis.reflection import Verdict, category_of
 from megatron_rl.config.evaluation import TaskConfig, TaskSamplingSection
 from megatron_rl.config.schema import RewardFunctionSection, RowsSection
+from megatron_rl.errors import DataError
 from megatron_rl.evaluation.answerers import Answerer
+from megatron_rl.evaluation.answers import whole_lines_only
 from megatron_rl.evaluation.questions import Question
 from megatron_rl.evaluation.responder import Asked, as_asked
 
@@ -27,10 +29,19 @@ class Judge:
         Args:
             file: where its answers are kept, and looked up.
             name: of the judge; another one is asked anew.
+
+        Raises:
+            DataError: the file is damaged.
         """
         self._file, self._name = file, name
-        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-        self._said: dict[str, str] = dict(json.loads(line) for line in lines)
+        whole_lines_only(file)
+        self._said: dict[str, str] = {}
+        for number, line in enumerate(file.read_text("utf-8").splitlines() if file.exists() else [], start=1):
+            try:
+                digest, said = json.loads(line)
+            except ValueError as error:
+                raise DataError(f"{file}:{number} is damaged: {error}. Remove the line; it is asked again.") from error
+            self._said[digest] = said
 
     def asked(self, said: Sequence[Said], verdict: Verdict, tokenizer: Any) -> tuple[TaskConfig, list[Asked]]:
         """What has to be asked still, each question once.

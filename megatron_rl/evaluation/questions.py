@@ -128,6 +128,8 @@ def _with_choices(task: TaskConfig, row: Mapping[str, Any], where: str) -> Mappi
         choices, place = [choices[one] for one in order], order.index(0)
     else:
         return row
+    if len(choices) > len(LETTERS):
+        raise DataError(f"{where}: {len(choices)} choices, and there are letters for {len(LETTERS)}.")
     if not 0 <= place < len(choices):
         raise DataError(f"{where}: the right choice is number {place} of {len(choices)}.")
     lines = "\n".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False))

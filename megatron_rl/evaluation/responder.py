@@ -26,13 +26,15 @@ class Asked:
     prompt: str
     """With chat template."""
     token_ids: Sequence[int]
+    choices: Sequence[str] = ()
+    """What may stand behind the prompt, where the most likely one is the answer."""
     continuations: Sequence[Continuation] = ()
-    """Every choice behind the prompt, where the most likely one is the answer."""
+    """The prompt with each of them; empty where the model is elsewhere."""
 
     @property
     def digest(self) -> str:
         """Of what is asked and what is right."""
-        return hashlib.sha256("\0".join([self.prompt, *self.question.answers]).encode()).hexdigest()[:16]
+        return hashlib.sha256("\0".join([self.prompt, *self.question.answers, *self.choices]).encode()).hexdigest()[:16]
 
     @property
     def num_tokens(self) -> int:
@@ -78,12 +80,7 @@ def as_asked(task: TaskConfig, questions: Sequence[Question], tokenizer: Any) ->
     ]
     special = adds_special_tokens("auto" if templated else "none", tokenizer)
     asked = [
-        Asked(
-            question=question,
-            prompt=prompt,
-            token_ids=ids,
-            continuations=_continuations(prompt, choices_behind(task, question), tokenizer, special=special),
-        )
+        _as_asked(task, question, prompt, ids, tokenizer, templated=templated, special=special)
         for question, prompt, ids in zip(
             questions, prompts, tokenize(prompts, tokenizer, special_tokens=special), strict=True
         )
@@ -92,6 +89,27 @@ def as_asked(task: TaskConfig, questions: Sequence[Question], tokenizer: Any) ->
     if empty is not None:
         raise DataError(f"question {empty.question.index} of task {task.name} has no tokens: {empty.prompt!r}.")
     return asked
+
+
+def _as_asked(
+    task: TaskConfig,
+    question: Question,
+    prompt: str,
+    ids: Sequence[int],
+    tokenizer: Any,
+    *,
+    templated: bool,
+    special: bool,
+) -> Asked:
+    choices = choices_behind(task, question, templated=templated)
+    continuations = _continuations(prompt, choices, tokenizer, special=special)
+    for choice, one in zip(choices, continuations, strict=True):
+        if one.start >= one.token_ids.numel():
+            raise DataError(
+                f"question {question.index} of task {task.name}: the choice {choice!r} has no tokens of its own behind "
+                "the prompt. Change likelihood.before or the choice."
+            )
+    return Asked(question=question, prompt=prompt, token_ids=ids, choices=choices, continuations=continuations)
 
 
 def respond(
@@ -149,11 +167,16 @@ def cut(text: str, stops: Sequence[str]) -> tuple[str, bool]:
     return (text[: min(places)], True) if places else (text, False)
 
 
-def choices_behind(task: TaskConfig, question: Question) -> list[str]:
-    """What may stand behind the prompt, with what separates it; empty unless the task goes by likelihood."""
+def choices_behind(task: TaskConfig, question: Question, *, templated: bool = False) -> list[str]:
+    """What may stand behind the prompt, with what separates it; empty unless the task goes by likelihood.
+
+    Args:
+        templated: a chat template ends the prompt, and separates it.
+    """
     if task.likelihood is None:
         return []
-    return [task.likelihood.before + choice for choice in _choices(task.likelihood, question)]
+    before = "" if templated else task.likelihood.before
+    return [before + choice for choice in _choices(task.likelihood, question)]
 
 
 def _choices(section: LikelihoodSection, question: Question) -> Sequence[str]:
@@ -194,13 +217,14 @@ def choose(engine: Engine, task: TaskConfig, wanted: Wanted) -> Iterator[Respons
 
 
 def _continuations(prompt: str, choices: Sequence[str], tokenizer: Any, *, special: bool) -> list[Continuation]:
-    """Prompt and choice are encoded together; spaces at the prompt's end belong to the choice."""
+    """Prompt and choice are encoded together; white space at the prompt's end belongs to the choice."""
     if not choices:
         return []
-    context = prompt.rstrip()
-    gap = prompt[len(context) :]
-    (head,) = tokenize([context], tokenizer, special_tokens=special)
-    wholes = tokenize([context + gap + choice for choice in choices], tokenizer, special_tokens=special)
+    (head,) = tokenize([prompt.rstrip()], tokenizer, special_tokens=special)
+    wholes = tokenize([prompt + choice for choice in choices], tokenizer, special_tokens=special)
+    if not head:  # something has to stand before a first token
+        first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        head, wholes = [first], [[first, *whole] for whole in wholes]
     return [Continuation(token_ids=torch.tensor(whole), start=len(head)) for whole in wholes]
 
 

@@ -1,30 +1,43 @@
 """Responses that were saved, of an evaluation or of a training run, for analysis."""
 
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_rl.analysis.behaviour import Said
 from megatron_rl.errors import DataError
 from megatron_rl.evaluation.folder import EvalFolder, current_answers, read_questions_of
-from megatron_rl.rollout.record import read_folder
+from megatron_rl.rollout.record import each_rollout
 from megatron_rl.rollout.votes import shown_answer
 
 
-def read_said(path: Path, *, min_reward: float, answer_shown_by: str | None) -> list[Said]:
-    """All responses of a folder.
+def read_all_said(paths: Sequence[Path], *, min_reward: float, answer_shown_by: str | None) -> list[Said]:
+    """All responses of some folders, each with its folder as source where there are several.
 
     Args:
-        path: ``run.output_dir`` of an evaluation or of a run, or ``rollouts/`` of the latter.
+        paths: each ``run.output_dir`` of an evaluation or of a run, or ``rollouts/`` of the latter.
         min_reward: total reward of a right response of a run.
         answer_shown_by: regular expression whose first group is a response's answer, of a run; None: \\boxed{}.
 
     Raises:
-        DataError: there are none.
+        DataError: a folder has none.
     """
-    if (path / "answers").is_dir():
-        return _of_evaluation(EvalFolder(path))
-    rollouts = path / "rollouts" if (path / "rollouts").is_dir() else path
+    names = [path.name for path in paths]
+    sources = [""] if len(paths) == 1 else names if len(set(names)) == len(names) else [str(path) for path in paths]
     return [
-        Said(
+        replace(one, source=source)
+        for path, source in zip(paths, sources, strict=True)
+        for one in _read_said(path, min_reward, answer_shown_by)
+    ]
+
+
+def _read_said(path: Path, min_reward: float, answer_shown_by: str | None) -> Iterator[Said]:
+    if (path / "answers").is_dir():
+        yield from _of_evaluation(EvalFolder(path))
+        return
+    rollouts = path / "rollouts" if (path / "rollouts").is_dir() else path
+    for line in each_rollout(rollouts):
+        yield Said(
             label=str(line["step"]),
             key=f"{line['step']}/{line['group']}",
             question=line["prompt"],
@@ -34,8 +47,6 @@ def read_said(path: Path, *, min_reward: float, answer_shown_by: str | None) -> 
             is_truncated=line["finish_reason"] == "length",
             has_answer=shown_answer(line["response"], answer_shown_by) is not None,
         )
-        for line in read_folder(rollouts)
-    ]
 
 
 def _of_evaluation(folder: EvalFolder) -> list[Said]:

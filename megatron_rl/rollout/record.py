@@ -52,7 +52,12 @@ def read_rollouts(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def read_folder(folder: Path) -> list[dict[str, Any]]:
-    """The lines of all steps that a run has recorded.
+    """The lines of all steps that a run has recorded, as of ``each_rollout``."""
+    return list(each_rollout(folder))
+
+
+def each_rollout(folder: Path) -> Iterator[dict[str, Any]]:
+    """The same, one step in memory at a time.
 
     Raises:
         DataError: there are none, or they cannot be read.
@@ -60,7 +65,8 @@ def read_folder(folder: Path) -> list[dict[str, Any]]:
     files = sorted(folder.glob("step_*.jsonl"))
     if not files:
         raise DataError(f"{folder} has no step_*.jsonl. Record a run with metrics.keep_rollouts_every=1.")
-    return [line for file in files for line in read_rollouts(file)]
+    for file in files:
+        yield from read_rollouts(file)
 
 
 def write_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:

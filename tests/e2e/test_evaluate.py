@@ -103,11 +103,11 @@ def test_what_cannot_be_is_said_in_a_line(
 
 
 def echoed(text: str) -> dict[str, list[Any]]:
-    """Two characters are a token; what ends in the digit of an even number is likelier."""
-    offsets = list(range(0, len(text), 2))
-    likely = text.endswith(("A", "C"))
-    logprobs = [None, *(-1.0 - (place + 2 >= len(text)) * (not likely) for place in offsets[1:])]
-    return {"text_offset": [*offsets, len(text)], "token_logprobs": [*logprobs, -9.0]}
+    """A token for every two characters, a start token before them and a generated one behind; A and C are likelier."""
+    tokens = ["<start>", *(text[place : place + 2] for place in range(0, len(text), 2)), "!"]
+    logprobs = [None, *(-1.0 for _ in tokens[1:-1]), -9.0]
+    logprobs[-2] = -1.0 if text.endswith(("A", "C")) else -2.0
+    return {"tokens": tokens, "token_logprobs": logprobs, "text_offset": [-1] * len(tokens)}
 
 
 class Endpoint(BaseHTTPRequestHandler):

@@ -20,7 +20,7 @@ from megatron_rl.analysis.reflection import ANSWERING, POOLS, REFLECTION, catego
 from megatron_rl.analysis.scores import pass_at_k
 from megatron_rl.config.evaluation import load_evaluation
 from megatron_rl.errors import ConfigError, DataError
-from megatron_rl.evaluation.said import read_said
+from megatron_rl.evaluation.said import read_all_said
 from megatron_rl.rewards.math import math_answer
 from megatron_rl.rewards.record import RewardInput
 from megatron_rl.rollout.record import step_file, write_groups
@@ -67,7 +67,7 @@ def test_rates_are_counted_as_they_are_defined() -> None:
         said(1, 0, "Recheck it", num_tokens=20, is_truncated=True, has_answer=False, judged={"reflection": 1}),
         said(1, 1, "", num_tokens=2, has_answer=False, judged={"reflection": 0, "answering": 0}),
     ]
-    rates = behaviour("4", script).rates
+    rates = behaviour(script).rates
     assert rates["accuracy"] == 0.25
     assert rates["pass@2"] == pytest.approx((pass_at_k(2, 1, 2) + 0) / 2)
     assert (rates["answered"], rates["truncated"]) == (0.5, 0.25)
@@ -78,7 +78,7 @@ def test_rates_are_counted_as_they_are_defined() -> None:
     assert rates["accuracy/understand_r1_zero/without"] == 0.0
     assert [rates[f"judged/{name}"] for name in REFLECTION.categories.values()] == [0.25, 0.5, 0.25, 0.0]
     assert rates["answered_by_judge"] == pytest.approx(2 / 3)
-    unjudged = behaviour("4", [replace(one, judged={}) for one in script]).rates
+    unjudged = behaviour([replace(one, judged={}) for one in script]).rates
     assert not {"reflection/judge", "answered_by_judge"} & set(unjudged), "what nobody said has no rate"
 
 
@@ -112,17 +112,26 @@ def rollouts(folder: Path) -> Path:
 
 
 def test_a_run_is_read_by_step(tmp_path: Path) -> None:
-    found = by_label(read_said(rollouts(tmp_path), min_reward=1.0, answer_shown_by=None))
+    found = by_label(read_all_said([rollouts(tmp_path)], min_reward=1.0, answer_shown_by=None))
     assert [one.label for one in found] == ["1", "2", "3"]
     assert [one.rates["accuracy"] for one in found] == [0.25, 0.5, 0.75]
     assert [one.rates["answered"] for one in found] == [0.25, 0.5, 0.75]
     assert [one.rates["reflection/simplerl_zoo"] for one in found] == [0.75, 0.5, 0.25]
     assert [one.rates["response_length"] for one in found] == [2, 3, 4]
-    page = render_behaviour("x", found, read_said(tmp_path, min_reward=1.0, answer_shown_by=None))
+    page = render_behaviour("x", found, read_all_said([tmp_path], min_reward=1.0, answer_shown_by=None))
     assert page.count("<svg") == 5
     assert "wait, no" in page
     with pytest.raises(DataError, match="has no step_"):
-        read_said(tmp_path / "nothing", min_reward=1.0, answer_shown_by=None)
+        read_all_said([tmp_path / "nothing"], min_reward=1.0, answer_shown_by=None)
+
+
+def test_several_runs_are_told_apart(tmp_path: Path) -> None:
+    paths = [rollouts(tmp_path / name) for name in ("one/run", "two/run", "other")]
+    found = by_label(read_all_said(paths, min_reward=1.0, answer_shown_by=None))
+    assert [one.title for one in found] == [f"{path} {step}" for path in paths for step in (1, 2, 3)]
+    assert [one.num_questions for one in found] == [4] * 9
+    named = by_label(read_all_said(paths[1:], min_reward=1.0, answer_shown_by=None))
+    assert [one.title for one in named] == [f"{name} {step}" for name in ("run", "other") for step in (1, 2, 3)]
 
 
 class JudgeServer(BaseHTTPRequestHandler):
@@ -168,6 +177,15 @@ def test_a_judge_behind_an_endpoint_is_asked_once(judge_url: str, tmp_path: Path
     assert len(JudgeServer.asked) == 16, "what was said is kept"
     with pytest.raises(SystemExit):
         analyze_responses.main([str(run), "--output", str(output), "--judge-url", judge_url])
+    # killed in the middle of a line
+    judged = output / "judged.jsonl"
+    judged.write_text(judged.read_text()[:-5])
+    assert analyze_responses.main(line) == 0
+    assert len(JudgeServer.asked) == 17
+    assert len(judged.read_text().splitlines()) == 16
+    judged.write_text("nonsense\n" + judged.read_text())
+    with pytest.raises(SystemExit, match=r"judged\.jsonl:1 is damaged"):
+        analyze_responses.main(line)
 
 
 SUITE = """

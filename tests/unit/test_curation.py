@@ -11,9 +11,10 @@ from megatron_rl.config.load import load_as
 from megatron_rl.config.schema import RowsSection, SourceSection
 from megatron_rl.curation.contamination import Benchmarks
 from megatron_rl.curation.near_duplicates import near_duplicates
+from megatron_rl.curation.pipeline import candidates
 from megatron_rl.curation.rows import OUTPUTS, Solved, difficulty_of
 from megatron_rl.data.adapters import to_problem
-from megatron_rl.data.schemas import SCHEMAS
+from megatron_rl.data.schemas import SCHEMAS, licence_of
 from megatron_rl.data.sources import read_rows
 from megatron_rl.errors import ConfigError, DataError
 from megatron_rl.evaluation.answers import Answer
@@ -84,14 +85,20 @@ def test_a_published_schema_is_read(schema: str, tmp_path: Path) -> None:
     (found,) = read_rows(source)
     assert found["prompt"] == prompt if prompt is not None else "[3, 4]" in found["prompt"]
     assert (found["answer"], found["demonstration"]) == (answer, demonstration)
-    assert found["licence"] == SCHEMAS[schema].licence
-    assert found["source"]
+    assert found["licence"] == "unknown", "a file of one's own"
+    assert found["source"] == row.get("source", path)
     problem = to_problem(found, source, 0)
     assert problem.answer == answer
     broken = {key: value for key, value in row.items() if key in ("source", "system", "data_source", "id")}
     write(tmp_path, [broken or {"x": 1}])
     with pytest.raises(DataError, match="row 0 of"):
         read_rows(source)
+
+
+def test_reasoning_beside_messages_becomes_the_demonstration(tmp_path: Path) -> None:
+    path = write(tmp_path, [{"messages": ASKED, "reasoning": "hm", "answer": "\\boxed{4}"}])
+    (row,) = read_rows(RowsSection(kind="jsonl", path=path, schema="messages"))
+    assert (row["prompt"], row["answer"], row["demonstration"]) == (ASKED, "4", "<think>hm</think>\\boxed{4}")
 
 
 def test_the_columns_of_a_schema_are_what_its_reward_reads(tmp_path: Path) -> None:
@@ -114,6 +121,7 @@ def test_non_commercial_licences_need_a_flag(tmp_path: Path) -> None:
     # by its id also without a schema, and before anything is downloaded
     with pytest.raises(DataError, match=r"K-and-K/knights-and-knaves has the licence cc-by-nc-sa-4\.0"):
         read_rows(RowsSection(kind="datasets", path="K-and-K/knights-and-knaves"))
+    assert licence_of("openai/gsm8k") == "mit"
     with pytest.raises(DataError, match="schema='nothing' is unknown"):
         read_rows(RowsSection(kind="jsonl", path=path, schema="nothing"))
 
@@ -128,6 +136,10 @@ def test_contamination_is_any_shared_run_of_words() -> None:
     assert benchmarks.found_in("has seven cows and buys three more goats") is None
     assert benchmarks.found_in("two plus two") == ("short", "two plus two")
     assert benchmarks.found_in("so two plus two") is None
+    instruction = "Please answer in one word and think before you answer"
+    asked = Benchmarks({"x": [f"{instruction}: what is {i} and {i}?" for i in range(9)]})
+    assert asked.found_in(f"{instruction} this") is None, "how a benchmark asks is none of its questions"
+    assert asked.found_in("before you answer what is 3 and 3") is not None
 
 
 def test_near_duplicates_are_those_of_a_comparison_of_all_pairs() -> None:
@@ -188,6 +200,8 @@ def test_difficulty_is_the_label_with_the_largest_bound(rate: float, label: str)
     ("overrides", "message"),
     [
         (["near_duplicates=0"], "near_duplicates=0"),
+        (["difficulty={a: 0.5}"], r"difficulty=.*one of them 0\.0"),
+        (["difficulty={a: 0.0, b: 0.0}"], "difficulty=.*different"),
         (["pass_rate.above=0.8", "pass_rate.below=0.2"], r"pass_rate\.below=0\.2"),
         (["output.schema=conversations", "generate=null"], r"output\.schema=.?conversations"),
     ],
@@ -214,6 +228,7 @@ def test_the_whole_way(toy_model: Any, tmp_path: Path) -> None:
     """Planted: one contaminated problem, two doubles; the rest is sieved by what a random model really says."""
     rows = [{"prompt": f"{i}+{i * i}+{7 * i}=", "answer": str(i)} for i in range(11, 59)]
     rows += [{"prompt": prompt, "answer": "1"} for prompt in ("99+1=", " 11+121+77=", "12+144+84=")]
+    rows += [{"prompt": "what is this?", "answer": None}]
     write(tmp_path, rows)
     write(tmp_path, [{"prompt": "99+1=", "answer": "100"}], "test")
     config = tmp_path / "curate.yaml"
@@ -224,7 +239,7 @@ def test_the_whole_way(toy_model: Any, tmp_path: Path) -> None:
     kept = [json.loads(line) for line in (tmp_path / "out/curated.jsonl").read_text().splitlines()]
     dropped = [json.loads(line) for line in (tmp_path / "out/dropped.jsonl").read_text().splitlines()]
     stages = [one["stage"] for one in dropped]
-    assert (stages.count("contamination"), stages.count("near duplicate")) == (1, 2)
+    assert [stages.count(stage) for stage in ("no answer", "contamination", "near duplicate")] == [1, 1, 2]
     assert len(kept) + len(dropped) == len(rows)
     assert kept
     assert all(0 < row["pass_rate"] < 1 and row["num_samples"] == 8 for row in kept)
@@ -235,6 +250,13 @@ def test_the_whole_way(toy_model: Any, tmp_path: Path) -> None:
     wanted = {row["prompt"]: counts[place] / 8 for place, row in enumerate(rows[:48]) if 0 < counts[place] < 8}
     assert {row["prompt"]: row["pass_rate"] for row in kept} == wanted
     assert stages.count("pass rate") == 48 - len(wanted)
+    with pytest.raises(ConfigError, match=r"contamination\.data\.gsm8k: there is no such task"):
+        candidates(load_as(CurationConfig, config, ["contamination.data={gsm8k: x}"]), tmp_path)
+    all_of_them = write(tmp_path, rows[:48], "all")
+    overrides = [f"contamination.data={{hasty_addition: {all_of_them}}}", "data.limit=48"]
+    nothing_left = load_as(CurationConfig, config, overrides)
+    with pytest.raises(DataError, match=r"none of the 48 problems of .* is left.*contamination"):
+        candidates(nothing_left, tmp_path)
     # once more, with another window: nothing is asked again
     assert curate.main(["--config", str(config), "pass_rate.below=0.5"]) == 0
     again = [json.loads(line) for line in (tmp_path / "out/curated.jsonl").read_text().splitlines()]
