@@ -33,7 +33,7 @@ TORCH := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 'torch>=2.11,<2.1
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install quickstart eval-quickstart quickstart-seeds bench-algorithms bench-star bench-reward-models bench-engines bench-step bench-memory bench-grading bench-convert bench-weight-sync test test-vllm test-sglang test-newest lint clean
+.PHONY: install quickstart eval-quickstart quickstart-seeds bench-algorithms bench-star bench-reward-models bench-engines bench-step bench-memory bench-grading bench-convert bench-weight-sync test test-vllm test-sglang test-newest test-slurm lint clean
 
 install: $(INSTALLED)
 
@@ -130,7 +130,14 @@ $(TRL_INSTALLED):
 	touch $@
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --ignore tests/slurm
+
+# the job scripts on a real Slurm of two nodes on this machine; needs root
+test-slurm: $(INSTALLED)
+	command -v slurmctld munged shellcheck > /dev/null || PATH="$$PATH:/usr/sbin" command -v slurmctld munged shellcheck > /dev/null || \
+		(apt-get update --quiet && DEBIAN_FRONTEND=noninteractive apt-get install --quiet --yes slurm-wlm munge shellcheck)
+	shellcheck --external-sources slurm/*.sh
+	$(BIN)/python -m pytest tests/slurm
 
 # the tests of engines again, on vLLM
 test-vllm: $(VLLM_INSTALLED)

@@ -49,11 +49,14 @@ from megatron_rl.stop import StopRequest
 from megatron_rl.types import ParallelContext, TrainBatch, TrainState, UpdatePlan
 
 
-def run(config: RunConfig, resume: str) -> None:
+def run(config: RunConfig, resume: str) -> bool:
     """Train by reinforcement or on demonstrations, from the beginning or a checkpoint.
 
     Args:
         resume: "auto", "never" or the path of a checkpoint.
+
+    Returns:
+        whether a scheduler has interrupted it, so that it is to be started again.
 
     Raises:
         MegatronRLError: on every rank; what is wrong and what to change.
@@ -61,12 +64,12 @@ def run(config: RunConfig, resume: str) -> None:
     _, world_size, _ = launcher_world()
     validate(config, world_size)
     try:
-        run_in(config, resume, init_parallel(config.parallel))
+        return run_in(config, resume, init_parallel(config.parallel))
     finally:
         leave_world()
 
 
-def run_in(config: RunConfig, resume: str, parallel: ParallelContext) -> None:
+def run_in(config: RunConfig, resume: str, parallel: ParallelContext) -> bool:
     """``run`` in a world that is joined already."""
     inputs = read_inputs(config, parallel)
     folder = RunFolder(config.run.output_dir)
@@ -105,7 +108,7 @@ def run_in(config: RunConfig, resume: str, parallel: ParallelContext) -> None:
             log.note(describe(config, inputs, parallel, checkpoint.name if checkpoint else None))
             judge = build_judge(config, inputs, models)
             examiner = build_examiner(config, inputs, keeper, policy, log.note)
-            train(config, state, models, sampler, judge, evaluator, examiner, keeper, checkpoints, log, parallel)
+            return train(config, state, models, sampler, judge, evaluator, examiner, keeper, checkpoints, log, parallel)
 
 
 def train(
@@ -120,8 +123,8 @@ def train(
     checkpoints: Checkpoints,
     log: RunLog,
     parallel: ParallelContext,
-) -> None:
-    """Step after step until the last, or until a signal asks to stop."""
+) -> bool:
+    """Step after step until the last, or until a signal asks to stop; whether to start again, as of ``run``."""
     stop, ledger = StopRequest(parallel), Ledger(models, keeper.engine)
     if state.step == 0:
         held_out = evaluate(evaluator, sampler, models, config, keeper, log, state, Stopwatch())
@@ -180,6 +183,8 @@ def train(
         path = checkpoints.save(state, models, sampler.in_flight())
         checkpoints.finish()
         log.note(f"stopped as asked after step {state.step}; saved {path}. Start the same command again to go on.")
+        return stop.is_to_start_again()
+    return False
 
 
 def load_reference(reference: Reference | None, path: str | None, parallel: ParallelContext) -> None:

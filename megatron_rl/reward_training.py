@@ -87,7 +87,7 @@ def dry_run(config: RewardTrainingConfig, resume: str, *, show: bool) -> None:
         print(f"# ok: {world_size} ranks, {inputs.describe()}, {begins}")
 
 
-def run(config: RewardTrainingConfig, resume: str) -> None:
+def run(config: RewardTrainingConfig, resume: str) -> bool:
     """Train a reward model, from the beginning or a checkpoint.
 
     Args:
@@ -99,12 +99,12 @@ def run(config: RewardTrainingConfig, resume: str) -> None:
     _, world_size, _ = launcher_world()
     validate_reward_training(config, world_size)
     try:
-        run_in(config, resume, init_parallel(config.parallel))
+        return run_in(config, resume, init_parallel(config.parallel))
     finally:
         leave_world()
 
 
-def run_in(config: RewardTrainingConfig, resume: str, parallel: ParallelContext) -> None:
+def run_in(config: RewardTrainingConfig, resume: str, parallel: ParallelContext) -> bool:
     """``run`` in a world that is joined already."""
     with raise_together(parallel):
         inputs = RewardInputs(config, parallel.world_size)
@@ -126,7 +126,7 @@ def run_in(config: RewardTrainingConfig, resume: str, parallel: ParallelContext)
             f"{describe_layout(parallel)}, {config.run.num_steps} steps of {config.data.num_examples_per_step} examples"
             f"{resumed}\n{inputs.describe()}"
         )
-        train(config, state, models, inputs, checkpoints, log)
+        return train(config, state, models, inputs, checkpoints, log)
 
 
 def train(
@@ -136,8 +136,8 @@ def train(
     inputs: RewardInputs,
     checkpoints: Checkpoints,
     log: RunLog,
-) -> None:
-    """Step after step until the last, or until a signal asks to stop."""
+) -> bool:
+    """Step after step until the last, or until a signal asks to stop; whether to start again, as of ``loop.run``."""
     model = models.reward_model
     stop = StopRequest(model.parallel)
     read = reads_pairwise_loss(model.parallel.groups.cp) if config.data.schema == "pairwise" else reads_binary_loss
@@ -169,6 +169,8 @@ def train(
         path = checkpoints.save(state, models)
         checkpoints.finish()
         log.note(f"stopped as asked after step {state.step}; saved {path}. Start the same command again to go on.")
+        return stop.is_to_start_again()
+    return False
 
 
 def as_sequences(example: Example) -> list[TrainSequence]:

@@ -24,8 +24,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             dry_run(config, parsed.resume, show=command.is_main)
             return 0
         from megatron_rl.loop import run
+        from megatron_rl.stop import START_AGAIN
 
-        run(config, parsed.resume)
+        if run(config, parsed.resume):
+            command.status = START_AGAIN
         if command.is_main:
             from megatron_rl.analysis.run_report import conclude
 

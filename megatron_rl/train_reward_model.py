@@ -16,11 +16,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with reported() as command:
         config = load_as(RewardTrainingConfig, parsed.config, parsed.overrides)
         from megatron_rl import reward_training
+        from megatron_rl.stop import START_AGAIN
 
         if parsed.dry_run:
             reward_training.dry_run(config, parsed.resume, show=command.is_main)
             return 0
-        reward_training.run(config, parsed.resume)
+        if reward_training.run(config, parsed.resume):
+            command.status = START_AGAIN
         if command.is_main:
             from megatron_rl.analysis.run_report import conclude
 

@@ -10,6 +10,12 @@ def digit_share(sample: RewardInput) -> float:
     return sum(c.isdigit() for c in sample.response) / max(1, len(sample.response))
 
 
+def slow_digit_share(sample: RewardInput) -> float:
+    """The same, so slow that a run can be disturbed."""
+    time.sleep(0.03)
+    return digit_share(sample)
+
+
 def begins_with_a_digit(sample: RewardInput) -> float:
     """A verdict of 0 or 1."""
     return float(sample.response[:1].isdigit())

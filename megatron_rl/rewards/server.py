@@ -9,3 +9,4 @@ import signal
 import megatron_rl.rewards.worker  # noqa: F401  loaded here once, so that a worker starts in milliseconds
 
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
+signal.signal(signal.SIGUSR1, signal.SIG_IGN)

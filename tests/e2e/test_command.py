@@ -154,7 +154,7 @@ class TestRefusals:
             (["precision.fp8=delayed", "precision.bf16_first_layers=1"], "whose scales are shared by all layers"),
             (["profiling.memory_snapshot=true"], "profiling.memory_snapshot=true needs a GPU"),
             (["model.path=nowhere"], "nowhere"),
-            (["data.train.path=no_such_task"], "expected one of countdown, hasty_addition"),
+            (["data.train.path=no_such_task"], "expected one of arithmetic, countdown, hasty_addition"),
             (["data.max_prompt_tokens=2"], "longer than data.max_prompt_tokens=2"),
             (["data.on_overlong_prompt=error", "data.max_prompt_tokens=5"], "prompt 0 of hasty_addition has 6 tokens"),
             (["run.output_dir=/proc/nothing/run"], "run.output_dir=/proc/nothing/run: No such file"),

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=grpo-7b
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=8
+#SBATCH --mem=0
+#SBATCH --exclusive
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@600
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=logs/slurm/%x-%j.out
+# GRPO of a 7B or 8B model: sbatch slurm/grpo_7b.sh [key=value …]   (slurm/README.md)
+cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}"
+source slurm/common.sh
+submit_unless_in_job "$0" "$@"
+train megatron_rl.train "${MEGATRON_RL_CONFIG:-configs/recipes/production/grpo-7b-h100.yaml}" "$@"

@@ -1,0 +1,123 @@
+"""Submitting jobs and waiting for what they do."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.toys import TIMED, write_config
+
+ROOT = Path(__file__).parents[2]
+PATIENCE_S = 300.0
+# in the place of what the scripts ask for: this machine has no GPUs and nodes share it
+SMALL = ("--nodes=2", "--gpus-per-node=0", "--cpus-per-task=1", "--mem=2000", "--oversubscribe", "--time=30")
+
+
+def wait_for(what: str, is_so: Callable[[], bool], patience_s: float = PATIENCE_S) -> None:
+    deadline = time.monotonic() + patience_s
+    while not is_so():
+        assert time.monotonic() < deadline, f"not within {patience_s:.0f} s: {what}"
+        time.sleep(0.05)
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Commands to a cluster."""
+
+    config: Path
+
+    def run(self, *command: str, cwd: Path = ROOT, **environment: str) -> str:
+        done = subprocess.run(
+            command, capture_output=True, text=True, cwd=cwd, check=False,
+            env={**os.environ, "SLURM_CONF": str(self.config), **environment},
+        )  # fmt: skip
+        assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+        return done.stdout
+
+    def state(self, job: str) -> str:
+        fields = self.run("scontrol", "show", "job", job, "--oneliner").split()
+        return next(field.removeprefix("JobState=") for field in fields if field.startswith("JobState="))
+
+
+@dataclass(frozen=True)
+class Job:
+    """A submitted job of ``train``."""
+
+    cluster: Cluster
+    number: str
+    name: str
+    folder: Path
+    """Where it was submitted."""
+
+    @property
+    def run(self) -> Path:
+        return self.folder / "runs" / f"{self.name}-{self.number}"
+
+    @property
+    def output(self) -> str:
+        path = self.folder / "logs/slurm" / f"{self.name}-{self.number}.out"
+        return path.read_text() if path.exists() else ""
+
+    def rows(self) -> list[dict[str, Any]]:
+        path = self.run / "metrics.jsonl"
+        whole = (
+            [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            if path.exists()
+            else []
+        )
+        return [json.loads(line) for line in whole]
+
+    def untimed(self) -> list[dict[str, Any]]:
+        """What two runs must have in common, bit for bit."""
+        return [{key: value for key, value in row.items() if not key.startswith(TIMED)} for row in self.rows()]
+
+    def reach(self, step: int) -> None:
+        wait_for(f"step {step}", lambda: any(row["step"] >= step for row in self.rows()))
+
+    def finish(self, state: str = "COMPLETED") -> None:
+        ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+        wait_for(f"an end of job {self.number}", lambda: self.cluster.state(self.number) in ended)
+        assert self.cluster.state(self.number) == state, self.output[-3000:]
+
+    def pids(self) -> list[int]:
+        """Of its ranks, which run on this machine."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            try:
+                variables = path.read_bytes().split(b"\0")
+                command = path.with_name("cmdline").read_bytes()
+            except OSError:
+                continue
+            is_rank = f"SLURM_JOB_ID={self.number}".encode() in variables and b"megatron_rl.train" in command
+            if is_rank and any(one.startswith(b"RANK=") for one in variables) and b"--config" in command:
+                found.append(int(path.parent.name))
+        return sorted(found)
+
+
+@dataclass(frozen=True)
+class Site:
+    """A folder that jobs are submitted from: the scripts, and a toy recipe."""
+
+    cluster: Cluster
+    folder: Path
+    model: Path
+
+    def submit(self, script: str, *overrides: str, options: Sequence[str] = (), name: str = "toy") -> Job:
+        scripts = self.folder / "slurm"
+        if not scripts.exists():
+            scripts.symlink_to(ROOT / "slurm")
+            (self.folder / "tests").symlink_to(ROOT / "tests")
+            (self.folder / "logs/slurm").mkdir(parents=True)
+        recipe = write_config(self.folder, self.model)
+        said = self.cluster.run(
+            "sbatch", "--parsable", *SMALL, f"--job-name={name}", *options, f"slurm/{script}", "metrics.console=plain",
+            *overrides,
+            cwd=self.folder, MEGATRON_RL_CONFIG=str(recipe), PYTHONPATH=str(ROOT),
+            PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        )  # fmt: skip
+        return Job(self.cluster, said.strip(), name, self.folder)
