@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megatron_rl.analysis.study import markdown
 from megatron_rl.errors import MegatronRLError
-from megatron_rl.evaluation.compare import compared, read_finished
+from megatron_rl.evaluation.compare import compared, read_all_finished
 from megatron_rl.evaluation.comparison_page import render_comparison
 from megatron_rl.run_folder import write_atomically
 
@@ -24,7 +24,8 @@ def main(arguments: list[str] | None = None) -> int:
     if len(asked.evaluations) < 2:
         sys.exit("there is nothing to compare with: give two evaluations or more.")
     try:
-        runs = [read_finished(path) for path in asked.evaluations]
+        runs = read_all_finished(asked.evaluations)
+        print("\n".join(f"{run.name}: {run.results['model']}" for run in runs), end="\n\n")
         print(markdown(compared(runs)))
         if asked.html is not None:
             write_atomically(asked.html, render_comparison(runs))

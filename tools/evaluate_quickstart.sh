@@ -7,6 +7,7 @@ seed=$1
 trained=runs/quickstart/vllm_seed_$seed # whose heads are of a size that all engines take
 before=$trained/sft/checkpoints/step_001800/hf
 after=$trained/grpo/checkpoints/step_000100/hf
+trained_folders=()
 for pair in "${@:2}"; do
     engine=${pair%%=*} python=${pair#*=}
     folder=runs/eval/quickstart/seed_$seed/$engine
@@ -17,4 +18,9 @@ for pair in "${@:2}"; do
     done
     echo "$engine:"
     "$python" tools/compare_evals.py "$folder/before" "$folder/after" --html "$folder/comparison.html"
+    trained_folders+=("$folder/after")
 done
+# the engines beside each other
+if ((${#trained_folders[@]} > 1)); then
+    "$python" tools/compare_evals.py "${trained_folders[@]}" --html "runs/eval/quickstart/seed_$seed/engines.html"
+fi

@@ -84,6 +84,7 @@ def grouped_bar_plot(title: str, x_label: str, groups: Mapping[str, Mapping[str,
         axes.barh(heights, [value for _, value in known], height=thickness, color=colour, label=label)
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
+    axes.margins(x=0.4)  # room for the legend
     return _finish(figure, axes, legend=len(groups) > 1)
 
 

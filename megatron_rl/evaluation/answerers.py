@@ -15,9 +15,10 @@ FINISHED = {"stop": "stop", "length": "length", "max_tokens": "length"}
 
 
 def behind(text: str, tokens: Sequence[str], logprobs: Sequence[float | None]) -> list[float]:
-    """Log-probabilities of the last tokens of a prompt, those that spell a text; one may begin before it.
+    """Log-probabilities of the last tokens of a prompt, those that spell a text; the first may begin before it.
 
-    Offsets that servers report are not used: they count start tokens and broken characters, or are missing.
+    Offsets that servers report are not used: they count start tokens and broken characters, or are missing. White space
+    is not compared, as some tokenizers decode single tokens without it.
 
     Args:
         tokens: of the prompt, and perhaps one that was generated behind it.
@@ -25,15 +26,24 @@ def behind(text: str, tokens: Sequence[str], logprobs: Sequence[float | None]) -
     Raises:
         ValueError: the tokens end otherwise.
     """
+    wanted = _visible(text)
     for end in (len(tokens) - 1, len(tokens)):
         spelt, start = "", end
-        while start > 0 and len(spelt) < len(text):
+        while start > 0 and len(_visible(spelt)) < len(wanted):
             start -= 1
             spelt = tokens[start] + spelt
+        if not wanted or not _visible(spelt).endswith(wanted):
+            continue
+        if start > 1 and text[0].isspace() and not spelt[0].isspace() and tokens[start - 1].isspace():
+            start -= 1  # the white space is a token of its own
         found = [one for one in logprobs[start:end] if one is not None]
-        if text and spelt.endswith(text) and len(found) == end - start:
+        if len(found) == end - start:
             return found
     raise ValueError(f"the prompt's tokens do not end with {text!r}")
+
+
+def _visible(text: str) -> str:
+    return "".join(text.split())
 
 
 class Answerer(Protocol):

@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_rl.analysis.scores import mean, paired_difference
 from megatron_rl.errors import DataError
-from megatron_rl.evaluation.folder import FREE_OF_TASK, essential, read_results
+from megatron_rl.evaluation.folder import FREE_OF_TASK, distinct_names, essential, read_results
 from megatron_rl.evaluation.report import percent
 
 SIGNIFICANT = 1.96
@@ -19,14 +19,11 @@ class Finished:
     """One evaluation."""
 
     path: Path
+    name: str
+    """As much of the path as tells it from the others."""
     results: Mapping[str, Any]
     rates: Mapping[str, Sequence[float]]
     """Task -> share of right samples of each question."""
-
-    @property
-    def name(self) -> str:
-        """Folder and model."""
-        return f"{self.path.name}: {self.results['model']}"
 
 
 def is_right(rate: float) -> bool:
@@ -34,15 +31,20 @@ def is_right(rate: float) -> bool:
     return rate >= 0.5
 
 
-def read_finished(path: Path) -> Finished:
-    """A finished evaluation.
+def read_all_finished(paths: Sequence[Path]) -> list[Finished]:
+    """Finished evaluations.
 
     Raises:
-        DataError: it is not finished.
+        DataError: one is not finished.
     """
+    folders = [path if path.is_dir() else path.parent for path in paths]
+    return [_read_finished(path, name) for path, name in zip(folders, distinct_names(folders), strict=True)]
+
+
+def _read_finished(path: Path, name: str) -> Finished:
     results = read_results(path)
     rates = {task: result["rates"] for task, result in results["tasks"].items()}
-    return Finished(path if path.is_dir() else path.parent, results, rates)
+    return Finished(path, name, results, rates)
 
 
 def compared(runs: Sequence[Finished]) -> list[list[str]]:

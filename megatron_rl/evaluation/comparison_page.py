@@ -25,7 +25,8 @@ def render_comparison(runs: Sequence[Finished]) -> str:
     changed = [one for other in runs[1:] for one in _changed(runs[0], other)]
     environment = Environment(loader=PackageLoader("megatron_rl.analysis"), autoescape=True)
     return environment.get_template("comparison.html").render(
-        title="Comparison of " + ", ".join(run.path.name for run in runs),
+        title="Comparison of " + ", ".join(run.name for run in runs),
+        models=[(run.name, run.results["model"]) for run in runs],
         table=table,
         plots=list(_plots(runs)),
         changed=changed[:NUM_SHOWN],
@@ -34,10 +35,7 @@ def render_comparison(runs: Sequence[Finished]) -> str:
 
 
 def _plots(runs: Sequence[Finished]) -> Iterator[str]:
-    right = {
-        f"{number}. {run.path.name}": {task: mean(rates) for task, rates in run.rates.items()}
-        for number, run in enumerate(runs, start=1)
-    }
+    right = {run.name: {task: mean(rates) for task, rates in run.rates.items()} for run in runs}
     yield grouped_bar_plot("Right", "share of the samples", right)
     first = runs[0]
     for other in runs[1:]:
@@ -45,7 +43,7 @@ def _plots(runs: Sequence[Finished]) -> Iterator[str]:
             if task in other.rates:
                 both, only_before, only_after, neither = confusion(rates, other.rates[task])
                 yield table_plot(
-                    f"{task}: {first.path.name} against {other.path.name}",
+                    f"{task}: {first.name} against {other.name}",
                     ["right before", "wrong before"],
                     ["right after", "wrong after"],
                     [[both, only_before], [only_after, neither]],

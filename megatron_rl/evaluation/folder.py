@@ -95,6 +95,15 @@ class EvalFolder:
             )
 
 
+def distinct_names(paths: Sequence[Path]) -> list[str]:
+    """As many of the last parts of each path as it takes to tell them apart; the same paths get numbers."""
+    for depth in range(1, max(len(path.parts) for path in paths) + 1):
+        names = ["/".join(path.parts[-depth:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{number}. {path}" for number, path in enumerate(paths, start=1)]
+
+
 def read_questions_of(folder: EvalFolder) -> dict[tuple[str, int], dict[str, Any]]:
     """What was asked, by task and question.
 

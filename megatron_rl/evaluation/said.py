@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megatron_rl.analysis.behaviour import Said
 from megatron_rl.errors import DataError
-from megatron_rl.evaluation.folder import EvalFolder, current_answers, read_questions_of
+from megatron_rl.evaluation.folder import EvalFolder, current_answers, distinct_names, read_questions_of
 from megatron_rl.rollout.record import each_rollout
 from megatron_rl.rollout.votes import shown_answer
 
@@ -22,8 +22,7 @@ def read_all_said(paths: Sequence[Path], *, min_reward: float, answer_shown_by: 
     Raises:
         DataError: a folder has none.
     """
-    names = [path.name for path in paths]
-    sources = [""] if len(paths) == 1 else names if len(set(names)) == len(names) else [str(path) for path in paths]
+    sources = [""] if len(paths) == 1 else distinct_names(paths)
     return [
         replace(one, source=source)
         for path, source in zip(paths, sources, strict=True)

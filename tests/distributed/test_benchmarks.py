@@ -11,7 +11,7 @@ import pytest
 from megatron_rl.build import Inputs
 from megatron_rl.errors import ConfigError, DataError
 from megatron_rl.evaluation.answers import read_answers
-from megatron_rl.evaluation.compare import read_finished
+from megatron_rl.evaluation.compare import read_all_finished
 from tests.distributed import cases
 from tests.gang import Gang
 from tests.toys import toy_config
@@ -85,7 +85,7 @@ def test_the_policy_is_examined_on_schedule(
     page = tmp_path / "page.html"
     folders = [str(folder / f"benchmarks/step_{step:06d}") for step in (0, 3)]
     assert compare_evals.main([*folders, "--html", str(page)]) == 0
-    rates = [read_finished(Path(one)).rates for one in folders]
+    rates = [one.rates for one in read_all_finished([Path(folder) for folder in folders])]
     pairs = [pair for task in rates[0] for pair in zip(rates[0][task], rates[1][task], strict=True)]
     changed = sum((old >= 0.5) != (new >= 0.5) for old, new in pairs)
     text = page.read_text()

@@ -128,7 +128,8 @@ def test_a_run_is_read_by_step(tmp_path: Path) -> None:
 def test_several_runs_are_told_apart(tmp_path: Path) -> None:
     paths = [rollouts(tmp_path / name) for name in ("one/run", "two/run", "other")]
     found = by_label(read_all_said(paths, min_reward=1.0, answer_shown_by=None))
-    assert [one.title for one in found] == [f"{path} {step}" for path in paths for step in (1, 2, 3)]
+    names = ["one/run", "two/run", f"{tmp_path.name}/other"]
+    assert [one.title for one in found] == [f"{name} {step}" for name in names for step in (1, 2, 3)]
     assert [one.num_questions for one in found] == [4] * 9
     named = by_label(read_all_said(paths[1:], min_reward=1.0, answer_shown_by=None))
     assert [one.title for one in named] == [f"{name} {step}" for name in ("run", "other") for step in (1, 2, 3)]

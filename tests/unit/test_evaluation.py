@@ -27,9 +27,10 @@ from megatron_rl.config.evaluation import (
 from megatron_rl.config.load import load_as
 from megatron_rl.config.schema import ModelSection
 from megatron_rl.errors import ConfigError, DataError, RewardError
+from megatron_rl.evaluation.answerers import behind
 from megatron_rl.evaluation.answers import Answer, AnswerFile, by_question, read_answers
 from megatron_rl.evaluation.asking import missing
-from megatron_rl.evaluation.compare import compared, read_finished
+from megatron_rl.evaluation.compare import compared, read_all_finished
 from megatron_rl.evaluation.exam import Exam
 from megatron_rl.evaluation.folder import EvalFolder, read_results
 from megatron_rl.evaluation.grading import Grading
@@ -328,6 +329,25 @@ def test_another_grader_changes_a_tasks_score(grade: Callable[[TaskConfig], Grad
         assert verdicts == [wanted[column] == "1" for *_, wanted in DISAGREEMENTS]
 
 
+@pytest.mark.parametrize(
+    ("tokens", "found"),
+    [
+        (["<s>", "Q", ":", " A", "!"], [3]),  # a start token, and one that was generated
+        (["Q", ":", "A"], [2]),  # decoded without white space, nothing generated
+        (["Q", ":", " ", "A", "!"], [2, 3]),
+        (["Q", ": A", "!"], [1]),
+        (["\ufffd", ":", " A", ""], [2]),
+    ],
+)
+def test_the_tokens_of_a_choice_are_found_at_a_prompts_end(tokens: list[str], found: list[int]) -> None:
+    assert behind(" A", tokens, [None, *map(float, range(1, len(tokens)))]) == found
+
+
+def test_a_choice_that_is_not_at_the_end_is_no_choice() -> None:
+    with pytest.raises(ValueError, match="do not end with ' B'"):
+        behind(" B", ["Q", ":", " A", "!"], [None, 1.0, 2.0, 3.0])
+
+
 def test_pass_at_k_has_published_values() -> None:
     found = [pass_at_k(8, 2, 1), pass_at_k(8, 2, 4), pass_at_k(8, 2, 8), pass_at_k(16, 1, 8), pass_at_k(8, 0, 4)]
     assert found == pytest.approx([0.25, 0.785714, 1, 0.5, 0], abs=1e-6)
@@ -527,4 +547,4 @@ def test_models_are_compared_at_the_same_questions(tmp_path: Path, capsys: pytes
     assert (" *" in line) == (1.96 * error < 0.3)
     other = finished_run(tmp_path / "other", [True] * NUM_ROWS, prompt="Please: {problem}")
     with pytest.raises(DataError, match="were not asked the same, prompt differ"):
-        compared([read_finished(path) for path in (before, other)])
+        compared(read_all_finished([before, other]))

@@ -1,0 +1,100 @@
+"""An evaluation through vLLM's own server says what the embedded engine says."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from megatron_rl.evaluation.answers import read_answers
+
+ROOT = Path(__file__).parents[2]
+START_S = 300.0
+SUITE = """
+run: {{name: toy, output_dir: {folder}/out}}
+model: {{path: {model}, dtype: fp32}}
+tasks: [choice.yaml, {tasks}/hasty_addition.yaml]
+engine: {{max_num_sequences: 8}}
+limit: 24
+"""
+CHOICE = """
+name: choice
+version: 1
+source: here
+data: {{kind: jsonl, path: {folder}/rows.jsonl}}
+prompt: "{{question}}"
+choices_field: choices
+chat: false
+likelihood: {{of: choices, before: ""}}
+scorer: {{name: exact_match}}
+gold_response: "{{gold}}"
+majority: false
+"""
+
+
+@pytest.fixture
+def model(toy_model: Callable[..., Path]) -> Path:
+    return toy_model("qwen2", hidden_size=128, head_dim=32, tied=True)
+
+
+@pytest.fixture
+def server(model: Path, engine_name: str, tmp_path: Path) -> Iterator[str]:
+    """Url of a server that calls the model "toy"."""
+    if engine_name != "vllm":
+        pytest.skip("a test of vLLM's server")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "TORCHDYNAMO_DISABLE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+    log = (tmp_path / "server.log").open("w")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model),
+         "--served-model-name", "toy", "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager", "--max-model-len", "256"],
+        env=os.environ | environment, stdout=log, stderr=log,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + START_S
+        while True:
+            assert process.poll() is None, (tmp_path / "server.log").read_text()[-3000:]
+            assert time.monotonic() < deadline, "the server does not answer"
+            try:
+                httpx.get(f"http://127.0.0.1:{port}/v1/models").raise_for_status()
+                break
+            except httpx.HTTPError:
+                time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        process.terminate()
+        process.wait(60)
+        log.close()
+
+
+def evaluated(suite: Path, output: Path, *overrides: str) -> Path:
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_rl.evaluate", "--config", str(suite), f"run.output_dir={output}", *overrides],
+        capture_output=True, text=True, cwd=ROOT, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return output / "answers"
+
+
+def test_answers_and_likelihoods_of_a_server(server: str, model: Path, tmp_path: Path) -> None:
+    rows = [{"question": f"{i}+{i}=", "choices": [str(2 * i), str(i), f"{i}+1"], "answer": i % 3} for i in range(1, 25)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "choice.yaml").write_text(CHOICE.format(folder=tmp_path))
+    suite = tmp_path / "suite.yaml"
+    suite.write_text(SUITE.format(folder=tmp_path, model=model, tasks=ROOT / "configs/eval/tasks"))
+    ours = read_answers(evaluated(suite, tmp_path / "ours"))
+    theirs = read_answers(
+        evaluated(suite, tmp_path / "theirs", "engine.name=openai", f"engine.url={server}", "model.path=toy")
+    )
+    assert len(ours) == len(theirs) == 48
+    for key, one in theirs.items():
+        assert one.response == ours[key].response
+        assert one.likelihoods == pytest.approx(ours[key].likelihoods, abs=1e-4)
