@@ -239,6 +239,25 @@ def advance(state: TrainState, collected: Collected) -> TrainState:
     )
 
 
+@contextmanager
+def policy_in_engine(
+    sampler: Sampler,
+    models: RunModels,
+    config: RunConfig,
+    keeper: EngineKeeper,
+    log: RunLog,
+    state: TrainState,
+    watch: Stopwatch,
+) -> Iterator[dict[str, Reduction]]:
+    """The engine with the policy of a step, for something else than the next step; gives metrics of the push."""
+    sampler.settle(version=state.step)
+    pushed = keeper.push(version=state.step)
+    with room_for_engine(models, keeper.engine, config, watch):
+        yield pushed
+    for note in keeper.take_notes():
+        log.note(note)
+
+
 def evaluate(
     evaluator: Evaluator | None,
     sampler: Sampler,
@@ -252,13 +271,8 @@ def evaluate(
     """Held-out metrics, counted once; empty without held-out prompts."""
     if evaluator is None:
         return {}
-    with watch.span("testing"):
-        sampler.settle(version=state.step)
-        pushed = keeper.push(version=state.step)
-        with room_for_engine(models, keeper.engine, config, watch):
-            metrics, samples = evaluator.evaluate(state.step)
-    for note in keeper.take_notes():
-        log.note(note)
+    with watch.span("testing"), policy_in_engine(sampler, models, config, keeper, log, state, watch) as pushed:
+        metrics, samples = evaluator.evaluate(state.step)
     headline = {name.removeprefix("eval/"): metrics[name].result() for name in evaluator.headline}
     shown = [f"{name} {value:.4g}" for name, value in headline.items()]
     log.note(f"held out, step {state.step}: {', '.join(shown)}")
@@ -279,14 +293,8 @@ def examine(
     """Metrics of the benchmarks, on the first rank; empty without a suite."""
     if examiner is None:
         return {}
-    with watch.span("benchmarks"):
-        sampler.settle(version=state.step)
-        keeper.push(version=state.step)
-        with room_for_engine(models, keeper.engine, config, watch):
-            metrics = examiner.examine(state.step)
-    for note in keeper.take_notes():
-        log.note(note)
-    return metrics
+    with watch.span("benchmarks"), policy_in_engine(sampler, models, config, keeper, log, state, watch):
+        return examiner.examine(state.step)
 
 
 def rollout_metrics(

@@ -1,5 +1,6 @@
 """Tiny models, configurations and sequences that the tests share."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -80,3 +81,30 @@ def sequences(lengths: tuple[int, ...] = (9, 17, 6, 30), num_prompt: int = 3) ->
             )
         )
     return made
+
+
+CHOICE_TASK = """
+name: choice
+version: 1
+source: here
+data: {{kind: jsonl, path: {folder}/choices.jsonl}}
+prompt: "{{question}}"
+choices_field: choices
+chat: false
+likelihood: {{of: choices, before: ""}}
+scorer: {{name: exact_match}}
+gold_response: "{{gold}}"
+majority: false
+"""
+
+
+def write_choice_task(folder: Path, num_questions: int) -> Path:
+    """A task whose answer is the likeliest of three sums, with its rows."""
+    rows = [
+        {"question": f"{i}+{i}=", "choices": [str(2 * i), str(i), f"{i}+1"], "answer": i % 3}
+        for i in range(1, num_questions + 1)
+    ]
+    (folder / "choices.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = folder / "choice.yaml"
+    path.write_text(CHOICE_TASK.format(folder=folder))
+    return path

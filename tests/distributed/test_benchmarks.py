@@ -14,7 +14,7 @@ from megatron_rl.evaluation.answers import read_answers
 from megatron_rl.evaluation.compare import read_all_finished
 from tests.distributed import cases
 from tests.gang import Gang
-from tests.toys import toy_config
+from tests.toys import toy_config, write_choice_task
 from tools import compare_evals
 
 ROOT = Path(__file__).parents[2]
@@ -25,26 +25,11 @@ tasks: [{tasks}/hasty_addition.yaml, choice.yaml]
 limit: 12
 sampling: {{num_samples: 2, temperature: 1.0, top_p: 0.9}}
 """
-CHOICE = """
-name: choice
-version: 1
-source: here
-data: {{kind: jsonl, path: {folder}/rows.jsonl}}
-prompt: "{{question}}\\n{{choices}}\\nAnswer:"
-choices_field: choices
-chat: false
-likelihood: {{of: choices}}
-scorer: {{name: exact_match}}
-gold_response: "{{gold}}"
-majority: false
-"""
 
 
 @pytest.fixture
 def suite(tmp_path: Path) -> Path:
-    rows = [{"question": f"{i}+{i}=", "choices": [str(2 * i), str(i)], "answer": i % 2} for i in range(1, 13)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "choice.yaml").write_text(CHOICE.format(folder=tmp_path))
+    write_choice_task(tmp_path, 12)
     path = tmp_path / "suite.yaml"
     path.write_text(SUITE.format(folder=tmp_path, tasks=ROOT / "configs/eval/tasks"))
     return path
@@ -98,7 +83,9 @@ def test_a_suite_that_cannot_be_answered_stops_before_the_first_step(
 ) -> None:
     with pytest.raises(ConfigError, match=r"evaluation\.suite_every=2.*evaluation\.suite beside it"):
         toy_config(tmp_path, toy_model("qwen2"), "evaluation.suite_every=2")
-    (tmp_path / "rows.jsonl").write_text(json.dumps({"question": "1" * 600, "choices": ["1", "2"], "answer": 0}) + "\n")
+    (tmp_path / "choices.jsonl").write_text(
+        json.dumps({"question": "1" * 600, "choices": ["1", "2"], "answer": 0}) + "\n"
+    )
     config = toy_config(tmp_path, toy_model("qwen2"), f"evaluation.suite={suite}")
     with pytest.raises(DataError, match=r"question 0 of task choice has 6\d\d tokens"):
         Inputs(config, 1)

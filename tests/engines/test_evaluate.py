@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rl.evaluation.answers import read_answers
+from tests.toys import write_choice_task
 
 ROOT = Path(__file__).parents[2]
 SUITE = """
@@ -17,27 +18,12 @@ tasks: [{tasks}/hasty_addition.yaml, choice.yaml]
 engine: {{name: {engine}, max_num_sequences: {at_a_time}}}
 limit: 48
 """
-CHOICE = """
-name: choice
-version: 1
-source: here
-data: {{kind: jsonl, path: {folder}/rows.jsonl}}
-prompt: "{{question}}\\n{{choices}}\\nAnswer:"
-choices_field: choices
-chat: false
-likelihood: {{of: choices}}
-scorer: {{name: exact_match}}
-gold_response: "{{gold}}"
-majority: false
-"""
 
 
 def evaluated(engine: str, folder: Path, model: Path, at_a_time: int) -> dict[str, Any]:
     folder.mkdir()
     suite, tasks = folder / "suite.yaml", ROOT / "configs/eval/tasks"
-    rows = [{"question": f"{i}+{i}=", "choices": [str(2 * i), str(i), f"{i}+1"], "answer": i % 3} for i in range(1, 49)]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "choice.yaml").write_text(CHOICE.format(folder=folder))
+    write_choice_task(folder, 48)
     suite.write_text(SUITE.format(folder=folder, engine=engine, model=model, tasks=tasks, at_a_time=at_a_time))
     done = subprocess.run(
         [sys.executable, "-m", "megatron_rl.evaluate", "--config", str(suite)],

@@ -1,6 +1,5 @@
 """An evaluation through vLLM's own server says what the embedded engine says."""
 
-import json
 import os
 import socket
 import subprocess
@@ -13,6 +12,7 @@ import httpx
 import pytest
 
 from megatron_rl.evaluation.answers import read_answers
+from tests.toys import write_choice_task
 
 ROOT = Path(__file__).parents[2]
 START_S = 300.0
@@ -22,19 +22,6 @@ model: {{path: {model}, dtype: fp32}}
 tasks: [choice.yaml, {tasks}/hasty_addition.yaml]
 engine: {{max_num_sequences: 8}}
 limit: 24
-"""
-CHOICE = """
-name: choice
-version: 1
-source: here
-data: {{kind: jsonl, path: {folder}/rows.jsonl}}
-prompt: "{{question}}"
-choices_field: choices
-chat: false
-likelihood: {{of: choices, before: ""}}
-scorer: {{name: exact_match}}
-gold_response: "{{gold}}"
-majority: false
 """
 
 
@@ -53,11 +40,10 @@ def server(model: Path, engine_name: str, tmp_path: Path) -> Iterator[str]:
         port = free.getsockname()[1]
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "TORCHDYNAMO_DISABLE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     log = (tmp_path / "server.log").open("w")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model),
-         "--served-model-name", "toy", "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager", "--max-model-len", "256"],
-        env=os.environ | environment, stdout=log, stderr=log,
-    )  # fmt: skip
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+    command += ["--served-model-name", "toy", "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "256"]
+    process = subprocess.Popen(command, env=os.environ | environment, stdout=log, stderr=log)
     try:
         deadline = time.monotonic() + START_S
         while True:
@@ -85,9 +71,7 @@ def evaluated(suite: Path, output: Path, *overrides: str) -> Path:
 
 
 def test_answers_and_likelihoods_of_a_server(server: str, model: Path, tmp_path: Path) -> None:
-    rows = [{"question": f"{i}+{i}=", "choices": [str(2 * i), str(i), f"{i}+1"], "answer": i % 3} for i in range(1, 25)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "choice.yaml").write_text(CHOICE.format(folder=tmp_path))
+    write_choice_task(tmp_path, 24)
     suite = tmp_path / "suite.yaml"
     suite.write_text(SUITE.format(folder=tmp_path, model=model, tasks=ROOT / "configs/eval/tasks"))
     ours = read_answers(evaluated(suite, tmp_path / "ours"))
