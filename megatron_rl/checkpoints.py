@@ -30,6 +30,7 @@ from megatron_rl.config import RunConfig
 from megatron_rl.config.load import defaults, flatten
 from megatron_rl.config.reward_training import RewardTrainingConfig
 from megatron_rl.errors import CheckpointError, ConfigError, ConversionError
+from megatron_rl.fallback import newest_sound
 from megatron_rl.integrity import Seal, check_seals, seal_files, write_seals
 from megatron_rl.mcore.async_save import PendingSave
 from megatron_rl.mcore.checkpoint import begin_save, complete_save, load_learner, save_learner
@@ -84,6 +85,7 @@ class Checkpoints:
     """Saves and restores the models that learn and the trainer's state."""
 
     def __init__(self, folder: RunFolder, config: RunConfig | RewardTrainingConfig, parallel: ParallelContext) -> None:
+        self._run_folder = folder
         self._folder = folder.checkpoints
         self._references = folder.references
         self._config = config
@@ -196,21 +198,35 @@ class Checkpoints:
                 write_atomically(self._folder / LATEST, final.name)
                 self._remove_old()
 
-    def restore(self, path: Path, models: LearningModels) -> TrainState:
-        """Continue from a checkpoint, under this run's layout; collective.
+    def find(self, resume: str) -> tuple[Path | None, list[str]]:
+        """The checkpoint that a start goes on from, whose files are sound, and notes about damaged ones; collective.
+
+        Args:
+            resume: as of ``RunFolder.find_resume``; only with "auto" an earlier one takes a damaged one's place.
 
         Raises:
-            CheckpointError: the checkpoint is damaged.
+            CheckpointError, ConfigError: on every rank; none is sound, or as of ``RunFolder.find_resume``.
+        """
+        with raise_together(self._parallel):
+            path = self._run_folder.find_resume(resume)
+        if path is None:
+            return None, []
+        hashes = self._config.checkpoint.verify
+        if resume == "auto":
+            return newest_sound(path, self._parallel, hashes=hashes)
+        with raise_together(self._parallel):
+            check_seals(path, share=self._parallel.rank, shares=self._parallel.world_size, hashes=hashes)
+        return path, []
+
+    def restore(self, path: Path, models: LearningModels) -> TrainState:
+        """Continue from a checkpoint that ``find`` has found, under this run's layout; collective.
+
+        Raises:
+            CheckpointError: the checkpoint cannot be read.
             ConfigError: it belongs to a run that learns differently.
         """
         with raise_together(self._parallel):
             trainer = check_resumable(path, self._config)
-            check_seals(
-                path,
-                share=self._parallel.rank,
-                shares=self._parallel.world_size,
-                hashes=self._config.checkpoint.verify,
-            )
         state = TrainState(**trainer["state"])
         with raise_together(self._parallel), _checkpoint_errors(path):
             if self._parallel.is_main:

@@ -75,12 +75,12 @@ def run_in(config: RunConfig, resume: str, parallel: ParallelContext) -> bool:
     folder = RunFolder(config.run.output_dir)
     with raise_together(parallel):
         folder.check_writable()
-        checkpoint = folder.find_resume(resume)
+    checkpoints = Checkpoints(folder, config, parallel)
+    checkpoint, damages = checkpoints.find(resume)
 
     models = build_models(config, parallel)
     policy = models.policy
     engine = build_engine(config, policy, inputs.suite)
-    checkpoints = Checkpoints(folder, config, parallel)
     state = checkpoints.restore(checkpoint, models) if checkpoint else fresh_state(parallel)
     load_reference(models.reference, checkpoints.reference_of(state), parallel)
     keeper = build_keeper(config, engine, policy)
@@ -105,7 +105,7 @@ def run_in(config: RunConfig, resume: str, parallel: ParallelContext) -> bool:
                 keep_rollouts_every=config.metrics.keep_rollouts_every,
             )
         ) as log:
-            log.note(describe(config, inputs, parallel, checkpoint.name if checkpoint else None))
+            log.note("\n".join([*damages, describe(config, inputs, parallel, checkpoint.name if checkpoint else None)]))
             judge = build_judge(config, inputs, models)
             examiner = build_examiner(config, inputs, keeper, policy, log.note)
             return train(config, state, models, sampler, judge, evaluator, examiner, keeper, checkpoints, log, parallel)

@@ -110,16 +110,18 @@ def run_in(config: RewardTrainingConfig, resume: str, parallel: ParallelContext)
         inputs = RewardInputs(config, parallel.world_size)
         folder = RunFolder(config.run.output_dir)
         folder.check_writable()
-        checkpoint = folder.find_resume(resume)
+    checkpoints = Checkpoints(folder, config, parallel)
+    checkpoint, damages = checkpoints.find(resume)
     model = RewardModel(config.as_run(), parallel)
     models = RewardTrainingModels(model, Learner(model, num_steps=config.run.num_steps))
-    checkpoints = Checkpoints(folder, config, parallel)
     state = checkpoints.restore(checkpoint, models) if checkpoint else fresh_state(parallel)
     with raise_together(parallel):
         if parallel.is_main:
             folder.create(config)
         console, sinks = build_log(config, folder, state, parallel)
     with closing(RunLog(console, sinks, folder, parallel, None, keep_rollouts_every=0)) as log:
+        for note in damages:
+            log.note(note)
         resumed = f", resumed from {checkpoint.name}" if checkpoint else ""
         log.note(
             f"{config.run.name}: {config.model.path} in {config.model.dtype} learns to reward ({config.data.schema}), "

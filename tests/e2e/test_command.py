@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -273,6 +274,41 @@ def test_going_back_to_an_earlier_checkpoint_keeps_what_is_written_then(config: 
     assert start(config, *keep, "run.num_steps=4", "--resume", str(tmp_path / "step_000001")) == 0
     assert (folder / "latest").read_text() == "step_000004"
     assert sorted(path.name for path in folder.glob("step_*")) == ["step_000003", "step_000004"]
+
+
+def test_a_damaged_checkpoint_is_passed_over_aloud(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keep, folder = ["checkpoint.every=1", "checkpoint.keep_last=4"], tmp_path / "run"
+    assert start(config, *keep, "run.num_steps=4") == 0
+    whole = (folder / "metrics.jsonl").read_text().splitlines()
+    shutil.rmtree(folder)
+    assert start(config, *keep, "run.num_steps=3") == 0
+    for step in (2, 3):
+        weights = max((folder / f"checkpoints/step_00000{step}/policy").iterdir(), key=lambda path: path.stat().st_size)
+        os.truncate(weights, 100)
+    capsys.readouterr()
+    assert start(config, *keep, "run.num_steps=4", "metrics.console=plain") == 0
+    told = capsys.readouterr().out
+    for step in (2, 3):
+        assert f"CHECKPOINT step_00000{step} IS DAMAGED and was passed over" in told
+    assert "resumed from step_000001" in told
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
+    for row, other in zip(rows, map(json.loads, whole), strict=True):
+        if 0 < row["step"] < 4:  # the run that ended early evaluated then
+            assert {key: row[key] for key in ("actor/loss", "actor/grad_norm", "critic/score/mean")} == {
+                key: other[key] for key in ("actor/loss", "actor/grad_norm", "critic/score/mean")
+            }
+    # one that is named is not replaced by another; and without a sound one there is no start
+    os.truncate(folder / "checkpoints/step_000004/integrity.json", 10)
+    error = refused(
+        capsys, start(config, *keep, "run.num_steps=5", "--resume", str(folder / "checkpoints/step_000004"))
+    )
+    assert "integrity.json cannot be read" in error
+    for step in (1, 2, 3):
+        os.truncate(folder / f"checkpoints/step_00000{step}/trainer.json", 10)
+    assert "no checkpoint is sound" in refused(capsys, start(config, *keep, "run.num_steps=5"))
 
 
 def test_a_failed_save_leaves_the_earlier_checkpoint(

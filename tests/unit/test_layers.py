@@ -50,6 +50,7 @@ ALLOWED = {
 }
 EVERYTHING = {
     "examiner",
+    "fallback",
     "learning",
     "ledger",
     "run_models",
