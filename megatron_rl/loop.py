@@ -71,6 +71,7 @@ def run(config: RunConfig, resume: str) -> bool:
 
 def run_in(config: RunConfig, resume: str, parallel: ParallelContext) -> bool:
     """``run`` in a world that is joined already."""
+    stop = StopRequest(parallel)  # so early that what is asked while models are built is heard
     inputs = read_inputs(config, parallel)
     folder = RunFolder(config.run.output_dir)
     with raise_together(parallel):
@@ -108,7 +109,9 @@ def run_in(config: RunConfig, resume: str, parallel: ParallelContext) -> bool:
             log.note("\n".join([*damages, describe(config, inputs, parallel, checkpoint.name if checkpoint else None)]))
             judge = build_judge(config, inputs, models)
             examiner = build_examiner(config, inputs, keeper, policy, log.note)
-            return train(config, state, models, sampler, judge, evaluator, examiner, keeper, checkpoints, log, parallel)
+            return train(
+                config, state, models, sampler, judge, evaluator, examiner, keeper, checkpoints, log, parallel, stop
+            )
 
 
 def train(
@@ -123,9 +126,10 @@ def train(
     checkpoints: Checkpoints,
     log: RunLog,
     parallel: ParallelContext,
+    stop: StopRequest,
 ) -> bool:
     """Step after step until the last, or until a signal asks to stop; whether to start again, as of ``run``."""
-    stop, ledger = StopRequest(parallel), Ledger(models, keeper.engine)
+    ledger = Ledger(models, keeper.engine)
     if state.step == 0:
         held_out = evaluate(evaluator, sampler, models, config, keeper, log, state, Stopwatch())
         log.step(0, held_out | examine(examiner, sampler, models, config, keeper, log, state, Stopwatch()))

@@ -106,6 +106,7 @@ def run(config: RewardTrainingConfig, resume: str) -> bool:
 
 def run_in(config: RewardTrainingConfig, resume: str, parallel: ParallelContext) -> bool:
     """``run`` in a world that is joined already."""
+    stop = StopRequest(parallel)  # so early that what is asked while the model is built is heard
     with raise_together(parallel):
         inputs = RewardInputs(config, parallel.world_size)
         folder = RunFolder(config.run.output_dir)
@@ -128,7 +129,7 @@ def run_in(config: RewardTrainingConfig, resume: str, parallel: ParallelContext)
             f"{describe_layout(parallel)}, {config.run.num_steps} steps of {config.data.num_examples_per_step} examples"
             f"{resumed}\n{inputs.describe()}"
         )
-        return train(config, state, models, inputs, checkpoints, log)
+        return train(config, state, models, inputs, checkpoints, log, stop)
 
 
 def train(
@@ -138,10 +139,10 @@ def train(
     inputs: RewardInputs,
     checkpoints: Checkpoints,
     log: RunLog,
+    stop: StopRequest,
 ) -> bool:
     """Step after step until the last, or until a signal asks to stop; whether to start again, as of ``loop.run``."""
     model = models.reward_model
-    stop = StopRequest(model.parallel)
     read = reads_pairwise_loss(model.parallel.groups.cp) if config.data.schema == "pairwise" else reads_binary_loss
     order = Order(inputs.train.examples, shuffle=config.data.shuffle, seed=config.run.seed)
     if state.step == 0:

@@ -3,26 +3,36 @@
 # shellcheck shell=bash
 set -euo pipefail
 
-# shellcheck source=/dev/null
-[[ -f slurm/site.sh ]] && source slurm/site.sh
+# Files of a site, modules and activations fail in ways that mean nothing, so they are read without -e and -u.
+read_settings() {
+    set +eu
+    # shellcheck source=/dev/null
+    source "$1"
+    set -eu
+}
+
+if [[ -f slurm/site.sh ]]; then
+    read_settings slurm/site.sh
+fi
 
 MAX_RESTARTS=${MEGATRON_RL_MAX_RESTARTS:-3} # without a new checkpoint in between
+GRACE_S=${MEGATRON_RL_GRACE_S:-540}         # from being told that time is up to going back to the queue unsaved
 export START_AGAIN=75                       # exit status of a run that was interrupted (megatron_rl/stop.py)
 
-# Outside of a job: submit the script with the same arguments, or with --dry-run say what would be submitted.
+# Outside of a batch job: submit the script with the same arguments, or with --dry-run say what would be submitted.
 submit_unless_in_job() {
-    local script=$1 && shift
-    [[ -n ${SLURM_JOB_ID:-} ]] && return
-    mkdir -p logs/slurm
-    if [[ ${1:-} == --dry-run ]]; then
-        shift
-        echo "sbatch $script $*"
-        echo "with, unless options of sbatch or SBATCH_* say otherwise:"
-        grep '^#SBATCH' "$script" | sed 's/^#SBATCH /  /'
-        env | grep '^SBATCH_' | sort | sed 's/^/  /' || true
-        echo "python: $(python_prefix | tr '\n' ' ')"
-        exit 0
-    fi
+    local script=$1 argument && shift
+    [[ ${ENVIRONMENT:-} == BATCH && -n ${SLURM_JOB_ID:-} ]] && return
+    for argument in "$@"; do
+        if [[ $argument == --dry-run ]]; then
+            echo "sbatch $script $*"
+            echo "with, unless options of sbatch or SBATCH_* say otherwise:"
+            grep '^#SBATCH' "$script" | sed 's/^#SBATCH /  /'
+            env | grep '^SBATCH_' | sort | sed 's/^/  /' || true
+            echo "a rank: $(python_prefix | tr '\n' ' ')python"
+            exit 0
+        fi
+    done
     exec sbatch "$script" "$@"
 }
 
@@ -41,6 +51,11 @@ python_prefix() {
 }
 
 srun_options() {
+    # said again, as srun does not take them over from sbatch
+    printf '%s\n' "--cpus-per-task=${SLURM_CPUS_PER_TASK:-1}" --export=ALL
+    if [[ -n ${SLURM_GPUS_ON_NODE:-} ]]; then
+        printf '%s\n' --gpu-bind=none # a rank chooses its GPU by its place on the node
+    fi
     if [[ ${MEGATRON_RL_RUNTIME:-venv} == pyxis ]]; then
         printf '%s\n' "--container-image=${MEGATRON_RL_IMAGE:?set it to an image}" \
             "--container-mounts=${MEGATRON_RL_MOUNTS:-$PWD:$PWD}" "--container-workdir=$PWD"
@@ -52,14 +67,16 @@ srun_options() {
 rendezvous() {
     local head
     head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-    MASTER_ADDR=$(scontrol show node "$head" | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2)
+    MASTER_ADDR=$(scontrol show node "$head" 2>/dev/null | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2 || true)
+    MASTER_ADDR=${MASTER_ADDR:-$head}
     MASTER_PORT=$((20000 + (SLURM_JOB_ID * 17 + ${SLURM_RESTART_COUNT:-0} * 7 + $1) % 20000))
     export MASTER_ADDR MASTER_PORT
 }
 
 settings() {
-    # shellcheck source=/dev/null
-    [[ -n ${MEGATRON_RL_VENV:-} ]] && source "$MEGATRON_RL_VENV/bin/activate"
+    if [[ -n ${MEGATRON_RL_VENV:-} ]]; then
+        read_settings "$MEGATRON_RL_VENV/bin/activate"
+    fi
     export PYTHONUNBUFFERED=1
     # ranks share the cores of a node
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
@@ -72,73 +89,103 @@ settings() {
     export NCCL_CUMEM_ENABLE=${NCCL_CUMEM_ENABLE:-0}
 }
 
+# The job, or the one task of an array that this is.
+job_id() {
+    echo "${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}" | grep . || echo "$SLURM_JOB_ID"
+}
+
+is_running() { # somebody may have cancelled it
+    [[ $(squeue --noheader --format=%T --jobs="$(job_id)") == RUNNING ]]
+}
+
+asked=0 # to stop
+srun_pid=""
+
+# A scheduler says that time is up (USR1), or somebody asks to stop (TERM, which srun would turn into a kill).
+on_request() {
+    if ((asked == 0)); then
+        (sleep "$GRACE_S" && is_running && scontrol requeue "$(job_id)") & # whatever hangs
+    fi
+    asked=1
+}
+
 # One attempt: a task for every rank, on all nodes; its exit status is the worst of the ranks', or START_AGAIN.
 launch() {
-    local logs=$1 && shift
-    local prefix options status=0
-    mapfile -t prefix < <(python_prefix)
-    mapfile -t options < <(srun_options)
+    local logs=$1 text prefix=() options status=0 told=-15 && shift
+    text=$(python_prefix) || exit 2
+    [[ -z $text ]] || mapfile -t prefix <<<"$text"
+    text=$(srun_options) || exit 2
+    mapfile -t options <<<"$text"
     export INTERRUPTED=$logs/interrupted
     rm -f "$INTERRUPTED"
     # the output of all ranks in files of their own; the first one's in the job's as well
-    srun --kill-on-bad-exit=1 --wait=60 --output="$logs/rank_%t.log" "${options[@]}" \
-        slurm/rank.sh "${prefix[@]}" python "$@" &
-    local pid=$!
-    trap 'kill -USR1 $pid 2>/dev/null || true' USR1 # the time is nearly over
-    trap 'kill -TERM $pid 2>/dev/null || true' TERM # somebody asks to stop
     touch "$logs/rank_0.log"
-    tail -n 0 -F "$logs/rank_0.log" --pid=$pid 2>/dev/null &
-    while kill -0 $pid 2>/dev/null; do # a signal ends a wait before its time
-        wait $pid && status=0 || status=$?
+    srun --kill-on-bad-exit=1 --wait=0 --output="$logs/rank_%t.log" "${options[@]}" \
+        slurm/rank.sh "${prefix[@]}" python "$@" &
+    srun_pid=$!
+    tail -n 0 -F "$logs/rank_0.log" --pid="$srun_pid" 2>/dev/null &
+    while kill -0 "$srun_pid" 2>/dev/null; do
+        if ((asked && SECONDS - told >= 15)); then # again and again: a rank that only begins does not hear yet
+            told=$SECONDS
+            kill -USR1 "$srun_pid" 2>/dev/null || true
+        fi
+        sleep 1 &
+        wait $! || true # a signal ends it before its time
     done
-    wait $pid 2>/dev/null && status=0 || status=$?
-    trap - USR1 TERM
-    if ((status == 0)) && [[ -e $INTERRUPTED ]]; then
-        return $START_AGAIN
+    wait "$srun_pid" && status=0 || status=$?
+    srun_pid=""
+    if [[ -e $INTERRUPTED ]]; then
+        return "$START_AGAIN"
     fi
-    return $status
-}
-
-# Module and its arguments, once; for what resumes by itself when it is submitted again.
-run_once() {
-    rendezvous 0
-    settings
-    local logs=logs/slurm/$SLURM_JOB_NAME-$SLURM_JOB_ID
-    mkdir -p "$logs"
-    launch "$logs" -m "$@"
+    return "$status"
 }
 
 # train MODULE CONFIG [key=value …]: until it is done. An interrupted run is requeued; one that failed starts again from its
 # latest checkpoint, unless it failed there before.
 train() {
     local module=$1 config=$2 && shift 2
+    trap on_request USR1 TERM
     settings
-    local output=runs/$SLURM_JOB_NAME-$SLURM_JOB_ID
-    local logs=logs/slurm/$SLURM_JOB_NAME-$SLURM_JOB_ID
+    local name=$SLURM_JOB_NAME-$SLURM_JOB_ID argument
+    local output=runs/$name logs=logs/slurm/$name
+    for argument in "$@"; do
+        [[ $argument == run.output_dir=* ]] && output=${argument#*=}
+    done
     mkdir -p "$logs"
-    local attempt=0 failures=0 before="" status latest
+    local attempt=0 failures=0 before=none status latest resume
     while true; do
         rendezvous $attempt
-        launch "$logs" -m "$module" --config "$config" "run.name=$SLURM_JOB_NAME-$SLURM_JOB_ID" "run.output_dir=$output" \
-            "$@" && status=0 || status=$?
+        resume=()
+        [[ -e $output/checkpoints/latest ]] && resume=(--resume auto) # also where the arguments name another beginning
+        launch "$logs" -m "$module" --config "$config" "run.name=$name" "run.output_dir=$output" "$@" "${resume[@]}" &&
+            status=0 || status=$?
         attempt=$((attempt + 1))
         if ((status == 0)); then
             return 0
         fi
-        if ((status == START_AGAIN)); then
-            scontrol show job "$SLURM_JOB_ID" | grep -q JobState=RUNNING || return $status # somebody has cancelled it
-            echo "interrupted; job $SLURM_JOB_ID goes back to the queue"
-            scontrol requeue "$SLURM_JOB_ID"
-            sleep infinity & wait $! # until the scheduler ends this start of the job
+        is_running || return "$status"
+        latest=$(cat "$output/checkpoints/latest" 2>/dev/null || echo none)
+        if ((status == START_AGAIN || asked)); then
+            # a time limit that is too short for a step would come back for ever
+            echo "$latest" >>"$logs/requeued_at"
+            if (($(tail -n $((MAX_RESTARTS + 1)) "$logs/requeued_at" | grep -cFx "$latest") > MAX_RESTARTS)); then
+                echo "interrupted again and again at checkpoint '$latest': giving up. The time limit is too short." >&2
+                return "$status"
+            fi
+            echo "interrupted; job $(job_id) goes back to the queue"
+            trap 'exit 0' TERM # by which the scheduler ends this start of the job
+            scontrol requeue "$(job_id)"
+            sleep 300 &
+            wait $!
+            exit 0
         fi
-        latest=$(cat "$output/checkpoints/latest" 2>/dev/null || true)
         [[ $latest == "$before" ]] && failures=$((failures + 1)) || failures=1
         before=$latest
         tail -n 20 "$logs"/rank_*.log >&2
         if ((failures > MAX_RESTARTS)); then
-            echo "failed $failures times at checkpoint '${latest:-none}' (status $status): giving up. Logs: $logs" >&2
-            return $status
+            echo "failed $failures times at checkpoint '$latest' (status $status): giving up. Logs: $logs" >&2
+            return "$status"
         fi
-        echo "failed with status $status; starting again from checkpoint '${latest:-none}' ($failures of $MAX_RESTARTS)" >&2
+        echo "failed with status $status; starting again from checkpoint '$latest' ($failures of $MAX_RESTARTS)" >&2
     done
 }

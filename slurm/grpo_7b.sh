@@ -12,7 +12,8 @@
 #SBATCH --open-mode=append
 #SBATCH --output=logs/slurm/%x-%j.out
 # GRPO of a 7B or 8B model: sbatch slurm/grpo_7b.sh [key=value …]   (slurm/README.md)
-cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}"
+[[ -n ${SLURM_JOB_ID:-} && ${ENVIRONMENT:-} == BATCH ]] || cd "$(dirname "$0")/.." || exit 1
+[[ -f slurm/common.sh ]] || { echo "submit from the root of the repository, not from $PWD" >&2 && exit 2; }
 source slurm/common.sh
-submit_unless_in_job "$0" "$@"
+submit_unless_in_job "slurm/${0##*/}" "$@"
 train megatron_rl.train "${MEGATRON_RL_CONFIG:-configs/recipes/production/grpo-7b-h100.yaml}" "$@"

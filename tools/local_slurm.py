@@ -42,7 +42,7 @@ SelectTypeParameters=CR_Core_Memory
 ReturnToService=2
 MpiDefault=none
 JobRequeue=1
-KillWait=30
+KillWait=10
 MinJobAge=3600
 SchedulerParameters=batch_sched_delay=0,sched_interval=1
 {nodes}

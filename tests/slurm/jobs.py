@@ -86,6 +86,15 @@ class Job:
 
     def pids(self) -> list[int]:
         """Of its ranks, which run on this machine."""
+        return self._processes(b"megatron_rl.train", b"--config", without=b"rank.sh")
+
+    def shells(self) -> list[int]:
+        """Of the shells around them, the first process of each task."""
+        found = self._processes(b"slurm/rank.sh", b"bash")
+        parents = {pid: int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]) for pid in found}
+        return [pid for pid, parent in parents.items() if parent not in found]
+
+    def _processes(self, *words: bytes, without: bytes = b"\n") -> list[int]:
         found = []
         for path in Path("/proc").glob("[0-9]*/environ"):
             try:
@@ -93,8 +102,10 @@ class Job:
                 command = path.with_name("cmdline").read_bytes()
             except OSError:
                 continue
-            is_rank = f"SLURM_JOB_ID={self.number}".encode() in variables and b"megatron_rl.train" in command
-            if is_rank and any(one.startswith(b"RANK=") for one in variables) and b"--config" in command:
+            is_task = f"SLURM_JOB_ID={self.number}".encode() in variables and any(
+                one.startswith(b"SLURM_PROCID=") for one in variables
+            )
+            if is_task and all(word in command for word in words) and without not in command:
                 found.append(int(path.parent.name))
         return sorted(found)
 
@@ -112,7 +123,7 @@ class Site:
         if not scripts.exists():
             scripts.symlink_to(ROOT / "slurm")
             (self.folder / "tests").symlink_to(ROOT / "tests")
-            (self.folder / "logs/slurm").mkdir(parents=True)
+            (self.folder / "logs/slurm").mkdir(parents=True)  # as in a clone
         recipe = write_config(self.folder, self.model)
         said = self.cluster.run(
             "sbatch", "--parsable", *SMALL, f"--job-name={name}", *options, f"slurm/{script}", "metrics.console=plain",

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,8 +36,25 @@ def test_a_run_over_two_nodes_and_its_interruptions(submit: Submit, whole: Job) 
         disturb(job)
         job.finish()
         assert job.untimed() == whole.untimed(), name
-        assert ("interrupted; job" in job.output) == (name == "usr1"), job.output
+        assert "resumed from step_00000" in job.output
+        assert ("interrupted; job" in job.output) == (name in ("usr1", "shells")), job.output
         assert ("starting again from checkpoint 'step_" in job.output) == (name in ("killed", "step")), job.output
+
+
+def test_a_cancelled_job_stays_cancelled(submit: Submit) -> None:
+    job = submit("grpo_7b.sh", *STEPS, options=("--ntasks-per-node=1",), name="cancelled")
+    job.reach(2)
+    job.cluster.run("scancel", job.number)
+    job.finish("CANCELLED")
+    time.sleep(5)
+    assert job.cluster.state(job.number) == "CANCELLED"
+    assert "goes back to the queue" not in job.output
+
+
+def usr1_to_the_shells_alone(job: Job) -> None:
+    """As sites do whose Slurm signals nothing but a task's first process."""
+    for pid in job.shells():
+        os.kill(pid, signal.SIGUSR1)
 
 
 def requeue(job: Job) -> None:
@@ -60,6 +78,7 @@ def cancel_the_step(job: Job) -> None:
 
 DISTURBANCES: dict[str, Callable[[Job], None]] = {
     "usr1": usr1,
+    "shells": usr1_to_the_shells_alone,
     "killed": kill_a_rank,
     "step": cancel_the_step,
     "requeued": requeue,
