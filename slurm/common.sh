@@ -99,12 +99,14 @@ is_running() { # somebody may have cancelled it
 }
 
 asked=0 # to stop
+fallback="" # process that goes back to the queue when nothing else does
 srun_pid=""
 
 # A scheduler says that time is up (USR1), or somebody asks to stop (TERM, which srun would turn into a kill).
 on_request() {
     if ((asked == 0)); then
         (sleep "$GRACE_S" && is_running && scontrol requeue "$(job_id)") & # whatever hangs
+        fallback=$!
     fi
     asked=1
 }
@@ -145,6 +147,7 @@ launch() {
 train() {
     local module=$1 config=$2 && shift 2
     trap on_request USR1 TERM
+    trap '[[ -z $fallback ]] || kill "$fallback" 2>/dev/null || true' EXIT
     settings
     local name=$SLURM_JOB_NAME-$SLURM_JOB_ID argument
     local output=runs/$name logs=logs/slurm/$name
