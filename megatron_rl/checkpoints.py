@@ -27,9 +27,9 @@ import torch
 
 from megatron_rl.collective import any_rank, barrier, gather_objects, raise_together
 from megatron_rl.config import RunConfig
-from megatron_rl.config.load import defaults, flatten
 from megatron_rl.config.reward_training import RewardTrainingConfig
-from megatron_rl.errors import CheckpointError, ConfigError, ConversionError
+from megatron_rl.continuation import check_resumable, flatten_plain, read_trainer
+from megatron_rl.errors import CheckpointError, ConversionError
 from megatron_rl.fallback import newest_sound
 from megatron_rl.integrity import Seal, check_seals, seal_files, write_seals
 from megatron_rl.mcore.async_save import PendingSave
@@ -46,39 +46,6 @@ from megatron_rl.weights.hf_files import write_hf_folder
 from megatron_rl.weights.peft_files import write_peft_folder
 
 IN_FLIGHT = "in_flight.jsonl"
-
-# What may differ between a run and its continuation: nothing that changes what is learnt.
-FREE_KEYS = (
-    "run.name",
-    "run.output_dir",
-    "run.num_steps",
-    "parallel.",
-    "critic.parallel",
-    "memory.",
-    "model.implementation",
-    "batching.logprob_chunk_tokens",
-    "checkpoint.",
-    "evaluation.",
-    "metrics.",
-    "profiling.",
-    "reward.num_workers",
-    "reward.timeout_s",
-    "reward.memory_limit_gb",
-    "reward.max_failure_fraction",
-    "rollout.schedule",
-    "rollout.max_num_sequences",
-    "rollout.engine_timeout_s",
-    "rollout.max_engine_failures",
-    "weight_sync.transport",
-    "weight_sync.folder",
-    "batching.micro_batch_size",
-    "batching.max_tokens_per_micro_batch",
-    "batching.packed",
-)
-
-
-# Within those, what decides how the optimizer's states are laid out.
-BOUND_KEYS = ("parallel.distributed_optimizer", "critic.parallel.distributed_optimizer")
 
 
 class Checkpoints:
@@ -332,77 +299,10 @@ class Checkpoints:
         kept = written[-self._config.checkpoint.keep_last :]
         for path in written[: -len(kept)]:
             shutil.rmtree(path)
-        needed = {self._reference, *(TrainState(**_read_trainer(path)["state"]).reference for path in kept)}
+        needed = {self._reference, *map(_reference_of, kept)}
         for path in self._references.glob("step_*[0-9]"):
             if path.name not in needed:
                 shutil.rmtree(path)
-
-
-def check_resumable(path: Path, config: RunConfig | RewardTrainingConfig) -> dict[str, Any]:
-    """The trainer state of a checkpoint that this configuration may go on from.
-
-    Raises:
-        CheckpointError: it cannot be read.
-        ConfigError: it belongs to a run that learns differently.
-    """
-    trainer = _read_trainer(path)
-    check_same_run(trainer["config"], flatten_plain(config), path)
-    check_schedule(trainer["config"], flatten_plain(config), path)
-    return trainer
-
-
-def check_schedule(saved: Mapping[str, Any], current: Mapping[str, Any], path: Path) -> None:
-    """Refuse another number of steps where the learning rate decays to the end of the run.
-
-    Raises:
-        ConfigError: with what to set.
-    """
-    bound = any(
-        current[f"{section}.lr_decay_style"] != "constant" and current[f"{section}.lr_decay_updates"] is None
-        for section in ("optimizer", "critic.optimizer")
-        if f"{section}.lr_decay_style" in current
-    )
-    if bound and saved["run.num_steps"] != current["run.num_steps"]:
-        raise ConfigError(
-            f"cannot resume {path} with run.num_steps={current['run.num_steps']} instead of "
-            f"{saved['run.num_steps']}: the learning rate decays to the end of the run. "
-            "Keep run.num_steps, or set optimizer.lr_decay_updates from the start."
-        )
-
-
-def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any], path: Path) -> None:
-    """Refuse a continuation that would learn something else.
-
-    Keys that did not exist when the checkpoint was written had their defaults.
-
-    Raises:
-        ConfigError: naming the keys that differ.
-    """
-    saved = _with_critic_layout({**{key: value for key, value in defaults().items() if key in current}, **saved})
-    current = _with_critic_layout(current)
-    differing = [
-        f"{key}: {saved.get(key)!r} in the checkpoint, {current.get(key)!r} now"
-        for key in sorted({*saved, *current})
-        if saved.get(key) != current.get(key) and (not key.startswith(FREE_KEYS) or key in BOUND_KEYS)
-    ]
-    if differing:
-        raise ConfigError(
-            f"cannot resume {path} with another configuration. {'; '.join(differing)}. "
-            "Restore these values, or start a new run.output_dir with model.path set to an exported checkpoint."
-        )
-
-
-def _with_critic_layout(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """A critic without a layout of its own has the policy's."""
-    own = {key: flat.get(key.removeprefix("critic."), None) for key in BOUND_KEYS if key not in flat}
-    return {**flat, **own}
-
-
-def flatten_plain(config: RunConfig | RewardTrainingConfig) -> dict[str, Any]:
-    """The configuration as JSON would give it back."""
-    flat = json.loads(json.dumps(flatten(config), default=lambda section: vars(section)))
-    assert isinstance(flat, dict)
-    return flat
 
 
 @contextmanager
@@ -428,13 +328,12 @@ def _replace_folder(new: Path, final: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _read_trainer(path: Path) -> dict[str, Any]:
+def _reference_of(path: Path) -> str | None:
+    """What a checkpoint was learning against; None: the configuration's, or the checkpoint is damaged."""
     try:
-        return json.loads((path / "trainer.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(
-            f"{path}/trainer.json cannot be read: {error}. Resume from another checkpoint."
-        ) from error
+        return TrainState(**read_trainer(path)["state"]).reference
+    except CheckpointError:
+        return None
 
 
 def _random_state() -> dict[str, torch.Tensor]:

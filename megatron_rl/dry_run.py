@@ -1,8 +1,8 @@
 """--dry-run: say what a configuration means, without building a model or writing a file."""
 
 from megatron_rl.build import Inputs
-from megatron_rl.checkpoints import check_resumable
 from megatron_rl.config import RunConfig, dump_config
+from megatron_rl.continuation import check_resumable
 from megatron_rl.mcore.parallel import launcher_world
 from megatron_rl.run_folder import RunFolder
 

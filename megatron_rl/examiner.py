@@ -90,6 +90,8 @@ class Examiner:
     def examine(self, step: int) -> dict[str, Reduction]:
         """``benchmark/TASK/…`` metrics on the first rank, with answers and reports in benchmarks/step_N; collective.
 
+        The engines have the policy of the step.
+
         Raises:
             EngineDied: engines died too often.
             RewardError: a scorer fails.
@@ -118,7 +120,6 @@ class Examiner:
     def _answer(self, step: int, folder: EvalFolder, grading: Grading) -> None:
         """All of it; an engine that dies meanwhile is started again, and only asked what is missing."""
         while True:
-            self._keeper.push(step)
             try:
                 answer_all(
                     self._exams, self._config.run.seed, self._answerer, grading, folder, self._parallel, lambda _: None
@@ -126,6 +127,7 @@ class Examiner:
             except EngineDied:
                 if not self._keeper.revive():
                     raise
+                self._keeper.push(step)
             else:
                 return
 

@@ -1,8 +1,9 @@
 """The training loop. Every rank executes these same lines."""
 
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import replace
+from functools import partial
 
 from megatron_rl.batching.sequences import flatten_groups
 from megatron_rl.build import (
@@ -47,6 +48,9 @@ from megatron_rl.run_log import RunLog
 from megatron_rl.run_models import Reference, RunModels
 from megatron_rl.stop import StopRequest
 from megatron_rl.types import ParallelContext, TrainBatch, TrainState, UpdatePlan
+
+InEngine = Callable[[TrainState, Stopwatch], AbstractContextManager[dict[str, Reduction]]]
+"""``policy_in_engine`` of a run."""
 
 
 def run(config: RunConfig, resume: str) -> bool:
@@ -130,9 +134,10 @@ def train(
 ) -> bool:
     """Step after step until the last, or until a signal asks to stop; whether to start again, as of ``run``."""
     ledger = Ledger(models, keeper.engine)
+    in_engine = partial(policy_in_engine, sampler, models, config, keeper, log)
     if state.step == 0:
-        held_out = evaluate(evaluator, sampler, models, config, keeper, log, state, Stopwatch())
-        log.step(0, held_out | examine(examiner, sampler, models, config, keeper, log, state, Stopwatch()))
+        held_out = evaluate(evaluator, in_engine, log, state, Stopwatch())
+        log.step(0, held_out | examine(examiner, in_engine, state, Stopwatch()))
     while state.step < config.run.num_steps and not stop.agreed():
         watch, step = Stopwatch(), state.step + 1
         metrics: dict[str, Reduction] = {}
@@ -161,10 +166,10 @@ def train(
         state = advance(state, collected)
         if is_due(config.evaluation.every, step, config.run.num_steps):
             with saved_if_engines_die(checkpoints, state, models, sampler):
-                metrics = merge([metrics, evaluate(evaluator, sampler, models, config, keeper, log, state, watch)])
+                metrics = merge([metrics, evaluate(evaluator, in_engine, log, state, watch)])
         if is_due(config.evaluation.suite_every, step, config.run.num_steps):
             with saved_if_engines_die(checkpoints, state, models, sampler):
-                metrics |= examine(examiner, sampler, models, config, keeper, log, state, watch)
+                metrics |= examine(examiner, in_engine, state, watch)
         checkpoints.finish_if_written()
         if config.algorithm.reference_reset_every and step % config.algorithm.reference_reset_every == 0:
             with watch.span("reset_reference"):
@@ -263,19 +268,12 @@ def policy_in_engine(
 
 
 def evaluate(
-    evaluator: Evaluator | None,
-    sampler: Sampler,
-    models: RunModels,
-    config: RunConfig,
-    keeper: EngineKeeper,
-    log: RunLog,
-    state: TrainState,
-    watch: Stopwatch,
+    evaluator: Evaluator | None, in_engine: InEngine, log: RunLog, state: TrainState, watch: Stopwatch
 ) -> dict[str, Reduction]:
     """Held-out metrics, counted once; empty without held-out prompts."""
     if evaluator is None:
         return {}
-    with watch.span("testing"), policy_in_engine(sampler, models, config, keeper, log, state, watch) as pushed:
+    with watch.span("testing"), in_engine(state, watch) as pushed:
         metrics, samples = evaluator.evaluate(state.step)
     headline = {name.removeprefix("eval/"): metrics[name].result() for name in evaluator.headline}
     shown = [f"{name} {value:.4g}" for name, value in headline.items()]
@@ -285,19 +283,12 @@ def evaluate(
 
 
 def examine(
-    examiner: Examiner | None,
-    sampler: Sampler,
-    models: RunModels,
-    config: RunConfig,
-    keeper: EngineKeeper,
-    log: RunLog,
-    state: TrainState,
-    watch: Stopwatch,
+    examiner: Examiner | None, in_engine: InEngine, state: TrainState, watch: Stopwatch
 ) -> dict[str, Reduction]:
     """Metrics of the benchmarks, on the first rank; empty without a suite."""
     if examiner is None:
         return {}
-    with watch.span("benchmarks"), policy_in_engine(sampler, models, config, keeper, log, state, watch):
+    with watch.span("benchmarks"), in_engine(state, watch):
         return examiner.examine(state.step)
 
 

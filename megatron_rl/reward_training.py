@@ -10,10 +10,11 @@ from megatron_rl.algorithms.losses import binary_loss, pairwise_loss
 from megatron_rl.batching.judged import judged_sequence
 from megatron_rl.build import build_log, fresh_state
 from megatron_rl.cadence import is_due
-from megatron_rl.checkpoints import Checkpoints, check_resumable
+from megatron_rl.checkpoints import Checkpoints
 from megatron_rl.collective import raise_together
 from megatron_rl.config import dump_config
 from megatron_rl.config.reward_training import RewardTrainingConfig, validate_reward_training
+from megatron_rl.continuation import check_resumable
 from megatron_rl.data.judged import Example, JudgedSet, load_judged
 from megatron_rl.data.order import Order
 from megatron_rl.data.templates import load_tokenizer

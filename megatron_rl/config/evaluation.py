@@ -87,8 +87,6 @@ class TaskConfig:
     """Name in the prompt -> column with a list of texts, which stand there as lines."""
     question: str | None = None
     """The same without instructions, for the templates of a suite; null: the task takes none."""
-    template: str | None = None
-    """Name of the suite's template by which it is asked; set by the suite."""
     choices_field: str | None = None
     """Column with a list of choices; the answer column is then the place of the right one, or its letter."""
     wrong_choices: list[str] = field(default_factory=list)
@@ -336,7 +334,6 @@ def _by_template(task: TaskConfig, template: TemplateConfig) -> TaskConfig:
     return replace(
         task,
         name=f"{task.name}@{template.name}",
-        template=template.name,
         prompt=template.text.replace("{question}", task.question),
         chat=template.chat,
         system_prompt=task.system_prompt if template.chat else None,

@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from megatron_rl.errors import DataError
 
@@ -115,8 +115,3 @@ def by_question(answers: Iterable[Answer]) -> Mapping[int, list[Answer]]:
     for answer in sorted(answers, key=lambda one: (one.question, one.sample)):
         found.setdefault(answer.question, []).append(answer)
     return found
-
-
-def as_rows(answers: Iterable[Answer]) -> list[dict[str, Any]]:
-    """Plain values, for reports."""
-    return [asdict(answer) for answer in answers]

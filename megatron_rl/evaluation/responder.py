@@ -102,7 +102,7 @@ def _as_asked(
     special: bool,
 ) -> Asked:
     choices = choices_behind(task, question, templated=templated)
-    continuations = _continuations(prompt, choices, tokenizer, special=special)
+    continuations = _continuations(prompt, ids, choices, tokenizer, special=special)
     for choice, one in zip(choices, continuations, strict=True):
         if one.start >= one.token_ids.numel():
             raise DataError(
@@ -216,11 +216,19 @@ def choose(engine: Engine, task: TaskConfig, wanted: Wanted) -> Iterator[Respons
             yield chosen(task, asked, seed, [float(one.sum()) for one in logprobs], [one.numel() for one in logprobs])
 
 
-def _continuations(prompt: str, choices: Sequence[str], tokenizer: Any, *, special: bool) -> list[Continuation]:
-    """Prompt and choice are encoded together; white space at the prompt's end belongs to the choice."""
+def _continuations(
+    prompt: str, ids: Sequence[int], choices: Sequence[str], tokenizer: Any, *, special: bool
+) -> list[Continuation]:
+    """Prompt and choice are encoded together; white space at the prompt's end belongs to the choice.
+
+    Args:
+        ids: of the prompt.
+    """
     if not choices:
         return []
-    (head,) = tokenize([prompt.rstrip()], tokenizer, special_tokens=special)
+    head = ids
+    if prompt != prompt.rstrip():
+        (head,) = tokenize([prompt.rstrip()], tokenizer, special_tokens=special)
     wholes = tokenize([prompt + choice for choice in choices], tokenizer, special_tokens=special)
     if not head:  # something has to stand before a first token
         first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id

@@ -3,7 +3,7 @@
 import random
 
 from megatron_rl.errors import DataError
-from megatron_rl.tasks.base import Row
+from megatron_rl.tasks.base import Row, check_split, part_of
 
 PROMPT = (
     "What is {expression}? Show your work in <think> </think> tags and return the value in <answer> </answer> tags, "
@@ -43,8 +43,7 @@ class Arithmetic:
         self._prompt, self._seed = prompt, seed
 
     def rows(self, split: str) -> list[Row]:
-        if split not in self._sizes:
-            raise DataError(f"arithmetic has no split {split!r}: expected 'train' or 'test'.")
+        check_split("arithmetic", split)
         draw = random.Random(f"arithmetic {self._seed}")
         problems: dict[str, int] = {}
         while len(problems) < sum(self._sizes.values()):
@@ -57,7 +56,7 @@ class Arithmetic:
             }
             for expression, value in problems.items()
         ]
-        return rows[: self._sizes["test"]] if split == "test" else rows[self._sizes["test"] :]
+        return part_of(rows, split, self._sizes["test"])
 
 
 def _expression(draw: random.Random, count: int, largest: int) -> tuple[str, int]:

@@ -7,7 +7,7 @@ import random
 from fractions import Fraction
 
 from megatron_rl.errors import DataError
-from megatron_rl.tasks.base import Row
+from megatron_rl.tasks.base import Row, check_split, part_of
 
 PROMPT = (
     "Using the numbers {numbers}, create an equation that equals {target}. You can use basic arithmetic operations "
@@ -45,8 +45,7 @@ class Countdown:
         self._prompt, self._seed = prompt, seed
 
     def rows(self, split: str) -> list[Row]:
-        if split not in self._sizes:
-            raise DataError(f"countdown has no split {split!r}: expected 'train' or 'test'.")
+        check_split("countdown", split)
         generator = random.Random(f"countdown {self._seed}")
         wanted = sum(self._sizes.values())
         problems: dict[tuple[tuple[int, ...], int], str] = {}
@@ -63,7 +62,7 @@ class Countdown:
                 "Lower num_train or num_test, or raise largest."
             )
         rows = [self._row(numbers, target, solution) for (numbers, target), solution in problems.items()]
-        return rows[: self._sizes["test"]] if split == "test" else rows[self._sizes["test"] :]
+        return part_of(rows, split, self._sizes["test"])
 
     def _row(self, numbers: tuple[int, ...], target: int, solution: str) -> Row:
         return {

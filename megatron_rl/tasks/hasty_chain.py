@@ -10,7 +10,7 @@ import random
 from collections.abc import Sequence
 
 from megatron_rl.errors import DataError
-from megatron_rl.tasks.base import Row
+from megatron_rl.tasks.base import Row, check_split
 
 LARGEST_OPERAND = 9
 LARGEST_VALUE = 99
@@ -42,8 +42,7 @@ class HastyChain:
         self._num_rows, self._seed = num_rows, seed
 
     def rows(self, split: str) -> list[Row]:
-        if split not in ("train", "test"):
-            raise DataError(f"hasty_chain has no split {split!r}: expected 'train' or 'test'.")
+        check_split("hasty_chain", split)
         draw = random.Random("hasty_chain held out")
         held_out = dict.fromkeys(self._problem(draw) for _ in range(NUM_TEST))
         if split == "test":

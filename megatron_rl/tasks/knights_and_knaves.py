@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from itertools import product
 
 from megatron_rl.errors import DataError
-from megatron_rl.tasks.base import Row
+from megatron_rl.tasks.base import Row, check_split, part_of
 
 NAMES = ("Ada", "Ben", "Cleo", "Dan", "Eve", "Finn", "Gus", "Hana", "Ivo", "June", "Kai", "Lena")
 PROMPT = (
@@ -41,8 +41,7 @@ class KnightsAndKnaves:
         self._sizes = {"train": num_train, "test": num_test}
 
     def rows(self, split: str) -> list[Row]:
-        if split not in self._sizes:
-            raise DataError(f"knights_and_knaves has no split {split!r}: expected 'train' or 'test'.")
+        check_split("knights_and_knaves", split)
         draw, wanted = random.Random(f"knights_and_knaves {self._num_people} {self._seed}"), sum(self._sizes.values())
         puzzles: dict[str, Row] = {}
         for _ in range(1000 * wanted):
@@ -57,7 +56,7 @@ class KnightsAndKnaves:
                 "Lower num_train or num_test, or raise num_people."
             )
         rows = list(puzzles.values())
-        return rows[: self._sizes["test"]] if split == "test" else rows[self._sizes["test"] :]
+        return part_of(rows, split, self._sizes["test"])
 
     def _puzzle(self, draw: random.Random) -> Row | None:
         """A puzzle; None when it has not exactly one solution."""

@@ -3,7 +3,7 @@
 import random
 
 from megatron_rl.errors import DataError
-from megatron_rl.tasks.base import Row
+from megatron_rl.tasks.base import Row, check_split, part_of
 
 PROMPT = (
     "What is {a} * {b}? Show your work in <think> </think> tags and return the product in <answer> </answer> tags, for "
@@ -38,8 +38,7 @@ class Multiplication:
         self._sizes = {"train": num_train, "test": num_test}
 
     def rows(self, split: str) -> list[Row]:
-        if split not in self._sizes:
-            raise DataError(f"multiplication has no split {split!r}: expected 'train' or 'test'.")
+        check_split("multiplication", split)
         draw = random.Random(f"multiplication {self._seed}")
         low, high = 10 ** (self._digits - 1), 10**self._digits - 1
         problems: dict[tuple[int, int], None] = {}
@@ -53,4 +52,4 @@ class Multiplication:
             }
             for a, b in problems
         ]
-        return rows[: self._sizes["test"]] if split == "test" else rows[self._sizes["test"] :]
+        return part_of(rows, split, self._sizes["test"])

@@ -12,8 +12,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import megatron_rl.mcore  # noqa: F401  prepares Megatron-Core for the CPU
-from megatron_rl.checkpoints import check_same_run, flatten_plain
 from megatron_rl.config import load_config
+from megatron_rl.continuation import check_same_run, flatten_plain
 from megatron_rl.errors import ConfigError
 from megatron_rl.train import main
 from tests.toys import write_config
@@ -287,6 +287,7 @@ def test_a_damaged_checkpoint_is_passed_over_aloud(
     for step in (2, 3):
         weights = max((folder / f"checkpoints/step_00000{step}/policy").iterdir(), key=lambda path: path.stat().st_size)
         os.truncate(weights, 100)
+    os.truncate(folder / "checkpoints/step_000003/trainer.json", 10)  # which later saves look at
     capsys.readouterr()
     assert start(config, *keep, "run.num_steps=4", "metrics.console=plain") == 0
     told = capsys.readouterr().out

@@ -5,16 +5,15 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 
 from megatron_rl.evaluation.answers import read_answers
+from tests.serving import JsonHandler, serving
 
 ROOT = Path(__file__).parents[2]
 KILLS = 10
@@ -110,22 +109,13 @@ def echoed(text: str) -> dict[str, list[Any]]:
     return {"tokens": tokens, "token_logprobs": logprobs, "text_offset": [-1] * len(tokens)}
 
 
-class Endpoint(BaseHTTPRequestHandler):
+class Endpoint(JsonHandler):
     """Answers additions as told, and is busy every seventh time."""
 
     asked: ClassVar[list[dict[str, Any]]] = []
 
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+    def answer(self, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         self.asked.append({**body, "path": self.path, "key": self.headers.get("Authorization")})
-        status, found = self._answer(body)
-        content = json.dumps(found).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def _answer(self, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         if len(self.asked) % 7 == 3:
             return 503, {"error": "busy"}
         if body["model"] == "none":
@@ -141,17 +131,13 @@ class Endpoint(BaseHTTPRequestHandler):
         choice = {"text": text, "finish_reason": "stop" if a % 3 else "length"}
         return 200, {"choices": [choice], "usage": {"completion_tokens": 5}}
 
-    def log_message(self, *_: Any) -> None: ...
-
 
 @pytest.fixture
 def endpoint() -> Iterator[str]:
     """Its url."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), Endpoint) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        Endpoint.asked.clear()
-        yield f"http://127.0.0.1:{server.server_port}/v1"
-        server.shutdown()
+    Endpoint.asked.clear()
+    with serving(Endpoint) as url:
+        yield url
 
 
 def ask(url: str, model: str, folder: Path, task: str, *more: str) -> subprocess.CompletedProcess[str]:

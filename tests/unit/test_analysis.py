@@ -4,10 +4,8 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,6 +23,7 @@ from megatron_rl.rewards.math import math_answer
 from megatron_rl.rewards.record import RewardInput
 from megatron_rl.rollout.record import step_file, write_groups
 from megatron_rl.types import Prompt, Rollout, RolloutGroup
+from tests.serving import JsonHandler, serving
 from tools import analyze_responses
 
 ROOT = Path(__file__).parents[2]
@@ -135,34 +134,24 @@ def test_several_runs_are_told_apart(tmp_path: Path) -> None:
     assert [one.title for one in named] == [f"{name} {step}" for name in ("run", "other") for step in (1, 2, 3)]
 
 
-class JudgeServer(BaseHTTPRequestHandler):
+class JudgeServer(JsonHandler):
     """Says that responses with "wait" reflect."""
 
     asked: ClassVar[list[str]] = []
 
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+    def answer(self, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         text = body["messages"][0]["content"]
         self.asked.append(text)
         is_about_answering = "N being 0 or 1" in text
         category = int("boxed" in text) if is_about_answering else 1 + ("wait, no" in text)
-        answer = {"choices": [{"message": {"content": f"Well. Category: {category}"}, "finish_reason": "stop"}]}
-        content = json.dumps(answer).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *_: Any) -> None: ...
+        return 200, {"choices": [{"message": {"content": f"Well. Category: {category}"}, "finish_reason": "stop"}]}
 
 
 @pytest.fixture
 def judge_url() -> Iterator[str]:
-    with ThreadingHTTPServer(("127.0.0.1", 0), JudgeServer) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        JudgeServer.asked.clear()
-        yield f"http://127.0.0.1:{server.server_port}/v1"
-        server.shutdown()
+    JudgeServer.asked.clear()
+    with serving(JudgeServer) as url:
+        yield url
 
 
 def test_a_judge_behind_an_endpoint_is_asked_once(judge_url: str, tmp_path: Path) -> None:

@@ -49,6 +49,7 @@ ALLOWED = {
     "conversion": {"errors", "models", "weights", "collective"},
 }
 EVERYTHING = {
+    "continuation",
     "examiner",
     "fallback",
     "learning",
