@@ -28,6 +28,7 @@ from megatron_rl.config import RunConfig, validate
 from megatron_rl.drift import check_drift
 from megatron_rl.errors import EngineDied
 from megatron_rl.examiner import Examiner
+from megatron_rl.forecast import forecast
 from megatron_rl.judging import Judge
 from megatron_rl.learning import learn
 from megatron_rl.ledger import Ledger
@@ -80,6 +81,7 @@ def run_in(config: RunConfig, resume: str, parallel: ParallelContext) -> bool:
     folder = RunFolder(config.run.output_dir)
     with raise_together(parallel):
         folder.check_writable()
+    planned = forecast(config, parallel)
     checkpoints = Checkpoints(folder, config, parallel)
     checkpoint, damages = checkpoints.find(resume)
 
@@ -110,7 +112,11 @@ def run_in(config: RunConfig, resume: str, parallel: ParallelContext) -> bool:
                 keep_rollouts_every=config.metrics.keep_rollouts_every,
             )
         ) as log:
-            log.note("\n".join([*damages, describe(config, inputs, parallel, checkpoint.name if checkpoint else None)]))
+            log.note(
+                "\n".join(
+                    [*damages, planned, describe(config, inputs, parallel, checkpoint.name if checkpoint else None)]
+                )
+            )
             judge = build_judge(config, inputs, models)
             examiner = build_examiner(config, inputs, keeper, policy, log.note)
             return train(
@@ -145,13 +151,14 @@ def train(
             with saved_if_engines_die(checkpoints, state, models, sampler):
                 with watch.span("gen"):
                     sampler.settle(version=state.step)
-                if sampler.uses_engine:
-                    with watch.span("update_weights"):
-                        metrics |= keeper.push(version=state.step)
-                    ledger.look("push")
-                with room_for_engine(models, keeper.engine, config, watch), watch.span("gen"):
-                    ledger.look("generation")
-                    collected = sampler.collect(step, state.num_prompts_consumed)
+                with room_for_engine(models, config, watch):
+                    if sampler.uses_engine:
+                        with watch.span("update_weights"):
+                            metrics |= keeper.push(version=state.step)
+                        ledger.look("push")
+                    with watch.span("gen"), awake(keeper.engine, config, parallel):
+                        ledger.look("generation")
+                        collected = sampler.collect(step, state.num_prompts_consumed)
             if judge is not None:
                 with watch.span("reward_model"):
                     collected, judged = judge(collected)
@@ -218,25 +225,33 @@ def saved_if_engines_die(
 
 
 @contextmanager
-def room_for_engine(models: RunModels, engine: Engine, config: RunConfig, watch: Stopwatch) -> Iterator[None]:
-    """Lend the memory of memory.offload to the engine, and wake it for as long as rollout.sleep lets it."""
-    if config.memory.offload:
-        with watch.span("offload"):
-            for learner in models.learners.values():
-                learner.to_host()
-    try:
-        if config.rollout.sleep:
-            with raise_together(models.policy.parallel):
-                engine.wake("kv_cache")
+def room_for_engine(models: RunModels, config: RunConfig, watch: Stopwatch) -> Iterator[None]:
+    """Lend the memory of memory.offload to the engine."""
+    if not config.memory.offload:
         yield
-        if config.rollout.sleep:
-            with raise_together(models.policy.parallel):
-                engine.sleep()
+        return
+    with watch.span("offload"):
+        for learner in models.learners.values():
+            learner.to_host()
+    try:
+        yield
     finally:
-        if config.memory.offload:
-            with watch.span("onload"):
-                for learner in models.learners.values():
-                    learner.to_device()
+        with watch.span("onload"):
+            for learner in models.learners.values():
+                learner.to_device()
+
+
+@contextmanager
+def awake(engine: Engine, config: RunConfig, parallel: ParallelContext) -> Iterator[None]:
+    """The engine with its cache, for as long as rollout.sleep lets it."""
+    if not config.rollout.sleep:
+        yield
+        return
+    with raise_together(parallel):
+        engine.wake("kv_cache")
+    yield
+    with raise_together(parallel):
+        engine.sleep()
 
 
 def advance(state: TrainState, collected: Collected) -> TrainState:
@@ -260,9 +275,10 @@ def policy_in_engine(
 ) -> Iterator[dict[str, Reduction]]:
     """The engine with the policy of a step, for something else than the next step; gives metrics of the push."""
     sampler.settle(version=state.step)
-    pushed = keeper.push(version=state.step)
-    with room_for_engine(models, keeper.engine, config, watch):
-        yield pushed
+    with room_for_engine(models, config, watch):
+        pushed = keeper.push(version=state.step)
+        with awake(keeper.engine, config, models.policy.parallel):
+            yield pushed
     for note in keeper.take_notes():
         log.note(note)
 

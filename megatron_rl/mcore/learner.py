@@ -95,12 +95,12 @@ class Learner:
         self._offloader.to_device()
 
     @contextmanager
-    def at_hand(self) -> Iterator[None]:
-        """Whatever is on the host for the time being comes back for the body."""
-        if not self._offloader.is_out:
+    def weights_at_hand(self) -> Iterator[None]:
+        """The weights, if they are on the host for the time being, come back for the body."""
+        if not self._offloader.is_out("params"):
             yield
             return
-        self.to_device()
+        self._offloader.to_device(("params",))
         try:
             yield
         finally:

@@ -30,9 +30,9 @@ class Offloader:
             "grads": [_Moved(storage, keep=False) for storage in gradients],
             "optimizer": [_Moved(storage, keep=True) for storage in states],
         }
-        self.is_out = False
         self._found = found
-        self._moved = [moved for part in parts for moved in found[part]]
+        self._parts = tuple(parts)
+        self._out: set[OffloadPart] = set()
 
     def held(self) -> dict[OffloadPart, int]:
         """Bytes of each part on the device now."""
@@ -40,22 +40,28 @@ class Offloader:
 
     def to_host(self) -> int:
         """Free the device memory; the number of bytes that were freed."""
-        self.is_out = True
-        for moved in self._moved:
+        every = [moved for part in self._parts if part not in self._out for moved in self._found[part]]
+        self._out |= set(self._parts)
+        for moved in every:
             moved.copy_out()
         _wait()
-        for moved in self._moved:
+        for moved in every:
             moved.free()
         if torch.cuda.is_available():  # engines may run in other processes
             torch.cuda.empty_cache()
-        return sum(moved.size for moved in self._moved)
+        return sum(moved.size for moved in every)
 
-    def to_device(self) -> None:
-        """Put everything back."""
-        self.is_out = False
-        for moved in self._moved:
+    def to_device(self, parts: Iterable[OffloadPart] = ("params", "grads", "optimizer")) -> None:
+        """Put back what is out of some parts."""
+        wanted = self._out & set(parts)
+        self._out -= wanted
+        for moved in (moved for part in self._parts if part in wanted for moved in self._found[part]):
             moved.fill()
         _wait()
+
+    def is_out(self, part: OffloadPart) -> bool:
+        """Whether a part is on the host."""
+        return part in self._out
 
 
 class _Moved:

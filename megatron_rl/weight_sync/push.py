@@ -68,7 +68,7 @@ class WeightSync:
         """
         if not any_rank(self._engine.version != version, self._parallel):
             return {}
-        with self._policy.learner.at_hand():
+        with self._policy.learner.weights_at_hand():
             return self._push(version)
 
     def _push(self, version: int) -> dict[str, Reduction]:

@@ -1,5 +1,6 @@
 """Files, overrides, suggestions and checks."""
 
+from math import lcm
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,9 @@ CONFIGS = sorted(set((ROOT / "configs").rglob("*.yaml")) - OTHERS)
 def test_every_config_of_the_project_loads(path: Path) -> None:
     loaded = load_config(path)
     parallel = loaded.parallel
-    validate(loaded, parallel.tensor_parallel_size * parallel.pipeline_parallel_size * parallel.context_parallel_size)
+    stages = parallel.pipeline_parallel_size
+    ranks = parallel.tensor_parallel_size * parallel.context_parallel_size * stages
+    validate(loaded, lcm(ranks, parallel.expert_parallel_size * parallel.expert_tensor_size * stages))
 
 
 @pytest.mark.parametrize("path", REWARD_TRAININGS, ids=lambda p: p.name)

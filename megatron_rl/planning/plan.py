@@ -1,0 +1,200 @@
+"""A plan: whether a configuration fits on a machine, how long a step takes, and what to change."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_rl.config.schema import RunConfig
+from megatron_rl.config.validate import validate
+from megatron_rl.errors import ConfigError
+from megatron_rl.models import read_model_spec
+from megatron_rl.models.engine_shards import check_engine_size
+from megatron_rl.planning.hardware import Hardware
+from megatron_rl.planning.phases import RankMemory, Specs, rank_memory
+from megatron_rl.planning.time import Seconds, step_seconds
+from megatron_rl.planning.workload import Workload, micro_batches_of, workload_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a run would need."""
+
+    config: RunConfig
+    hardware: Hardware
+    world_size: int
+    workload: Workload
+    memory: RankMemory
+    seconds: Seconds
+
+    @property
+    def step_s(self) -> float:
+        return sum(self.seconds.values())
+
+    @property
+    def lacks(self) -> list[str]:
+        """Reasons why it does not fit; none: it does."""
+        found = []
+        room, phase = self.hardware.device_gb, self.memory.fullest
+        needed = self.memory.total(phase) / 1e9
+        if needed > room:
+            parts = sorted(self.memory.phases[phase].items(), key=lambda item: -item[1])[:3]
+            largest = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts)
+            found.append(f"{phase} needs {needed:.1f} GB of a device's {room:.1f} GB: {largest} GB")
+        engine, longest = self.memory.engine, self.workload.longest
+        if engine.weights and engine.cache_tokens < longest:
+            found.append(
+                f"an engine's cache has room for {engine.cache_tokens:.0f} tokens, fewer than the longest prompt with "
+                f"its response ({longest})"
+            )
+        host = sum(self.memory.host.values()) / 1e9
+        if host > self.hardware.host_gb:
+            parts = sorted(self.memory.host.items(), key=lambda item: -item[1])[:2]
+            largest = ", ".join(f"{name} {size / 1e9:.0f}" for name, size in parts)
+            found.append(f"a host needs {host:.0f} GB of its {self.hardware.host_gb:.0f} GB: {largest} GB")
+        return found
+
+    @property
+    def advice(self) -> list[str]:
+        """What would save most, the cheapest first; empty where it fits."""
+        if not self.lacks:
+            return []
+        config, memory = self.config, self.memory
+        phase = memory.fullest
+        parts = memory.phases[phase]
+        found = []
+        if phase in ("update", "critic", "log-probabilities"):
+            if config.rollout.engine != "embedded" and not config.rollout.sleep:
+                found.append("rollout.sleep=true")
+            if parts["activations"] > sum(parts.values()) / 4:
+                if config.memory.recompute != "full":
+                    found.append("memory.recompute=full")
+                lower = max(self.workload.longest, config.batching.max_tokens_per_micro_batch // 2)
+                if lower < config.batching.max_tokens_per_micro_batch:
+                    found.append(f"batching.max_tokens_per_micro_batch={lower}")
+        else:
+            missing = [part for part in ("grads", "optimizer", "params") if part not in config.memory.offload]
+            if missing:
+                found.append("memory.offload=[params,grads,optimizer]")
+            wanted = "larger" if memory.engine.cache_tokens < self.workload.longest else "smaller"
+            if config.rollout.engine != "embedded":
+                found.append(f"a {wanted} share of the memory for the engine (rollout.engine_options)")
+                if 2 * config.rollout.tensor_parallel_size <= self.hardware.ranks_per_node:
+                    found.append(f"rollout.tensor_parallel_size={2 * config.rollout.tensor_parallel_size}")
+        states = sum(size for name, size in parts.items() if name.endswith(("params", "grads", "optimizer")))
+        if states > self.hardware.device_gb * 1e9 / 2:
+            found.append(f"parallel.pipeline_parallel_size={2 * config.parallel.pipeline_parallel_size}")
+        found.append("more ranks, or a layout that --search finds")
+        return found
+
+
+def make_plan(
+    config: RunConfig,
+    hardware: Hardware,
+    world_size: int,
+    *,
+    specs: Specs | None = None,
+    mean_prompt: float | None = None,
+    mean_response: float | None = None,
+) -> Plan:
+    """The plan of a configuration.
+
+    Args:
+        specs: None: read from the folders that the configuration names.
+        mean_prompt, mean_response: tokens; None: a quarter and a half of the longest.
+
+    Raises:
+        ConfigError: the configuration cannot run on so many ranks.
+    """
+    validate(config, world_size)
+    specs = specs_of(config) if specs is None else specs
+    if config.rollout.source == "engine":
+        check_engine_size(specs.policy, config.rollout.tensor_parallel_size)
+    workload = workload_of(config, mean_prompt=mean_prompt, mean_response=mean_response)
+    memory = rank_memory(specs, config, workload, hardware, world_size)
+    seconds = step_seconds(specs, config, workload, hardware, world_size, memory.engine)
+    return Plan(
+        config=config, hardware=hardware, world_size=world_size, workload=workload, memory=memory, seconds=seconds
+    )
+
+
+def specs_of(config: RunConfig) -> Specs:
+    """The models that a configuration names, from their config.json alone."""
+    policy = read_model_spec(config.model.path)
+    reference = None
+    path = config.algorithm.reference_path
+    if config.algorithm.uses_reference and path is not None and read_model_spec(path) != policy:
+        reference = read_model_spec(path)
+    return Specs(
+        policy=policy,
+        critic=read_model_spec(config.of_critic().model.path) if config.algorithm.uses_critic else None,
+        reference=reference,
+        reward_model=read_model_spec(config.reward.model.path) if config.reward.model is not None else None,
+    )
+
+
+def check_fits(plan: Plan) -> None:
+    """
+    Raises:
+        ConfigError: it does not fit; who needs how much, and what to change.
+    """
+    if plan.lacks:
+        raise ConfigError(
+            f"this run does not fit on {plan.hardware.name}, {plan.world_size} ranks: {'; '.join(plan.lacks)}. Change: "
+            f"{', '.join(plan.advice)}; or start it nevertheless with memory.if_too_large=warn."
+        )
+
+
+def summary(plan: Plan) -> str:
+    """A line for the console."""
+    memory = plan.memory
+    phase = memory.fullest
+    return (
+        f"plan: {memory.total(phase) / 1e9:.1f} of {plan.hardware.device_gb:.1f} GB on a rank of stage {memory.stage} "
+        f"at most ({phase}), {sum(memory.host.values()) / 1e9:.1f} of {plan.hardware.host_gb:.1f} GB of a host"
+    )
+
+
+def describe(plan: Plan) -> str:
+    """The whole plan as text."""
+    config, memory, hardware, work = plan.config, plan.memory, plan.hardware, plan.workload
+    parallel = config.parallel
+    tp, pp, cp = parallel.tensor_parallel_size, parallel.pipeline_parallel_size, parallel.context_parallel_size
+    dp = plan.world_size // (tp * pp * cp)
+    batches = micro_batches_of(config, work, dp, longest=True)
+    layout = f"TP{tp} x PP{pp}" + (f" x CP{cp}" if cp > 1 else "") + f" x DP{dp}"
+    layout += f", EP{parallel.expert_parallel_size}" if parallel.expert_parallel_size > 1 else ""
+    nodes = -(-plan.world_size // hardware.ranks_per_node)
+    phases = list(memory.phases)
+    holders = list(dict.fromkeys(name for parts in memory.phases.values() for name in parts))
+    width = max(map(len, holders))
+    lines = [
+        f"{Path(config.model.path).name} on {nodes} x {hardware.ranks_per_node} {hardware.name}: {layout}, "
+        f"{config.rollout.engine} of TP{config.rollout.tensor_parallel_size}",
+        f"an update: {work.sequences_per_update} sequences of at most {work.longest} tokens, at least "
+        f"{batches.count} micro-batches of at most {batches.tokens} tokens on each rank",
+        "",
+        f"{f'GB of a rank, stage {memory.stage}':<{width}} " + " ".join(f"{phase:>17}" for phase in phases),
+    ]
+    for name in holders:
+        cells = (memory.phases[phase].get(name, 0.0) for phase in phases)
+        lines.append(f"{name:<{width}} " + " ".join(f"{size / 1e9:17.1f}" if size else " " * 17 for size in cells))
+    lines.append(f"{'in all':<{width}} " + " ".join(f"{memory.total(phase) / 1e9:17.1f}" for phase in phases))
+    lines.append(f"{'of':<{width}} " + " ".join(f"{hardware.device_gb:17.1f}" for _ in phases))
+    host = ", ".join(f"{name} {size / 1e9:.0f}" for name, size in memory.host.items())
+    lines += ["", f"GB of a host: {sum(memory.host.values()) / 1e9:.0f} of {hardware.host_gb:.0f} ({host})"]
+    if memory.engine.cache_tokens:
+        lines.append(f"an engine's cache: {memory.engine.cache_tokens:,.0f} tokens")
+    tokens = work.num_sequences * work.mean
+    lines += [
+        "",
+        f"a step of {work.num_sequences} sequences with {work.mean_prompt:.0f} + {work.mean_response:.0f} tokens on "
+        f"average: about {plan.step_s:.0f} s, {tokens / plan.step_s / plan.world_size:.0f} tokens/s/rank",
+        *(f"  {name:<18}{seconds:9.1f} s" for name, seconds in plan.seconds.items()),
+        "",
+    ]
+    if plan.lacks:
+        lines += [f"does not fit: {reason}" for reason in plan.lacks]
+        lines.append(f"change: {'; '.join(plan.advice)}")
+    else:
+        left = hardware.device_gb - memory.total(memory.fullest) / 1e9
+        lines.append(f"fits: {left:.1f} GB of a device are left in the fullest phase ({memory.fullest})")
+    return "\n".join(lines)

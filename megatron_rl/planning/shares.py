@@ -1,0 +1,105 @@
+"""What each pipeline stage of a model holds on one rank."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from math import prod
+
+from megatron_rl.config.machine import ParallelSection
+from megatron_rl.errors import ConfigError
+from megatron_rl.models.spec import ModelSpec
+from megatron_rl.models.table import Head, layout_table
+from megatron_rl.weights.layout import Layout, Place
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageShare:
+    """Elements on one rank of a stage; the ranks of a stage hold as much as each other."""
+
+    num_layers: int
+    dense: int
+    """Elements outside of experts."""
+    experts: int
+    """Elements of the experts that are on this rank."""
+    output: int
+    """Those of the output layer, which is also the embedding where they are tied; 0 on other stages than the last."""
+    matrices: int
+    """Those that LoRA or FP8 may store in fewer bits."""
+
+    @property
+    def total(self) -> int:
+        return self.dense + self.experts
+
+
+@cache
+def stage_shares(spec: ModelSpec, parallel: ParallelSection, head: Head = "language") -> list[StageShare]:
+    """One for each pipeline stage.
+
+    Raises:
+        ConfigError: the layers cannot be shared out.
+    """
+    tp, stages = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
+    table = layout_table(replace(spec, num_layers=1), tp, head)  # its layers are all alike
+    place = Place(tp_size=tp, etp_size=parallel.expert_tensor_size)
+    layer = [name for name in table if name.startswith("decoder.layers.0.")]
+    dense = sum(_size(table[name], place) for name in layer if not table[name].expert)
+    experts = sum(_size(table[name], place) for name in layer if table[name].expert) // parallel.expert_parallel_size
+    matrices = experts + sum(
+        _size(table[name], place)
+        for name in layer
+        if not table[name].expert and name.endswith("weight") and not table[name].replicated
+    )
+    embedding, output, norm = (
+        _size(table[name], place)
+        for name in ("embedding.word_embeddings.weight", "output_layer.weight", "decoder.final_layernorm.weight")
+    )
+    found = []
+    tied = spec.tied_embeddings and head == "language"
+    for stage, num_layers in enumerate(layers_of_stages(spec, parallel)):
+        is_first, is_last = stage == 0, stage == stages - 1
+        outer = embedding * is_first + (norm + output * (not (tied and is_first))) * is_last
+        found.append(
+            StageShare(
+                num_layers=num_layers,
+                dense=num_layers * dense + outer,
+                experts=num_layers * experts,
+                output=output if is_last else 0,
+                matrices=num_layers * matrices,
+            )
+        )
+    return found
+
+
+def layers_of_stages(spec: ModelSpec, parallel: ParallelSection) -> Sequence[int]:
+    """Layers of every pipeline stage, as Megatron-Core shares them out.
+
+    Raises:
+        ConfigError: they do not divide.
+    """
+    stages = parallel.pipeline_parallel_size
+    first, last = parallel.num_layers_in_first_pipeline_stage, parallel.num_layers_in_last_pipeline_stage
+    embedding, loss = parallel.account_for_embedding_in_pipeline_split, parallel.account_for_loss_in_pipeline_split
+    if stages == 1:
+        return [spec.num_layers]
+    if first is None and last is None:
+        places = spec.num_layers + embedding + loss
+        if places % stages:
+            raise ConfigError(
+                f"parallel.pipeline_parallel_size={stages} does not divide the model's {places} layers. "
+                f"Set it to a divisor of {places}."
+            )
+        each = places // stages
+        return [each - embedding, *[each] * (stages - 2), each - loss]
+    inner = stages - (first is not None) - (last is not None)
+    rest = spec.num_layers - (first or 0) - (last or 0)
+    if rest < 0 or (rest % inner if inner else rest):
+        raise ConfigError(
+            f"parallel.num_layers_in_first_pipeline_stage={first}, num_layers_in_last_pipeline_stage={last}: the other "
+            f"{rest} layers do not divide by {inner} stages. Change either."
+        )
+    middle = [rest // inner] * inner if inner else []
+    return [*([first] if first is not None else []), *middle, *([last] if last is not None else [])]
+
+
+def _size(layout: Layout, place: Place) -> int:
+    return prod(place.shape(layout))

@@ -1,0 +1,26 @@
+"""What the plan says of memory against what a run takes."""
+
+from pathlib import Path
+
+import pytest
+
+from tools.bench_plan import CASES, Case, measured_mb, planned_mb, write_models
+
+MEASURED = [
+    case
+    for case in CASES
+    if case.title not in ("micro-batches of one sequence", "norms and feed-forward blocks computed again")
+]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("plan")
+    write_models(folder)
+    return folder
+
+
+@pytest.mark.parametrize("case", MEASURED, ids=lambda case: case.title)
+def test_planned_memory_is_near_the_measured(case: Case, models: Path) -> None:
+    planned, measured = planned_mb(models, case), measured_mb(models, case)
+    assert planned == pytest.approx(measured, rel=0.15)

@@ -1,0 +1,206 @@
+"""Plans: what ranks hold, what fits, what is refused, and the recipes that depend on it."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_rl.config import RunConfig, load_config, validate
+from megatron_rl.config.machine import ParallelSection
+from megatron_rl.errors import ConfigError
+from megatron_rl.models import layout_table, read_model_spec
+from megatron_rl.models.placement import held_on_paper
+from megatron_rl.planning.hardware import KNOWN, Hardware, read_hardware
+from megatron_rl.planning.plan import Plan, check_fits, describe, make_plan
+from megatron_rl.planning.search import SPARE, search, settings
+from megatron_rl.planning.shares import layers_of_stages, stage_shares
+from megatron_rl.weights.layout import box_size
+
+ROOT = Path(__file__).parents[2]
+MODELS = ROOT / "configs/models"
+RECIPES = sorted(path for path in (ROOT / "configs/recipes/production").glob("*.yaml") if "base-" not in path.name)
+NAME = re.compile(r"-(\d+)n(\d+)g-([a-z]+\d+)-")
+HARDWARE = {"a100": "a100-80g", "h100": "h100-80g", "h200": "h200-141g"}
+
+
+def recipe_config(recipe: Path, *overrides: str) -> RunConfig:
+    """With the published configuration of its model, whose weights nobody has here."""
+    name = Path(load_config(recipe).model.path).name
+    return load_config(recipe, [f"model.path={MODELS / name}", *overrides])
+
+
+def machine(recipe: Path) -> tuple[Hardware, int]:
+    found = NAME.search(recipe.name)
+    assert found is not None, recipe.name
+    return KNOWN[HARDWARE[found[3]]], int(found[1]) * int(found[2])
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_production_recipes_fit_on_their_hardware_and_not_on_half_of_it(recipe: Path) -> None:
+    config, (hardware, world_size) = recipe_config(recipe), machine(recipe)
+    validate(config, world_size)
+    plan = make_plan(config, hardware, world_size)
+    assert plan.lacks == []
+    check_fits(plan)
+    half = make_plan(config, replace(hardware, device_gb=hardware.device_gb / 2), world_size)
+    assert half.lacks
+    with pytest.raises(ConfigError, match=r"does not fit on .* Change: .*=.*if_too_large=warn"):
+        check_fits(half)
+
+
+def test_the_table_of_the_recipes_is_up_to_date() -> None:
+    done = subprocess.run(
+        [sys.executable, "tools/plan_recipes.py"], cwd=ROOT, capture_output=True, text=True, check=True, env=os.environ
+    )
+    assert done.stdout == (ROOT / "configs/recipes/production/README.md").read_text()
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in MODELS.iterdir()))
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 1), (4, 4, 1), (1, 2, 8)], ids=str)
+def test_shares_are_what_the_layout_table_gives_to_ranks(name: str, sizes: tuple[int, int, int]) -> None:
+    spec, (tp, pp, ep) = read_model_spec(MODELS / name), sizes
+    if ep > 1 and spec.moe is None:
+        pytest.skip("no experts")
+    section = ParallelSection(
+        tensor_parallel_size=tp,
+        pipeline_parallel_size=pp,
+        expert_parallel_size=ep,
+        expert_tensor_parallel_size=1 if spec.moe is not None else None,
+    )
+    table = layout_table(spec, tp)
+    held = held_on_paper(spec, tp=tp, pp=pp, dp=ep, ep=ep)
+    for stage, share in enumerate(stage_shares(spec, section)):
+        names, place = held[stage * tp * ep]
+        padded = sum(_elements(place.shape(table[one])) for one in names)
+        assert share.total == padded
+        assert share.experts == sum(_elements(place.shape(table[one])) for one in names if table[one].expert)
+        assert share.num_layers == spec.num_layers // pp
+        assert (share.output > 0) == (stage == pp - 1)
+
+
+def _elements(shape: tuple[int, ...]) -> int:
+    return box_size(tuple((0, extent) for extent in shape))
+
+
+def test_uneven_stages() -> None:
+    spec = read_model_spec(MODELS / "Qwen2.5-7B")  # 28 layers
+    assert layers_of_stages(spec, ParallelSection(pipeline_parallel_size=4)) == [7, 7, 7, 7]
+    uneven = ParallelSection(
+        pipeline_parallel_size=4, num_layers_in_first_pipeline_stage=5, num_layers_in_last_pipeline_stage=7
+    )
+    assert layers_of_stages(spec, uneven) == [5, 8, 8, 7]
+    counted = ParallelSection(
+        pipeline_parallel_size=5, account_for_embedding_in_pipeline_split=True, account_for_loss_in_pipeline_split=True
+    )
+    assert layers_of_stages(spec, counted) == [5, 6, 6, 6, 5]
+    with pytest.raises(ConfigError, match=r"pipeline_parallel_size=3 does not divide the model's 28 layers"):
+        layers_of_stages(spec, ParallelSection(pipeline_parallel_size=3))
+
+
+def plan_7b(*overrides: str, world_size: int = 8) -> Plan:
+    recipe = next(path for path in RECIPES if path.name.startswith("grpo-qwen2.5-7b-1n8g-h100"))
+    return make_plan(recipe_config(recipe, *overrides), KNOWN["h100-80g"], world_size)
+
+
+def test_what_saves_memory_saves_it_in_the_plan() -> None:
+    usual = plan_7b()
+    in_update = usual.memory.total("update")
+    assert plan_7b("memory.recompute=full").memory.total("update") < in_update
+    assert plan_7b("batching.max_tokens_per_micro_batch=5120").memory.total("update") < in_update
+    assert plan_7b("parallel.tensor_parallel_size=4").memory.total("update") < in_update
+    assert plan_7b(world_size=16).memory.total("update") < in_update  # the optimizer is shared by more
+    offloaded = plan_7b("memory.offload=[params,grads,optimizer]").memory
+    assert offloaded.total("generation") < usual.memory.total("generation")
+    assert offloaded.total("update") == in_update
+    assert sum(offloaded.host.values()) > sum(usual.memory.host.values())
+    assert plan_7b("rollout.sleep=false").lacks
+    lora = plan_7b("lora.rank=16", "lora.quantize=nf4").memory.phases["update"]
+    assert lora["policy grads"] < 0.05 * usual.memory.phases["update"]["policy grads"]
+    assert lora["policy params"] < 0.5 * usual.memory.phases["update"]["policy params"]
+
+
+def test_times_follow_what_is_computed() -> None:
+    usual = plan_7b().seconds
+    assert plan_7b("memory.recompute=full").seconds["update"] > usual["update"]
+    assert plan_7b("precision.fp8=disabled").seconds["update"] > usual["update"]
+    assert plan_7b(world_size=16).seconds["update"] < usual["update"]
+    deep = plan_7b(
+        "parallel.tensor_parallel_size=1", "parallel.sequence_parallel=false", "parallel.pipeline_parallel_size=4"
+    )
+    assert deep.seconds["weight push"] > usual["weight push"]
+    assert plan_7b("algorithm.kl_coef=0.01").seconds["log-probabilities"] == pytest.approx(
+        2 * usual["log-probabilities"]
+    )
+
+
+def test_a_short_cache_and_a_small_host_do_not_fit() -> None:
+    short = plan_7b(
+        "rollout.max_new_tokens=120000",
+        "rollout.engine_options={gpu_memory_utilization:0.25}",
+        "batching.max_tokens_per_micro_batch=121024",
+        "rollout.tensor_parallel_size=1",
+    )
+    assert any("an engine's cache has room for" in reason for reason in short.lacks)
+    recipe = RECIPES[0]
+    hardware, world_size = machine(recipe)
+    small = make_plan(recipe_config(recipe), replace(hardware, host_gb=64.0), world_size)
+    assert any("a host needs" in reason and "checkpoint in background" in reason for reason in small.lacks)
+
+
+def test_search_finds_layouts_that_fit_with_something_to_spare() -> None:
+    recipe = next(path for path in RECIPES if "70b-8n8g-h100" in path.name)
+    config, hardware = recipe_config(recipe), KNOWN["h100-80g"]
+    found = search(config, hardware, 64)
+    assert found
+    assert [plan.step_s for plan in found] == sorted(plan.step_s for plan in found)
+    for plan in found[:20]:
+        assert plan.memory.total(plan.memory.fullest) / 1e9 <= (1 - SPARE) * hardware.device_gb
+        again = recipe_config(recipe, *settings(plan, config).split())
+        assert make_plan(again, hardware, 64).step_s == pytest.approx(plan.step_s)
+    assert search(config, hardware, 8) == []
+
+
+def test_the_command_says_what_does_not_fit(tmp_path: Path) -> None:
+    recipe = next(path for path in RECIPES if "70b-8n8g-h100" in path.name)
+
+    def plan(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "tools/plan.py", "--config", str(recipe), *arguments]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=os.environ)
+
+    fits = plan("--nodes", "8", f"model.path={MODELS / 'Llama-3.1-70B'}")
+    assert fits.returncode == 0, fits.stderr
+    assert "TP8 x PP4 x DP2, vllm of TP8" in fits.stdout
+    assert "\nfits: " in fits.stdout
+    lacking = plan("--nodes", "8", "memory.recompute=disabled", "batching.max_tokens_per_micro_batch=65536")
+    assert lacking.returncode == 3
+    assert "planning with configs/models/Llama-3.1-70B" in lacking.stderr
+    assert "does not fit: update needs" in lacking.stdout
+    assert "change: memory.recompute=full" in lacking.stdout
+    assert plan("--nodes", "1", "--search").returncode == 3
+    unknown = plan("--hardware", "h300")
+    assert unknown.returncode == 1
+    assert "hardware 'h300' is not known. Choose one of a100-80g" in unknown.stderr
+    own = tmp_path / "own.yaml"
+    own.write_text("name: own\nranks_per_node: many\n")
+    assert "ranks_per_node: Value 'many'" in plan("--hardware", str(own)).stderr
+
+
+def test_a_described_machine_is_read(tmp_path: Path) -> None:
+    values = {**vars(KNOWN["a100-80g"]), "name": "ours", "device_gb": 40.0}
+    path = tmp_path / "ours.yaml"
+    path.write_text(json.dumps(values))
+    assert read_hardware(str(path)) == replace(KNOWN["a100-80g"], name="ours", device_gb=40.0)
+    path.write_text(json.dumps({**values, "device_gb": -1}))
+    with pytest.raises(ConfigError, match=r"hardware ours: device_gb=-1\.0: expected a number, 0 or more"):
+        read_hardware(str(path))
+
+
+def test_the_plan_as_text_names_every_holder() -> None:
+    text = describe(plan_7b())
+    for word in ("policy grads", "engine cache", "activations", "transfer buffers", "GB of a host", "tokens/s/rank"):
+        assert word in text
