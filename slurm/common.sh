@@ -142,37 +142,42 @@ launch() {
     return "$status"
 }
 
-# train MODULE CONFIG [key=value …]: until it is done. An interrupted run is requeued; one that failed starts again from its
-# latest checkpoint, unless it failed there before.
-train() {
-    local module=$1 config=$2 && shift 2
-    trap on_request USR1 TERM
-    trap '[[ -z $fallback ]] || kill "$fallback" 2>/dev/null || true' EXIT
-    settings
-    local name=$SLURM_JOB_NAME-$SLURM_JOB_ID argument
-    local output=runs/$name logs=logs/slurm/$name
-    for argument in "$@"; do
-        [[ $argument == run.output_dir=* ]] && output=${argument#*=}
-    done
+# The machine's faults, found before the run finds them; MEGATRON_RL_DOCTOR=skip leaves it out.
+examine() {
+    local logs=$1 && shift
+    [[ ${MEGATRON_RL_DOCTOR:-} != skip ]] || return 0
+    rendezvous 99
     mkdir -p "$logs"
-    local attempt=0 failures=0 before=none status latest resume
+    launch "$logs" tools/doctor.py "$@" && return 0
+    ((asked)) && return 0 # time was up; what follows goes back to the queue
+    tail -n 5 "$logs"/rank_*.log >&2
+    echo "the doctor found faults: see above, and $logs. MEGATRON_RL_DOCTOR=skip starts nevertheless." >&2
+    return 1
+}
+
+# until_done LOGS COMMAND …: attempts until it is done. An interrupted one is requeued; one that failed starts again, unless
+# it came no further than before. The functions progress (prints how far it is) and more_arguments (prints one a line) are the
+# caller's.
+until_done() {
+    local logs=$1 && shift
+    local attempt=0 failures=0 before=none status here text further
+    mkdir -p "$logs"
     while true; do
         rendezvous $attempt
-        resume=()
-        [[ -e $output/checkpoints/latest ]] && resume=(--resume auto) # also where the arguments name another beginning
-        launch "$logs" -m "$module" --config "$config" "run.name=$name" "run.output_dir=$output" "$@" "${resume[@]}" &&
-            status=0 || status=$?
+        text=$(more_arguments) further=()
+        [[ -z $text ]] || mapfile -t further <<<"$text"
+        launch "$logs" "$@" "${further[@]}" && status=0 || status=$?
         attempt=$((attempt + 1))
         if ((status == 0)); then
             return 0
         fi
         is_running || return "$status"
-        latest=$(cat "$output/checkpoints/latest" 2>/dev/null || echo none)
+        here=$(progress)
         if ((status == START_AGAIN || asked)); then
             # a time limit that is too short for a step would come back for ever
-            echo "$latest" >>"$logs/requeued_at"
-            if (($(tail -n $((MAX_RESTARTS + 1)) "$logs/requeued_at" | grep -cFx "$latest") > MAX_RESTARTS)); then
-                echo "interrupted again and again at checkpoint '$latest': giving up. The time limit is too short." >&2
+            echo "$here" >>"$logs/requeued_at"
+            if (($(tail -n $((MAX_RESTARTS + 1)) "$logs/requeued_at" | grep -cFx -- "$here") > MAX_RESTARTS)); then
+                echo "interrupted again and again at '$here': giving up. The time limit is too short." >&2
                 return "$status"
             fi
             echo "interrupted; job $(job_id) goes back to the queue"
@@ -182,13 +187,68 @@ train() {
             wait $!
             exit 0
         fi
-        [[ $latest == "$before" ]] && failures=$((failures + 1)) || failures=1
-        before=$latest
+        [[ $here == "$before" ]] && failures=$((failures + 1)) || failures=1
+        before=$here
         tail -n 20 "$logs"/rank_*.log >&2
         if ((failures > MAX_RESTARTS)); then
-            echo "failed $failures times at checkpoint '$latest' (status $status): giving up. Logs: $logs" >&2
+            echo "failed $failures times at '$here' (status $status): giving up. Logs: $logs" >&2
             return "$status"
         fi
-        echo "failed with status $status; starting again from checkpoint '$latest' ($failures of $MAX_RESTARTS)" >&2
+        echo "failed with status $status; starting again from '$here' ($failures of $MAX_RESTARTS)" >&2
     done
+}
+
+begin() {
+    trap on_request USR1 TERM
+    trap '[[ -z $fallback ]] || kill "$fallback" 2>/dev/null || true' EXIT
+    settings
+    name=$SLURM_JOB_NAME-$SLURM_JOB_ID
+    logs=logs/slurm/$name
+}
+
+# given KEY DEFAULT key=value …: what the arguments say of a key.
+given() {
+    local key=$1 value=$2 argument && shift 2
+    for argument in "$@"; do
+        [[ $argument == "$key="* ]] && value=${argument#*=}
+    done
+    echo "$value"
+}
+
+# train CONFIG [key=value …]
+train() {
+    local config=$1 name logs output && shift
+    begin
+    output=$(given run.output_dir "runs/$name" "$@")
+    local own=(--config "$config" "run.name=$name" "run.output_dir=$output" "$@")
+    progress() { cat "$output/checkpoints/latest" 2>/dev/null || echo "the beginning"; }
+    # also where the arguments name another beginning
+    more_arguments() { [[ ! -e $output/checkpoints/latest ]] || printf '%s\n' --resume auto; }
+    examine "$logs/doctor" "${own[@]}"
+    until_done "$logs" -m megatron_rl.train "${own[@]}"
+}
+
+# evaluate CONFIG [key=value …]: an evaluation goes on with the answers that its folder has.
+evaluate() {
+    local config=$1 name logs output && shift
+    begin
+    output=$(given run.output_dir "runs/eval/$name" "$@")
+    progress() { du -sb "$output" 2>/dev/null | cut -f1 | grep . || echo "the beginning"; }
+    more_arguments() { :; }
+    until_done "$logs" -m megatron_rl.evaluate --config "$config" "run.name=$name" "run.output_dir=$output" "$@"
+}
+
+# convert DIRECTION …: tools/convert_DIRECTION.py, which goes on where it was.
+convert() {
+    local direction=$1 name logs && shift
+    begin
+    progress() { echo "what is written"; }
+    more_arguments() { :; }
+    case $direction in
+    hf_to_megatron | megatron_to_hf) until_done "$logs" "tools/convert_$direction.py" "$@" ;;
+    *)
+        echo "convert.sh $direction: expected hf_to_megatron or megatron_to_hf" >&2
+        return 2
+        ;;
+    esac
 }

@@ -16,4 +16,4 @@
 [[ -f slurm/common.sh ]] || { echo "submit from the root of the repository, not from $PWD" >&2 && exit 2; }
 source slurm/common.sh
 submit_unless_in_job "slurm/${0##*/}" "$@"
-train megatron_rl.train "${MEGATRON_RL_CONFIG:-configs/recipes/production/grpo-7b-h100.yaml}" "$@"
+train "${MEGATRON_RL_CONFIG:-configs/recipes/production/grpo-qwen2.5-7b-1n8g-h100-fp8.yaml}" "$@"

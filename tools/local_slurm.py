@@ -58,6 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--nodes", type=int, default=2)
     parser.add_argument("--cpus", type=int, default=2, help="of each node; they may be more than there are (2)")
     parser.add_argument("--memory-mb", type=int, default=8000, help="of each node (8000)")
+    parser.add_argument("--gpus", type=int, default=0, help="that each node claims to have, for sbatch --test-only (0)")
     asked = parser.parse_args(arguments)
     folder = asked.folder.resolve()
     if asked.action == "stop":
@@ -69,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
     if os.geteuid() != 0:
         sys.exit("slurmd starts jobs of other users, so the cluster needs root.")
     try:
-        start(folder, asked.nodes, asked.cpus, asked.memory_mb)
+        start(folder, asked.nodes, asked.cpus, asked.memory_mb, asked.gpus)
     except RuntimeError as error:
         stop(folder)
         sys.exit(str(error))
@@ -77,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def start(folder: Path, num_nodes: int, cpus: int, memory_mb: int) -> None:
+def start(folder: Path, num_nodes: int, cpus: int, memory_mb: int, gpus: int) -> None:
     """Start everything and wait until all nodes are idle.
 
     Raises:
@@ -90,8 +91,14 @@ def start(folder: Path, num_nodes: int, cpus: int, memory_mb: int) -> None:
     host = socket.gethostname().split(".")[0]
     nodes = "\n".join(
         f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={cpus} RealMemory={memory_mb}"
+        + (f" Gres=gpu:{gpus}" if gpus else "")
         for name, port in zip(names, ports, strict=True)
     )
+    if gpus:
+        nodes = f"GresTypes=gpu\n{nodes}"
+        (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-{gpus - 1}]\n")
+        for number in range(gpus):  # slurmd wants to see a file for each
+            (folder / f"gpu{number}").touch()
     config = folder / "slurm.conf"
     config.write_text(
         CONFIG.format(host=host, folder=folder, control_port=control_port, nodes=nodes, names=",".join(names))

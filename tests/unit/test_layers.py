@@ -60,6 +60,7 @@ EVERYTHING = {
     "valuation",
     "correction",
     "credit",
+    "doctor",
     "drift",
     "profiling",
     "loop",

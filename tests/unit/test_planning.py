@@ -141,7 +141,7 @@ def test_times_follow_what_is_computed() -> None:
 def test_a_short_cache_and_a_small_host_do_not_fit() -> None:
     short = plan_7b(
         "rollout.max_new_tokens=120000",
-        "rollout.engine_options={gpu_memory_utilization:0.25}",
+        "rollout.engine_options.gpu_memory_utilization=0.25",
         "batching.max_tokens_per_micro_batch=121024",
         "rollout.tensor_parallel_size=1",
     )

@@ -1,0 +1,1 @@
+"""What is wrong with a machine, before a run finds out."""

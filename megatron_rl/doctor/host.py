@@ -1,0 +1,224 @@
+"""Checks that one rank makes of its own host, without the others."""
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from megatron_rl.config import RunConfig
+from megatron_rl.data.templates import load_tokenizer
+from megatron_rl.doctor.finding import Finding, error, ok, warning
+from megatron_rl.errors import MegatronRLError
+from megatron_rl.mcore.model import check_weights
+from megatron_rl.models import read_model_spec
+
+PACKAGES = ("torch", "megatron-core", "transformer-engine", "vllm", "sglang", "transformers", "omegaconf")
+# distribution -> (least, below) that this version of the package has been tried with
+TRIED = {"megatron-core": ((0, 16, 1), (0, 20)), "vllm": ((0, 20), (0, 33)), "sglang": ((0, 5, 11), (0, 6))}
+ENGINES = {"vllm": "vllm", "sglang": "sglang"}
+MIN_HOST_GB = 4.0
+MIN_DISK_GB = 10.0
+WRITE_MB = 64
+SLOW_WRITE_MB_S = 50.0
+
+
+def check_host(config: RunConfig | None) -> Iterator[Finding]:
+    """All of them.
+
+    Args:
+        config: None: without those that need a model, an engine or a run folder.
+    """
+    yield from versions(config)
+    yield from devices()
+    yield memory()
+    folder = Path(config.run.output_dir if config is not None else ".")
+    yield disk(folder)
+    yield file_system(folder)
+    if config is not None:
+        yield from model(config)
+        yield engine(config)
+
+
+def versions(config: RunConfig | None) -> Iterator[Finding]:
+    """Of Python and the packages that matter, and whether they go together."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    yield ok("versions", ", ".join(f"{name} {version}" for name, version in found.items()))
+    for name, (least, below) in TRIED.items():
+        if name in found and not least <= numbers(found[name]) < below:
+            span = f"{'.'.join(map(str, least))} to below {'.'.join(map(str, below))}"
+            yield warning("versions", f"{name} {found[name]}", f"tried with {span}: pip install another one")
+    for name in ("torchvision", "torchaudio"):
+        yield from _fits_torch(name, found["torch"])
+    if torch.cuda.is_available() and "transformer-engine" not in found:
+        yield warning("versions", "no Transformer Engine", "pip install transformer-engine[pytorch] for speed and FP8")
+    if config is not None and config.precision.fp8 != "disabled" and "transformer-engine" not in found:
+        yield error("versions", "no Transformer Engine", "install it, or set precision.fp8=disabled")
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    """Leading numbers of a version: (0, 16, 1) of 0.16.1rc0+cpu."""
+    found: list[int] = []
+    for part in version.split("+")[0].split("."):
+        digits = "".join(character for character in part if character.isdigit())
+        if not digits:
+            break
+        found.append(int(digits))
+    return tuple(found)
+
+
+def _fits_torch(name: str, torch_version: str) -> Iterator[Finding]:
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return
+    done = subprocess.run([sys.executable, "-c", f"import {name}"], capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["?"])[-1]
+        yield error("versions", f"{name} does not fit torch {torch_version}: {last}", f"pip uninstall {name}")
+
+
+def devices() -> Iterator[Finding]:
+    """GPUs: memory in use by others, errors, throttling, peer access."""
+    if not torch.cuda.is_available():
+        if shutil.which("nvidia-smi"):
+            yield error(
+                "gpu", "nvidia-smi is there, but torch sees no GPU", "install a CUDA build of torch; check the driver"
+            )
+        else:
+            yield ok("gpu", f"none; {os.cpu_count()} processors")
+        return
+    count = torch.cuda.device_count()
+    names = {torch.cuda.get_device_name(index) for index in range(count)}
+    yield ok("gpu", f"{count} x {', '.join(sorted(names))}")
+    for index in range(count):
+        free, total = torch.cuda.mem_get_info(index)
+        if free < 0.95 * total:
+            used = (total - free) / 1e9
+            yield warning(
+                "gpu", f"GPU {index}: {used:.1f} of {total / 1e9:.1f} GB are taken", "end what uses it (nvidia-smi)"
+            )
+    pairs = [(a, b) for a in range(count) for b in range(count) if a != b]
+    apart = [pair for pair in pairs if not torch.cuda.can_device_access_peer(*pair)]
+    if apart:
+        yield warning(
+            "gpu", f"no peer access between {len(apart)} pairs of GPUs", "check nvidia-smi topo -m; TP will be slow"
+        )
+    yield from _health()
+
+
+def _health() -> Iterator[Finding]:
+    """What nvidia-smi counts as errors."""
+    if not shutil.which("nvidia-smi"):
+        return
+    fields = "index,ecc.errors.uncorrected.volatile.total,clocks_throttle_reasons.hw_slowdown"
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    for line in done.stdout.splitlines():
+        index, errors, slowed = (part.strip() for part in line.split(","))
+        if errors.isdigit() and int(errors):
+            yield error("gpu", f"GPU {index}: {errors} uncorrected memory errors", "drain the node and reset the GPU")
+        if slowed == "Active":
+            yield warning("gpu", f"GPU {index} is slowed down by its hardware", "check its cooling and power")
+
+
+def memory() -> Finding:
+    """Of the host."""
+    available = _meminfo("MemAvailable") / 1e9
+    found = f"{available:.1f} of {_meminfo('MemTotal') / 1e9:.1f} GB are available"
+    if available < MIN_HOST_GB:
+        return error("memory", found, f"end other processes: at least {MIN_HOST_GB:.0f} GB are needed")
+    return ok("memory", found)
+
+
+def _meminfo(name: str) -> float:
+    with open("/proc/meminfo") as file:
+        return next(float(line.split()[1]) for line in file if line.startswith(f"{name}:")) * 1024
+
+
+def disk(folder: Path) -> Finding:
+    """Room where the run writes."""
+    there = existing(folder)
+    free = shutil.disk_usage(there).free / 1e9
+    found = f"{free:.0f} GB are free in {there}"
+    if free < MIN_DISK_GB:
+        return error("disk", found, "make room, lower checkpoint.keep_last, or choose another run.output_dir")
+    return ok("disk", found)
+
+
+def file_system(folder: Path) -> Finding:
+    """Whether it can be written, and how fast."""
+    path = existing(folder) / f".doctor-{uuid.uuid4().hex}"
+    content = os.urandom(2**20)
+    try:
+        start = time.perf_counter()
+        with path.open("wb") as file:
+            for _ in range(WRITE_MB):
+                file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        rate = WRITE_MB * 2**20 / 1e6 / (time.perf_counter() - start)
+    except OSError as failure:
+        return error(
+            "file system", f"{path.parent} cannot be written: {failure.strerror}", "choose another run.output_dir"
+        )
+    finally:
+        path.unlink(missing_ok=True)
+    if rate < SLOW_WRITE_MB_S:
+        return warning(
+            "file system", f"{path.parent} takes {rate:.0f} MB/s", "checkpoints will be slow: use a faster one"
+        )
+    return ok("file system", f"{path.parent} can be written")
+
+
+def existing(folder: Path) -> Path:
+    """The folder, or what there is above it."""
+    folder = folder.absolute()
+    return next(path for path in (folder, *folder.parents) if path.exists())
+
+
+def model(config: RunConfig) -> Iterator[Finding]:
+    """Whether weights and tokenizer can be read."""
+    path = config.model.path
+
+    def weights() -> str:
+        spec = read_model_spec(path)
+        check_weights(spec, path)
+        return f"{path}: {spec.family}, {spec.num_layers} layers"
+
+    def tokenizer() -> str:
+        return f"tokenizer of {len(load_tokenizer(path))} tokens"
+
+    for check, read in (("model", weights), ("tokenizer", tokenizer)):
+        yield _attempt(check, read)
+
+
+def _attempt(check: str, read: Callable[[], str]) -> Finding:
+    try:
+        return ok(check, read())
+    except MegatronRLError as failure:
+        return error(check, str(failure), "see above")
+
+
+def engine(config: RunConfig) -> Finding:
+    """Whether the engine's package can be imported, in a process of its own."""
+    name = ENGINES.get(config.rollout.engine)
+    if name is None:
+        return ok("engine", "embedded needs nothing")
+    done = subprocess.run([sys.executable, "-c", f"import {name}"], capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["?"])[-1]
+        return error("engine", f"{name} cannot be imported: {last}", "docs/engines.md says how it is installed")
+    return ok("engine", f"{name} can be imported")

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=eval
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=8
+#SBATCH --mem=0
+#SBATCH --exclusive
+#SBATCH --time=04:00:00
+#SBATCH --signal=B:USR1@600
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=logs/slurm/%x-%j.out
+# Benchmarks: sbatch slurm/eval.sh model.path=DIR [key=value …]   (slurm/README.md)
+[[ -n ${SLURM_JOB_ID:-} && ${ENVIRONMENT:-} == BATCH ]] || cd "$(dirname "$0")/.." || exit 1
+[[ -f slurm/common.sh ]] || { echo "submit from the root of the repository, not from $PWD" >&2 && exit 2; }
+source slurm/common.sh
+submit_unless_in_job "slurm/${0##*/}" "$@"
+evaluate "${MEGATRON_RL_CONFIG:-configs/eval/math.yaml}" engine.name="${MEGATRON_RL_ENGINE:-vllm}" "$@"
