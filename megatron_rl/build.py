@@ -45,7 +45,7 @@ from megatron_rl.rewards.pool import RewardPool
 from megatron_rl.rewards.registry import build_grader
 from megatron_rl.rollout.collect import Collector, CollectorLimits
 from megatron_rl.rollout.conversation import Dialogue
-from megatron_rl.rollout.engine import Engine, EngineSetup, engine_place
+from megatron_rl.rollout.engine import Engine, EngineSetup, engine_place, never
 from megatron_rl.rollout.engine_sampler import EngineSampler
 from megatron_rl.rollout.engines.start import start_engine
 from megatron_rl.rollout.evaluator import Evaluator
@@ -241,11 +241,14 @@ def build_dialogue(config: RolloutSection) -> Dialogue | None:
     return Dialogue(environment=environment, max_turns=config.max_turns, template=config.turn_template)
 
 
-def build_engine(config: RunConfig, policy: Policy, suite: Suite | None = None) -> Engine:
+def build_engine(
+    config: RunConfig, policy: Policy, suite: Suite | None = None, is_interrupted: Callable[[], bool] = never
+) -> Engine:
     """This rank's rollout engine; collective.
 
     Args:
         suite: of benchmarks that it answers as well.
+        is_interrupted: asked all the time while it generates.
     """
     parallel, positions = policy.parallel, policy.spec.max_position_embeddings
     longest = longest_sequence(config, policy.spec)
@@ -260,6 +263,7 @@ def build_engine(config: RunConfig, policy: Policy, suite: Suite | None = None) 
         local_rank=parallel.local_rank,
         timeout_s=config.rollout.engine_timeout_s,
         options=config.rollout.engine_options,
+        is_interrupted=is_interrupted,
     )
     return start_engine(
         config.rollout.engine, setup, parallel, seed=config.run.seed, reports_routing=config.moe.routing_replay
@@ -375,12 +379,22 @@ def fresh_state(parallel: ParallelContext) -> TrainState:
 
 
 def build_log(
-    config: RunConfig | RewardTrainingConfig, folder: RunFolder, state: TrainState, parallel: ParallelContext
+    config: RunConfig | RewardTrainingConfig,
+    folder: RunFolder,
+    state: TrainState,
+    parallel: ParallelContext,
+    *,
+    unlogged: bool = False,
 ) -> tuple[Console, list[Sink]]:
-    """Console and metric sinks; silent and empty on every rank but the first."""
+    """Console and metric sinks; silent and empty on every rank but the first.
+
+    Args:
+        unlogged: the metrics of the state's step are still to come.
+    """
     if not parallel.is_main:
         return SilentConsole(), []
-    kept = state.step or -1  # a beginning writes step 0 itself, whatever an earlier attempt left
+    # a beginning writes step 0 itself, whatever an earlier attempt left
+    kept = state.step - unlogged if state.step else -1
     sinks: list[Sink] = [JsonlSink(folder.metrics, kept)]
     if config.metrics.tensorboard:
         sinks.append(TensorboardSink(folder.tensorboard, kept))

@@ -37,6 +37,7 @@ from megatron_rl.mcore.checkpoint import begin_save, complete_save, load_learner
 from megatron_rl.mcore.lora import LoraAdapters
 from megatron_rl.mcore.policy import Policy
 from megatron_rl.mcore.sharded_model import ShardedModel
+from megatron_rl.metrics.metric import Metrics, Reduction, from_plain, merge, to_plain
 from megatron_rl.rollout.record import group_from_json, group_to_json, read_lines, write_lines
 from megatron_rl.rollout.work import GroupWork
 from megatron_rl.run_folder import LATEST, RunFolder, write_atomically
@@ -46,6 +47,7 @@ from megatron_rl.weights.hf_files import write_hf_folder
 from megatron_rl.weights.peft_files import write_peft_folder
 
 IN_FLIGHT = "in_flight.jsonl"
+UNLOGGED = "unlogged.json"
 
 
 class Checkpoints:
@@ -61,11 +63,20 @@ class Checkpoints:
         self._reference: str | None = None  # which the next checkpoint will name
         self._pending: tuple[dict[str, PendingSave], Path, Path] | None = None  # by the part of the checkpoint
 
-    def save(self, state: TrainState, models: LearningModels, in_flight: Sequence[GroupWork] = ()) -> Path:
+    def save(
+        self,
+        state: TrainState,
+        models: LearningModels,
+        in_flight: Sequence[GroupWork] = (),
+        unlogged: Metrics | None = None,
+    ) -> Path:
         """Begin a checkpoint, unless it is the last one already; it appears under its name only when complete.
 
         Collective. With checkpoint.in_background the files are written while training goes on, and
         ``finish_if_written`` or ``finish`` completes the folder.
+
+        Args:
+            unlogged: what is known of the state's step so far, where its metrics have not been written.
 
         Raises:
             CheckpointError: on every rank, when it cannot be written; earlier checkpoints stay.
@@ -85,6 +96,7 @@ class Checkpoints:
                 self._export(model, partial / name, config)
         if models.adapters is not None:
             self._export_adapters(models.adapters, partial / "adapter")
+        known = None if unlogged is None else to_plain(merge(gather_objects(dict(unlogged), self._parallel)))
         with raise_together(self._parallel), _checkpoint_errors(final):
             torch.save(_random_state(), partial / "rng" / f"rank_{self._parallel.rank}.pt")
             if self._parallel.is_main:
@@ -96,6 +108,8 @@ class Checkpoints:
                 write_atomically(partial / "trainer.json", json.dumps(trainer, indent=2))
                 if in_flight:
                     write_lines(partial / IN_FLIGHT, [group_to_json(group) for group in in_flight])
+                if known is not None:
+                    write_atomically(partial / UNLOGGED, json.dumps(known))
         self._last = final
         if self._config.checkpoint.in_background:
             pending = {
@@ -158,7 +172,7 @@ class Checkpoints:
             if self._parallel.is_main:
                 sealed = {name: seal for part in everyone for name, seal in part.items()}
                 shared = [f"{part}/{path.name}" for part in parts for path in (partial / part).iterdir()]
-                kept = [name for name in ("trainer.json", IN_FLIGHT) if (partial / name).exists()]
+                kept = [name for name in ("trainer.json", IN_FLIGHT, UNLOGGED) if (partial / name).exists()]
                 rest = [name for name in [*shared, *kept] if name not in sealed]
                 write_seals(partial, {**sealed, **seal_files(partial, rest)})
                 _replace_folder(partial, final)
@@ -234,6 +248,13 @@ class Checkpoints:
         """
         file = path / IN_FLIGHT
         return [group_from_json(line) for line in read_lines(file)] if file.exists() else []
+
+    def unlogged(self, path: Path) -> dict[str, Reduction] | None:
+        """Metrics of a checkpoint's step that have not been written, on the first rank; None: they have been."""
+        file = path / UNLOGGED
+        if not file.exists():
+            return None
+        return from_plain(json.loads(file.read_text())) if self._parallel.is_main else {}
 
     def keep_as_reference(self, state: TrainState, policy: Policy) -> TrainState:
         """Write the policy as the reference of the steps to come; collective.

@@ -47,3 +47,10 @@ class CheckpointError(MegatronRLError, OSError):
 
 class TrainingDiverged(MegatronRLError, ArithmeticError):
     """A loss or gradient is not finite; raised on all ranks before the optimizer steps."""
+
+
+class Interrupted(MegatronRLError):
+    """Somebody asks the run to stop, in the middle of a phase; raised on all ranks, and no fault."""
+
+    num_prompts = 0
+    """Taken from the data for what was in work and is carried over."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 from megatron_rl.batching.sequences import flatten_groups
@@ -26,15 +26,16 @@ from megatron_rl.checkpoints import Checkpoints
 from megatron_rl.collective import raise_together
 from megatron_rl.config import RunConfig, validate
 from megatron_rl.drift import check_drift
-from megatron_rl.errors import EngineDied
+from megatron_rl.errors import EngineDied, Interrupted
 from megatron_rl.examiner import Examiner
 from megatron_rl.forecast import forecast
+from megatron_rl.heartbeat import Heartbeat
 from megatron_rl.judging import Judge
 from megatron_rl.learning import learn
 from megatron_rl.ledger import Ledger
 from megatron_rl.mcore.parallel import describe_layout, init_parallel, launcher_world, leave_world
 from megatron_rl.mcore.reference import BaseReference
-from megatron_rl.metrics.metric import Mean, Reduction, mean_max_min, merge
+from megatron_rl.metrics.metric import Mean, Metrics, Reduction, mean_max_min, merge
 from megatron_rl.metrics.timing import Stopwatch
 from megatron_rl.models import ModelSpec
 from megatron_rl.models.flops import forward_flops
@@ -76,7 +77,16 @@ def run(config: RunConfig, resume: str) -> bool:
 
 def run_in(config: RunConfig, resume: str, parallel: ParallelContext) -> bool:
     """``run`` in a world that is joined already."""
-    stop = StopRequest(parallel)  # so early that what is asked while models are built is heard
+    # so early that what is asked while models are built is heard
+    stop = StopRequest(parallel, before_end_s=config.run.stop_before_end_s)
+    with closing(Heartbeat(parallel, stuck_s=config.run.stuck_after_s)) as heartbeat:
+        return prepare_and_train(config, resume, parallel, stop, heartbeat)
+
+
+def prepare_and_train(
+    config: RunConfig, resume: str, parallel: ParallelContext, stop: StopRequest, heartbeat: Heartbeat
+) -> bool:
+    """``run`` with somebody who listens and somebody who watches."""
     inputs = read_inputs(config, parallel)
     folder = RunFolder(config.run.output_dir)
     with raise_together(parallel):
@@ -87,7 +97,12 @@ def run_in(config: RunConfig, resume: str, parallel: ParallelContext) -> bool:
 
     models = build_models(config, parallel)
     policy = models.policy
-    engine = build_engine(config, policy, inputs.suite)
+
+    def is_interrupted() -> bool:
+        heartbeat.progress()  # an engine that asks is at work
+        return stop.is_known()
+
+    engine = build_engine(config, policy, inputs.suite, is_interrupted)
     state = checkpoints.restore(checkpoint, models) if checkpoint else fresh_state(parallel)
     load_reference(models.reference, checkpoints.reference_of(state), parallel)
     keeper = build_keeper(config, engine, policy)
@@ -97,11 +112,12 @@ def run_in(config: RunConfig, resume: str, parallel: ParallelContext) -> bool:
         with raise_together(parallel):
             sampler = build_sampler(config, inputs, collector, parallel)
             sampler.resume(checkpoints.in_flight(checkpoint) if checkpoint else ())
+            unlogged = checkpoints.unlogged(checkpoint) if checkpoint else None
         evaluator = build_evaluator(config, inputs, collector)
         with raise_together(parallel):
             if parallel.is_main:
                 folder.create(config)
-            console, sinks = build_log(config, folder, state, parallel)
+            console, sinks = build_log(config, folder, state, parallel, unlogged=unlogged is not None)
         with closing(
             RunLog(
                 console,
@@ -119,88 +135,129 @@ def run_in(config: RunConfig, resume: str, parallel: ParallelContext) -> bool:
             )
             judge = build_judge(config, inputs, models)
             examiner = build_examiner(config, inputs, keeper, policy, log.note)
-            return train(
-                config, state, models, sampler, judge, evaluator, examiner, keeper, checkpoints, log, parallel, stop
-            )
+            course = Course(config, models, sampler, judge, evaluator, examiner, keeper, checkpoints, log, heartbeat)
+            return train(course, state, unlogged, parallel, stop)
+
+
+@dataclass(frozen=True)
+class Course:
+    """What takes part in every step."""
+
+    config: RunConfig
+    models: RunModels
+    sampler: Sampler
+    judge: Judge | None
+    evaluator: Evaluator | None
+    examiner: Examiner | None
+    keeper: EngineKeeper
+    checkpoints: Checkpoints
+    log: RunLog
+    heartbeat: Heartbeat
 
 
 def train(
-    config: RunConfig,
+    course: Course,
     state: TrainState,
-    models: RunModels,
-    sampler: Sampler,
-    judge: Judge | None,
-    evaluator: Evaluator | None,
-    examiner: Examiner | None,
-    keeper: EngineKeeper,
-    checkpoints: Checkpoints,
-    log: RunLog,
+    unlogged: Metrics | None,
     parallel: ParallelContext,
     stop: StopRequest,
 ) -> bool:
-    """Step after step until the last, or until a signal asks to stop; whether to start again, as of ``run``."""
-    ledger = Ledger(models, keeper.engine)
-    in_engine = partial(policy_in_engine, sampler, models, config, keeper, log)
-    if state.step == 0:
-        held_out = evaluate(evaluator, in_engine, log, state, Stopwatch())
-        log.step(0, held_out | examine(examiner, in_engine, state, Stopwatch()))
-    while state.step < config.run.num_steps and not stop.agreed():
-        watch, step = Stopwatch(), state.step + 1
-        metrics: dict[str, Reduction] = {}
-        with profiled(config.profiling, log.profile_folder, step, parallel):
-            with saved_if_engines_die(checkpoints, state, models, sampler):
-                with watch.span("gen"):
-                    sampler.settle(version=state.step)
-                with room_for_engine(models, config, watch):
-                    if sampler.uses_engine:
-                        with watch.span("update_weights"):
-                            metrics |= keeper.push(version=state.step)
-                        ledger.look("push")
-                    with watch.span("gen"), awake(keeper.engine, config, parallel):
-                        ledger.look("generation")
-                        collected = sampler.collect(step, state.num_prompts_consumed)
-            if judge is not None:
-                with watch.span("reward_model"):
-                    collected, judged = judge(collected)
-                metrics |= judged
-            batch = None
-            if not config.run.rollout_only:
-                batch, state, learnt = learn(collected.groups, config, state, models, watch, graded=sampler.is_graded)
-                metrics |= learnt
-            ledger.look("update")
-            if sampler.is_graded and batch is not None:
-                check_drift(metrics, config.rollout, parallel, log.note)
-        state = advance(state, collected)
-        if is_due(config.evaluation.every, step, config.run.num_steps):
-            with saved_if_engines_die(checkpoints, state, models, sampler):
-                metrics = merge([metrics, evaluate(evaluator, in_engine, log, state, watch)])
-        if is_due(config.evaluation.suite_every, step, config.run.num_steps):
-            with saved_if_engines_die(checkpoints, state, models, sampler):
-                metrics |= examine(examiner, in_engine, state, watch)
-        checkpoints.finish_if_written()
-        if config.algorithm.reference_reset_every and step % config.algorithm.reference_reset_every == 0:
-            with watch.span("reset_reference"):
-                state = checkpoints.keep_as_reference(state, models.policy)
-                load_reference(models.reference, checkpoints.reference_of(state), parallel)
-        if batch is not None and is_due(config.checkpoint.every, step, config.run.num_steps):
-            with watch.span("save_checkpoint"):
-                checkpoints.save(state, models, sampler.in_flight())
-        metrics |= rollout_metrics(collected, batch, models.policy.spec, graded=sampler.is_graded, parallel=parallel)
-        if sampler.is_graded and parallel.is_main:
-            metrics |= staleness_metrics(collected.groups, version=step - 1)
-        log.collected(step, collected)
-        if evaluator is None and sampler.is_graded and step % config.metrics.log_every == 0:
-            log.show(step, collected.groups[0])
-        if step == 1:
-            log.note(ledger.table())
-        log.step(step, metrics | ledger.metrics() | watch.metrics())
-    checkpoints.finish()
-    if state.step < config.run.num_steps:
-        path = checkpoints.save(state, models, sampler.in_flight())
-        checkpoints.finish()
+    """Step after step until the last, or until somebody asks to stop; whether to start again, as of ``run``.
+
+    Args:
+        unlogged: what is known of the state's step, if a stop came before its metrics were complete.
+    """
+    config, log = course.config, course.log
+    ledger = Ledger(course.models, course.keeper.engine)
+    try:
+        if state.step == 0 or unlogged is not None:
+            state, unlogged = conclude(course, state, unlogged or {}, Stopwatch(course.heartbeat.enter)), None
+        while state.step < config.run.num_steps and not stop.agreed():
+            course.heartbeat.begin_step(state.step + 1)
+            watch = Stopwatch(course.heartbeat.enter)
+            state, metrics, is_learnt = take_step(course, ledger, state, watch, parallel)
+            unlogged = metrics
+            state = conclude(course, state, metrics | ledger.metrics(), watch, is_learnt=is_learnt)
+            unlogged = None
+    except Interrupted as interruption:
+        state = replace(state, num_prompts_consumed=state.num_prompts_consumed + interruption.num_prompts)
+    course.checkpoints.finish()
+    if state.step < config.run.num_steps or unlogged is not None:
+        path = course.checkpoints.save(state, course.models, course.sampler.in_flight(), unlogged)
+        course.checkpoints.finish()
         log.note(f"stopped as asked after step {state.step}; saved {path}. Start the same command again to go on.")
         return stop.is_to_start_again()
     return False
+
+
+def take_step(
+    course: Course, ledger: Ledger, state: TrainState, watch: Stopwatch, parallel: ParallelContext
+) -> tuple[TrainState, dict[str, Reduction], bool]:
+    """Sample and learn: the state after the step, what is known of it, and whether there was anything to learn."""
+    config, models, sampler, keeper, log = course.config, course.models, course.sampler, course.keeper, course.log
+    step = state.step + 1
+    metrics: dict[str, Reduction] = {}
+    with profiled(config.profiling, log.profile_folder, step, parallel):
+        with saved_if_engines_die(course.checkpoints, state, models, sampler):
+            with watch.span("gen"):
+                sampler.settle(version=state.step)
+            with room_for_engine(models, config, watch):
+                if sampler.uses_engine:
+                    with watch.span("update_weights"):
+                        metrics |= keeper.push(version=state.step)
+                    ledger.look("push")
+                with watch.span("gen"), awake(keeper.engine, config, parallel):
+                    ledger.look("generation")
+                    collected = sampler.collect(step, state.num_prompts_consumed)
+        if course.judge is not None:
+            with watch.span("reward_model"):
+                collected, judged = course.judge(collected)
+            metrics |= judged
+        batch = None
+        if not config.run.rollout_only:
+            batch, state, learnt = learn(collected.groups, config, state, models, watch, graded=sampler.is_graded)
+            metrics |= learnt
+        ledger.look("update")
+        if sampler.is_graded and batch is not None:
+            check_drift(metrics, config.rollout, parallel, log.note)
+    metrics |= rollout_metrics(collected, batch, models.policy.spec, graded=sampler.is_graded, parallel=parallel)
+    if sampler.is_graded and parallel.is_main:
+        metrics |= staleness_metrics(collected.groups, version=step - 1)
+    log.collected(step, collected)
+    if course.evaluator is None and sampler.is_graded and step % config.metrics.log_every == 0:
+        log.show(step, collected.groups[0])
+    if step == 1:
+        log.note(ledger.table())
+    return advance(state, collected), metrics, batch is not None
+
+
+def conclude(
+    course: Course, state: TrainState, metrics: Metrics, watch: Stopwatch, *, is_learnt: bool = True
+) -> TrainState:
+    """Evaluate, save and log what is due after a step, also after none; the state with the reference that was kept."""
+    config, models, checkpoints, step = course.config, course.models, course.checkpoints, state.step
+    metrics = dict(metrics)
+    in_engine = partial(policy_in_engine, course)
+    if is_due(config.evaluation.every, step, config.run.num_steps) or step == 0:
+        with saved_if_engines_die(checkpoints, state, models, course.sampler):
+            metrics = merge([metrics, evaluate(course.evaluator, in_engine, course.log, state, watch)])
+    if is_due(config.evaluation.suite_every, step, config.run.num_steps) or step == 0:
+        with saved_if_engines_die(checkpoints, state, models, course.sampler):
+            metrics |= examine(course.examiner, in_engine, state, watch)
+    if step == 0:
+        course.log.step(0, metrics)
+        return state
+    checkpoints.finish_if_written()
+    every = config.algorithm.reference_reset_every
+    if every and step % every == 0:
+        with watch.span("reset_reference"):
+            state = checkpoints.keep_as_reference(state, models.policy)
+            load_reference(models.reference, checkpoints.reference_of(state), models.policy.parallel)
+    if is_learnt and is_due(config.checkpoint.every, step, config.run.num_steps):
+        with watch.span("save_checkpoint"):
+            checkpoints.save(state, models, course.sampler.in_flight())
+    course.log.step(step, metrics | watch.metrics())
+    return state
 
 
 def load_reference(reference: Reference | None, path: str | None, parallel: ParallelContext) -> None:
@@ -264,16 +321,9 @@ def advance(state: TrainState, collected: Collected) -> TrainState:
 
 
 @contextmanager
-def policy_in_engine(
-    sampler: Sampler,
-    models: RunModels,
-    config: RunConfig,
-    keeper: EngineKeeper,
-    log: RunLog,
-    state: TrainState,
-    watch: Stopwatch,
-) -> Iterator[dict[str, Reduction]]:
+def policy_in_engine(course: Course, state: TrainState, watch: Stopwatch) -> Iterator[dict[str, Reduction]]:
     """The engine with the policy of a step, for something else than the next step; gives metrics of the push."""
+    sampler, models, config, keeper, log = course.sampler, course.models, course.config, course.keeper, course.log
     sampler.settle(version=state.step)
     with room_for_engine(models, config, watch):
         pushed = keeper.push(version=state.step)

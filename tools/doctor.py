@@ -1,7 +1,7 @@
 """What is wrong with this machine: python tools/doctor.py [--config FILE] [key=value …], alone, under torchrun or srun.
 
-One line for each check, with what to do about it; ranks that are slow or broken are named with their host. The status is 1
-where something will not work.
+One line for each check, with what to do about it; ranks that are slow or broken are named with their host. The status
+is 1 where something will not work.
 """
 
 import argparse

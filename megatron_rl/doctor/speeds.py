@@ -71,8 +71,13 @@ def described(parallel: ParallelContext, speeds: list[Speeds], link_gb_s: float)
     link = link_gb_s or machine["link_gb_s"]
     measured = {
         "name": "measured",
-        "tflops": rate, "fp8_tflops": rate, "memory_gb_s": min(one.memory_gb_s for one in speeds),
-        "link_gb_s": link, "network_gb_s": link, "matmul_efficiency": 0.7, "bandwidth_efficiency": 1.0,
+        "tflops": rate,
+        "fp8_tflops": rate,
+        "memory_gb_s": min(one.memory_gb_s for one in speeds),
+        "link_gb_s": link,
+        "network_gb_s": link,
+        "matmul_efficiency": 0.7,
+        "bandwidth_efficiency": 1.0,
     }
     return Hardware(**{**machine, **measured})
 
@@ -83,13 +88,10 @@ def judge(speeds: list[Speeds], link_gb_s: float) -> list[tuple[str, Finding]]:
     usual, usual_memory = median(one.tflops for one in speeds), median(one.memory_gb_s for one in speeds)
     for rank, one in enumerate(speeds):
         if one.tflops < SLOW * usual or one.memory_gb_s < SLOW * usual_memory:
-            told = f"rank {rank}: {one.tflops:.3g} TFLOP/s, {one.memory_gb_s:.0f} GB/s; usual {usual:.3g}, {usual_memory:.0f}"
-            found.append(
-                (
-                    one.host,
-                    warning("speed", told, "leave this node out (sbatch --exclude), or end what else runs there"),
-                )
-            )
+            told = f"rank {rank}: {one.tflops:.3g} TFLOP/s, {one.memory_gb_s:.0f} GB/s"
+            told += f"; usual are {usual:.3g} and {usual_memory:.0f}"
+            fix = "leave this node out (sbatch --exclude), or end what else runs there"
+            found.append((one.host, warning("speed", told, fix)))
     apart = max(one.clock_s for one in speeds) - min(one.clock_s for one in speeds)
     hosts = {one.host for one in speeds}
     if apart > CLOCK_LIMIT_S:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass
-from typing import Protocol, Self
+from typing import Any, Protocol, Self, cast
 
 import torch
 from torch import Tensor
@@ -125,6 +125,24 @@ def _size(one: tuple[float, str]) -> tuple[float, str]:
 
 
 Metrics = Mapping[str, Reduction]
+_KINDS = {kind.__name__: kind for kind in (Mean, EffectiveShare, ExplainedVariance, Sum, Max, Largest, Min)}
+
+
+def to_plain(metrics: Metrics) -> dict[str, list[Any]]:
+    """Metrics as JSON can hold them."""
+    return {name: [type(value).__name__, *astuple(cast(Any, value))] for name, value in metrics.items()}
+
+
+def from_plain(plain: Mapping[str, Sequence[Any]]) -> dict[str, Reduction]:
+    """What ``to_plain`` was given."""
+    return {name: _from_plain(*value) for name, value in plain.items()}
+
+
+def _from_plain(kind: str, *values: Any) -> Reduction:
+    if kind == "Largest":
+        values = (tuple((size, place) for size, place in values[0]),)
+    made: Reduction = _KINDS[kind](*values)
+    return made
 
 
 def merge(parts: Iterable[Metrics]) -> dict[str, Reduction]:

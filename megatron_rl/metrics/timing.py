@@ -1,7 +1,7 @@
 """Where the time of a step goes."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from torch.profiler import record_function
@@ -12,13 +12,19 @@ from megatron_rl.metrics.metric import Max, Reduction
 class Stopwatch:
     """Adds up named spans of one step; ``metrics`` are maxima over the ranks."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_span: Callable[[str], None] = lambda name: None) -> None:
+        """
+        Args:
+            on_span: told the name of every span as it begins.
+        """
+        self._on_span = on_span
         self._start = time.perf_counter()
         self._spans: dict[str, float] = {}
 
     @contextmanager
     def span(self, name: str) -> Iterator[None]:
         """Time the body under ``timing_s/<name>``."""
+        self._on_span(name)
         start = time.perf_counter()
         try:
             with record_function(name):  # so that a profile shows the span too

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from megatron_rl.collective import gather_objects, raise_together
-from megatron_rl.errors import EngineDied, EngineError, RewardError
+from megatron_rl.errors import EngineDied, EngineError, Interrupted, RewardError
 from megatron_rl.rewards.pool import RewardPool
 from megatron_rl.rewards.record import RewardInput, RewardResult
 from megatron_rl.rollout.conversation import Conversation, Dialogue, Rules
@@ -71,6 +71,15 @@ class _Found:
     """How the engine ended; empty when it lives."""
     engine: int
     """Which one it was."""
+    is_interrupted: bool = False
+
+
+class WorkInterrupted(Interrupted):
+    """With what was done by then."""
+
+    def __init__(self, work: Sequence[GroupWork]) -> None:
+        super().__init__("asked to stop while responses are generated")
+        self.work = work
 
 
 class Collector:
@@ -104,6 +113,7 @@ class Collector:
         Raises:
             EngineError: a prompt does not fit the engine.
             EngineDied: engines died too often.
+            WorkInterrupted: on every rank, when one was asked to stop.
         """
         with raise_together(self._parallel):
             found = self._generate(job, 0)
@@ -129,6 +139,8 @@ class Collector:
         while True:
             told = gather_objects(found, self._parallel)
             job = replace(job, work=_merged(job.work, [one.samples for one in told]))
+            if any(one.is_interrupted for one in told):
+                raise WorkInterrupted(job.work)
             if not any(one.death for one in told):
                 break
             self.keeper.restart([(one.engine, one.death) for one in told])
@@ -164,7 +176,7 @@ class Collector:
             on_done,
             on_group=lambda: store.add(f"{name}/complete", 1),
         )
-        death = ""
+        death, is_interrupted = "", False
         limit = fair_share(sum(_num_requests(job.work[index], job) for index in open_), place)
         should_stop = self._should_stop(job, name)
         try:
@@ -174,12 +186,14 @@ class Collector:
                 desk.take(finished)
         except EngineDied as error:
             death = str(error)
+        except Interrupted:
+            is_interrupted = True
         samples: dict[tuple[int, int], Rollout | Unfinished] = {
             place: conversation.rollout(text, graded.result()[0])
             for place, (conversation, text, graded) in grades.items()
         }
         samples |= {place: conversation.sample for place, conversation in desk.unfinished.items()}
-        return _Found(samples, death, place.index)
+        return _Found(samples, death, place.index, is_interrupted)
 
     def _rules(self, job: Job) -> Rules:
         return Rules(

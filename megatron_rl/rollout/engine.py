@@ -103,6 +103,11 @@ def engine_place(parallel: ParallelContext, tp_size: int) -> EnginePlace:
     )
 
 
+def never() -> bool:
+    """Nobody interrupts."""
+    return False
+
+
 @dataclass(frozen=True, kw_only=True)
 class EngineSetup:
     """What every engine is built from."""
@@ -122,6 +127,8 @@ class EngineSetup:
     """Longest time that an engine in other processes may take for an answer."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Further arguments of the engine's own constructor."""
+    is_interrupted: Callable[[], bool] = never
+    """Asked by an engine's leader while it generates."""
 
 
 EnginePart = Literal["weights", "kv_cache"]
@@ -181,6 +188,7 @@ class Engine(Protocol):
         Raises:
             EngineError: a request is empty, too long or has a token outside the vocabulary.
             EngineDied: the engine is gone and may be restarted.
+            Interrupted: on every rank of the engine, as its setup was told.
         """
         ...
 

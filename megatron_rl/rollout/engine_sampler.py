@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from megatron_rl.config.rollout import RolloutSection
 from megatron_rl.data.curriculum import Curriculum
-from megatron_rl.rollout.collect import Collector, Job, Pending
+from megatron_rl.rollout.collect import Collector, Job, Pending, WorkInterrupted
 from megatron_rl.rollout.conversation import Dialogue
 from megatron_rl.rollout.sampler import Collected
 from megatron_rl.rollout.sampling import sample_seed
@@ -116,7 +116,14 @@ class EngineSampler:
 
     def _round(self, harvest: _Harvest) -> _Harvest:
         harvest = self._with_fresh(harvest)
-        return self._after_round(harvest, self._collector.collect(self._job(harvest, version=harvest.step - 1)))
+        try:
+            return self._after_round(harvest, self._collector.collect(self._job(harvest, version=harvest.step - 1)))
+        except WorkInterrupted as stop:
+            if self._config.partial:
+                self._carried = (*harvest.kept, *harvest.idle, *stop.work)
+                stop.num_prompts = harvest.num_prompts
+            # otherwise the step begins anew, so that it has the samples that it would have had
+            raise
 
     def _after_round(self, harvest: _Harvest, work: Sequence[GroupWork]) -> _Harvest:
         return replace(self._sorted(harvest, work), num_rounds=harvest.num_rounds + 1)

@@ -54,6 +54,7 @@ EVERYTHING = {
     "examiner",
     "fallback",
     "forecast",
+    "heartbeat",
     "learning",
     "ledger",
     "run_models",

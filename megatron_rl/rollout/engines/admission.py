@@ -3,9 +3,12 @@
 from collections.abc import Callable, Iterator
 from typing import Literal
 
-from megatron_rl.errors import EngineError
+from megatron_rl.errors import EngineError, Interrupted
 from megatron_rl.rollout.engine import EngineSetup, Request, check_request
 from megatron_rl.types import SamplingParams
+
+# calls between two questions whether to stop, where the ranks of an engine must agree on the answer
+POLL_EVERY = 8
 
 
 class Admission:
@@ -35,6 +38,7 @@ class Admission:
         self._in_work: dict[int, int] = {}  # request key -> samples not finished
         self._last_size = 1  # samples of the request pulled last: the next is expected to be like it
         self._exhausted = False
+        self._num_asked = 0
 
     @property
     def is_idle(self) -> bool:
@@ -61,11 +65,24 @@ class Admission:
         return fresh
 
     def is_over(self) -> bool:
-        """What is in work is to be given up; the same on every rank of the engine."""
-        if self._should_stop is None:
-            return False
+        """What is in work is to be given up; the same on every rank of the engine.
+
+        Raises:
+            Interrupted: the whole run is to stop.
+        """
         place = self._setup.place
-        return bool(place.from_leader(place.is_leader and self._should_stop()))
+        self._num_asked += 1
+        if self._should_stop is None and place.group is not None and self._num_asked % POLL_EVERY:
+            return False
+        told = place.from_leader(self._say() if place.is_leader else None)
+        if told == "interrupted":
+            raise Interrupted("asked to stop while responses are generated")
+        return bool(told)
+
+    def _say(self) -> bool | Literal["interrupted"]:
+        if self._setup.is_interrupted():
+            return "interrupted"
+        return self._should_stop is not None and self._should_stop()
 
     def finish(self, key: int) -> None:
         """A sample of the request is done."""

@@ -193,7 +193,7 @@ class SglangEngine:
                 if is_over:  # each time: a request that has not reached the engine yet would not hear of it
                     self._engine.tokenizer_manager.abort_request(abort_all=True)
                 with self._watch.waiting(goes_on=not is_answered):
-                    done = loop.run_until_complete(_some_of(owners, None if should_stop is None else STOP_POLL_S))
+                    done = loop.run_until_complete(_some_of(owners, STOP_POLL_S))
                 is_answered = bool(done)
                 for task in done:
                     key, sample = owners.pop(task)

@@ -1,0 +1,189 @@
+"""Being asked to stop in the middle of a phase, the end of a job, and ranks that hang."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from megatron_rl.heartbeat import Beat, describe
+from megatron_rl.stop import START_AGAIN, deadline
+from tests.e2e.test_torchrun import LIMIT_S, command, rows, untimed
+from tests.toys import write_config
+
+# responses so long that a run is nearly always in the middle of them
+LONG = (
+    "rollout.max_new_tokens=400",
+    "data.max_prompt_tokens=8",
+    "run.num_steps=3",
+    "checkpoint.every=1",
+    "evaluation.every=1",
+)
+PLAIN = ("metrics.console=plain",)
+
+
+def begin(config: Path, *overrides: str, world_size: int = 2, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command(world_size, config, *PLAIN, *overrides),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, **environment},
+    )  # fmt: skip
+
+
+def ranks_of(process: subprocess.Popen[str]) -> list[int]:
+    """Processes that torchrun has started."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = int(entry.read_text().rpartition(")")[2].split()[1])
+            is_rank = b"megatron_rl.train" in entry.with_name("cmdline").read_bytes()
+        except OSError:
+            continue
+        if parent == process.pid and is_rank:
+            found.append(int(entry.parent.name))
+    return sorted(found)
+
+
+def wait_for(is_so: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    end = time.monotonic() + LIMIT_S
+    while not is_so():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def lines_of(run: Path) -> int:
+    path = run / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def has_begun(run: Path, before: int, process: subprocess.Popen[str]) -> bool:
+    """A step further than before, or at the first time just alive."""
+    return lines_of(run) > before or (before == 0 and len(ranks_of(process)) == 2)
+
+
+@pytest.fixture
+def config(toy_model: Callable[..., Path], tmp_path: Path) -> Path:
+    return write_config(tmp_path, toy_model("qwen2", max_position_embeddings=512))
+
+
+def test_a_signal_in_generation_or_evaluation_loses_nothing(config: Path, tmp_path: Path) -> None:
+    """One rank of two is told, again and again, wherever it is: the run goes on as if nobody had."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    done = begin(config, *LONG, f"run.output_dir={whole}")
+    printed, _ = done.communicate(timeout=LIMIT_S)
+    assert done.returncode == 0, printed
+    stops, waits = [], [0.3, 1.1, 0.1, 1.7, 0.6, 2.3]
+    for wait in (*waits, None):
+        process = begin(config, *LONG, f"run.output_dir={cut}")
+        if wait is not None:
+            before = lines_of(cut)
+            wait_for(partial(has_begun, cut, before, process), process)
+            time.sleep(wait)
+            pids = ranks_of(process)
+            if pids:
+                os.kill(pids[0], signal.SIGUSR1)
+        start = time.monotonic()
+        printed, _ = process.communicate(timeout=LIMIT_S)
+        stops.append(time.monotonic() - start)
+        if process.returncode == 0:
+            break
+        assert f"exitcode  : {START_AGAIN}" in printed or "stopped as asked" in printed, printed
+    assert process.returncode == 0, printed
+    assert len(stops) > 2, "it was never stopped"
+    assert untimed(cut) == untimed(whole)
+
+
+def test_unlogged_metrics_of_a_step_come_with_the_checkpoint(config: Path, tmp_path: Path) -> None:
+    """Stopped in the evaluation after a step, whose metrics are known in part."""
+    run = tmp_path / "run"
+    process = begin(config, *LONG, "evaluation.max_new_tokens=480", "rollout.max_new_tokens=8", world_size=1)
+    wait_for(lambda: lines_of(run) == 2, process)
+    wait_for(lambda: "step_000002" not in os.listdir(run / "checkpoints"), process)
+    os.kill(ranks_of(process)[0], signal.SIGUSR1)
+    process.communicate(timeout=LIMIT_S)
+    logged = [row["step"] for row in rows(run)]
+    latest = (run / "checkpoints/latest").read_text()
+    kept = run / "checkpoints" / latest / "unlogged.json"
+    if kept.exists():
+        assert logged[-1] == int(latest.removeprefix("step_")) - 1
+        assert json.loads(kept.read_text())["actor/grad_norm"][0] == "Max"
+    again = begin(config, *LONG, "evaluation.max_new_tokens=480", "rollout.max_new_tokens=8", world_size=1)
+    printed, _ = again.communicate(timeout=LIMIT_S)
+    assert again.returncode == 0, printed
+    assert [row["step"] for row in rows(run)] == [0, 1, 2, 3]
+    assert all("eval/score" in row for row in rows(run))
+    assert all("actor/grad_norm" in row for row in rows(run)[1:])
+
+
+def test_a_run_stops_before_the_end_of_its_job(config: Path, tmp_path: Path) -> None:
+    end = str(int(time.time()) + 25)
+    process = begin(config, "run.num_steps=100000", "run.stop_before_end_s=5", world_size=1, SLURM_JOB_END_TIME=end)
+    printed, _ = process.communicate(timeout=LIMIT_S)
+    assert time.time() < int(end) + 5
+    assert "stopped as asked after step" in printed
+    assert (tmp_path / "run/checkpoints/latest").exists()
+
+
+def test_deadlines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_END_TIME", "1000")
+    assert deadline(300.0) == 700
+    assert deadline(None) == float("inf")
+    monkeypatch.setenv("SLURM_JOB_END_TIME", "Unknown")
+    assert deadline(300.0) == float("inf")
+
+
+def test_a_rank_that_hangs_is_named_and_the_run_ends(config: Path, tmp_path: Path) -> None:
+    process = begin(config, "run.num_steps=100000", "run.stuck_after_s=6")
+    wait_for(lambda: lines_of(tmp_path / "run") > 3, process)
+    first, second = ranks_of(process)
+    by_rank = {int(environment(pid)["RANK"]): pid for pid in (first, second)}
+    os.kill(by_rank[1], signal.SIGSTOP)
+    start = time.monotonic()
+    try:
+        wait_for_end(process)
+    finally:
+        for pid in by_rank.values():
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+    printed, _ = process.communicate(timeout=LIMIT_S)
+    assert time.monotonic() - start < 120
+    assert process.returncode != 0
+    told = printed.split("Longest without progress first:")[1].splitlines()
+    assert f"rank 1 (host {os.uname().nodename}, pid {by_rank[1]})" in told[1]
+    assert "dead or unreachable" in told[1]
+    assert "rank 0" in told[2]
+    assert "Thread" in printed or "thread" in printed  # the stack of the rank that waits
+
+
+def environment(pid: int) -> dict[str, str]:
+    pairs = (one.partition("=") for one in Path(f"/proc/{pid}/environ").read_text().split("\0") if "=" in one)
+    return {name: value for name, _, value in pairs}
+
+
+def wait_for_end(process: subprocess.Popen[str]) -> None:
+    end = time.monotonic() + LIMIT_S
+    pids = ranks_of(process)
+    while len(ranks_of(process)) == len(pids):
+        assert time.monotonic() < end
+        time.sleep(0.2)
+
+
+def test_who_is_where_is_said_by_who_others_wait_for() -> None:
+    beats = {
+        0: Beat(rank=0, host="a", pid=1, phase="update_actor", step=3, progress_s=990.0, said_s=999.0),
+        2: Beat(rank=2, host="b", pid=2, phase="gen", step=3, progress_s=400.0, said_s=998.0),
+        3: Beat(rank=3, host="b", pid=3, phase="gen", step=3, progress_s=500.0, said_s=500.0),
+    }
+    text = describe(beats, 4, now=1000.0, stuck_s=600.0).splitlines()
+    assert (
+        text[1] == "  rank 3 (host b, pid 3): step 3, gen, no progress for 500 s, silent for 500 s: dead or unreachable"
+    )
+    assert text[2].startswith("  rank 2 (host b, pid 2): step 3, gen, no progress for 600 s")
+    assert text[4] == "  never heard of: ranks 1"
