@@ -61,9 +61,16 @@ def lines_of(run: Path) -> int:
     return path.read_text().count("\n") if path.exists() else 0
 
 
-def has_begun(run: Path, before: int, process: subprocess.Popen[str]) -> bool:
-    """A step further than before, or at the first time just alive."""
-    return lines_of(run) > before or (before == 0 and len(ranks_of(process)) == 2)
+def listens(process: subprocess.Popen[str]) -> bool:
+    """All ranks have their handler of USR1."""
+    pids = ranks_of(process)
+    return len(pids) == 2 and all(_catches(pid, signal.SIGUSR1) for pid in pids)
+
+
+def _catches(pid: int, number: signal.Signals) -> bool:
+    status = Path(f"/proc/{pid}/status").read_text()
+    mask = int(next(line for line in status.splitlines() if line.startswith("SigCgt:")).split()[1], 16)
+    return bool(mask & 1 << number - 1)
 
 
 @pytest.fixture
@@ -77,12 +84,11 @@ def test_a_signal_in_generation_or_evaluation_loses_nothing(config: Path, tmp_pa
     done = begin(config, *LONG, f"run.output_dir={whole}")
     printed, _ = done.communicate(timeout=LIMIT_S)
     assert done.returncode == 0, printed
-    stops, waits = [], [0.3, 1.1, 0.1, 1.7, 0.6, 2.3]
+    stops, waits = [], [1.5, 3.0, 4.5, 2.5, 6.0, 3.5]
     for wait in (*waits, None):
         process = begin(config, *LONG, f"run.output_dir={cut}")
         if wait is not None:
-            before = lines_of(cut)
-            wait_for(partial(has_begun, cut, before, process), process)
+            wait_for(partial(listens, process), process)
             time.sleep(wait)
             pids = ranks_of(process)
             if pids:
