@@ -78,6 +78,9 @@ settings() {
         read_settings "$MEGATRON_RL_VENV/bin/activate"
     fi
     export PYTHONUNBUFFERED=1
+    # when a run has to stop by itself; Slurm before 22.05 does not say so
+    SLURM_JOB_END_TIME=${SLURM_JOB_END_TIME:-$(date -d "$(squeue --noheader --format=%e --jobs="$SLURM_JOB_ID")" +%s 2>/dev/null || true)}
+    export SLURM_JOB_END_TIME
     # ranks share the cores of a node
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
     # Megatron overlaps the communication of tensor parallelism with products that were launched before it
@@ -111,6 +114,18 @@ on_request() {
     asked=1
 }
 
+# The ranks' output of the attempts before, of the last five.
+set_logs_aside() {
+    local logs=$1 number
+    compgen -G "$logs/rank_*.log" >/dev/null || return 0
+    rm -rf "$logs/5_attempts_ago"
+    for number in 4 3 2 1; do
+        [[ ! -d $logs/${number}_attempts_ago ]] || mv "$logs/${number}_attempts_ago" "$logs/$((number + 1))_attempts_ago"
+    done
+    mkdir "$logs/1_attempts_ago"
+    mv "$logs"/rank_*.log "$logs/1_attempts_ago"
+}
+
 # One attempt: a task for every rank, on all nodes; its exit status is the worst of the ranks', or START_AGAIN.
 launch() {
     local logs=$1 text prefix=() options status=0 told=-15 && shift
@@ -120,6 +135,7 @@ launch() {
     mapfile -t options <<<"$text"
     export INTERRUPTED=$logs/interrupted
     rm -f "$INTERRUPTED"
+    set_logs_aside "$logs"
     # the output of all ranks in files of their own; the first one's in the job's as well
     touch "$logs/rank_0.log"
     srun --kill-on-bad-exit=1 --wait=0 --output="$logs/rank_%t.log" "${options[@]}" \

@@ -7,6 +7,7 @@ seed=$1
 trained=runs/quickstart/vllm_seed_$seed # whose heads are of a size that all engines take
 # shellcheck disable=SC2034  # read by name
 before=$trained/sft/checkpoints/step_001800/hf
+# shellcheck disable=SC2034
 after=$trained/grpo/checkpoints/step_000100/hf
 trained_folders=()
 for pair in "${@:2}"; do

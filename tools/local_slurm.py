@@ -26,7 +26,7 @@ SlurmctldHost={host}(127.0.0.1)
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.sock
+AuthInfo=socket={folder}/munge.sock,cred_expire=10
 SlurmctldPort={control_port}
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n

@@ -3,7 +3,8 @@
 import json
 import math
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -68,8 +69,9 @@ class WandbSink:
 
         if mode == "auto":
             mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"
-        try:
-            self._run = wandb.init(
+
+        def start(mode: Literal["online", "offline"]) -> Any:
+            return wandb.init(
                 project=project,
                 name=name,
                 id=run_id,
@@ -79,14 +81,36 @@ class WandbSink:
                 config=config,
                 settings=wandb.Settings(silent=True),
             )
-        except wandb.errors.Error as error:
-            raise MegatronRLError(f"wandb does not start: {error}. Set metrics.wandb=offline or disabled.") from error
+
+        self._failures = (wandb.errors.Error, OSError)
+        try:
+            self._run = start(mode)
+        except self._failures as error:
+            if mode == "offline":
+                raise MegatronRLError(f"wandb does not start: {error}. Set metrics.wandb=disabled.") from error
+            warn(f"wandb is out of reach ({error}): it writes into {folder}/wandb, for wandb sync later")
+            self._run = start("offline")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        self._run.log(dict(values), step=step)
+        self._try(lambda: self._run.log(dict(values), step=step))
 
     def close(self) -> None:
-        self._run.finish()
+        self._try(lambda: self._run.finish())
+
+    def _try(self, work: Callable[[], object]) -> None:
+        """No outage of wandb stops a run: metrics.jsonl has everything."""
+        if self._run is None:
+            return
+        try:
+            work()
+        except self._failures as error:
+            warn(f"wandb fails ({error}) and gets no more of this run; metrics.jsonl has it all")
+            self._run = None
+
+
+def warn(text: str) -> None:
+    """Past the console, which belongs to the run."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -53,10 +53,12 @@ class Job:
     name: str
     folder: Path
     """Where it was submitted."""
+    output_dir: Path | None = None
+    """Where it writes, if not where the scripts say."""
 
     @property
     def run(self) -> Path:
-        return self.folder / "runs" / f"{self.name}-{self.number}"
+        return self.output_dir or self.folder / "runs" / f"{self.name}-{self.number}"
 
     @property
     def output(self) -> str:
@@ -118,17 +120,29 @@ class Site:
     folder: Path
     model: Path
 
-    def submit(self, script: str, *overrides: str, options: Sequence[str] = (), name: str = "toy") -> Job:
-        scripts = self.folder / "slurm"
-        if not scripts.exists():
-            scripts.symlink_to(ROOT / "slurm")
-            (self.folder / "tests").symlink_to(ROOT / "tests")
+    def submit(
+        self,
+        script: str,
+        *arguments: str,
+        options: Sequence[str] = (),
+        name: str = "toy",
+        output_dir: Path | None = None,
+        **environment: str,
+    ) -> Job:
+        """Submit a script with arguments; a training reads the toy recipe, and no doctor comes first."""
+        if not (self.folder / "slurm").exists():
+            for part in ("slurm", "tests", "tools"):
+                (self.folder / part).symlink_to(ROOT / part)
             (self.folder / "logs/slurm").mkdir(parents=True)  # as in a clone
         recipe = write_config(self.folder, self.model)
-        said = self.cluster.run(
-            "sbatch", "--parsable", *SMALL, f"--job-name={name}", *options, f"slurm/{script}", "metrics.console=plain",
-            *overrides,
-            cwd=self.folder, MEGATRON_RL_CONFIG=str(recipe), PYTHONPATH=str(ROOT),
-            PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        )  # fmt: skip
-        return Job(self.cluster, said.strip(), name, self.folder)
+        where = (f"run.output_dir={output_dir}",) if output_dir is not None else ()
+        own = {
+            "MEGATRON_RL_CONFIG": str(recipe),
+            "MEGATRON_RL_DOCTOR": "skip",
+            "PYTHONPATH": str(ROOT),
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            **environment,
+        }
+        command = ("sbatch", "--parsable", *SMALL, f"--job-name={name}", *options, f"slurm/{script}")
+        said = self.cluster.run(*command, *arguments, *where, cwd=self.folder, **own)
+        return Job(self.cluster, said.strip(), name, self.folder, output_dir)

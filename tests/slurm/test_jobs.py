@@ -2,43 +2,90 @@
 
 import os
 import signal
+import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM
 
-from tests.slurm.jobs import Job
+from tests.slurm.jobs import Job, wait_for
 
 Submit = Callable[..., Job]
 LAYOUT = ("parallel.tensor_parallel_size=2",)
-STEPS = ("run.num_steps=12", "checkpoint.every=2", "reward.functions=[{name: 'tests.own_rewards:slow_digit_share'}]")
+STEPS = (
+    "metrics.console=plain",
+    "run.num_steps=8",
+    "checkpoint.every=2",
+    "reward.functions=[{name: 'tests.own_rewards:slow_digit_share'}]",
+)
+# responses that take most of a step's time
+LONG = ("rollout.max_new_tokens=300", "rollout.temperature=2.0")
 FOUR_RANKS = ("--ntasks-per-node=2",)
+AT_A_TIME = 3
 
 
 @pytest.fixture
 def whole(submit: Submit) -> Job:
     """The run that nobody disturbs."""
-    job = submit("grpo_7b.sh", *LAYOUT, *STEPS, options=FOUR_RANKS, name="whole")
+    job = submit("grpo_7b.sh", *LAYOUT, *STEPS, options=FOUR_RANKS, name="whole", MEGATRON_RL_DOCTOR="")
     job.finish()
     return job
 
 
-def test_a_run_over_two_nodes_and_its_interruptions(submit: Submit, whole: Job) -> None:
-    """Tensor parallel inside a node, data parallel across; requeued, told that time is up, and hit by a dead rank."""
-    assert [row["step"] for row in whole.rows()] == list(range(13))
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of a few checkpoints."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", str(folder)], check=True)
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_run_over_two_nodes_and_its_interruptions(submit: Submit, whole: Job, small_disk: Path) -> None:
+    """Tensor parallel inside a node, data parallel across; disturbed in every way, and the same in the end."""
+    assert [row["step"] for row in whole.rows()] == list(range(9))
     assert "TP2 x PP1 x DP2" in whole.output
-    assert (whole.run / "checkpoints/step_000012").exists()
-    for name, disturb in DISTURBANCES.items():
-        job = submit("grpo_7b.sh", *LAYOUT, *STEPS, options=FOUR_RANKS, name=name)
-        job.reach(5)
-        disturb(job)
-        job.finish()
-        assert job.untimed() == whole.untimed(), name
-        assert "resumed from step_00000" in job.output
-        assert ("interrupted; job" in job.output) == (name in ("usr1", "shells")), job.output
-        assert ("starting again from checkpoint 'step_" in job.output) == (name in ("killed", "step")), job.output
+    assert "all-reduce over 4 ranks" in whole.output  # the doctor came first
+    assert (whole.run / "checkpoints/step_000008").exists()
+    names_of_all = list(DISTURBANCES)
+    for start in range(0, len(names_of_all), AT_A_TIME):
+        names = names_of_all[start : start + AT_A_TIME]
+        jobs = {name: begin(submit, name, small_disk) for name in names}
+        for name, job in jobs.items():
+            job.reach(3)
+            DISTURBANCES[name](job)
+        for name, job in jobs.items():
+            job.finish()
+            assert job.untimed() == whole.untimed(), name
+            assert "resumed from step_00000" in job.output, name
+            assert ("interrupted; job" in job.output) == (name in ("usr1", "shells")), job.output
+            failed = name in ("killed", "step", "truncated", "full")
+            assert ("starting again from 'step_" in job.output) == failed, job.output
+            assert ("IS DAMAGED" in job.output) == (name == "truncated"), job.output
+
+
+def begin(submit: Submit, name: str, small_disk: Path) -> Job:
+    where: Mapping[str, Path] = {"output_dir": small_disk / "run"} if name == "full" else {}
+    # as often as it takes to make room
+    return submit("grpo_7b.sh", *LAYOUT, *STEPS, options=FOUR_RANKS, name=name, **where, MEGATRON_RL_MAX_RESTARTS="30")
+
+
+def test_told_in_the_middle_of_generation(submit: Submit) -> None:
+    whole = submit("grpo_7b.sh", *LAYOUT, *STEPS, *LONG, options=FOUR_RANKS, name="long")
+    whole.finish()
+    job = submit("grpo_7b.sh", *LAYOUT, *STEPS, *LONG, options=FOUR_RANKS, name="cut")
+    for step in (1, 4):
+        job.reach(step)
+        time.sleep(0.3)  # of a step whose generation takes far longer
+        usr1(job)
+        told = time.monotonic()
+        wait_for("it goes back to the queue", lambda step=step: job.output.count("goes back") >= 1 + (step > 1))  # type: ignore[misc]
+        assert time.monotonic() - told < 60
+    job.finish()
+    assert job.untimed() == whole.untimed()
 
 
 def test_a_cancelled_job_stays_cancelled(submit: Submit) -> None:
@@ -76,12 +123,43 @@ def cancel_the_step(job: Job) -> None:
     job.cluster.run("scancel", f"{job.number}.0")
 
 
+def truncate_the_latest(job: Job) -> None:
+    """And kill, so that it is wanted."""
+    checkpoints = job.run / "checkpoints"
+    wait_for("two checkpoints", lambda: len(list(checkpoints.glob("step_*[0-9]"))) > 1)
+    for pid in job.pids():
+        os.kill(pid, signal.SIGSTOP)  # or another checkpoint would be the latest by then
+    latest = checkpoints / (checkpoints / "latest").read_text()
+    largest = max((latest / "policy").iterdir(), key=lambda path: path.stat().st_size)
+    os.truncate(largest, largest.stat().st_size // 2)
+    for pid in job.pids():
+        os.kill(pid, signal.SIGKILL)
+
+
+def fill_the_disk(job: Job) -> None:
+    """Until a save has failed."""
+    filler = job.run.parent / "filler"
+    with filler.open("wb") as file:
+        try:
+            while True:
+                file.write(bytes(2**16))
+                file.flush()
+        except OSError:
+            pass
+    wait_for("a failure", lambda: "starting again from" in job.output)
+    kept = (job.run / "checkpoints/latest").read_text()
+    assert (job.run / "checkpoints" / kept / "trainer.json").exists()
+    filler.unlink()
+
+
 DISTURBANCES: dict[str, Callable[[Job], None]] = {
     "usr1": usr1,
-    "shells": usr1_to_the_shells_alone,
     "killed": kill_a_rank,
-    "step": cancel_the_step,
     "requeued": requeue,
+    "shells": usr1_to_the_shells_alone,
+    "step": cancel_the_step,
+    "truncated": truncate_the_latest,
+    "full": fill_the_disk,
 }
 
 
@@ -91,6 +169,8 @@ def test_one_rank_on_each_node_and_weights_for_others(submit: Submit) -> None:
     assert "TP1 x PP1 x DP2" in job.output
     last = max((job.run / "checkpoints").glob("step_*"))
     assert AutoModelForCausalLM.from_pretrained(last / "hf").num_parameters() > 0
+    logs = job.folder / f"logs/slurm/toy-{job.number}"
+    assert sorted(path.name for path in logs.glob("rank_*.log")) == ["rank_0.log", "rank_1.log"]
 
 
 def test_a_run_that_cannot_start_gives_up(submit: Submit) -> None:
@@ -98,13 +178,54 @@ def test_a_run_that_cannot_start_gives_up(submit: Submit) -> None:
         "grpo_7b.sh", "model.path=nowhere", options=("--ntasks-per-node=1", "--export=ALL,MEGATRON_RL_MAX_RESTARTS=1")
     )
     job.finish("FAILED")
-    assert job.output.count("starting again from checkpoint 'none'") == 1
+    assert job.output.count("starting again from 'the beginning'") == 1
     assert "giving up" in job.output
     assert "nowhere" in job.output
 
 
-def test_logs_of_all_ranks_are_kept(submit: Submit, tmp_path: Path) -> None:
-    job = submit("grpo_7b.sh", "run.num_steps=1", options=FOUR_RANKS, name="logs")
-    job.finish()
-    found = sorted(path.name for path in (tmp_path / f"logs/slurm/logs-{job.number}").iterdir())
-    assert found == [f"rank_{rank}.log" for rank in range(4)]
+def test_the_doctor_refuses_a_run_that_cannot_start(submit: Submit) -> None:
+    job = submit("grpo_7b.sh", "model.path=nowhere", options=("--ntasks-per-node=1",), MEGATRON_RL_DOCTOR="")
+    job.finish("FAILED")
+    assert "error   model" in job.output
+    assert "the doctor found faults" in job.output
+    assert "starting again" not in job.output
+
+
+def test_other_work_than_training(submit: Submit, tmp_path: Path, toy_model: Callable[..., Path]) -> None:
+    """Conversion there and back, and an evaluation."""
+    model, converted, back = toy_model("qwen2"), tmp_path / "converted", tmp_path / "back"
+    there = submit(
+        "convert.sh", "hf_to_megatron", "--input", str(model), "--output", str(converted),
+        options=("--nodes=1",), name="there",
+    )  # fmt: skip
+    there.finish()
+    again = submit(
+        "convert.sh", "megatron_to_hf", "--input", str(converted), "--output", str(back),
+        options=("--nodes=1", f"--dependency=afterok:{there.number}"), name="back",
+    )  # fmt: skip
+    again.finish()
+    assert (back / "config.json").exists()
+    (tmp_path / "rows.jsonl").write_text('{"question": "1+1=", "answer": "2"}\n' * 4)
+    (tmp_path / "task.yaml").write_text(TASK.format(folder=tmp_path))
+    (tmp_path / "suite.yaml").write_text(
+        "run: {name: suite, output_dir: unused}\nmodel: {path: ???, dtype: fp32}\ntasks: [task.yaml]\n"
+    )
+    asked = submit(
+        "eval.sh", f"model.path={model}", options=("--ntasks-per-node=1",), name="asked",
+        MEGATRON_RL_CONFIG=str(tmp_path / "suite.yaml"), MEGATRON_RL_ENGINE="embedded",
+    )  # fmt: skip
+    asked.finish()
+    assert (tmp_path / f"runs/eval/asked-{asked.number}/report.html").exists()
+
+
+TASK = """
+name: sums
+version: 1
+source: here
+data: {{kind: jsonl, path: {folder}/rows.jsonl}}
+prompt: "{{question}}"
+chat: false
+sampling: {{max_new_tokens: 4}}
+scorer: {{name: exact_match}}
+gold_response: "{{answer}}"
+"""
