@@ -33,7 +33,7 @@ TORCH := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 'torch>=2.11,<2.1
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install quickstart eval-quickstart quickstart-seeds bench-algorithms bench-star bench-reward-models bench-engines bench-step bench-memory bench-grading bench-convert bench-weight-sync test test-vllm test-sglang test-newest test-slurm lint clean
+.PHONY: install quickstart eval-quickstart quickstart-seeds bench-algorithms bench-star bench-reward-models bench-engines bench-step bench-memory bench-grading bench-convert bench-plan bench-weight-sync test test-vllm test-sglang test-newest test-slurm lint clean
 
 install: $(INSTALLED)
 
@@ -114,6 +114,10 @@ bench-memory: $(INSTALLED)
 # how many mathematical answers are graded in a second
 bench-grading: $(INSTALLED)
 	$(BIN)/python tools/bench_grading.py
+
+# how near tools/plan.py is to what is measured on this machine; BENCH=--time for seconds instead of memory
+bench-plan: $(INSTALLED)
+	$(BIN)/python tools/bench_plan.py $(BENCH)
 
 # conversion against cp, 3 GB and 15 GB; needs four times that on the disk
 bench-convert: $(INSTALLED)

@@ -1,7 +1,8 @@
-"""How near the plan is to what is measured: python tools/bench_plan.py.
+"""How near the plan is to what is measured: python tools/bench_plan.py [--time].
 
 Every row is a world of its own that builds a random model and makes an update; measured is the peak of what torch's
-allocator had given out, of the rank that needs most (as torch.cuda.max_memory_allocated says it on a GPU).
+allocator had given out, of the rank that needs most (as torch.cuda.max_memory_allocated says it on a GPU). With --time
+it is the seconds of an update, and the plan is one for this machine as the doctor measures it.
 """
 
 import argparse
@@ -9,10 +10,15 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, combinations
 from pathlib import Path
-from typing import Any
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megatron_rl.planning.hardware import Hardware
 
 PROMPT, RESPONSE = 16, 1008
 NUM_SEQUENCES = 4
@@ -71,6 +77,20 @@ CASES = (
 )  # fmt: skip
 
 
+TWO = "batching.max_tokens_per_micro_batch=1024"
+TP2 = (f"{P}.tensor_parallel_size=2", f"{P}.sequence_parallel=true")
+LAYOUTS = (
+    Case("DP2", (), 2),
+    Case("DP2, whole layers computed again", ("memory.recompute=full",), 2),
+    Case("TP2", TP2, 2),
+    Case("TP2, whole layers computed again", (*TP2, "memory.recompute=full"), 2),
+    Case("CP2", (f"{P}.context_parallel_size=2",), 2),
+    Case("PP2, four micro-batches", (f"{P}.pipeline_parallel_size=2", TWO), 2),
+    Case("PP2, one micro-batch", (f"{P}.pipeline_parallel_size=2",), 2),
+)
+ROUNDS = 3
+
+
 def write_models(folder: Path) -> None:
     """Both models, and the configuration of the runs."""
     import torch
@@ -86,33 +106,47 @@ def write_models(folder: Path) -> None:
         (folder / f"{family}.yaml").write_text(text)
 
 
-def measure(config_file: Path, overrides: list[str]) -> dict[str, float]:
-    """Peak of this rank in MB, over an update."""
-    import torch
+def peak_of_an_update(config_file: Path, overrides: list[str]) -> dict[str, float]:
+    """Of this rank, in MB."""
     from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
+        seconds_of_updates(config_file, overrides, 1)
+    events = [event for event in watched.profiler.kineto_results.events() if event.name() == "[memory]"]
+    sizes = (event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    return {"peak_mb": max(accumulate(sizes)) / 1e6}
+
+
+def seconds_of_updates(config_file: Path, overrides: list[str], count: int) -> list[float]:
+    """Of a model that is built for them, on this rank."""
+    import torch
 
     import megatron_rl.loop  # noqa: F401  everything that a run imports
     from megatron_rl.batching.plan import given_batch
     from megatron_rl.batching.sequences import bare_sequence
+    from megatron_rl.collective import barrier
     from megatron_rl.config import load_config
     from megatron_rl.mcore.parallel import init_parallel, leave_world
     from megatron_rl.mcore.policy import Policy
 
     config = load_config(config_file, overrides)
     parallel = init_parallel(config.parallel)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
-        policy = Policy(config, parallel)
-        generator = torch.Generator().manual_seed(parallel.dp_rank)
-        length, mine = PROMPT + RESPONSE, NUM_SEQUENCES // parallel.dp_size
-        rows = [torch.randint(0, policy.spec.vocab_size, (length,), generator=generator) for _ in range(mine)]
-        room = max(1, config.batching.max_tokens_per_micro_batch // length)
-        batches = [range(start, min(start + room, mine)) for start in range(0, mine, room)]
-        sequences = [bare_sequence(row, torch.arange(length) >= PROMPT) for row in rows]
-        policy.update(given_batch(sequences, batches, num_updates=1))
+    policy = Policy(config, parallel)
+    generator = torch.Generator().manual_seed(parallel.dp_rank)
+    length, mine = PROMPT + RESPONSE, NUM_SEQUENCES // parallel.dp_size
+    rows = [torch.randint(0, policy.spec.vocab_size, (length,), generator=generator) for _ in range(mine)]
+    room = max(1, config.batching.max_tokens_per_micro_batch * parallel.cp_size // length)
+    batches = [range(start, min(start + room, mine)) for start in range(0, mine, room)]
+    batch = given_batch([bare_sequence(row, torch.arange(length) >= PROMPT) for row in rows], batches)
+    taken = []
+    for _ in range(count):
+        barrier(parallel)
+        start = time.perf_counter()
+        policy.update(batch)
+        barrier(parallel)
+        taken.append(time.perf_counter() - start)
     leave_world()
-    events = [event for event in watched.profiler.kineto_results.events() if event.name() == "[memory]"]
-    sizes = (event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
-    return {"peak_mb": max(accumulate(sizes)) / 1e6}
+    return taken
 
 
 def measured_mb(folder: Path, case: Case) -> float:
@@ -121,15 +155,33 @@ def measured_mb(folder: Path, case: Case) -> float:
     Raises:
         RuntimeError: a rank fails.
     """
+    return max(found["peak_mb"] for found in ranks_say(folder, case, "memory"))
+
+
+def measured_seconds(folder: Path, case: Case) -> float:
+    """Of an update, all but the first; the fastest of a few.
+
+    Raises:
+        RuntimeError: a rank fails.
+    """
+    return max(min(found["seconds"][1:]) for found in ranks_say(folder, case, "time"))
+
+
+def ranks_say(folder: Path, case: Case, what: str) -> list[dict[str, Any]]:
+    """What every rank of a world prints about itself.
+
+    Raises:
+        RuntimeError: a rank fails.
+    """
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={case.world_size}"),
-        *(__file__, "--measure", str(folder / f"{case.family}.yaml"), *case.overrides),
+        *(__file__, "--measure", what, str(folder / f"{case.family}.yaml"), *case.overrides),
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    found = [json.loads(line)["peak_mb"] for line in done.stdout.splitlines() if line.startswith('{"peak_mb"')]
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"')]
     if done.returncode or len(found) != case.world_size:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
-    return float(max(found))
+    return found
 
 
 def planned_mb(folder: Path, case: Case) -> float:
@@ -144,22 +196,77 @@ def planned_mb(folder: Path, case: Case) -> float:
     return max(sum(stage.parts.values()) + stage.activations for stage in stages) / 1e6
 
 
+def planned_seconds(folder: Path, case: Case, hardware: "Hardware") -> float:
+    """The same of an update."""
+    from megatron_rl.config import load_config
+    from megatron_rl.planning.plan import make_plan
+
+    config = load_config(folder / f"{case.family}.yaml", list(case.overrides))
+    plan = make_plan(config, hardware, case.world_size, mean_prompt=PROMPT, mean_response=RESPONSE)
+    return plan.seconds["update"]
+
+
+def this_machine(folder: Path) -> "Hardware":
+    """As the doctor measures it over two ranks."""
+    from megatron_rl.planning.hardware import read_hardware
+
+    path = folder / "hardware.yaml"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    doctor = str(Path(__file__).with_name("doctor.py"))
+    subprocess.run([*launch, doctor, "--measure", str(path)], capture_output=True, check=True)
+    return read_hardware(str(path))
+
+
+def show_memory(folder: Path) -> None:
+    """A table of all cases."""
+    print("| configuration | planned, MB | measured, MB | planned / measured |\n|---|---|---|---|")
+    for case in CASES:
+        planned, measured = planned_mb(folder, case), measured_mb(folder, case)
+        print(f"| {case.title} | {planned:.0f} | {measured:.0f} | {planned / measured:.2f} |", flush=True)
+
+
+def show_time(folder: Path) -> None:
+    """A table of all layouts, the fastest measured first, and how many pairs the plan has in the right order."""
+    hardware = this_machine(folder)
+    planned = {case.title: planned_seconds(folder, case, hardware) for case in LAYOUTS}
+    taken: dict[str, list[float]] = {case.title: [] for case in LAYOUTS}
+    for _ in range(ROUNDS):
+        for case in LAYOUTS:
+            taken[case.title].append(measured_seconds(folder, case))
+    measured = {title: median(seconds) for title, seconds in taken.items()}
+    print(f"{hardware.tflops * 1000:.0f} GFLOP/s and {hardware.link_gb_s:.2f} GB/s of all-reduce between two ranks\n")
+    print("| layout of two ranks | planned, s | measured, s (least and most) | planned / measured |\n|---|---|---|---|")
+    for title in sorted(measured, key=lambda title: measured[title]):
+        least, most = min(taken[title]), max(taken[title])
+        ratio = planned[title] / measured[title]
+        print(f"| {title} | {planned[title]:.2f} | {measured[title]:.2f} ({least:.2f} to {most:.2f}) | {ratio:.2f} |")
+    apart = [
+        (a, b) for a, b in combinations(measured, 2) if max(taken[a]) < min(taken[b]) or max(taken[b]) < min(taken[a])
+    ]
+    right = sum((planned[a] < planned[b]) == (measured[a] < measured[b]) for a, b in apart)
+    print(f"\n{right} of the {len(apart)} pairs whose measurements do not overlap are in the right order")
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--measure", nargs="+", metavar=("FILE", "OVERRIDE"), help=argparse.SUPPRESS)
+    parser.add_argument("--time", action="store_true", help="the seconds of layouts instead of the memory")
+    parser.add_argument("--measure", nargs="+", metavar=("WHAT", "FILE OVERRIDE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
-        config_file, *overrides = arguments.measure
-        print(json.dumps(measure(Path(config_file), overrides)), flush=True)
+        what, config_file, *overrides = arguments.measure
+        path = Path(config_file)
+        found: dict[str, Any] = (
+            dict(peak_of_an_update(path, overrides))
+            if what == "memory"
+            else {"seconds": seconds_of_updates(path, overrides, 1 + ROUNDS)}
+        )
+        print(json.dumps(found), flush=True)
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_models(folder)
-        print("| configuration | planned, MB | measured, MB | planned / measured |\n|---|---|---|---|")
-        for case in CASES:
-            planned, measured = planned_mb(folder, case), measured_mb(folder, case)
-            print(f"| {case.title} | {planned:.0f} | {measured:.0f} | {planned / measured:.2f} |", flush=True)
+        (show_time if arguments.time else show_memory)(folder)
 
 
 if __name__ == "__main__":

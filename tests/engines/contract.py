@@ -1,5 +1,6 @@
 """What the tests of engines ask for, and how they gather it."""
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,20 @@ ALONE = EnginePlace(index=0, count=1, tp_rank=0, tp_size=1, leader=0, group=None
 SIZES = {"hidden_size": 128, "head_dim": 32}
 
 
+class Interruption:
+    """Asks to stop after so many questions, of every engine of the tests."""
+
+    def __init__(self) -> None:
+        self.after = math.inf
+
+    def is_asked(self) -> bool:
+        self.after -= 1
+        return self.after < 0
+
+
+INTERRUPTION = Interruption()
+
+
 def setup_of(folder: Path, max_num_sequences: int = 64) -> EngineSetup:
     return EngineSetup(
         folder=str(folder),
@@ -28,6 +43,7 @@ def setup_of(folder: Path, max_num_sequences: int = 64) -> EngineSetup:
         max_num_sequences=max_num_sequences,
         max_model_len=512,
         local_rank=0,
+        is_interrupted=INTERRUPTION.is_asked,
     )
 
 

@@ -1,5 +1,6 @@
 """The contract that every engine keeps; ``--engine`` says which one is held against it."""
 
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -8,9 +9,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from megatron_rl.errors import EngineError, WeightSyncError
+from megatron_rl.errors import EngineError, Interrupted, WeightSyncError
 from megatron_rl.rollout.engine import Continuation, Engine, Request
-from tests.engines.contract import SIZES, collect, params, requests
+from tests.engines.contract import INTERRUPTION, SIZES, collect, params, requests
 from tests.toys import VOCAB
 from tools.make_toy_model import FAMILIES
 
@@ -240,3 +241,18 @@ def test_a_sequence_may_be_as_long_as_the_engine_was_built_for(
         changes = params(temperature=0.0, max_new_tokens=512 - length, stop_token_ids=())
         found = collect(engine.generate(iter([asked]), changes, max_requests=1))[0, 0]
         assert (found.token_ids.numel(), found.finish_reason) == (512 - length, "length")
+
+
+def test_an_engine_that_is_interrupted_stops_at_once_and_goes_on_later(
+    engine_of: EngineOf, toy_model: Callable[..., Path]
+) -> None:
+    engine = engine_of(toy_model("qwen2", **SIZES))
+    asked = [Request(key=key, token_ids=torch.tensor([5, 6, 7]), seeds=(1, 2)) for key in range(2)]
+    INTERRUPTION.after = 5
+    with pytest.raises(Interrupted):
+        collect(engine.generate(iter(asked), params(max_new_tokens=500, stop_token_ids=()), max_requests=4))
+    INTERRUPTION.after = math.inf
+    found = collect(engine.generate(iter(asked), params(max_new_tokens=3, stop_token_ids=()), max_requests=4))
+    assert {place: one.token_ids.numel() for place, one in found.items()} == dict.fromkeys(
+        [(0, 0), (0, 1), (1, 0), (1, 1)], 3
+    )
