@@ -15,6 +15,8 @@ FREE_KEYS = (
     "run.name",
     "run.output_dir",
     "run.num_steps",
+    "run.stuck_after_s",
+    "run.stop_before_end_s",
     "parallel.",
     "critic.parallel",
     "memory.",

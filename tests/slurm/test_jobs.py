@@ -164,7 +164,7 @@ DISTURBANCES: dict[str, Callable[[Job], None]] = {
 
 
 def test_one_rank_on_each_node_and_weights_for_others(submit: Submit) -> None:
-    job = submit("grpo_7b.sh", "checkpoint.save_hf=true", options=("--ntasks-per-node=1",))
+    job = submit("grpo_7b.sh", "checkpoint.save_hf=true", "metrics.console=plain", options=("--ntasks-per-node=1",))
     job.finish()
     assert "TP1 x PP1 x DP2" in job.output
     last = max((job.run / "checkpoints").glob("step_*"))
@@ -208,7 +208,7 @@ def test_other_work_than_training(submit: Submit, tmp_path: Path, toy_model: Cal
     (tmp_path / "rows.jsonl").write_text('{"question": "1+1=", "answer": "2"}\n' * 4)
     (tmp_path / "task.yaml").write_text(TASK.format(folder=tmp_path))
     (tmp_path / "suite.yaml").write_text(
-        "run: {name: suite, output_dir: unused}\nmodel: {path: ???, dtype: fp32}\ntasks: [task.yaml]\n"
+        "run: {name: suite, output_dir: unused}\nmodel:\n  path: ???\n  dtype: fp32\ntasks: [task.yaml]\n"
     )
     asked = submit(
         "eval.sh", f"model.path={model}", options=("--ntasks-per-node=1",), name="asked",

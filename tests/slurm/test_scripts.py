@@ -12,7 +12,7 @@ from tests.slurm.jobs import Cluster
 
 ROOT = Path(__file__).parents[2]
 SHELL = sorted([*(ROOT / "slurm").glob("*.sh"), *(ROOT / "tools").glob("*.sh"), ROOT / ".ci/run"])
-JOBS = sorted(path for path in (ROOT / "slurm").glob("*.sh") if "#SBATCH" in path.read_text())
+JOBS = sorted(path for path in (ROOT / "slurm").glob("*.sh") if "\n#SBATCH" in path.read_text())
 
 
 @pytest.fixture(scope="module")
