@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 
 from megatron_rl.types import ParallelContext
@@ -31,17 +31,33 @@ STACK_S = 60.0
 
 @dataclass(frozen=True, kw_only=True)
 class Beat:
-    """Where a rank is."""
+    """Where a rank is, by its own clock."""
 
     rank: int
     host: str
     pid: int
+    number: int
+    """Counts the beats of a rank."""
     phase: str
     step: int
-    progress_s: float
-    """Seconds since 1970 of its last progress."""
-    said_s: float
-    """Seconds since 1970 when its thread said so."""
+    idle_s: float
+    """Seconds since its last progress."""
+    is_over: bool = False
+    """The rank has done its part and says nothing any more."""
+
+
+@dataclass(frozen=True)
+class Heard:
+    """A beat, and when it was heard for the first time, by the clock of who heard it."""
+
+    beat: Beat
+    at_s: float
+
+    def idle_s(self, now: float) -> float:
+        return self.beat.idle_s + self.silent_s(now)
+
+    def silent_s(self, now: float) -> float:
+        return 0.0 if self.beat.is_over else now - self.at_s
 
 
 class Heartbeat:
@@ -56,7 +72,9 @@ class Heartbeat:
             end: what ends the process.
         """
         self._parallel, self._stuck_s, self._end = parallel, stuck_s, end
-        self._phase, self._step, self._progress = "start", 0, time.time()
+        self._store = parallel.store.clone()  # a connection of its own: the other is held while something is awaited
+        self._phase, self._step, self._progress, self._number = "start", 0, time.monotonic(), 0
+        self._heard: dict[int, Heard] = {}
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
         self._thread.start()
@@ -73,7 +91,7 @@ class Heartbeat:
 
     def progress(self) -> None:
         """Something was done."""
-        self._progress = time.time()
+        self._progress = time.monotonic()
 
     def close(self) -> None:
         """Say nothing any more."""
@@ -81,70 +99,78 @@ class Heartbeat:
         self._thread.join()
 
     def _watch(self) -> None:
-        while not self._over.wait(min(BEAT_S, (self._stuck_s or BEAT_S) / 4)):
-            try:
+        try:
+            while not self._over.wait(min(BEAT_S, (self._stuck_s or BEAT_S) / 4)):
                 self._say()
-                if self._parallel.is_main and self._stuck_s is not None:
+                if self._stuck_s is not None:
                     self._judge(self._stuck_s)
-                is_halted = self._parallel.store.check([HALTED])
-            except RuntimeError:  # the store went with the first rank; collectives with it fail by themselves
-                return
-            if is_halted:
-                print(f"rank {self._parallel.rank}: {stack()}", file=sys.stderr, flush=True)
-                if self._parallel.is_main:
-                    time.sleep(2 * BEAT_S)  # it has the store, by which the others hear
-                self._end(STUCK)
-                return
+                if self._store.check([HALTED]):
+                    print(f"rank {self._parallel.rank}: {stack()}", file=sys.stderr, flush=True)
+                    if self._parallel.is_main:
+                        time.sleep(2 * BEAT_S)  # it has the store, by which the others hear
+                    self._end(STUCK)
+                    return
+            self._say()
+        except RuntimeError:  # the store went with the first rank; collectives with it fail by themselves
+            return
 
     def _judge(self, stuck_s: float) -> None:
-        """Whether a rank is silent, or none comes any further: one alone may wait for others that still work."""
-        beats, now = self._read(), time.time()
-        is_stuck = all(now - beat.progress_s > stuck_s for beat in beats.values())
-        if not self._over.is_set() and (
-            is_stuck or any(now - beat.said_s > silent_s(stuck_s) for beat in beats.values())
-        ):
-            print(describe(beats, self._parallel.world_size, now, stuck_s), file=sys.stderr, flush=True)
-            self._parallel.store.set(HALTED, "1")
+        """Whether a rank is silent, or none comes any further: one alone may wait for others that still work.
+
+        The first rank looks at all of them, the others at the first.
+        """
+        ranks = range(self._parallel.world_size) if self._parallel.is_main else range(1)
+        heard, now = self._listen(ranks), time.monotonic()
+        is_stuck = self._parallel.is_main and all(one.idle_s(now) > stuck_s for one in heard)
+        is_silent = any(one.silent_s(now) > silence(stuck_s) for one in heard)
+        if (is_stuck or is_silent) and not self._over.is_set() and not self._store.check([HALTED]):
+            self._store.set(HALTED, "1")
+            everyone = self._listen(range(self._parallel.world_size))
+            print(describe(everyone, self._parallel.world_size, now, stuck_s), file=sys.stderr, flush=True)
 
     def _say(self) -> None:
+        self._number += 1
         beat = Beat(
             rank=self._parallel.rank,
             host=socket.gethostname(),
             pid=os.getpid(),
+            number=self._number,
             phase=self._phase,
             step=self._step,
-            progress_s=self._progress,
-            said_s=time.time(),
+            idle_s=time.monotonic() - self._progress,
+            is_over=self._over.is_set(),
         )
-        self._parallel.store.set(f"heartbeat/{beat.rank}", json.dumps(asdict(beat)))
+        self._store.set(f"heartbeat/{beat.rank}", json.dumps(asdict(beat)))
 
-    def _read(self) -> Mapping[int, Beat]:
-        found = {}
-        for rank in range(self._parallel.world_size):
+    def _listen(self, ranks: Iterable[int]) -> list[Heard]:
+        for rank in ranks:
             key = f"heartbeat/{rank}"
-            if self._parallel.store.check([key]):
-                found[rank] = Beat(**json.loads(self._parallel.store.get(key)))
-        return found
+            if self._store.check([key]):
+                beat = Beat(**json.loads(self._store.get(key)))
+                if rank not in self._heard or self._heard[rank].beat.number != beat.number:
+                    self._heard[rank] = Heard(beat, time.monotonic())
+        return [self._heard[rank] for rank in ranks if rank in self._heard]
 
 
-def silent_s(stuck_s: float) -> float:
+def silence(stuck_s: float) -> float:
     """Seconds without a word from a rank's thread after which the rank counts as dead."""
     return min(SILENT_S, stuck_s)
 
 
-def describe(beats: Mapping[int, Beat], world_size: int, now: float, stuck_s: float) -> str:
+def describe(heard: Sequence[Heard], world_size: int, now: float, stuck_s: float) -> str:
     """Who is where, those that others wait for first.
 
     Args:
-        now: seconds since 1970.
+        now: by the clock of who heard them.
     """
-    limit = silent_s(stuck_s)
+    limit = silence(stuck_s)
     lines = ["this run has come to a halt. Longest without progress first:"]
-    for beat in sorted(beats.values(), key=lambda beat: (beat.said_s > now - limit, beat.progress_s)):
+    for one in sorted(heard, key=lambda one: (one.silent_s(now) <= limit, -one.idle_s(now))):
+        beat, silent = one.beat, one.silent_s(now)
         place = f"rank {beat.rank} (host {beat.host}, pid {beat.pid})"
-        said = "" if now - beat.said_s <= limit else f", silent for {now - beat.said_s:.0f} s: dead or unreachable"
-        lines.append(f"  {place}: step {beat.step}, {beat.phase}, no progress for {now - beat.progress_s:.0f} s{said}")
-    missing = [str(rank) for rank in range(world_size) if rank not in beats]
+        said = f", silent for {silent:.0f} s: dead or unreachable" if silent > limit else ""
+        lines.append(f"  {place}: step {beat.step}, {beat.phase}, no progress for {one.idle_s(now):.0f} s{said}")
+    missing = [str(rank) for rank in range(world_size) if rank not in {one.beat.rank for one in heard}]
     if missing:
         lines.append(f"  never heard of: ranks {', '.join(missing)}")
     return "\n".join(lines)

@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -70,13 +71,8 @@ def versions(config: RunConfig | None) -> Iterator[Finding]:
 
 def numbers(version: str) -> tuple[int, ...]:
     """Leading numbers of a version: (0, 16, 1) of 0.16.1rc0+cpu."""
-    found: list[int] = []
-    for part in version.split("+")[0].split("."):
-        digits = "".join(character for character in part if character.isdigit())
-        if not digits:
-            break
-        found.append(int(digits))
-    return tuple(found)
+    found = re.match(r"\d+(\.\d+)*", version)
+    return tuple(map(int, found[0].split("."))) if found is not None else ()
 
 
 def _fits_torch(name: str, torch_version: str) -> Iterator[Finding]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rl.heartbeat import Beat, describe
+from megatron_rl.heartbeat import Beat, Heard, describe
 from megatron_rl.stop import START_AGAIN, deadline
 from tests.e2e.test_torchrun import LIMIT_S, command, rows, untimed
 from tests.toys import write_config
@@ -181,15 +181,23 @@ def wait_for_end(process: subprocess.Popen[str]) -> None:
         time.sleep(0.2)
 
 
+def heard(rank: int, host: str, phase: str, idle_s: float, at_s: float, *, is_over: bool = False) -> Heard:
+    beat = Beat(rank=rank, host=host, pid=7, number=3, phase=phase, step=3, idle_s=idle_s, is_over=is_over)
+    return Heard(beat, at_s)
+
+
 def test_who_is_where_is_said_by_who_others_wait_for() -> None:
-    beats = {
-        0: Beat(rank=0, host="a", pid=1, phase="update_actor", step=3, progress_s=990.0, said_s=999.0),
-        2: Beat(rank=2, host="b", pid=2, phase="gen", step=3, progress_s=400.0, said_s=998.0),
-        3: Beat(rank=3, host="b", pid=3, phase="gen", step=3, progress_s=500.0, said_s=500.0),
-    }
-    text = describe(beats, 4, now=1000.0, stuck_s=600.0).splitlines()
+    everyone = [
+        heard(0, "a", "update_actor", 9.0, 999.0),
+        heard(2, "b", "gen", 598.0, 998.0),
+        heard(3, "b", "gen", 0.0, 500.0),
+        heard(4, "c", "gen", 0.0, 100.0, is_over=True),
+    ]
+    text = describe(everyone, 5, now=1000.0, stuck_s=600.0).splitlines()
     assert (
-        text[1] == "  rank 3 (host b, pid 3): step 3, gen, no progress for 500 s, silent for 500 s: dead or unreachable"
+        text[1] == "  rank 3 (host b, pid 7): step 3, gen, no progress for 500 s, silent for 500 s: dead or unreachable"
     )
-    assert text[2].startswith("  rank 2 (host b, pid 2): step 3, gen, no progress for 600 s")
-    assert text[4] == "  never heard of: ranks 1"
+    assert text[2] == "  rank 2 (host b, pid 7): step 3, gen, no progress for 600 s"
+    assert text[3] == "  rank 0 (host a, pid 7): step 3, update_actor, no progress for 10 s"
+    assert text[4] == "  rank 4 (host c, pid 7): step 3, gen, no progress for 0 s"
+    assert text[5] == "  never heard of: ranks 1"

@@ -1,0 +1,94 @@
+"""The doctor: what it sees, whom it names, and what it says to do."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections import namedtuple
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megatron_rl.doctor import host
+from megatron_rl.doctor.finding import error, ok, report, warning, worst
+from megatron_rl.doctor.speeds import Speeds, judge
+from megatron_rl.planning.hardware import read_hardware
+from tests.toys import write_config
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_hosts_that_agree_share_a_line() -> None:
+    findings = [
+        ("a", ok("gpu", "8 x H100")), ("b", ok("gpu", "8 x H100")),
+        ("b", error("disk", "1 GB are free", "make room")),
+    ]  # fmt: skip
+    assert report(findings).splitlines() == [
+        "ok      gpu          8 x H100",
+        "error   disk         1 GB are free [b]  -> make room",
+    ]
+    assert worst(findings) == "error"
+    assert worst(findings[:2]) == "ok"
+    assert worst([("a", warning("speed", "slow", "leave it out"))]) == "warning"
+
+
+def test_slow_ranks_and_wrong_clocks_are_named() -> None:
+    fine = [Speeds(host=f"node{i}", tflops=600.0, memory_gb_s=2500.0, clock_s=100.0) for i in range(4)]
+    assert worst(judge(fine, 300.0)) == "ok"
+    assert "300.00 GB/s all-reduce over 4 ranks of 4 hosts" in report(judge(fine, 300.0))
+    slow = [*fine[:3], Speeds(host="node9", tflops=200.0, memory_gb_s=2500.0, clock_s=100.0)]
+    text = report(judge(slow, 300.0))
+    assert "warning speed        rank 3: 200 TFLOP/s, 2500 GB/s; usual are 600 and 2500 [node9]" in text
+    assert "sbatch --exclude" in text
+    late = [*fine[:3], Speeds(host="node9", tflops=600.0, memory_gb_s=2500.0, clock_s=107.0)]
+    assert "error   clock        7.0 s apart [node9]" in report(judge(late, 300.0))
+
+
+def test_versions_are_compared_by_their_numbers() -> None:
+    assert host.numbers("0.16.1rc0+cpu") == (0, 16, 1)
+    assert host.numbers("2.13.0") == (2, 13, 0)
+    assert host.numbers("unknown") == ()
+
+
+def test_versions_that_have_not_been_tried_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = host.importlib.metadata.version
+    monkeypatch.setattr(
+        host.importlib.metadata, "version", lambda name: "0.25.0" if name == "megatron-core" else real(name)
+    )
+    found = [one for one in host.versions(None) if one.grade == "warning"]
+    assert any(one.found == "megatron-core 0.25.0" and "0.16.1 to below 0.20" in one.fix for one in found)
+
+
+def test_full_disks_small_hosts_and_folders_that_cannot_be_written(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 3 * 10**9))
+    assert host.disk(tmp_path / "not" / "yet").grade == "error"
+    assert "3 GB are free" in host.disk(tmp_path).found
+    monkeypatch.setattr(host, "MIN_HOST_GB", 10.0**6)
+    assert host.memory().grade == "error"
+    assert host.file_system(tmp_path).grade in ("ok", "warning")
+    assert list(tmp_path.iterdir()) == []
+    assert host.file_system(Path("/proc/self")).grade == "error"
+
+
+def test_the_command_on_a_run_that_can_start_and_on_one_that_cannot(
+    toy_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    config = write_config(tmp_path, toy_model("qwen2"))
+
+    def doctor(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "tools/doctor.py", "--config", str(config), *arguments]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=os.environ)
+
+    fine = doctor("--measure", str(tmp_path / "here.yaml"))
+    assert fine.returncode == 0, fine.stderr + fine.stdout
+    assert "qwen2, 2 layers" in fine.stdout
+    assert read_hardware(str(tmp_path / "here.yaml")).tflops > 0
+    broken = doctor("model.path=nowhere", "rollout.engine=sglang", "rollout.top_k=0")
+    assert broken.returncode == 1
+    assert "error   model" in broken.stdout
+    assert "nowhere" in broken.stdout
+    assert "error   engine       sglang cannot be imported" in broken.stdout
