@@ -40,6 +40,7 @@ from megatron_rl.models import ModelSpec, read_model_spec
 from megatron_rl.models.engine_shards import check_engine_size
 from megatron_rl.models.flops import peak_tflops
 from megatron_rl.models.lora import ATTENTION_TARGETS, adapted_matrices, lora_table
+from megatron_rl.planning.reference import place_of_reference
 from megatron_rl.plugins import load_symbol
 from megatron_rl.rewards.pool import RewardPool
 from megatron_rl.rewards.registry import build_grader
@@ -222,15 +223,15 @@ def build_judge(config: RunConfig, inputs: Inputs, models: RunModels) -> Judge |
 
 def build_reference(config: RunConfig, policy: Policy) -> Reference | None:
     """The model that the KL divergence is taken to; None when its coefficients are 0."""
-    if not config.algorithm.uses_reference:
-        return None
     path = config.algorithm.reference_path or config.model.path
-    if policy.adapters is not None and path == config.model.path and not config.algorithm.reference_reset_every:
-        return BaseReference(policy)
-    is_dense = not config.precision.fp8_params and config.lora.quantize == "none"
-    if read_model_spec(path) == policy.spec and is_dense:
-        return HostedReference(policy, path)
-    return ScoringModel(config, policy.parallel, path)  # cannot take the policy's place
+    match place_of_reference(config, is_alike=read_model_spec(path) == policy.spec):
+        case "base":
+            return BaseReference(policy)
+        case "host":
+            return HostedReference(policy, path)
+        case "device":  # cannot take the policy's place
+            return ScoringModel(config, policy.parallel, path)
+    return None
 
 
 def build_dialogue(config: RolloutSection) -> Dialogue | None:

@@ -69,6 +69,8 @@ class Checkpoints:
         models: LearningModels,
         in_flight: Sequence[GroupWork] = (),
         unlogged: Metrics | None = None,
+        *,
+        again: bool = False,
     ) -> Path:
         """Begin a checkpoint, unless it is the last one already; it appears under its name only when complete.
 
@@ -77,13 +79,14 @@ class Checkpoints:
 
         Args:
             unlogged: what is known of the state's step so far, where its metrics have not been written.
+            again: also when the last one is of the same step; there is more to carry over by now.
 
         Raises:
             CheckpointError: on every rank, when it cannot be written; earlier checkpoints stay.
         """
         self.finish()
         final = self._folder / f"step_{state.step:06d}"
-        if self._last == final:
+        if self._last == final and not again:
             return final
         partial = final.with_name(final.name + ".partial")
         with raise_together(self._parallel), _checkpoint_errors(final):

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 
+from megatron_rl.config import RunConfig
 from megatron_rl.types import ParallelContext
 
 STUCK = 70
@@ -39,6 +40,8 @@ class Beat:
     number: int
     """Counts the beats of a rank."""
     phase: str
+    num_phases: int
+    """Phases that it has entered; all ranks enter the same ones."""
     step: int
     idle_s: float
     """Seconds since its last progress."""
@@ -73,7 +76,8 @@ class Heartbeat:
         """
         self._parallel, self._stuck_s, self._end = parallel, stuck_s, end
         self._store = parallel.store.clone()  # a connection of its own: the other is held while something is awaited
-        self._phase, self._step, self._progress, self._number = "start", 0, time.monotonic(), 0
+        self._phase, self._num_phases, self._step = "start", 0, 0
+        self._progress, self._number = time.monotonic(), 0
         self._heard: dict[int, Heard] = {}
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
@@ -82,6 +86,7 @@ class Heartbeat:
     def enter(self, phase: str) -> None:
         """A phase begins; progress."""
         self._phase = phase
+        self._num_phases += 1
         self.progress()
 
     def begin_step(self, step: int) -> None:
@@ -136,6 +141,7 @@ class Heartbeat:
             pid=os.getpid(),
             number=self._number,
             phase=self._phase,
+            num_phases=self._num_phases,
             step=self._step,
             idle_s=time.monotonic() - self._progress,
             is_over=self._over.is_set(),
@@ -152,6 +158,12 @@ class Heartbeat:
         return [self._heard[rank] for rank in ranks if rank in self._heard]
 
 
+def seconds_until_stuck(config: RunConfig) -> float | None:
+    """run.stuck_after_s with its default filled in; None: never."""
+    asked = config.run.stuck_after_s
+    return (config.parallel.timeout_minutes * 50 if asked is None else asked) or None
+
+
 def silence(stuck_s: float) -> float:
     """Seconds without a word from a rank's thread after which the rank counts as dead."""
     return min(SILENT_S, stuck_s)
@@ -164,8 +176,8 @@ def describe(heard: Sequence[Heard], world_size: int, now: float, stuck_s: float
         now: by the clock of who heard them.
     """
     limit = silence(stuck_s)
-    lines = ["this run has come to a halt. Longest without progress first:"]
-    for one in sorted(heard, key=lambda one: (one.silent_s(now) <= limit, -one.idle_s(now))):
+    lines = ["this run has come to a halt. Those that others wait for first:"]
+    for one in sorted(heard, key=lambda one: (one.silent_s(now) <= limit, one.beat.num_phases, -one.idle_s(now))):
         beat, silent = one.beat, one.silent_s(now)
         place = f"rank {beat.rank} (host {beat.host}, pid {beat.pid})"
         said = f", silent for {silent:.0f} s: dead or unreachable" if silent > limit else ""

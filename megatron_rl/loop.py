@@ -1,6 +1,6 @@
 """The training loop. Every rank executes these same lines."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,7 +29,7 @@ from megatron_rl.drift import check_drift
 from megatron_rl.errors import EngineDied, Interrupted
 from megatron_rl.examiner import Examiner
 from megatron_rl.forecast import forecast
-from megatron_rl.heartbeat import Heartbeat
+from megatron_rl.heartbeat import Heartbeat, seconds_until_stuck
 from megatron_rl.judging import Judge
 from megatron_rl.learning import learn
 from megatron_rl.ledger import Ledger
@@ -41,7 +41,7 @@ from megatron_rl.models import ModelSpec
 from megatron_rl.models.flops import forward_flops
 from megatron_rl.profiling import profiled
 from megatron_rl.rollout.engine import Engine
-from megatron_rl.rollout.evaluator import Evaluator
+from megatron_rl.rollout.evaluator import Evaluator, Sample
 from megatron_rl.rollout.keeper import EngineKeeper
 from megatron_rl.rollout.sampler import Collected, Sampler
 from megatron_rl.rollout.statistics import length_metrics, reward_metrics, staleness_metrics
@@ -79,7 +79,7 @@ def run_in(config: RunConfig, resume: str, parallel: ParallelContext) -> bool:
     """``run`` in a world that is joined already."""
     # so early that what is asked while models are built is heard
     stop = StopRequest(parallel, before_end_s=config.run.stop_before_end_s)
-    with closing(Heartbeat(parallel, stuck_s=config.run.stuck_after_s)) as heartbeat:
+    with closing(Heartbeat(parallel, stuck_s=seconds_until_stuck(config))) as heartbeat:
         return prepare_and_train(config, resume, parallel, stop, heartbeat)
 
 
@@ -95,6 +95,7 @@ def prepare_and_train(
     checkpoints = Checkpoints(folder, config, parallel)
     checkpoint, damages = checkpoints.find(resume)
 
+    heartbeat.enter("build models")
     models = build_models(config, parallel)
     policy = models.policy
 
@@ -102,7 +103,13 @@ def prepare_and_train(
         heartbeat.progress()  # an engine that asks is at work
         return stop.is_known()
 
-    engine = build_engine(config, policy, inputs.suite, is_interrupted)
+    heartbeat.enter("start the engine")
+    with room_for_engine(models, None, config, Stopwatch()):
+        engine = build_engine(config, policy, inputs.suite, is_interrupted)
+        if config.rollout.sleep:
+            with raise_together(parallel):
+                engine.sleep()
+    heartbeat.enter("restore")
     state = checkpoints.restore(checkpoint, models) if checkpoint else fresh_state(parallel)
     load_reference(models.reference, checkpoints.reference_of(state), parallel)
     keeper = build_keeper(config, engine, policy)
@@ -169,6 +176,7 @@ def train(
     """
     config, log = course.config, course.log
     ledger = Ledger(course.models, course.keeper.engine)
+    num_carried = 0  # prompts of a step that was cut short
     try:
         if state.step == 0 or unlogged is not None:
             state, unlogged = conclude(course, state, unlogged or {}, Stopwatch(course.heartbeat.enter)), None
@@ -176,14 +184,16 @@ def train(
             course.heartbeat.begin_step(state.step + 1)
             watch = Stopwatch(course.heartbeat.enter)
             state, metrics, is_learnt = take_step(course, ledger, state, watch, parallel)
-            unlogged = metrics
+            unlogged = metrics | ledger.metrics() | watch.metrics()
             state = conclude(course, state, metrics | ledger.metrics(), watch, is_learnt=is_learnt)
             unlogged = None
     except Interrupted as interruption:
-        state = replace(state, num_prompts_consumed=state.num_prompts_consumed + interruption.num_prompts)
+        num_carried = interruption.num_prompts
+        state = replace(state, num_prompts_consumed=state.num_prompts_consumed + num_carried)
     course.checkpoints.finish()
     if state.step < config.run.num_steps or unlogged is not None:
-        path = course.checkpoints.save(state, course.models, course.sampler.in_flight(), unlogged)
+        in_flight = course.sampler.in_flight()
+        path = course.checkpoints.save(state, course.models, in_flight, unlogged, again=num_carried > 0)
         course.checkpoints.finish()
         log.note(f"stopped as asked after step {state.step}; saved {path}. Start the same command again to go on.")
         return stop.is_to_start_again()
@@ -201,7 +211,7 @@ def take_step(
         with saved_if_engines_die(course.checkpoints, state, models, sampler):
             with watch.span("gen"):
                 sampler.settle(version=state.step)
-            with room_for_engine(models, config, watch):
+            with room_for_engine(models, keeper.engine, config, watch):
                 if sampler.uses_engine:
                     with watch.span("update_weights"):
                         metrics |= keeper.push(version=state.step)
@@ -237,13 +247,15 @@ def conclude(
     """Evaluate, save and log what is due after a step, also after none; the state with the reference that was kept."""
     config, models, checkpoints, step = course.config, course.models, course.checkpoints, state.step
     metrics = dict(metrics)
+    samples: Sequence[Sample] = []
     in_engine = partial(policy_in_engine, course)
-    if is_due(config.evaluation.every, step, config.run.num_steps) or step == 0:
-        with saved_if_engines_die(checkpoints, state, models, course.sampler):
-            metrics = merge([metrics, evaluate(course.evaluator, in_engine, course.log, state, watch)])
-    if is_due(config.evaluation.suite_every, step, config.run.num_steps) or step == 0:
-        with saved_if_engines_die(checkpoints, state, models, course.sampler):
+    with saved_if_engines_die(checkpoints, state, models, course.sampler, metrics if step else None):
+        if is_due(config.evaluation.every, step, config.run.num_steps) or step == 0:
+            held_out, samples = evaluate(course.evaluator, in_engine, course.log, state, watch)
+            metrics = merge([metrics, held_out])
+        if is_due(config.evaluation.suite_every, step, config.run.num_steps) or step == 0:
             metrics |= examine(course.examiner, in_engine, state, watch)
+    course.log.samples(samples)
     if step == 0:
         course.log.step(0, metrics)
         return state
@@ -256,7 +268,8 @@ def conclude(
     if is_learnt and is_due(config.checkpoint.every, step, config.run.num_steps):
         with watch.span("save_checkpoint"):
             checkpoints.save(state, models, course.sampler.in_flight())
-    course.log.step(step, metrics | watch.metrics())
+    # after a resume the metrics have the seconds of before
+    course.log.step(step, merge([metrics, watch.metrics()]))
     return state
 
 
@@ -270,32 +283,40 @@ def load_reference(reference: Reference | None, path: str | None, parallel: Para
 
 @contextmanager
 def saved_if_engines_die(
-    checkpoints: Checkpoints, state: TrainState, models: RunModels, sampler: Sampler
+    checkpoints: Checkpoints,
+    state: TrainState,
+    models: RunModels,
+    sampler: Sampler,
+    unlogged: Metrics | None = None,
 ) -> Iterator[None]:
     """Leave a checkpoint behind when engines died too often to go on."""
     try:
         yield
     except EngineDied:
-        checkpoints.save(state, models, sampler.in_flight())
+        checkpoints.save(state, models, sampler.in_flight(), unlogged)
         checkpoints.finish()
         raise
 
 
 @contextmanager
-def room_for_engine(models: RunModels, config: RunConfig, watch: Stopwatch) -> Iterator[None]:
-    """Lend the memory of memory.offload to the engine."""
-    if not config.memory.offload:
-        yield
-        return
-    with watch.span("offload"):
-        for learner in models.learners.values():
-            learner.to_host()
+def room_for_engine(models: RunModels, engine: Engine | None, config: RunConfig, watch: Stopwatch) -> Iterator[None]:
+    """Lend the memory of memory.offload to the engine, which gives its own up where the run is interrupted."""
+    if config.memory.offload:
+        with watch.span("offload"):
+            for learner in models.learners.values():
+                learner.to_host()
     try:
         yield
+    except Interrupted:
+        if engine is not None and config.rollout.sleep:
+            with raise_together(models.policy.parallel):
+                engine.sleep()
+        raise
     finally:
-        with watch.span("onload"):
-            for learner in models.learners.values():
-                learner.to_device()
+        if config.memory.offload:
+            with watch.span("onload"):
+                for learner in models.learners.values():
+                    learner.to_device()
 
 
 @contextmanager
@@ -325,7 +346,7 @@ def policy_in_engine(course: Course, state: TrainState, watch: Stopwatch) -> Ite
     """The engine with the policy of a step, for something else than the next step; gives metrics of the push."""
     sampler, models, config, keeper, log = course.sampler, course.models, course.config, course.keeper, course.log
     sampler.settle(version=state.step)
-    with room_for_engine(models, config, watch):
+    with room_for_engine(models, keeper.engine, config, watch):
         pushed = keeper.push(version=state.step)
         with awake(keeper.engine, config, models.policy.parallel):
             yield pushed
@@ -335,17 +356,16 @@ def policy_in_engine(course: Course, state: TrainState, watch: Stopwatch) -> Ite
 
 def evaluate(
     evaluator: Evaluator | None, in_engine: InEngine, log: RunLog, state: TrainState, watch: Stopwatch
-) -> dict[str, Reduction]:
-    """Held-out metrics, counted once; empty without held-out prompts."""
+) -> tuple[dict[str, Reduction], Sequence[Sample]]:
+    """Held-out metrics, counted once, and some responses; empty without held-out prompts."""
     if evaluator is None:
-        return {}
+        return {}, []
     with watch.span("testing"), in_engine(state, watch) as pushed:
         metrics, samples = evaluator.evaluate(state.step)
     headline = {name.removeprefix("eval/"): metrics[name].result() for name in evaluator.headline}
     shown = [f"{name} {value:.4g}" for name, value in headline.items()]
     log.note(f"held out, step {state.step}: {', '.join(shown)}")
-    log.samples(samples)
-    return pushed | metrics
+    return pushed | metrics, samples
 
 
 def examine(

@@ -258,7 +258,12 @@ evaluate() {
 convert() {
     local direction=$1 name logs && shift
     begin
-    progress() { echo "what is written"; }
+    local argument before="" output=""
+    for argument in "$@"; do
+        [[ $before != --output ]] || output=$argument
+        before=$argument
+    done
+    progress() { du -sb "$output" 2>/dev/null | cut -f1 | grep . || echo "the beginning"; }
     more_arguments() { :; }
     case $direction in
     hf_to_megatron | megatron_to_hf) until_done "$logs" "tools/convert_$direction.py" "$@" ;;

@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     is_main = os.environ.get("RANK", "0") == "0"
     try:
         config = load_config(asked.config, asked.overrides) if asked.config else None
-        parallel = init_parallel(ParallelSection(timeout_minutes=5))
+        parallel = init_parallel(ParallelSection(timeout_minutes=30))
     except MegatronRLError as error:
         if is_main:
             print(f"error: {error}", file=sys.stderr)

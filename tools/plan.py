@@ -73,6 +73,12 @@ def with_known_models(config: RunConfig) -> RunConfig:
     changed = replace(config, model=replace(config.model, path=known(config.model.path)))
     if config.critic.path is not None:
         changed = replace(changed, critic=replace(config.critic, path=known(config.critic.path)))
+    if config.algorithm.reference_path is not None:
+        path = known(config.algorithm.reference_path)
+        changed = replace(changed, algorithm=replace(config.algorithm, reference_path=path))
+    if config.reward.model is not None:
+        own = replace(config.reward.model, path=known(config.reward.model.path))
+        changed = replace(changed, reward=replace(config.reward, model=own))
     return changed
 
 

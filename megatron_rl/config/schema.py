@@ -32,18 +32,18 @@ class RunSection:
     """Sample, grade and record (metrics.keep_rollouts_every), and learn nothing."""
     seed: int = 0
     """Seed of data order, sampling and every other random choice."""
-    stuck_after_s: float | None = 3600.0
+    stuck_after_s: float | None = None
     """Seconds without any progress after which a run says which ranks others wait for, with their stacks, and ends;
-    null: never."""
+    null: five sixths of parallel.timeout_minutes, after which collectives fail; 0: never."""
     stop_before_end_s: float | None = 300.0
     """Seconds before the end of its Slurm job at which a run saves and stops by itself; null: only when asked."""
 
     def __post_init__(self) -> None:
         require(self.num_steps >= 0, "run.num_steps", self.num_steps, "0 or more")
         require(bool(self.output_dir), "run.output_dir", repr(self.output_dir), "a folder name")
-        for name in ("stuck_after_s", "stop_before_end_s"):
-            value = getattr(self, name)
-            require(value is None or value > 0, f"run.{name}", value, "null, or more than 0 seconds")
+        before, stuck = self.stop_before_end_s, self.stuck_after_s
+        require(before is None or before > 0, "run.stop_before_end_s", before, "null, or more than 0 seconds")
+        require(stuck is None or stuck >= 0, "run.stuck_after_s", stuck, "null, 0 (never), or more seconds")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,12 @@ def validate(config: RunConfig, world_size: int) -> None:
             "Set algorithm.advantage=gae, or leave critic out."
         )
     _check_engine(config, world_size)
+    limit = config.parallel.timeout_minutes * 60
+    if config.run.stuck_after_s is not None and config.run.stuck_after_s >= limit:
+        raise ConfigError(
+            f"run.stuck_after_s={config.run.stuck_after_s:g}: collectives fail after parallel.timeout_minutes="
+            f"{config.parallel.timeout_minutes:g} already. Set it below {limit:g}, or raise the other."
+        )
     _check_routing_replay(config)
     _check_batches(config)
     _check_groups(config)

@@ -100,7 +100,13 @@ def devices() -> Iterator[Finding]:
     names = {torch.cuda.get_device_name(index) for index in range(count)}
     yield ok("gpu", f"{count} x {', '.join(sorted(names))}")
     for index in range(count):
-        free, total = torch.cuda.mem_get_info(index)
+        try:
+            free, total = torch.cuda.mem_get_info(index)
+        except RuntimeError as failure:
+            yield error(
+                "gpu", f"GPU {index} cannot be used: {failure}", "end what uses it (nvidia-smi), or drain the node"
+            )
+            continue
         if free < 0.95 * total:
             used = (total - free) / 1e9
             yield warning(
@@ -121,9 +127,18 @@ def _health() -> Iterator[Finding]:
         return
     fields = "index,ecc.errors.uncorrected.volatile.total,clocks_throttle_reasons.hw_slowdown"
     command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
-    for line in done.stdout.splitlines():
-        index, errors, slowed = (part.strip() for part in line.split(","))
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    except subprocess.TimeoutExpired:
+        yield error("gpu", "nvidia-smi does not answer", "drain the node and look at its GPUs")
+        return
+    rows = [[part.strip() for part in line.split(",")] for line in done.stdout.splitlines()]
+    if done.returncode or any(len(row) != len(fields.split(",")) for row in rows):
+        yield warning(
+            "gpu", f"nvidia-smi says {done.stdout.strip() or done.stderr.strip()!r}", "look at the node's GPUs"
+        )
+        return
+    for index, errors, slowed in rows:
         if errors.isdigit() and int(errors):
             yield error("gpu", f"GPU {index}: {errors} uncorrected memory errors", "drain the node and reset the GPU")
         if slowed == "Active":

@@ -10,6 +10,7 @@ from megatron_rl.models.spec import ModelSpec
 from megatron_rl.planning.activations import FLOAT, element_bytes
 from megatron_rl.planning.hardware import Hardware
 from megatron_rl.planning.memory import ModelMemory, model_memory
+from megatron_rl.planning.reference import Where, place_of_reference
 from megatron_rl.planning.shares import stage_shares
 from megatron_rl.planning.workload import Workload
 
@@ -31,7 +32,6 @@ class Specs:
     policy: ModelSpec
     critic: ModelSpec | None = None
     reference: ModelSpec | None = None
-    """Only one that is there beside the policy and does not take its place."""
     reward_model: ModelSpec | None = None
 
 
@@ -80,7 +80,7 @@ def rank_memory(specs: Specs, config: RunConfig, workload: Workload, hardware: H
         RankMemory(
             stage=stage,
             phases=_phases(specs, config, one, critic, engine, hardware),
-            host=_host(config, one, critic, hardware, world_size),
+            host=_host(specs, config, one, critic, hardware, world_size),
             engine=engine,
         )
         for stage, one in enumerate(policy)
@@ -134,7 +134,8 @@ def _phases(
 ) -> dict[str, Parts]:
     offload = set(config.memory.offload)
     others: dict[str, float] = {"contexts and libraries": hardware.base_gb * 1e9}
-    for name, spec in (("reference", specs.reference), ("reward model", specs.reward_model)):
+    beside_policy = specs.reference if _reference_place(specs, config) == "device" else None
+    for name, spec in (("reference", beside_policy), ("reward model", specs.reward_model)):
         if spec is not None:
             shares = stage_shares(spec, config.parallel)
             others[name] = max(share.total for share in shares) * float(element_bytes(config))
@@ -159,8 +160,17 @@ def _phases(
     }
 
 
+def _reference_place(specs: Specs, config: RunConfig) -> Where:
+    return place_of_reference(config, is_alike=specs.reference in (None, specs.policy))
+
+
 def _host(
-    config: RunConfig, policy: ModelMemory, critic: ModelMemory | None, hardware: Hardware, world_size: int
+    specs: Specs,
+    config: RunConfig,
+    policy: ModelMemory,
+    critic: ModelMemory | None,
+    hardware: Hardware,
+    world_size: int,
 ) -> Parts:
     ranks = min(world_size, hardware.ranks_per_node)
     offload = set(config.memory.offload) - {"grads"}
@@ -171,7 +181,8 @@ def _host(
     parts = {
         "processes": ranks * hardware.process_gb * 1e9,
         "offloaded": ranks * moved,
-        "reference": ranks * policy.weights * config.algorithm.uses_reference,
+        # its weights, and room for the policy's while it has their place
+        "reference": 2 * ranks * policy.weights * (_reference_place(specs, config) == "host"),
         "optimizer on the host": ranks * policy.optimizer_on_host,
         "checkpoint in background": ranks * saved * config.checkpoint.in_background,
         "reward workers": ranks * config.reward.num_workers * WORKER_HOST_BYTES,

@@ -118,15 +118,12 @@ def make_plan(
 
 def specs_of(config: RunConfig) -> Specs:
     """The models that a configuration names, from their config.json alone."""
-    policy = read_model_spec(config.model.path)
-    reference = None
     path = config.algorithm.reference_path
-    if config.algorithm.uses_reference and path is not None and read_model_spec(path) != policy:
-        reference = read_model_spec(path)
+    has_own = config.algorithm.uses_reference and path is not None
     return Specs(
-        policy=policy,
+        policy=read_model_spec(config.model.path),
         critic=read_model_spec(config.of_critic().model.path) if config.algorithm.uses_critic else None,
-        reference=reference,
+        reference=read_model_spec(path) if has_own and path is not None else None,
         reward_model=read_model_spec(config.reward.model.path) if config.reward.model is not None else None,
     )
 

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_rl.errors import EngineError
+from megatron_rl.errors import EngineError, Interrupted
 from megatron_rl.models import ModelSpec
 from megatron_rl.types import Completion, ParallelContext, SamplingParams
 
@@ -253,7 +253,11 @@ def check_continuations(continuations: Sequence[Continuation], setup: EngineSetu
     Raises:
         EngineError: the engine has no weights; one is too long, has nothing before it, or tokens
             outside the vocabulary.
+        Interrupted: on every rank of the engine, as the setup was told.
     """
+    engine = setup.place
+    if engine.from_leader(engine.is_leader and setup.is_interrupted()):
+        raise Interrupted("asked to stop while continuations are scored")
     if version < 0:
         raise EngineError("the engine has no weights: push them before it scores.")
     for place, one in enumerate(continuations):

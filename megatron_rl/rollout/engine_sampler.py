@@ -119,11 +119,17 @@ class EngineSampler:
         try:
             return self._after_round(harvest, self._collector.collect(self._job(harvest, version=harvest.step - 1)))
         except WorkInterrupted as stop:
-            if self._config.partial:
-                self._carried = (*harvest.kept, *harvest.idle, *stop.work)
-                stop.num_prompts = harvest.num_prompts
-            # otherwise the step begins anew, so that it has the samples that it would have had
+            self._carry(harvest, stop.work, stop)
             raise
+
+    def _carry(self, harvest: _Harvest, work: Sequence[GroupWork], stop: WorkInterrupted) -> None:
+        """Keep what there is of a step that is cut short, where partial steps are kept.
+
+        Otherwise it begins anew, so that it has the samples that it would have had.
+        """
+        if self._config.partial:
+            self._carried = (*harvest.kept, *harvest.idle, *work)
+            stop.num_prompts = harvest.num_prompts
 
     def _after_round(self, harvest: _Harvest, work: Sequence[GroupWork]) -> _Harvest:
         return replace(self._sorted(harvest, work), num_rounds=harvest.num_rounds + 1)
@@ -190,6 +196,13 @@ class EngineSampler:
         filling = harvest.idle[: max(0, count - len(harvest.kept))]  # what no round could fill otherwise
         taken = (*harvest.kept[:count], *filling)
         rest = (*harvest.kept[count:], *harvest.open)
+        groups = [group.as_group(index) for index, group in enumerate(taken)]
+        if config.greedy_baseline:
+            try:
+                groups = self._with_baselines(groups, harvest.step)
+            except WorkInterrupted as stop:
+                self._carry(harvest, harvest.open, stop)
+                raise
         self._carried = rest if config.partial else ()
         dropped = 0 if config.partial else len(rest)
         counts = {
@@ -201,9 +214,6 @@ class EngineSampler:
             "rollout/engine_failures": self._collector.keeper.num_failures,
             "data/stage": self._curriculum.at(harvest.step).number,
         }
-        groups = [group.as_group(index) for index, group in enumerate(taken)]
-        if config.greedy_baseline:
-            groups = self._with_baselines(groups, harvest.step)
         return Collected(
             groups=groups,
             num_prompts=harvest.num_prompts,

@@ -161,11 +161,23 @@ def test_a_rank_that_hangs_is_named_and_the_run_ends(config: Path, tmp_path: Pat
     printed, _ = process.communicate(timeout=LIMIT_S)
     assert time.monotonic() - start < 120
     assert process.returncode != 0
-    told = printed.split("Longest without progress first:")[1].splitlines()
+    told = printed.split("Those that others wait for first:")[1].splitlines()
     assert f"rank 1 (host {os.uname().nodename}, pid {by_rank[1]})" in told[1]
     assert "dead or unreachable" in told[1]
     assert "rank 0" in told[2]
     assert "Thread" in printed or "thread" in printed  # the stack of the rank that waits
+
+
+def test_a_rank_whose_work_never_ends_is_named_with_its_stack(config: Path) -> None:
+    """Its process lives: only that nobody comes any further shows it."""
+    process = begin(config, "run.stuck_after_s=8", "algorithm.advantage=tests.own_advantages:hangs_on_the_second_rank")
+    printed, _ = process.communicate(timeout=LIMIT_S)
+    assert process.returncode != 0
+    told = printed.split("Those that others wait for first:")[1].splitlines()
+    assert told[1].startswith("  rank 1 (host")
+    assert "dead or unreachable" not in told[1]
+    assert told[2].startswith("  rank 0 (host")
+    assert "hangs_on_the_second_rank" in printed
 
 
 def environment(pid: int) -> dict[str, str]:
@@ -182,7 +194,18 @@ def wait_for_end(process: subprocess.Popen[str]) -> None:
 
 
 def heard(rank: int, host: str, phase: str, idle_s: float, at_s: float, *, is_over: bool = False) -> Heard:
-    beat = Beat(rank=rank, host=host, pid=7, number=3, phase=phase, step=3, idle_s=idle_s, is_over=is_over)
+    num_phases = {"gen": 4, "update_actor": 5}[phase]
+    beat = Beat(
+        rank=rank,
+        host=host,
+        pid=7,
+        number=3,
+        phase=phase,
+        num_phases=num_phases,
+        step=3,
+        idle_s=idle_s,
+        is_over=is_over,
+    )
     return Heard(beat, at_s)
 
 
@@ -198,6 +221,6 @@ def test_who_is_where_is_said_by_who_others_wait_for() -> None:
         text[1] == "  rank 3 (host b, pid 7): step 3, gen, no progress for 500 s, silent for 500 s: dead or unreachable"
     )
     assert text[2] == "  rank 2 (host b, pid 7): step 3, gen, no progress for 600 s"
-    assert text[3] == "  rank 0 (host a, pid 7): step 3, update_actor, no progress for 10 s"
-    assert text[4] == "  rank 4 (host c, pid 7): step 3, gen, no progress for 0 s"
+    assert text[3] == "  rank 4 (host c, pid 7): step 3, gen, no progress for 0 s"
+    assert text[4] == "  rank 0 (host a, pid 7): step 3, update_actor, no progress for 10 s"
     assert text[5] == "  never heard of: ranks 1"
