@@ -14,7 +14,7 @@ from megatron_rl.planning.activations import FLOAT, element_bytes
 from megatron_rl.planning.hardware import Hardware
 from megatron_rl.planning.memory import model_memory
 from megatron_rl.planning.phases import EngineMemory, Specs, num_parameters, token_cache_bytes
-from megatron_rl.planning.shares import stage_shares
+from megatron_rl.planning.shares import layers_of_stages, stage_shares
 from megatron_rl.planning.workload import Workload, micro_batches_of
 
 Seconds = Mapping[str, float]
@@ -73,12 +73,18 @@ def _pass(
     batches = micro_batches_of(config, workload, dp, longest=False)
     length = workload.mean
     sequences = batches.count * batches.tokens * cp / length  # of a data-parallel rank
-    flops = factor * forward_flops(
+    layer_flops = forward_flops(
         spec,
         num_tokens=int(sequences * length),
         sum_squared_lengths=int(sequences * length**2),
-        num_logit_tokens=int(sequences * workload.mean_response),
+        num_logit_tokens=0,
     )
+    head_flops = 2.0 * sequences * workload.mean_response * spec.hidden_size * spec.vocab_size
+    shares = [layer_flops * count / spec.num_layers for count in layers_of_stages(spec, parallel)]
+    shares[-1] += head_flops
+    # the slowest stage sets the pace, the others are waited for once, at both ends
+    waits = (sum(shares) - max(shares)) / (batches.count * parallel.virtual_pipeline_parallel_size)
+    flops = factor * (max(shares) + waits)
     peak = hardware.fp8_tflops if config.precision.fp8 != "disabled" else hardware.tflops
     bubble = 1 + (pp - 1) / (batches.count * parallel.virtual_pipeline_parallel_size)
     layers = ceil(spec.num_layers / pp)
@@ -96,9 +102,9 @@ def _pass(
         experts = factor * layers * sent / _reach(tp * parallel.expert_parallel_size, hardware, near, far)
     pipeline = 2 * hidden / far if pp > 1 else 0.0
     launches = factor * layers * 30 * hardware.kernel_s
-    compute = flops / (tp * pp * cp) / (peak * 1e12 * hardware.matmul_efficiency)
+    compute = flops / (tp * cp) / (peak * 1e12 * hardware.matmul_efficiency)
     apart = batches.count * (tensor + context + experts + pipeline + launches)
-    return (compute + apart) * bubble
+    return compute + apart * bubble
 
 
 def _reduction(spec: ModelSpec, config: RunConfig, hardware: Hardware, world_size: int) -> float:
