@@ -140,7 +140,6 @@ test: $(INSTALLED)
 test-slurm: $(INSTALLED)
 	command -v slurmctld munged shellcheck > /dev/null || PATH="$$PATH:/usr/sbin" command -v slurmctld munged shellcheck > /dev/null || \
 		(apt-get update --quiet && DEBIAN_FRONTEND=noninteractive apt-get install --quiet --yes slurm-wlm munge shellcheck)
-	shellcheck --external-sources slurm/*.sh
 	$(BIN)/python -m pytest tests/slurm
 
 # the tests of engines again, on vLLM

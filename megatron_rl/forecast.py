@@ -2,6 +2,7 @@
 
 import socket
 from dataclasses import replace
+from typing import Literal
 
 import torch
 
@@ -14,8 +15,8 @@ from megatron_rl.types import ParallelContext
 # the processors of a host: speeds are of no account here, what the allocator keeps has been measured
 HOST = Hardware(
     name="this host", ranks_per_node=1, device_gb=0.0, host_gb=0.0, tflops=0.1, fp8_tflops=0.1, memory_gb_s=10.0,
-    link_gb_s=1.0, network_gb_s=1.0, host_link_gb_s=10.0,
-     base_gb=0.0, process_gb=0.0, engine_cache_gb=1.1, fragmentation=0.3,
+    link_gb_s=1.0, network_gb_s=1.0, host_link_gb_s=10.0, base_gb=0.0, process_gb=0.0,
+    engine_cache_gb=1.1, fragmentation=0.3,
 )  # fmt: skip
 
 
@@ -37,7 +38,7 @@ def this_machine(parallel: ParallelContext) -> Hardware:
     """The machine of the rank that has least; collective."""
     hosts = gather_objects(socket.gethostname(), parallel)
     ranks = max(map(hosts.count, hosts))
-    host_gb = min(gather_objects(available_memory() / 1e9, parallel))
+    host_gb = min(gather_objects(host_memory_gb("MemAvailable"), parallel))
     if parallel.device.type != "cuda":
         return replace(HOST, ranks_per_node=ranks, device_gb=host_gb / ranks, host_gb=host_gb)
     device = torch.cuda.get_device_properties(parallel.device)
@@ -46,7 +47,7 @@ def this_machine(parallel: ParallelContext) -> Hardware:
     return replace(KNOWN[known], name=device.name, ranks_per_node=ranks, device_gb=device_gb, host_gb=host_gb)
 
 
-def available_memory() -> float:
-    """Bytes that this host can still give out."""
+def host_memory_gb(name: Literal["MemAvailable", "MemTotal"]) -> float:
+    """What this host can still give out, or has in all."""
     with open("/proc/meminfo") as file:
-        return next(float(line.split()[1]) for line in file if line.startswith("MemAvailable:")) * 1024
+        return next(float(line.split()[1]) for line in file if line.startswith(f"{name}:")) * 1024 / 1e9

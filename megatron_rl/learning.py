@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from megatron_rl.algorithms.importance import RolloutCorrection, build_correction
+from megatron_rl.algorithms.importance import build_correction, needs_old_logprobs
 from megatron_rl.algorithms.kl import adapted_coef
 from megatron_rl.batching.plan import plan_batch
 from megatron_rl.batching.selection import accepted, most_spread, num_teaching, without_truncated
@@ -48,7 +48,7 @@ def learn(
         return batch, state, metrics
     if graded:
         correction = build_correction(config.algorithm)
-        needs_old = needs_old_logprobs(batch, config, correction)
+        needs_old = needs_old_logprobs(config.algorithm, correction, num_updates=len(batch.updates))
         batch = score(batch, policy, models.reference, watch, needs_old=needs_old)
         batch, judged = value(batch, groups, critic, config, parallel, watch)
         coef = kl_reward_coef(state, config.algorithm)
@@ -98,17 +98,6 @@ def plan(groups: Sequence[RolloutGroup], config: RunConfig, parallel: ParallelCo
         # a step that brings nothing to imitate is no fault
         leave_out_empty=config.algorithm.accept_min_reward is not None,
     )
-
-
-def needs_old_logprobs(batch: TrainBatch, config: RunConfig, correction: RolloutCorrection) -> bool:
-    """Whether anything asks for the trainer's log-probabilities before the update.
-
-    A single update finds its own: the weights are still those that would be asked. For what whole responses and
-    returns are made of it is too late.
-    """
-    algorithm = config.algorithm
-    compared = algorithm.kl_reward_coef > 0 or algorithm.advantage == "distillation"
-    return len(batch.updates) > 1 or correction.needs_responses or compared
 
 
 def score(

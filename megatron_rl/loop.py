@@ -5,7 +5,6 @@ from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
-from megatron_rl.batching.sequences import flatten_groups
 from megatron_rl.build import (
     Inputs,
     build_collector,
@@ -35,21 +34,20 @@ from megatron_rl.learning import learn
 from megatron_rl.ledger import Ledger
 from megatron_rl.mcore.parallel import describe_layout, init_parallel, launcher_world, leave_world
 from megatron_rl.mcore.reference import BaseReference
-from megatron_rl.metrics.metric import Mean, Metrics, Reduction, mean_max_min, merge
+from megatron_rl.metrics.metric import Metrics, Reduction, merge
 from megatron_rl.metrics.timing import Stopwatch
-from megatron_rl.models import ModelSpec
-from megatron_rl.models.flops import forward_flops
 from megatron_rl.profiling import profiled
 from megatron_rl.rollout.engine import Engine
 from megatron_rl.rollout.evaluator import Evaluator, Sample
 from megatron_rl.rollout.keeper import EngineKeeper
 from megatron_rl.rollout.sampler import Collected, Sampler
-from megatron_rl.rollout.statistics import length_metrics, reward_metrics, staleness_metrics
+from megatron_rl.rollout.statistics import staleness_metrics
 from megatron_rl.run_folder import RunFolder
 from megatron_rl.run_log import RunLog
 from megatron_rl.run_models import Reference, RunModels
+from megatron_rl.step_metrics import rollout_metrics
 from megatron_rl.stop import StopRequest
-from megatron_rl.types import ParallelContext, TrainBatch, TrainState, UpdatePlan
+from megatron_rl.types import ParallelContext, TrainState
 
 InEngine = Callable[[TrainState, Stopwatch], AbstractContextManager[dict[str, Reduction]]]
 """``policy_in_engine`` of a run."""
@@ -376,36 +374,6 @@ def examine(
         return {}
     with watch.span("benchmarks"), in_engine(state, watch):
         return examiner.examine(state.step)
-
-
-def rollout_metrics(
-    collected: Collected, batch: TrainBatch | None, spec: ModelSpec, *, graded: bool, parallel: ParallelContext
-) -> dict[str, Reduction]:
-    """Metrics of the step's rollouts, which every rank knows and the first one counts."""
-    groups = collected.groups
-    metrics: dict[str, Reduction] = {name: Mean(value) for name, value in collected.counts.items()}
-    if not parallel.is_main:
-        return {}
-    metrics |= length_metrics(groups)
-    if batch is not None:
-        metrics["perf/actor_tflop"] = Mean(sum(update_flops(spec, update) for update in batch.updates) / 1e12)
-        metrics |= mean_max_min("batch/imbalance", [update.imbalance for update in batch.updates])
-        metrics["batch/num_micro_batches"] = Mean(sum(len(update.micro_batches) for update in batch.updates))
-    if graded:
-        _, rewards, group_of = flatten_groups(groups)
-        metrics |= reward_metrics(groups, rewards, group_of)
-    return metrics
-
-
-def update_flops(spec: ModelSpec, update: UpdatePlan) -> float:
-    """Operations of an optimizer update over all ranks: forward, and twice as many backward."""
-    forward = forward_flops(
-        spec,
-        num_tokens=update.num_processed_tokens,
-        sum_squared_lengths=update.sum_squared_lengths,
-        num_logit_tokens=update.num_tokens,
-    )
-    return 3 * forward
 
 
 def describe(config: RunConfig, inputs: Inputs, parallel: ParallelContext, resumed: str | None) -> str:

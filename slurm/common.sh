@@ -171,9 +171,15 @@ examine() {
     return 1
 }
 
+bytes_in() {
+    du -sb "$1" 2>/dev/null | cut -f1 | grep . || echo "the beginning"
+}
+
+more_arguments() { :; } # that an attempt gets; none
+
 # until_done LOGS COMMAND …: attempts until it is done. An interrupted one is requeued; one that failed starts again, unless
-# it came no further than before. The functions progress (prints how far it is) and more_arguments (prints one a line) are the
-# caller's.
+# it came no further than before. The function progress (prints how far it is) is the caller's, more_arguments (prints one a line)
+# may be.
 until_done() {
     local logs=$1 && shift
     local attempt=0 failures=0 before=none status here text further
@@ -249,8 +255,7 @@ evaluate() {
     local config=$1 name logs output && shift
     begin
     output=$(given run.output_dir "runs/eval/$name" "$@")
-    progress() { du -sb "$output" 2>/dev/null | cut -f1 | grep . || echo "the beginning"; }
-    more_arguments() { :; }
+    progress() { bytes_in "$output"; }
     until_done "$logs" -m megatron_rl.evaluate --config "$config" "run.name=$name" "run.output_dir=$output" "$@"
 }
 
@@ -263,8 +268,7 @@ convert() {
         [[ $before != --output ]] || output=$argument
         before=$argument
     done
-    progress() { du -sb "$output" 2>/dev/null | cut -f1 | grep . || echo "the beginning"; }
-    more_arguments() { :; }
+    progress() { bytes_in "$output"; }
     case $direction in
     hf_to_megatron | megatron_to_hf) until_done "$logs" "tools/convert_$direction.py" "$@" ;;
     *)

@@ -24,11 +24,11 @@ from megatron_rl.batching.plan import given_batch
 from megatron_rl.batching.sequences import bare_sequence
 from megatron_rl.config.load import load_config
 from megatron_rl.errors import ConfigError
-from megatron_rl.loop import update_flops
 from megatron_rl.mcore.parallel import init_parallel, leave_world
 from megatron_rl.mcore.policy import Policy
 from megatron_rl.mcore.precision import FP8_NEEDS, choose_implementation, installed
 from megatron_rl.models.flops import peak_tflops
+from megatron_rl.step_metrics import update_flops
 from megatron_rl.types import ParallelContext, TrainBatch, TrainSequence
 
 SHAPES: dict[str, dict[str, Any]] = {

@@ -60,7 +60,9 @@ class Case:
     family: str = "qwen2"
 
 
-P = "parallel"
+ONE_EACH = "batching.max_tokens_per_micro_batch=1024"
+TP2 = ("parallel.tensor_parallel_size=2", "parallel.sequence_parallel=true")
+PP2 = "parallel.pipeline_parallel_size=2"
 CASES = (
     Case("one rank"),
     Case("bf16 with fp32 masters", ("model.dtype=bf16",)),
@@ -69,25 +71,22 @@ CASES = (
         "norms and feed-forward blocks computed again",
         ("memory.recompute=selective", "memory.recompute_modules=[core_attn,layernorm,mlp]"),
     ),
-    Case("micro-batches of one sequence", ("batching.max_tokens_per_micro_batch=1024",)),
+    Case("micro-batches of one sequence", (ONE_EACH,)),
     Case("adapters alone learn", ("lora.rank=16", "memory.recompute=full")),
     Case("DP2, optimizer sharded", (), 2),
-    Case("TP2 with sequence parallelism", (f"{P}.tensor_parallel_size=2", f"{P}.sequence_parallel=true"), 2),
-    Case("PP2, four micro-batches", (f"{P}.pipeline_parallel_size=2", "batching.max_tokens_per_micro_batch=1024"), 2),
-    Case("EP2, 8 experts", (f"{P}.expert_parallel_size=2",), 2, "qwen3_moe"),
+    Case("TP2 with sequence parallelism", TP2, 2),
+    Case("PP2, four micro-batches", (PP2, ONE_EACH), 2),
+    Case("EP2, 8 experts", ("parallel.expert_parallel_size=2",), 2, "qwen3_moe"),
 )  # fmt: skip
 
-
-TWO = "batching.max_tokens_per_micro_batch=1024"
-TP2 = (f"{P}.tensor_parallel_size=2", f"{P}.sequence_parallel=true")
 LAYOUTS = (
     Case("DP2", (), 2),
     Case("DP2, whole layers computed again", ("memory.recompute=full",), 2),
     Case("TP2", TP2, 2),
     Case("TP2, whole layers computed again", (*TP2, "memory.recompute=full"), 2),
-    Case("CP2", (f"{P}.context_parallel_size=2",), 2),
-    Case("PP2, four micro-batches", (f"{P}.pipeline_parallel_size=2", TWO), 2),
-    Case("PP2, one micro-batch", (f"{P}.pipeline_parallel_size=2",), 2),
+    Case("CP2", ("parallel.context_parallel_size=2",), 2),
+    Case("PP2, four micro-batches", (PP2, ONE_EACH), 2),
+    Case("PP2, one micro-batch", (PP2,), 2),
 )
 ROUNDS = 2
 
@@ -107,15 +106,15 @@ def write_models(folder: Path) -> None:
         (folder / f"{family}.yaml").write_text(text)
 
 
-def peak_of_an_update(config_file: Path, overrides: list[str]) -> dict[str, float]:
-    """Of this rank, in MB."""
+def peak_mb_of_an_update(config_file: Path, overrides: list[str]) -> float:
+    """Of this rank."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
         seconds_of_updates(config_file, overrides, 1)
     events = [event for event in watched.profiler.kineto_results.events() if event.name() == "[memory]"]
     sizes = (event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
-    return {"peak_mb": max(accumulate(sizes)) / 1e6}
+    return max(accumulate(sizes)) / 1e6
 
 
 def seconds_of_updates(config_file: Path, overrides: list[str], count: int) -> list[float]:
@@ -257,11 +256,10 @@ def main() -> None:
     if arguments.measure:
         what, config_file, *overrides = arguments.measure
         path = Path(config_file)
-        found: dict[str, Any] = (
-            dict(peak_of_an_update(path, overrides))
-            if what == "memory"
-            else {"seconds": seconds_of_updates(path, overrides, 1 + ROUNDS)}
-        )
+        if what == "memory":
+            found: dict[str, Any] = {"peak_mb": peak_mb_of_an_update(path, overrides)}
+        else:
+            found = {"seconds": seconds_of_updates(path, overrides, 1 + ROUNDS)}
         os.write(1, f"{json.dumps(found)}\n".encode())  # at once: the ranks share the pipe
         return
     with tempfile.TemporaryDirectory() as name:

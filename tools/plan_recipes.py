@@ -11,11 +11,10 @@ from pathlib import Path
 from plan import with_known_models
 
 from megatron_rl.config import load_config
-from megatron_rl.planning.hardware import KNOWN, Hardware
+from megatron_rl.planning.hardware import DEVICES, KNOWN, Hardware
 from megatron_rl.planning.plan import Plan, make_plan
 
 FOLDER = Path(__file__).parents[1] / "configs/recipes/production"
-HARDWARE = {"a100": "a100-80g", "h100": "h100-80g", "h200": "h200-141g"}
 HEAD = """# Production recipes
 
 `slurm/README.md` says how they are started, `docs/scaling.md` how to choose another layout. GB of the fullest
@@ -50,9 +49,9 @@ def machine_of(recipe: Path) -> tuple[Hardware, int]:
         ValueError: its name does not say so.
     """
     found = re.search(r"-(\d+)n(\d+)g-([a-z]+\d+)-", recipe.name)
-    if found is None or found[3] not in HARDWARE:
+    if found is None or found[3].upper() not in DEVICES:
         raise ValueError(f"{recipe.name}: expected a name like grpo-qwen2.5-7b-1n8g-h100-fp8.yaml")
-    return KNOWN[HARDWARE[found[3]]], int(found[1]) * int(found[2])
+    return KNOWN[DEVICES[found[3].upper()]], int(found[1]) * int(found[2])
 
 
 def plan_of(recipe: Path) -> Plan:
@@ -66,17 +65,20 @@ def page() -> str:
     lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
     for recipe in recipes():
         plan = plan_of(recipe)
-        parallel, memory = plan.config.parallel, plan.memory
-        replicas = plan.world_size // (parallel.tensor_parallel_size * parallel.pipeline_parallel_size)
-        layout = f"TP{parallel.tensor_parallel_size} x PP{parallel.pipeline_parallel_size} x DP{replicas}"
-        layout += f", EP{parallel.expert_parallel_size}" if parallel.expert_parallel_size > 1 else ""
+        memory = plan.memory
         phases = [
             f"{memory.total(phase) / 1e9:.1f}" if phase in memory.phases else ""
             for phase in ("push", "generation", "log-probabilities", "update", "critic")
         ]
-        tokens = plan.workload.num_sequences * plan.workload.mean / plan.step_s / plan.world_size
         engine = f"{plan.config.rollout.engine} TP{plan.config.rollout.tensor_parallel_size}"
-        cells = (f"[{recipe.stem}]({recipe.name})", layout, engine, *phases, f"{plan.step_s:.0f}", f"{tokens:.0f}")
+        cells = (
+            f"[{recipe.stem}]({recipe.name})",
+            plan.layout,
+            engine,
+            *phases,
+            f"{plan.step_s:.0f}",
+            f"{plan.tokens_per_s:.0f}",
+        )
         lines.append(f"| {' | '.join(cells)} |")
     return HEAD + "\n".join(lines) + "\n"
 

@@ -141,3 +141,13 @@ def build_correction(config: AlgorithmSection) -> RolloutCorrection:
         rejection_high=float("inf") if high is None else high,
         veto=config.rollout_veto,
     )
+
+
+def needs_old_logprobs(config: AlgorithmSection, correction: RolloutCorrection, *, num_updates: int) -> bool:
+    """Whether anything asks for the trainer's log-probabilities before the updates of a step.
+
+    A single update finds its own: the weights are still those that would be asked. For what whole responses and
+    returns are made of it is too late.
+    """
+    compared = config.kl_reward_coef > 0 or config.advantage == "distillation"
+    return num_updates > 1 or correction.needs_responses or compared

@@ -18,13 +18,13 @@ from megatron_rl.config import RunConfig
 from megatron_rl.data.templates import load_tokenizer
 from megatron_rl.doctor.finding import Finding, error, ok, warning
 from megatron_rl.errors import MegatronRLError
+from megatron_rl.forecast import host_memory_gb
 from megatron_rl.mcore.model import check_weights
 from megatron_rl.models import read_model_spec
 
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "vllm", "sglang", "transformers", "omegaconf")
 # distribution -> (least, below) that this version of the package has been tried with
 TRIED = {"megatron-core": ((0, 16, 1), (0, 20)), "vllm": ((0, 20), (0, 33)), "sglang": ((0, 5, 11), (0, 6))}
-ENGINES = {"vllm": "vllm", "sglang": "sglang"}
 MIN_HOST_GB = 4.0
 MIN_DISK_GB = 10.0
 WRITE_MB = 64
@@ -80,10 +80,15 @@ def _fits_torch(name: str, torch_version: str) -> Iterator[Finding]:
         importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return
+    failure = _import_failure(name)
+    if failure:
+        yield error("versions", f"{name} does not fit torch {torch_version}: {failure}", f"pip uninstall {name}")
+
+
+def _import_failure(name: str) -> str:
+    """Why a package cannot be imported, found in a process of its own; empty when it can."""
     done = subprocess.run([sys.executable, "-c", f"import {name}"], capture_output=True, text=True, check=False)
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["?"])[-1]
-        yield error("versions", f"{name} does not fit torch {torch_version}: {last}", f"pip uninstall {name}")
+    return (done.stderr.strip().splitlines() or ["?"])[-1] if done.returncode else ""
 
 
 def devices() -> Iterator[Finding]:
@@ -147,16 +152,11 @@ def _health() -> Iterator[Finding]:
 
 def memory() -> Finding:
     """Of the host."""
-    available = _meminfo("MemAvailable") / 1e9
-    found = f"{available:.1f} of {_meminfo('MemTotal') / 1e9:.1f} GB are available"
+    available = host_memory_gb("MemAvailable")
+    found = f"{available:.1f} of {host_memory_gb('MemTotal'):.1f} GB are available"
     if available < MIN_HOST_GB:
         return error("memory", found, f"end other processes: at least {MIN_HOST_GB:.0f} GB are needed")
     return ok("memory", found)
-
-
-def _meminfo(name: str) -> float:
-    with open("/proc/meminfo") as file:
-        return next(float(line.split()[1]) for line in file if line.startswith(f"{name}:")) * 1024
 
 
 def disk(folder: Path) -> Finding:
@@ -224,12 +224,11 @@ def _attempt(check: str, read: Callable[[], str]) -> Finding:
 
 
 def engine(config: RunConfig) -> Finding:
-    """Whether the engine's package can be imported, in a process of its own."""
-    name = ENGINES.get(config.rollout.engine)
-    if name is None:
+    """Whether the engine's package can be imported."""
+    name = config.rollout.engine
+    if name == "embedded":
         return ok("engine", "embedded needs nothing")
-    done = subprocess.run([sys.executable, "-c", f"import {name}"], capture_output=True, text=True, check=False)
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["?"])[-1]
-        return error("engine", f"{name} cannot be imported: {last}", "docs/engines.md says how it is installed")
+    failure = _import_failure(name)
+    if failure:
+        return error("engine", f"{name} cannot be imported: {failure}", "docs/engines.md says how it is installed")
     return ok("engine", f"{name} can be imported")

@@ -12,14 +12,6 @@ from torch import Tensor
 
 from megatron_rl.cpu_linear import matmul
 
-# fp32 logits of one chunk, at most; a chunk costs about three times as much while it is worked on
-CHUNK_BYTES = 2**28
-
-
-def default_chunk_tokens(vocab_columns: int) -> int:
-    """Tokens of one chunk, for so many columns of the vocabulary on this rank."""
-    return max(1, CHUNK_BYTES // (4 * vocab_columns))
-
 
 def linear_logprobs(
     hidden: Tensor,

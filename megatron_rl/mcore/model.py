@@ -13,10 +13,11 @@ from torch import Tensor
 from megatron_rl.errors import ConversionError
 from megatron_rl.mcore import names, patches
 from megatron_rl.mcore.layer import block_submodules
-from megatron_rl.mcore.logprobs import default_chunk_tokens, linear_logprobs
+from megatron_rl.mcore.logprobs import linear_logprobs
 from megatron_rl.mcore.precision import Implementation, set_weight
 from megatron_rl.mcore.rotary import PositionRotary
 from megatron_rl.models import Head, ModelSpec, layout_table, padded_vocab_size
+from megatron_rl.models.logit_chunks import default_chunk_tokens
 from megatron_rl.models.table import VALUE_HEAD, ignored_names
 from megatron_rl.types import ParallelContext
 from megatron_rl.weights.hf_files import check_against_table

@@ -7,13 +7,13 @@ Engine and fused norms save the same or less.
 from dataclasses import dataclass
 
 from megatron_rl.config.schema import RunConfig
+from megatron_rl.models.logit_chunks import default_chunk_tokens
 from megatron_rl.models.spec import ModelSpec
 from megatron_rl.models.table import padded_vocab_size
+from megatron_rl.weights.hf_files import torch_dtype
 
 FLOAT = 4
 """Bytes of fp32."""
-CHUNK_BYTES = 2**28
-"""Logits of a chunk in fp32, unless batching.logprob_chunk_tokens says otherwise (mcore/logprobs.py)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,7 @@ def head_bytes(spec: ModelSpec, config: RunConfig, num_tokens: int) -> float:
     """
     columns = padded_vocab_size(spec.vocab_size, config.parallel.tensor_parallel_size)
     columns //= config.parallel.tensor_parallel_size
-    chunk = config.batching.logprob_chunk_tokens or max(1, CHUNK_BYTES // (FLOAT * columns))
+    chunk = config.batching.logprob_chunk_tokens or default_chunk_tokens(columns)
     size = element_bytes(config)
     logits = min(chunk, num_tokens) * columns * FLOAT
     gradient = columns * spec.hidden_size * (FLOAT + size)
@@ -94,4 +94,4 @@ def in_flight(stage: int, config: RunConfig, num_micro_batches: int) -> float:
 
 def element_bytes(config: RunConfig) -> int:
     """Of weights and activations."""
-    return 4 if config.model.dtype == "fp32" else 2
+    return torch_dtype(config.model.dtype).itemsize

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from megatron_rl.config.load import load_as
 from megatron_rl.errors import ConfigError
+from megatron_rl.models.flops import PEAK_TFLOPS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,16 +61,19 @@ KNOWN = {
     one.name: one
     for one in (
         Hardware(
-            name="a100-80g", ranks_per_node=8, device_gb=85.0, host_gb=1000.0, tflops=312.0, fp8_tflops=312.0,
-            memory_gb_s=2039.0, link_gb_s=300.0, network_gb_s=25.0, host_link_gb_s=25.0, base_gb=3.0,
+            name="a100-80g", ranks_per_node=8, device_gb=85.0, host_gb=1000.0,
+            tflops=PEAK_TFLOPS["A100"], fp8_tflops=PEAK_TFLOPS["A100"], memory_gb_s=2039.0,
+            link_gb_s=300.0, network_gb_s=25.0, host_link_gb_s=25.0, base_gb=3.0,
         ),
         Hardware(
-            name="h100-80g", ranks_per_node=8, device_gb=85.0, host_gb=2000.0, tflops=989.0, fp8_tflops=1979.0,
-            memory_gb_s=3350.0, link_gb_s=450.0, network_gb_s=50.0, host_link_gb_s=50.0, base_gb=3.0,
+            name="h100-80g", ranks_per_node=8, device_gb=85.0, host_gb=2000.0,
+            tflops=PEAK_TFLOPS["H100"], fp8_tflops=1979.0, memory_gb_s=3350.0,
+            link_gb_s=450.0, network_gb_s=50.0, host_link_gb_s=50.0, base_gb=3.0,
         ),
         Hardware(
-            name="h200-141g", ranks_per_node=8, device_gb=150.0, host_gb=2000.0, tflops=989.0, fp8_tflops=1979.0,
-            memory_gb_s=4800.0, link_gb_s=450.0, network_gb_s=50.0, host_link_gb_s=50.0, base_gb=3.0,
+            name="h200-141g", ranks_per_node=8, device_gb=150.0, host_gb=2000.0,
+            tflops=PEAK_TFLOPS["H200"], fp8_tflops=1979.0, memory_gb_s=4800.0,
+            link_gb_s=450.0, network_gb_s=50.0, host_link_gb_s=50.0, base_gb=3.0,
         ),
     )
 }  # fmt: skip

@@ -20,7 +20,7 @@ from megatron_rl.planning.workload import Workload, micro_batches_of
 from megatron_rl.weights.layout import Place
 
 STATE_BYTES = {"fp32": 4, "bf16": 2, "fp8": 1}
-QUANTIZED_BYTES = {"none": 2.0, "int8": 1.03, "nf4": 0.57}
+QUANTIZED_BYTES = {"int8": 1.03, "nf4": 0.57}
 """Of an element of a frozen matrix, scales counted in."""
 
 

@@ -45,10 +45,6 @@ class EngineMemory:
     cache_tokens: float
     """Tokens whose keys and values fit, over all ranks of the engine."""
 
-    @property
-    def total(self) -> float:
-        return self.weights + self.cache + self.work
-
 
 @dataclass(frozen=True, kw_only=True)
 class RankMemory:

@@ -30,6 +30,27 @@ class Plan:
         return sum(self.seconds.values())
 
     @property
+    def layout(self) -> str:
+        """The parallel sizes; of CP and EP only those that do something."""
+        parallel = self.config.parallel
+        tp, pp, cp = parallel.tensor_parallel_size, parallel.pipeline_parallel_size, parallel.context_parallel_size
+        context = f" x CP{cp}" if cp > 1 else ""
+        experts = f", EP{parallel.expert_parallel_size}" if parallel.expert_parallel_size > 1 else ""
+        return f"TP{tp} x PP{pp}{context} x DP{self.num_replicas}{experts}"
+
+    @property
+    def num_replicas(self) -> int:
+        """Data-parallel ranks."""
+        parallel = self.config.parallel
+        sizes = parallel.tensor_parallel_size * parallel.pipeline_parallel_size * parallel.context_parallel_size
+        return self.world_size // sizes
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Of prompts and responses, by every rank."""
+        return self.workload.num_sequences * self.workload.mean / self.step_s / self.world_size
+
+    @property
     def lacks(self) -> list[str]:
         """Reasons why it does not fit; none: it does."""
         found = []
@@ -153,18 +174,13 @@ def summary(plan: Plan) -> str:
 def describe(plan: Plan) -> str:
     """The whole plan as text."""
     config, memory, hardware, work = plan.config, plan.memory, plan.hardware, plan.workload
-    parallel = config.parallel
-    tp, pp, cp = parallel.tensor_parallel_size, parallel.pipeline_parallel_size, parallel.context_parallel_size
-    dp = plan.world_size // (tp * pp * cp)
-    batches = micro_batches_of(config, work, dp, longest=True)
-    layout = f"TP{tp} x PP{pp}" + (f" x CP{cp}" if cp > 1 else "") + f" x DP{dp}"
-    layout += f", EP{parallel.expert_parallel_size}" if parallel.expert_parallel_size > 1 else ""
+    batches = micro_batches_of(config, work, plan.num_replicas, longest=True)
     nodes = -(-plan.world_size // hardware.ranks_per_node)
     phases = list(memory.phases)
     holders = list(dict.fromkeys(name for parts in memory.phases.values() for name in parts))
     width = max(map(len, holders))
     lines = [
-        f"{Path(config.model.path).name} on {nodes} x {hardware.ranks_per_node} {hardware.name}: {layout}, "
+        f"{Path(config.model.path).name} on {nodes} x {hardware.ranks_per_node} {hardware.name}: {plan.layout}, "
         f"{config.rollout.engine} of TP{config.rollout.tensor_parallel_size}",
         f"an update: {work.sequences_per_update} sequences of at most {work.longest} tokens, at least "
         f"{batches.count} micro-batches of at most {batches.tokens} tokens on each rank",
@@ -180,11 +196,10 @@ def describe(plan: Plan) -> str:
     lines += ["", f"GB of a host: {sum(memory.host.values()) / 1e9:.0f} of {hardware.host_gb:.0f} ({host})"]
     if memory.engine.cache_tokens:
         lines.append(f"an engine's cache: {memory.engine.cache_tokens:,.0f} tokens")
-    tokens = work.num_sequences * work.mean
     lines += [
         "",
         f"a step of {work.num_sequences} sequences with {work.mean_prompt:.0f} + {work.mean_response:.0f} tokens on "
-        f"average: about {plan.step_s:.0f} s, {tokens / plan.step_s / plan.world_size:.0f} tokens/s/rank",
+        f"average: about {plan.step_s:.0f} s, {plan.tokens_per_s:.0f} tokens/s/rank",
         *(f"  {name:<18}{seconds:9.1f} s" for name, seconds in plan.seconds.items()),
         "",
     ]

@@ -6,7 +6,7 @@ Meant for choosing between layouts. The efficiencies are those of the hardware d
 from collections.abc import Mapping
 from math import ceil
 
-from megatron_rl.algorithms.importance import build_correction
+from megatron_rl.algorithms.importance import build_correction, needs_old_logprobs
 from megatron_rl.config.schema import RunConfig
 from megatron_rl.models.flops import forward_flops
 from megatron_rl.models.spec import ModelSpec
@@ -27,7 +27,7 @@ def step_seconds(
     found = {}
     if config.rollout.source == "engine":
         found["generation"] = _generation(specs.policy, config, workload, hardware, world_size, engine)
-        found["weight push"] = _push(specs.policy, config, hardware, world_size)
+        found["weight push"] = _push(specs.policy, config, hardware)
         if config.memory.offload:
             found["offload and back"] = _offload(specs.policy, config, workload, hardware, world_size)
     passes = _num_scorings(config)
@@ -46,11 +46,11 @@ def step_seconds(
 
 def _num_scorings(config: RunConfig) -> int:
     """Passes without gradient over every sequence."""
-    algorithm = config.algorithm
-    several = config.batching.num_updates * config.batching.num_epochs > 1
-    compared = algorithm.kl_reward_coef > 0 or algorithm.advantage == "distillation"
-    graded = config.rollout.source != "demonstrations"
-    return graded * (int(several or compared or build_correction(algorithm).needs_responses) + algorithm.uses_reference)
+    if config.rollout.source == "demonstrations":
+        return 0
+    algorithm, num_updates = config.algorithm, config.batching.num_updates * config.batching.num_epochs
+    old = needs_old_logprobs(algorithm, build_correction(algorithm), num_updates=num_updates)
+    return old + algorithm.uses_reference
 
 
 def _update(spec: ModelSpec, config: RunConfig, workload: Workload, hardware: Hardware, world_size: int) -> float:
@@ -89,18 +89,17 @@ def _pass(
     bubble = 1 + (pp - 1) / (batches.count * parallel.virtual_pipeline_parallel_size)
     layers = ceil(spec.num_layers / pp)
     hidden = batches.tokens * spec.hidden_size * element_bytes(config)  # of a micro-batch
-    near, far = (one * 1e9 * hardware.bandwidth_efficiency for one in (hardware.link_gb_s, hardware.network_gb_s))
     # two exchanges of the hidden states in every pass through a layer
-    tensor = 2 * factor * layers * (hidden * 2 * (tp - 1) / tp / _reach(tp, hardware, near, far) if tp > 1 else 0.0)
+    tensor = 2 * factor * layers * (hidden * 2 * (tp - 1) / tp / _reach(tp, hardware) if tp > 1 else 0.0)
     context = 0.0
     if cp > 1:
         keys = 2 * batches.tokens * spec.num_query_groups * spec.head_dim / tp * element_bytes(config)
-        context = factor * layers * keys * (cp - 1) / _reach(tp * cp, hardware, near, far)
+        context = factor * layers * keys * (cp - 1) / _reach(tp * cp, hardware)
     experts = 0.0
     if spec.moe is not None and parallel.expert_parallel_size > 1:
         sent = 2 * spec.moe.experts_per_token * hidden / tp * (1 - 1 / parallel.expert_parallel_size)
-        experts = factor * layers * sent / _reach(tp * parallel.expert_parallel_size, hardware, near, far)
-    pipeline = 2 * hidden / far if pp > 1 else 0.0
+        experts = factor * layers * sent / _reach(tp * parallel.expert_parallel_size, hardware)
+    pipeline = 2 * hidden / (hardware.network_gb_s * 1e9 * hardware.bandwidth_efficiency) if pp > 1 else 0.0
     launches = factor * layers * 30 * hardware.kernel_s
     compute = flops / (tp * cp) / (peak * 1e12 * hardware.matmul_efficiency)
     apart = batches.count * (tensor + context + experts + pipeline + launches)
@@ -113,18 +112,18 @@ def _reduction(spec: ModelSpec, config: RunConfig, hardware: Hardware, world_siz
     ranks = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
     dp = world_size // ranks
     held = max(share.total for share in stage_shares(spec, parallel))
-    near, far = (one * 1e9 * hardware.bandwidth_efficiency for one in (hardware.link_gb_s, hardware.network_gb_s))
     memory = hardware.memory_gb_s * 1e9 * hardware.bandwidth_efficiency
     owned = held / dp if parallel.distributed_optimizer else held
     step = owned * 7 * FLOAT / memory + held * 3 * FLOAT / memory
     if dp == 1:
         return step
-    return step + held * (FLOAT + size) * (dp - 1) / dp / _reach(world_size, hardware, near, far)
+    return step + held * (FLOAT + size) * (dp - 1) / dp / _reach(world_size, hardware)
 
 
-def _reach(ranks: int, hardware: Hardware, near: float, far: float) -> float:
+def _reach(ranks: int, hardware: Hardware) -> float:
     """Bytes a second among so many neighbouring ranks."""
-    return near if ranks <= hardware.ranks_per_node else far
+    links = hardware.link_gb_s if ranks <= hardware.ranks_per_node else hardware.network_gb_s
+    return links * 1e9 * hardware.bandwidth_efficiency
 
 
 def _generation(
@@ -162,15 +161,14 @@ def _active_parameters(spec: ModelSpec) -> float:
     return forward_flops(spec, num_tokens=1, sum_squared_lengths=1, num_logit_tokens=1) / 2
 
 
-def _push(spec: ModelSpec, config: RunConfig, hardware: Hardware, world_size: int) -> float:
+def _push(spec: ModelSpec, config: RunConfig, hardware: Hardware) -> float:
     """An engine rank's share, of which it holds the part that its own stage has."""
     share = num_parameters(spec) * element_bytes(config) / config.rollout.tensor_parallel_size
     at_home = 1 / config.parallel.pipeline_parallel_size
     at_home *= min(1.0, config.rollout.tensor_parallel_size / config.parallel.tensor_parallel_size)
     ranks = config.parallel.tensor_parallel_size * config.parallel.pipeline_parallel_size
-    links = hardware.link_gb_s if ranks <= hardware.ranks_per_node else hardware.network_gb_s
-    efficiency = hardware.bandwidth_efficiency * 1e9
-    return share * (1 - at_home) / (links * efficiency) + share / (hardware.memory_gb_s * efficiency)
+    memory = hardware.memory_gb_s * 1e9 * hardware.bandwidth_efficiency
+    return share * (1 - at_home) / _reach(ranks, hardware) + share / memory
 
 
 def _offload(spec: ModelSpec, config: RunConfig, workload: Workload, hardware: Hardware, world_size: int) -> float:

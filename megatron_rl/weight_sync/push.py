@@ -26,6 +26,7 @@ from megatron_rl.rollout.engine import Engine, Request
 from megatron_rl.rollout.sampling import sample_seed
 from megatron_rl.types import SamplingParams, TrainSequence
 from megatron_rl.weight_sync.verify import ReceivedChecksums, sent_checksums
+from megatron_rl.weights.hf_files import torch_dtype
 from megatron_rl.weights.layout import Box, full_box, hf_shapes
 from megatron_rl.weights.neighbours import Meeting, meet_neighbours
 from megatron_rl.weights.reshard import ReshardPlan, plan_reshard
@@ -186,7 +187,7 @@ class WeightSync:
         return {"weight_sync/probe_difference": Max(max(apart))}
 
     def _element_size(self) -> int:
-        return {"fp32": 4, "bf16": 2}[self._config.model.dtype]
+        return torch_dtype(self._config.model.dtype).itemsize
 
 
 def policy_logprobs(policy: ScoringModel, pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:

@@ -76,6 +76,7 @@ EVERYTHING = {
     "checkpoints",
     "run_log",
     "dry_run",
+    "step_metrics",
     "stop",
 }
 ONLY_IN = {

@@ -74,7 +74,8 @@ import resource
 from types import SimpleNamespace
 import torch
 import megatron_rl.mcore
-from megatron_rl.mcore.logprobs import default_chunk_tokens, linear_logprobs
+from megatron_rl.mcore.logprobs import linear_logprobs
+from megatron_rl.models.logit_chunks import default_chunk_tokens
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 tokens, vocabulary, hidden_size = 8 * 2048, 152064, 16

@@ -12,17 +12,17 @@ import yaml
 
 from bench.worker import Clock, serve
 from bench.workload import BETAS, CLIP_GRAD, STD_EPSILON, Workload
-from megatron_rl.algorithms.importance import build_correction
+from megatron_rl.algorithms.importance import build_correction, needs_old_logprobs
 from megatron_rl.build import build_collector, build_engine, build_keeper, build_sampler, read_inputs
 from megatron_rl.config import RunConfig
 from megatron_rl.config.load import load_config
 from megatron_rl.credit import add_advantages
-from megatron_rl.learning import needs_old_logprobs, plan, score
-from megatron_rl.loop import rollout_metrics
+from megatron_rl.learning import plan, score
 from megatron_rl.mcore.parallel import init_parallel
 from megatron_rl.mcore.policy import Policy
 from megatron_rl.metrics.timing import Stopwatch
 from megatron_rl.rollout.sampler import Collected
+from megatron_rl.step_metrics import rollout_metrics
 from megatron_rl.types import TrainBatch
 
 
@@ -76,7 +76,7 @@ class OurLoop:
             collected = self._sampler.collect(self._steps + 1, self._prompts)
         batch = plan(collected.groups, self.config, self.parallel)
         correction = build_correction(self.config.algorithm)
-        needs_old = needs_old_logprobs(batch, self.config, correction)
+        needs_old = needs_old_logprobs(self.config.algorithm, correction, num_updates=len(batch.updates))
         batch = score(batch, self.policy, None, Stopwatch(), needs_old=needs_old)
         batch, _ = add_advantages(batch, self.config.algorithm, self.parallel, kl_coef=0.0)
         self._steps += 1
