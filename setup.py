@@ -51,7 +51,7 @@ setup(
             "mbridge==0.15.1",
             "peft>=0.18,<1",
             "einops",
-            "pytest>=8,<10",
+            "pytest>=8.3.3,<10",
             "ruff>=0.14,<0.18",
             "mypy>=1.18,<3",
             "types-PyYAML",

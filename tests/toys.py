@@ -18,6 +18,8 @@ TIMED = (
     *("timing_s", "perf/time", "perf/throughput", "perf/tflops", "perf/mfu"),
     *("weight_sync/seconds", "weight_sync/gb_per_s"),
 )
+# where a run ended early, it evaluated there and pushed its weights for that, which the other did not
+IN_PARTS = (*TIMED, "eval/", "weight_sync/")
 VOCAB = 61  # no multiple of 64: the vocabulary is padded
 
 

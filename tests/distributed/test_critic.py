@@ -13,7 +13,7 @@ from tests.distributed import cases
 from tests.distributed.test_invariance import rows
 from tests.distributed.test_layouts import keys
 from tests.gang import Gang
-from tests.toys import TIMED, sequences, toy_config
+from tests.toys import IN_PARTS, sequences, toy_config
 
 PPO = (
     *("algorithm.advantage=gae", "algorithm.gae_lambda=0.95", "algorithm.whiten_advantages=true"),
@@ -99,8 +99,7 @@ def test_both_resume_bit_for_bit_also_in_other_layouts(
     parts = run(2, tmp_path / "parts", gangs, deep, *layout, "checkpoint.in_background=true", "run.num_steps=6")
 
     def compared(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        left_out = (*TIMED, "eval/", "weight_sync/")
-        return [{k: v for k, v in row.items() if not k.startswith(left_out)} for row in found]
+        return [{k: v for k, v in row.items() if not k.startswith(IN_PARTS)} for row in found]
 
     assert compared(parts) == compared(whole)
     other = tmp_path / "other"

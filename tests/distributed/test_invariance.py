@@ -9,7 +9,7 @@ import pytest
 
 from tests.distributed import cases
 from tests.gang import Gang
-from tests.toys import TIMED, toy_config
+from tests.toys import IN_PARTS, toy_config
 
 COMPARED = (
     "actor/loss",
@@ -148,9 +148,7 @@ def test_resume_repeats_bit_for_bit(
     assert [p.name for p in (parts / "run/checkpoints").glob("step_*")] == ["step_000020"]
 
     def compared(folder: Path) -> list[dict[str, Any]]:
-        # the first part also evaluates, and pushes for that
-        left_out = (*TIMED, "eval/", "weight_sync/")
-        return [{k: v for k, v in row.items() if not k.startswith(left_out)} for row in rows(folder / "run")]
+        return [{k: v for k, v in row.items() if not k.startswith(IN_PARTS)} for row in rows(folder / "run")]
 
     assert compared(parts) == compared(whole)
     assert [p.name for p in (parts / "run/references").iterdir()] == ["step_000018"]
