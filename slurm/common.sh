@@ -21,19 +21,18 @@ export START_AGAIN=75                       # exit status of a run that was inte
 
 # Outside of a batch job: submit the script with the same arguments, or with --dry-run say what would be submitted.
 submit_unless_in_job() {
-    local script=$1 argument && shift
+    local script=$1 argument is_dry="" arguments=() && shift
     [[ ${ENVIRONMENT:-} == BATCH && -n ${SLURM_JOB_ID:-} ]] && return
     for argument in "$@"; do
-        if [[ $argument == --dry-run ]]; then
-            echo "sbatch $script $*"
-            echo "with, unless options of sbatch or SBATCH_* say otherwise:"
-            grep '^#SBATCH' "$script" | sed 's/^#SBATCH /  /'
-            env | grep '^SBATCH_' | sort | sed 's/^/  /' || true
-            echo "a rank: $(python_prefix | tr '\n' ' ')python"
-            exit 0
-        fi
+        [[ $argument == --dry-run ]] && is_dry=yes || arguments+=("$argument")
     done
-    exec sbatch "$script" "$@"
+    [[ -n $is_dry ]] || exec sbatch "$script" "$@"
+    echo sbatch "$script" "${arguments[@]@Q}"
+    echo "with, unless options of sbatch or SBATCH_* say otherwise:"
+    grep '^#SBATCH' "$script" | sed 's/^#SBATCH /  /'
+    env | grep '^SBATCH_' | sort | sed 's/^/  /' || true
+    echo "a rank: $(python_prefix | tr '\n' ' ')python"
+    exit 0
 }
 
 # The words before "python …" on a node: nothing in a virtual environment, a container's otherwise.

@@ -1,8 +1,9 @@
 """A small Slurm cluster on this machine: python tools/local_slurm.py start DIR [--nodes 2] | stop DIR.
 
 Starts munged, slurmctld and as many slurmd as there are nodes, all of this one host, on ports of their own, and prints
-the export of SLURM_CONF by which sbatch, srun and scontrol find them. For trying scripts, and for the tests. Needs root
-and the packages slurm-wlm and munge (Debian, Ubuntu).
+the export of SLURM_CONF by which sbatch, srun and scontrol find them. Jobs of the partition "urgent" preempt those of
+the default one, which have a minute of grace. For trying scripts, and for the tests. Needs root and the packages
+slurm-wlm and munge (Debian, Ubuntu).
 """
 
 import argparse
@@ -45,8 +46,11 @@ JobRequeue=1
 KillWait=10
 MinJobAge=3600
 SchedulerParameters=batch_sched_delay=0,sched_interval=1
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 {nodes}
-PartitionName=main Nodes={names} Default=YES MaxTime=INFINITE State=UP
+PartitionName=main Nodes={names} Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
+PartitionName=urgent Nodes={names} MaxTime=INFINITE State=UP PriorityTier=2 PreemptMode=OFF
 """
 
 
@@ -121,7 +125,11 @@ def start(folder: Path, num_nodes: int, cpus: int, memory_mb: int, gpus: int) ->
 
     def all_idle() -> bool:
         told = subprocess.run(
-            ["sinfo", "-h", "-N", "-o", "%t"], env=environment, capture_output=True, text=True, check=False
+            ["sinfo", "-h", "-N", "-p", "main", "-o", "%t"],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         return told.stdout.split() == ["idle"] * num_nodes
 

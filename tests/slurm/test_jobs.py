@@ -86,6 +86,38 @@ def test_told_in_the_middle_of_generation(submit: Submit) -> None:
         assert time.monotonic() - told < 60
     job.finish()
     assert job.untimed() == whole.untimed()
+    # and by Slurm, for a job that goes first: TERM, and a kill after the minute of grace
+    job = submit("grpo_7b.sh", *LAYOUT, *STEPS, *LONG, options=FOUR_RANKS, name="preempted")
+    job.reach(3)
+    run = job.cluster.run
+    urgent = run(
+        "sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--exclusive", "--wrap=sleep 1", cwd=job.folder
+    )
+    Job(job.cluster, urgent.strip(), "urgent", job.folder).finish()
+    assert "interrupted; job" in job.output
+    job.finish()
+    assert job.output.count("resumed from step_") == 1
+    assert job.untimed() == whole.untimed()
+
+
+def test_a_job_whose_time_is_up_goes_on_in_the_next(submit: Submit) -> None:
+    """Told by Slurm, and by the clock alone."""
+    ways = {"told": ("--signal=B:USR1@60", ()), "clock": ("--signal=B:USR1@0", ("run.stop_before_end_s=60",))}
+    jobs = [
+        submit(
+            "grpo_7b.sh", *STEPS, *arguments, "run.num_steps=100000", name=name,
+            options=("--ntasks-per-node=1", "--time=2", signal_option),
+        )
+        for name, (signal_option, arguments) in ways.items()
+    ]  # fmt: skip
+    for job in jobs:
+        wait_for("it goes on", lambda job=job: "resumed from step_" in job.output)  # type: ignore[misc]
+        assert "interrupted; job" in job.output
+        logged = [row["step"] for row in job.rows()]
+        assert logged == list(range(len(logged)))
+        job.cluster.run("scancel", job.number)
+    for job in jobs:
+        job.finish("CANCELLED")
 
 
 def test_a_cancelled_job_stays_cancelled(submit: Submit) -> None:
