@@ -29,7 +29,7 @@ def step_seconds(
         found["generation"] = _generation(specs.policy, config, workload, hardware, world_size, engine)
         found["weight push"] = _push(specs.policy, config, hardware)
         if config.memory.offload:
-            found["offload and back"] = _offload(specs.policy, config, workload, hardware, world_size)
+            found["offload and back"] = _offload(specs, config, workload, hardware, world_size)
     passes = _num_scorings(config)
     if passes:
         forward = _pass(specs.policy, config, workload, hardware, world_size, factor=1.0)
@@ -171,8 +171,13 @@ def _push(spec: ModelSpec, config: RunConfig, hardware: Hardware) -> float:
     return share * (1 - at_home) / _reach(ranks, hardware) + share / memory
 
 
-def _offload(spec: ModelSpec, config: RunConfig, workload: Workload, hardware: Hardware, world_size: int) -> float:
-    offload = set(config.memory.offload)
-    stage = model_memory(spec, config, workload, world_size)[0]
-    moved = sum(size for part, size in stage.parts.items() if part in offload)
+def _offload(specs: Specs, config: RunConfig, workload: Workload, hardware: Hardware, world_size: int) -> float:
+    """Of the stage that has most, there and back."""
+    learners = [(specs.policy, config)]
+    if specs.critic is not None:
+        learners.append((specs.critic, config.of_critic()))
+    moved = 0.0
+    for spec, own in learners:
+        stages = model_memory(spec, own, workload, world_size)
+        moved += max(sum(stage.parts[part] for part in config.memory.offload) for stage in stages)
     return 2 * moved / (hardware.host_link_gb_s * 1e9 * hardware.bandwidth_efficiency)
