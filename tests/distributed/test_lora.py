@@ -20,7 +20,11 @@ from tests.distributed.test_layouts import OVERLAP, keys
 from tests.gang import Gang
 from tests.toys import IN_PARTS, sequences, toy_config
 
-LORA = ("lora.rank=4", "lora.alpha=8", "optimizer.lr=0.02", "batching.num_updates=1", "algorithm.kl_coef=0")
+# Adam's usual epsilon makes whole steps of gradients that are rounding noise, which no two layouts share
+LORA = (
+    *("lora.rank=4", "lora.alpha=8", "optimizer.lr=0.02", "batching.num_updates=1"),
+    *("algorithm.kl_coef=0", "optimizer.adam_eps=1e-4"),
+)
 LAYOUTS = [
     (1, "batching.packed=false batching.micro_batch_size=3"),
     (1, "memory.recompute=full"),
@@ -72,7 +76,7 @@ def test_the_same_under_every_layout(
         assert not found.frozen_changed
         for mine, wanted in ((found.adapters, alone.adapters), (found.merged, alone.merged)):
             assert mine.keys() == wanted.keys()
-            assert max(float((mine[name] - wanted[name]).abs().max()) for name in wanted) < 1e-4
+            assert max(float((mine[name] - wanted[name]).abs().max()) for name in wanted) < 1e-5
         for place, row in found.logprobs.items():
             assert row.tolist() == pytest.approx(alone.logprobs[place].tolist(), abs=1e-4)
 
@@ -204,7 +208,7 @@ def test_a_quantized_model_is_the_same_under_every_layout(
     for world_size, layout in QUANTIZED:
         for found in gangs(world_size).call(cases.adapted, config=toy_config(tmp_path, wide, *options, *keys(layout))):
             assert found.norms == pytest.approx(alone.norms, rel=1e-4), layout
-            assert max(float((found.merged[name] - alone.merged[name]).abs().max()) for name in alone.merged) < 1e-4
+            assert max(float((found.merged[name] - alone.merged[name]).abs().max()) for name in alone.merged) < 1e-5
             for place, row in found.logprobs.items():
                 assert row.tolist() == pytest.approx(alone.logprobs[place].tolist(), abs=1e-4)
 
