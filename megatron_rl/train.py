@@ -24,10 +24,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             dry_run(config, parsed.resume, show=command.is_main)
             return 0
         from megatron_rl.loop import run
-        from megatron_rl.stop import START_AGAIN
+        from megatron_rl.stop import START_AGAIN, ignore_from_now_on
 
         if run(config, parsed.resume):
             command.status = START_AGAIN
+        ignore_from_now_on()
         if command.is_main:
             from megatron_rl.analysis.run_report import conclude
 

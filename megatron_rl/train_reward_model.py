@@ -16,13 +16,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with reported() as command:
         config = load_as(RewardTrainingConfig, parsed.config, parsed.overrides)
         from megatron_rl import reward_training
-        from megatron_rl.stop import START_AGAIN
+        from megatron_rl.stop import START_AGAIN, ignore_from_now_on
 
         if parsed.dry_run:
             reward_training.dry_run(config, parsed.resume, show=command.is_main)
             return 0
         if reward_training.run(config, parsed.resume):
             command.status = START_AGAIN
+        ignore_from_now_on()
         if command.is_main:
             from megatron_rl.analysis.run_report import conclude
 

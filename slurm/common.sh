@@ -62,13 +62,13 @@ srun_options() {
 }
 
 # Address and port where the ranks meet. The port follows from job and attempt, so that neither another job of the node
-# nor a connection that lingers from the attempt before is in the way.
+# nor a connection that lingers from the attempt before is in the way; it is below those that Linux gives out by itself.
 rendezvous() {
     local head
     head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
     MASTER_ADDR=$(scontrol show node "$head" 2>/dev/null | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2 || true)
     MASTER_ADDR=${MASTER_ADDR:-$head}
-    MASTER_PORT=$((20000 + (SLURM_JOB_ID * 17 + ${SLURM_RESTART_COUNT:-0} * 7 + $1) % 20000))
+    MASTER_PORT=$((20000 + (SLURM_JOB_ID * 17 + ${SLURM_RESTART_COUNT:-0} * 7 + $1) % 12000))
     export MASTER_ADDR MASTER_PORT
 }
 

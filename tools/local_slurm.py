@@ -137,7 +137,9 @@ def start(folder: Path, num_nodes: int, cpus: int, memory_mb: int, gpus: int) ->
 
 
 def stop(folder: Path) -> None:
-    """End its processes; nothing happens where there are none."""
+    """End its jobs and processes; nothing happens where there are none."""
+    if (folder / "pid").exists():
+        end_jobs({**os.environ, "SLURM_CONF": f"{folder}/slurm.conf", "PATH": search_path()})
     for path in sorted((folder / "pid").glob("*.started"), reverse=True):
         pid = int(path.read_text())
         for number in (signal.SIGTERM, signal.SIGKILL):
@@ -151,6 +153,19 @@ def stop(folder: Path) -> None:
             if not is_alive(pid):
                 break
         path.unlink()
+
+
+def end_jobs(environment: dict[str, str]) -> None:
+    """Or their processes would be left behind."""
+    command = ["timeout", str(STOP_S), "scancel", "--quiet", "--user=root"]
+    if subprocess.run(command, env=environment, capture_output=True, check=False).returncode:
+        return  # nobody answers
+    deadline = time.monotonic() + STOP_S
+    while time.monotonic() < deadline:
+        left = subprocess.run(["squeue", "-h"], env=environment, capture_output=True, text=True, check=False)
+        if not left.stdout.strip():
+            return
+        time.sleep(0.2)
 
 
 def launch(folder: Path, name: str, command: list[str], environment: dict[str, str]) -> None:

@@ -1,7 +1,6 @@
 """The report of a run: one self-contained HTML page from metrics.jsonl and samples.jsonl."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader
@@ -9,7 +8,6 @@ from jinja2 import Environment, PackageLoader
 from megatron_rl.analysis.plots import Rows, line_plot, time_split_plot
 from megatron_rl.config import RunConfig, dump_config
 from megatron_rl.config.reward_training import RewardTrainingConfig
-from megatron_rl.errors import DataError
 from megatron_rl.metrics.console import TIMINGS
 from megatron_rl.metrics.sinks import read_rows
 from megatron_rl.run_folder import RunFolder, write_atomically
@@ -25,18 +23,16 @@ NOT_ACCURACY = (
 
 
 def conclude(config: RunConfig | RewardTrainingConfig) -> str:
-    """Write the report of a finished run; the last lines for the console.
-
-    Raises:
-        DataError: the run folder has no metrics.
-    """
+    """Write the report of a run that ended or was stopped; the last lines for the console."""
     folder = RunFolder(config.run.output_dir)
-    rows = _rows(folder.metrics)
+    rows = read_rows(folder.metrics) if folder.metrics.exists() else []
+    if not rows:
+        return "no report: nothing has been measured yet"
     write_atomically(folder.report, render(config, rows, read_rows(folder.samples) if folder.samples.exists() else []))
-    lines = [
-        f"held-out {name.removeprefix('eval/')}: {first:.1%} before, {last:.1%} after {step} steps"
-        for name, (first, last, step) in _held_out(rows).items()
-    ]
+    lines = []
+    for name, (first, last, step) in _held_out(rows).items():
+        since = f", {last:.1%} after {step} steps" if step else ""
+        lines.append(f"held-out {name.removeprefix('eval/')}: {first:.1%} before{since}")
     return "\n".join([*lines, f"report: {folder.report}"])
 
 
@@ -75,13 +71,6 @@ def render(config: RunConfig | RewardTrainingConfig, rows: Rows, samples: Sequen
         samples=_paired(samples),
         config=dump_config(config),
     )
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    rows = read_rows(path) if path.exists() else []
-    if not rows:
-        raise DataError(f"{path} has no metrics. Give the folder of a run that has made a step.")
-    return rows
 
 
 def _held_out(rows: Rows) -> dict[str, tuple[float, float, int]]:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -84,7 +85,7 @@ def test_a_signal_in_generation_or_evaluation_loses_nothing(config: Path, tmp_pa
     done = begin(config, *LONG, f"run.output_dir={whole}")
     printed, _ = done.communicate(timeout=LIMIT_S)
     assert done.returncode == 0, printed
-    stops, waits = [], [1.5, 3.0, 4.5, 2.5, 6.0, 3.5]
+    stops, waits = [], [0.0, 1.5, 3.0, 4.5, 2.5, 6.0, 3.5]
     for wait in (*waits, None):
         process = begin(config, *LONG, f"run.output_dir={cut}")
         if wait is not None:
@@ -98,10 +99,25 @@ def test_a_signal_in_generation_or_evaluation_loses_nothing(config: Path, tmp_pa
         stops.append(time.monotonic() - start)
         if process.returncode == 0:
             break
-        assert f"exitcode  : {START_AGAIN}" in printed or "stopped as asked" in printed, printed
+        assert f"exitcode  : {START_AGAIN}" in printed, printed
+        assert "error:" not in printed
     assert process.returncode == 0, printed
     assert len(stops) > 2, "it was never stopped"
     assert untimed(cut) == untimed(whole)
+
+
+def test_signals_without_end_do_not_change_the_status(config: Path) -> None:
+    """As a job script sends them until the run is over: also while the process ends."""
+    process = begin(config, *LONG)
+    wait_for(partial(listens, process), process)
+    while pids := ranks_of(process):
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGUSR1)
+        time.sleep(0.001)
+    printed, _ = process.communicate(timeout=LIMIT_S)
+    assert f"exitcode  : {START_AGAIN}" in printed, printed
+    assert "SIGUSR1" not in printed
 
 
 def test_unlogged_metrics_of_a_step_come_with_the_checkpoint(config: Path, tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ import pytest
 
 from megatron_rl.analysis.run_report import conclude
 from megatron_rl.config import load_config
-from megatron_rl.errors import DataError
 from megatron_rl.metrics.console import PlainConsole
 from megatron_rl.metrics.metric import EffectiveShare, Largest, Max, Mean, Min, Sum, mean_max_min, merge, results
 from megatron_rl.metrics.sinks import JsonlSink, read_rows
@@ -58,13 +57,14 @@ def test_plain_console_prints_what_there_is(capsys: pytest.CaptureFixture[str]) 
     ]
 
 
-def test_a_report_escapes_what_a_model_wrote_and_needs_metrics(tmp_path: Path) -> None:
+def test_a_report_escapes_what_a_model_wrote_and_says_what_there_is(tmp_path: Path) -> None:
     config = load_config(write_config(tmp_path, tmp_path / "model"))
-    with pytest.raises(DataError, match="has no metrics"):
-        conclude(config)
+    assert conclude(config) == "no report: nothing has been measured yet"
     run = tmp_path / "run"
     run.mkdir()
     rows = [{"step": 0, "eval/right": 0.25}, {"step": 1, "critic/score/mean": 0.1}, {"step": 2, "eval/right": 0.75}]
+    (run / "metrics.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    assert conclude(config).splitlines()[0] == "held-out right: 25.0% before"
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     sample = {"step": 0, "prompt": "p", "response": "<script>x</script>", "answer": None, "reward": 0.0}
     (run / "samples.jsonl").write_text(json.dumps(sample) + "\n")
