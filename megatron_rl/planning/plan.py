@@ -131,7 +131,7 @@ def make_plan(
         check_engine_size(specs.policy, config.rollout.tensor_parallel_size)
     workload = workload_of(config, mean_prompt=mean_prompt, mean_response=mean_response)
     memory = rank_memory(specs, config, workload, hardware, world_size)
-    seconds = step_seconds(specs, config, workload, hardware, world_size, memory.engine)
+    seconds = step_seconds(specs, config, workload, hardware, world_size, memory)
     return Plan(
         config=config, hardware=hardware, world_size=world_size, workload=workload, memory=memory, seconds=seconds
     )

@@ -12,8 +12,7 @@ from megatron_rl.models.flops import forward_flops
 from megatron_rl.models.spec import ModelSpec
 from megatron_rl.planning.activations import FLOAT, element_bytes
 from megatron_rl.planning.hardware import Hardware
-from megatron_rl.planning.memory import model_memory
-from megatron_rl.planning.phases import EngineMemory, Specs, num_parameters, token_cache_bytes
+from megatron_rl.planning.phases import EngineMemory, RankMemory, Specs, num_parameters, token_cache_bytes
 from megatron_rl.planning.shares import layers_of_stages, stage_shares
 from megatron_rl.planning.workload import Workload, micro_batches_of
 
@@ -21,15 +20,15 @@ Seconds = Mapping[str, float]
 
 
 def step_seconds(
-    specs: Specs, config: RunConfig, workload: Workload, hardware: Hardware, world_size: int, engine: EngineMemory
+    specs: Specs, config: RunConfig, workload: Workload, hardware: Hardware, world_size: int, memory: RankMemory
 ) -> Seconds:
     """By part of a step."""
     found = {}
     if config.rollout.source == "engine":
-        found["generation"] = _generation(specs.policy, config, workload, hardware, world_size, engine)
+        found["generation"] = _generation(specs.policy, config, workload, hardware, world_size, memory.engine)
         found["weight push"] = _push(specs.policy, config, hardware)
         if config.memory.offload:
-            found["offload and back"] = _offload(specs, config, workload, hardware, world_size)
+            found["offload and back"] = _offload(memory, hardware, world_size)
     passes = _num_scorings(config)
     if passes:
         forward = _pass(specs.policy, config, workload, hardware, world_size, factor=1.0)
@@ -171,13 +170,7 @@ def _push(spec: ModelSpec, config: RunConfig, hardware: Hardware) -> float:
     return share * (1 - at_home) / _reach(ranks, hardware) + share / memory
 
 
-def _offload(specs: Specs, config: RunConfig, workload: Workload, hardware: Hardware, world_size: int) -> float:
-    """Of the stage that has most, there and back."""
-    learners = [(specs.policy, config)]
-    if specs.critic is not None:
-        learners.append((specs.critic, config.of_critic()))
-    moved = 0.0
-    for spec, own in learners:
-        stages = model_memory(spec, own, workload, world_size)
-        moved += max(sum(stage.parts[part] for part in config.memory.offload) for stage in stages)
+def _offload(memory: RankMemory, hardware: Hardware, world_size: int) -> float:
+    """There and back, by a link of its own for every device."""
+    moved = memory.host["offloaded"] / min(world_size, hardware.ranks_per_node)
     return 2 * moved / (hardware.host_link_gb_s * 1e9 * hardware.bandwidth_efficiency)
