@@ -12,8 +12,8 @@ START_AGAIN = 75
 """Exit status of a run that a scheduler has interrupted and should start again (EX_TEMPFAIL of sysexits.h)."""
 KEY = "stop"
 """In the world's store, once a rank was asked."""
-OF_SCHEDULERS = (signal.SIGUSR1, signal.SIGTERM)
-"""That time is nearly over; and, as Slurm does it at a preemption, that somebody else goes first."""
+REQUESTS = (signal.SIGUSR1, signal.SIGTERM)
+"""To stop, by a scheduler or an operator; they may come again and again."""
 POLL_S = 0.5
 """Between looks at what other ranks were asked."""
 
@@ -33,7 +33,7 @@ class StopRequest:
         self._looked = -float("inf")
         # USR1: the time is nearly over. Under Slurm nobody but Slurm sends TERM: at a preemption, or to cancel
         self._of_schedulers = {signal.SIGUSR1} | ({signal.SIGTERM} if "SLURM_JOB_ID" in os.environ else set())
-        for number in (*OF_SCHEDULERS, signal.SIGINT):
+        for number in (*REQUESTS, signal.SIGINT):
             signal.signal(number, self._ask)
 
     def agreed(self) -> bool:
@@ -70,8 +70,8 @@ class StopRequest:
 
 
 def ignore_from_now_on() -> None:
-    """What schedulers send: the run is over, and its status is to be what it says, not the signal's."""
-    for number in OF_SCHEDULERS:
+    """Requests to stop: the run is over, and its status is to be what it says, not the signal's."""
+    for number in REQUESTS:
         signal.signal(number, signal.SIG_IGN)  # Python takes other handlers away before a process ends
 
 

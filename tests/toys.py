@@ -1,8 +1,10 @@
 """Tiny models, configurations and sequences that the tests share."""
 
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,8 +21,13 @@ TIMED = (
     *("weight_sync/seconds", "weight_sync/gb_per_s"),
 )
 # where a run ended early, it evaluated there and pushed its weights for that, which the other did not
-IN_PARTS = (*TIMED, "eval/", "weight_sync/")
+IN_PARTS = (*TIMED, "eval/", "weight_sync/probe_difference")
 VOCAB = 61  # no multiple of 64: the vocabulary is padded
+
+
+def without(prefixes: tuple[str, ...], rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Logged metrics, but for those whose names begin so."""
+    return [{name: value for name, value in row.items() if not name.startswith(prefixes)} for row in rows]
 
 
 def write_model(folder: Path, family: str = "qwen2", *, tied: bool = True, **sizes: int) -> Path:

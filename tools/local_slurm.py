@@ -110,7 +110,7 @@ def start(folder: Path, num_nodes: int, cpus: int, memory_mb: int, gpus: int) ->
     key = folder / "munge.key"
     key.write_bytes(secrets.token_bytes(1024))
     key.chmod(0o400)
-    environment = {**os.environ, "SLURM_CONF": str(config), "PATH": search_path()}
+    environment = environment_of(folder)
     launch(
         folder, "munged",
         ["munged", "--foreground", "--force", f"--key-file={key}", f"--socket={folder}/munge.sock",
@@ -139,7 +139,7 @@ def start(folder: Path, num_nodes: int, cpus: int, memory_mb: int, gpus: int) ->
 def stop(folder: Path) -> None:
     """End its jobs and processes; nothing happens where there are none."""
     if (folder / "pid").exists():
-        end_jobs({**os.environ, "SLURM_CONF": f"{folder}/slurm.conf", "PATH": search_path()})
+        end_jobs(environment_of(folder))
     for path in sorted((folder / "pid").glob("*.started"), reverse=True):
         pid = int(path.read_text())
         for number in (signal.SIGTERM, signal.SIGKILL):
@@ -208,6 +208,11 @@ def free_ports(count: int) -> list[int]:
     finally:
         for one in sockets:
             one.close()
+
+
+def environment_of(folder: Path) -> dict[str, str]:
+    """By which daemons and commands find the cluster."""
+    return {**os.environ, "SLURM_CONF": f"{folder}/slurm.conf", "PATH": search_path()}
 
 
 def search_path() -> str:

@@ -13,7 +13,7 @@ from tests.distributed import cases
 from tests.distributed.test_invariance import rows
 from tests.distributed.test_layouts import keys
 from tests.gang import Gang
-from tests.toys import IN_PARTS, sequences, toy_config
+from tests.toys import IN_PARTS, sequences, toy_config, without
 
 PPO = (
     *("algorithm.advantage=gae", "algorithm.gae_lambda=0.95", "algorithm.whiten_advantages=true"),
@@ -97,11 +97,7 @@ def test_both_resume_bit_for_bit_also_in_other_layouts(
     assert {"policy", "critic"} < {path.name for path in checkpoint.iterdir()}
     assert "critic/.metadata" in json.loads((checkpoint / "integrity.json").read_text())
     parts = run(2, tmp_path / "parts", gangs, deep, *layout, "checkpoint.in_background=true", "run.num_steps=6")
-
-    def compared(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        return [{k: v for k, v in row.items() if not k.startswith(IN_PARTS)} for row in found]
-
-    assert compared(parts) == compared(whole)
+    assert without(IN_PARTS, parts) == without(IN_PARTS, whole)
     other = tmp_path / "other"
     other.mkdir()
     config = toy_config(other, deep, *PPO, *overrides("", "tp2"), "run.num_steps=6")

@@ -18,7 +18,7 @@ from tests.distributed import cases
 from tests.distributed.test_invariance import rows
 from tests.distributed.test_layouts import OVERLAP, keys
 from tests.gang import Gang
-from tests.toys import IN_PARTS, sequences, toy_config
+from tests.toys import IN_PARTS, sequences, toy_config, without
 
 # Adam's usual epsilon makes whole steps of gradients that are rounding noise, which no two layouts share
 LORA = (
@@ -125,7 +125,7 @@ def test_a_run_pushes_merged_weights_and_resumes_bit_for_bit(
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)
         gangs(4).call(cases.run_training, config=toy_config(folder, model, *options, *more))
-        return [{k: v for k, v in row.items() if not k.startswith(IN_PARTS)} for row in rows(folder / "run")]
+        return without(IN_PARTS, rows(folder / "run"))
 
     whole = run("whole", "run.num_steps=6")
     run("parts")

@@ -20,7 +20,7 @@ from tests.distributed import cases
 from tests.distributed.test_invariance import rows
 from tests.distributed.test_layouts import keys
 from tests.gang import Gang
-from tests.toys import IN_PARTS, toy_config
+from tests.toys import IN_PARTS, toy_config, without
 from tools.make_toy_model import make_model, make_tokenizer
 
 YAML = """
@@ -110,11 +110,7 @@ def test_resumes_bit_for_bit_also_in_another_layout(gangs: Callable[[int], Gang]
     whole = trained(gangs, 2, tmp_path / "whole", deep, *keys("tp2"), "run.num_steps=6")
     trained(gangs, 2, tmp_path / "parts", deep, *keys("tp2"))
     parts = trained(gangs, 2, tmp_path / "parts", deep, *keys("tp2"), "run.num_steps=6")
-
-    def compared(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        return [{k: v for k, v in row.items() if not k.startswith(IN_PARTS)} for row in found]
-
-    assert compared(parts) == compared(whole)
+    assert without(IN_PARTS, parts) == without(IN_PARTS, whole)
     checkpoint = tmp_path / "parts/judge/checkpoints/step_000003"
     config = judge_config(tmp_path / "other", deep, *keys("pp2"), "run.num_steps=6")
     gangs(2).call(cases.train_reward_model, config=config, resume=str(checkpoint))

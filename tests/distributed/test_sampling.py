@@ -18,7 +18,7 @@ from megatron_rl.errors import ConfigError, DataError
 from megatron_rl.rollout.record import read_rollouts, rollout_from_json
 from tests.distributed import cases
 from tests.gang import Gang
-from tests.toys import IN_PARTS, toy_config
+from tests.toys import IN_PARTS, toy_config, without
 from tools import curate_by_pass_rate, inspect_rollouts
 
 PARTIAL = ("rollout.partial=true", "rollout.max_staleness=2", "rollout.over_sampling=2", "rollout.max_new_tokens=24")
@@ -44,7 +44,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def untimed(folder: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in row.items() if not k.startswith(IN_PARTS)} for row in rows(folder)]
+    return without(IN_PARTS, rows(folder))
 
 
 def all_lines(folder: Path) -> list[dict[str, Any]]:

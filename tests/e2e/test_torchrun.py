@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.toys import TIMED, write_config
+from tests.toys import TIMED, without, write_config
 
 LIMIT_S = 240
 
@@ -40,7 +40,7 @@ def rows(run: Path) -> list[dict[str, Any]]:
 
 
 def untimed(run: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in row.items() if not k.startswith(TIMED)} for row in rows(run)]
+    return without(TIMED, rows(run))
 
 
 def start(world_size: int, config: Path, *overrides: str) -> subprocess.CompletedProcess[str]:

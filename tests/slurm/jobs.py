@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.toys import TIMED, write_config
+from tests.toys import TIMED, without, write_config
 
 ROOT = Path(__file__).parents[2]
 PATIENCE_S = 300.0
@@ -76,7 +76,7 @@ class Job:
 
     def untimed(self) -> list[dict[str, Any]]:
         """What two runs must have in common, bit for bit."""
-        return [{key: value for key, value in row.items() if not key.startswith(TIMED)} for row in self.rows()]
+        return without(TIMED, self.rows())
 
     def reach(self, step: int) -> None:
         wait_for(f"step {step}", lambda: any(row["step"] >= step for row in self.rows()))
