@@ -159,6 +159,16 @@ class Course:
     log: RunLog
     heartbeat: Heartbeat
 
+    def evaluator_after(self, step: int) -> Evaluator | None:
+        """Who has questions after a step, also after none."""
+        is_asked = step == 0 or is_due(self.config.evaluation.every, step, self.config.run.num_steps)
+        return self.evaluator if is_asked else None
+
+    def examiner_after(self, step: int) -> Examiner | None:
+        """Who has benchmarks after a step, also after none."""
+        is_asked = step == 0 or is_due(self.config.evaluation.suite_every, step, self.config.run.num_steps)
+        return self.examiner if is_asked else None
+
 
 def train(
     course: Course,
@@ -178,6 +188,8 @@ def train(
     try:
         if state.step == 0 or unlogged is not None:
             state, unlogged = conclude(course, state, unlogged or {}, Stopwatch(course.heartbeat.enter)), None
+        elif state.step < config.run.num_steps and not stop.agreed():
+            refill_engine(course, state)
         while state.step < config.run.num_steps and not stop.agreed():
             course.heartbeat.begin_step(state.step + 1)
             watch = Stopwatch(course.heartbeat.enter)
@@ -196,6 +208,18 @@ def train(
         log.note(f"stopped as asked after step {state.step}; saved {path}. Start the same command again to go on.")
         return stop.is_to_start_again()
     return False
+
+
+def refill_engine(course: Course, state: TrainState) -> None:
+    """After a resume, give the engine the weights that an evaluation had given it before the stop.
+
+    What such a push measures belongs to the step that was evaluated, whose metrics are logged, and not to the next.
+    """
+    if course.sampler.uses_engine and (course.evaluator_after(state.step) or course.examiner_after(state.step)):
+        watch = Stopwatch(course.heartbeat.enter)
+        engines_may_die = saved_if_engines_die(course.checkpoints, state, course.models, course.sampler)
+        with watch.span("update_weights"), engines_may_die, policy_in_engine(course, state, watch):
+            pass
 
 
 def take_step(
@@ -248,11 +272,11 @@ def conclude(
     samples: Sequence[Sample] = []
     in_engine = partial(policy_in_engine, course)
     with saved_if_engines_die(checkpoints, state, models, course.sampler, metrics if step else None):
-        if is_due(config.evaluation.every, step, config.run.num_steps) or step == 0:
-            held_out, samples = evaluate(course.evaluator, in_engine, course.log, state, watch)
+        if evaluator := course.evaluator_after(step):
+            held_out, samples = evaluate(evaluator, in_engine, course.log, state, watch)
             metrics = merge([metrics, held_out])
-        if is_due(config.evaluation.suite_every, step, config.run.num_steps) or step == 0:
-            metrics |= examine(course.examiner, in_engine, state, watch)
+        if examiner := course.examiner_after(step):
+            metrics |= examine(examiner, in_engine, state, watch)
     course.log.samples(samples)
     if step == 0:
         course.log.step(0, metrics)
@@ -353,11 +377,9 @@ def policy_in_engine(course: Course, state: TrainState, watch: Stopwatch) -> Ite
 
 
 def evaluate(
-    evaluator: Evaluator | None, in_engine: InEngine, log: RunLog, state: TrainState, watch: Stopwatch
+    evaluator: Evaluator, in_engine: InEngine, log: RunLog, state: TrainState, watch: Stopwatch
 ) -> tuple[dict[str, Reduction], Sequence[Sample]]:
-    """Held-out metrics, counted once, and some responses; empty without held-out prompts."""
-    if evaluator is None:
-        return {}, []
+    """Held-out metrics, counted once, and some responses."""
     with watch.span("testing"), in_engine(state, watch) as pushed:
         metrics, samples = evaluator.evaluate(state.step)
     headline = {name.removeprefix("eval/"): metrics[name].result() for name in evaluator.headline}
@@ -366,12 +388,8 @@ def evaluate(
     return pushed | metrics, samples
 
 
-def examine(
-    examiner: Examiner | None, in_engine: InEngine, state: TrainState, watch: Stopwatch
-) -> dict[str, Reduction]:
-    """Metrics of the benchmarks, on the first rank; empty without a suite."""
-    if examiner is None:
-        return {}
+def examine(examiner: Examiner, in_engine: InEngine, state: TrainState, watch: Stopwatch) -> dict[str, Reduction]:
+    """Metrics of the benchmarks, on the first rank."""
     with watch.span("benchmarks"), in_engine(state, watch):
         return examiner.examine(state.step)
 
