@@ -48,6 +48,8 @@ from megatron_rl.weights.peft_files import write_peft_folder
 
 IN_FLIGHT = "in_flight.jsonl"
 UNLOGGED = "unlogged.json"
+REPLACED = ".replaced"
+"""Ends the name of a checkpoint in whose place another is put."""
 
 
 class Checkpoints:
@@ -71,6 +73,7 @@ class Checkpoints:
         unlogged: Metrics | None = None,
         *,
         again: bool = False,
+        exports: bool = True,
     ) -> Path:
         """Begin a checkpoint, unless it is the last one already; it appears under its name only when complete.
 
@@ -80,6 +83,8 @@ class Checkpoints:
         Args:
             unlogged: what is known of the state's step so far, where its metrics have not been written.
             again: also when the last one is of the same step; there is more to carry over by now.
+            exports: with what checkpoint.save_hf asks for. Without, where time is short, a folder of the same step
+                keeps what it has; a later save of the step adds them, or tools/convert_megatron_to_hf.py does.
 
         Raises:
             CheckpointError: on every rank, when it cannot be written; earlier checkpoints stay.
@@ -87,6 +92,8 @@ class Checkpoints:
         self.finish()
         final = self._folder / f"step_{state.step:06d}"
         if self._last == final and not again:
+            if self._config.checkpoint.save_hf and exports:
+                self._add_exports(models, final)
             return final
         partial = final.with_name(final.name + ".partial")
         with raise_together(self._parallel), _checkpoint_errors(final):
@@ -94,7 +101,7 @@ class Checkpoints:
                 shutil.rmtree(partial, ignore_errors=True)
                 for part in ("rng", *models.learners):
                     (partial / part).mkdir(parents=True)
-        if self._config.checkpoint.save_hf:
+        if self._config.checkpoint.save_hf and exports:
             for name, (model, config) in models.exports.items():
                 self._export(model, partial / name, config)
         if models.adapters is not None:
@@ -191,8 +198,12 @@ class Checkpoints:
         Raises:
             CheckpointError, ConfigError: on every rank; none is sound, or as of ``RunFolder.find_resume``.
         """
-        with raise_together(self._parallel):
-            path = self._run_folder.find_resume(resume)
+        found: Path | None = None
+        with raise_together(self._parallel), _checkpoint_errors(self._folder):
+            if self._parallel.is_main:  # others may not see yet what was written last
+                _put_back(self._folder)
+                found = self._run_folder.find_resume(resume)
+        path = gather_objects(found, self._parallel)[0]
         if path is None:
             return None, []
         hashes = self._config.checkpoint.verify
@@ -286,6 +297,20 @@ class Checkpoints:
         """Path of the policy that is the reference of a state; None: that of the configuration."""
         return None if state.reference is None else str(self._references / state.reference)
 
+    def _add_exports(self, models: LearningModels, folder: Path) -> None:
+        """Write those that a checkpoint was saved without; collective."""
+        there = [name for name in models.exports if (folder / name).exists()]
+        for name in sorted(set(models.exports).difference(gather_objects(there, self._parallel)[0])):
+            model, config = models.exports[name]
+            partial = folder / f"{name}.partial"
+            with raise_together(self._parallel), _checkpoint_errors(folder):
+                if self._parallel.is_main:
+                    shutil.rmtree(partial, ignore_errors=True)
+            self._export(model, partial, config)
+            with raise_together(self._parallel), _checkpoint_errors(folder):
+                if self._parallel.is_main:
+                    os.replace(partial, folder / name)
+
     def _export(self, model: ShardedModel, folder: Path, config: Mapping[str, Any] | None = None) -> None:
         """Write a Hugging Face folder, with another config.json than the model's own if it is given; collective."""
         with raise_together(self._parallel), _checkpoint_errors(folder):
@@ -343,13 +368,24 @@ def _checkpoint_errors(path: Path) -> Iterator[None]:
 
 
 def _replace_folder(new: Path, final: Path) -> None:
-    """Put a folder in the place of another, which is removed only afterwards."""
-    old = final.with_name(final.name + ".replaced")
+    """Put a folder in the place of another, which is removed only afterwards, but for folders that only it has."""
+    old = final.with_name(final.name + REPLACED)
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():
         os.replace(final, old)
     os.replace(new, final)
+    if old.exists():
+        for kept in (path for path in old.iterdir() if path.is_dir() and not (final / path.name).exists()):
+            os.replace(kept, final / kept.name)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _put_back(folder: Path) -> None:
+    """Undo a replacement in whose middle the process was killed."""
+    for old in folder.glob(f"step_??????{REPLACED}"):
+        final = old.with_name(old.name.removesuffix(REPLACED))
+        if not final.exists():
+            os.replace(old, final)
 
 
 def _reference_of(path: Path) -> str | None:

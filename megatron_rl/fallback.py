@@ -20,7 +20,8 @@ def newest_sound(latest: Path, parallel: ParallelContext, *, hashes: bool) -> tu
     Raises:
         CheckpointError: on every rank, when all of them are damaged.
     """
-    earlier = sorted((path for path in latest.parent.glob("step_??????") if path.name < latest.name), reverse=True)
+    there = sorted((path for path in latest.parent.glob("step_??????") if path.name < latest.name), reverse=True)
+    earlier = gather_objects(there, parallel)[0]  # not all ranks may see the same, on a file system with a cache
     notes: list[str] = []
     for path in (latest, *earlier):
         damage = _damage(path, parallel, hashes=hashes)

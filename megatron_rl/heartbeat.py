@@ -25,7 +25,9 @@ BEAT_S = 5.0
 SILENT_S = 300.0
 """The same for every limit above it: a rank that lives says a word every BEAT_S."""
 HALTED = "halted"
-"""In the world's store, once the first rank has found that the run has come to a halt."""
+"""In the world's store, once a rank has found that the run has come to a halt."""
+TOLD = "told"
+"""In the world's store, once all ranks that live have said where they stand."""
 STACK_S = 60.0
 """Longest time that py-spy may take."""
 
@@ -110,14 +112,27 @@ class Heartbeat:
                 if self._stuck_s is not None:
                     self._judge(self._stuck_s)
                 if self._store.check([HALTED]):
-                    print(f"rank {self._parallel.rank}: {stack()}", file=sys.stderr, flush=True)
-                    if self._parallel.is_main:
-                        time.sleep(2 * BEAT_S)  # it has the store, by which the others hear
+                    self._tell_where()
                     self._end(STUCK)
                     return
             self._say()
         except RuntimeError:  # the store went with the first rank; collectives with it fail by themselves
             return
+
+    def _tell_where(self) -> None:
+        """Print the stack, and wait until the others have: a launcher kills them once one has ended."""
+        now, parallel, limit = time.monotonic(), self._parallel, silence(self._stuck_s or SILENT_S)
+        # of the others the first rank alone hears
+        alive = [rank for rank, one in self._heard.items() if one.silent_s(now) <= limit and not one.beat.is_over]
+        print(f"rank {parallel.rank}: {stack()}", file=sys.stderr, flush=True)
+        self._store.set(f"{TOLD}/{parallel.rank}", "1")
+        awaited = [f"{TOLD}/{rank}" for rank in alive] if parallel.is_main else [TOLD]
+        end = now + STACK_S + (2 if parallel.is_main else 6) * BEAT_S
+        while not self._store.check(awaited) and time.monotonic() < end:
+            time.sleep(1.0)
+        if parallel.is_main:
+            self._store.set(TOLD, "1")
+            time.sleep(BEAT_S)  # it has the store, by which the others hear
 
     def _judge(self, stuck_s: float) -> None:
         """Whether a rank is silent, or none comes any further: one alone may wait for others that still work.
@@ -129,9 +144,9 @@ class Heartbeat:
         is_stuck = self._parallel.is_main and all(one.idle_s(now) > stuck_s for one in heard)
         is_silent = any(one.silent_s(now) > silence(stuck_s) for one in heard)
         if (is_stuck or is_silent) and not self._over.is_set() and not self._store.check([HALTED]):
-            self._store.set(HALTED, "1")
             everyone = self._listen(range(self._parallel.world_size))
             print(describe(everyone, self._parallel.world_size, now, stuck_s), file=sys.stderr, flush=True)
+            self._store.set(HALTED, "1")
 
     def _say(self) -> None:
         self._number += 1

@@ -203,7 +203,7 @@ def train(
     course.checkpoints.finish()
     if state.step < config.run.num_steps or unlogged is not None:
         in_flight = course.sampler.in_flight()
-        path = course.checkpoints.save(state, course.models, in_flight, unlogged, again=num_carried > 0)
+        path = course.checkpoints.save(state, course.models, in_flight, unlogged, again=num_carried > 0, exports=False)
         course.checkpoints.finish()
         log.note(f"stopped as asked after step {state.step}; saved {path}. Start the same command again to go on.")
         return stop.is_to_start_again()
@@ -315,7 +315,7 @@ def saved_if_engines_die(
     try:
         yield
     except EngineDied:
-        checkpoints.save(state, models, sampler.in_flight(), unlogged)
+        checkpoints.save(state, models, sampler.in_flight(), unlogged, exports=False)
         checkpoints.finish()
         raise
 

@@ -170,7 +170,7 @@ def train(
         log.step(step, metrics | watch.metrics())
     checkpoints.finish()
     if state.step < config.run.num_steps:
-        path = checkpoints.save(state, models)
+        path = checkpoints.save(state, models, exports=False)
         checkpoints.finish()
         log.note(f"stopped as asked after step {state.step}; saved {path}. Start the same command again to go on.")
         return stop.is_to_start_again()

@@ -65,7 +65,7 @@ class RunFolder:
 
         Raises:
             ConfigError: "never" on a used folder.
-            CheckpointError: nothing to resume at the path, or the pointer leads nowhere.
+            CheckpointError: nothing to resume at the path.
         """
         if resume == "auto":
             return latest_checkpoint(self.checkpoints)
@@ -92,20 +92,9 @@ class RunFolder:
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """What the pointer names.
-
-    Raises:
-        CheckpointError: the pointer names a checkpoint that is not there.
-    """
+    """What the pointer names, be it there or not."""
     pointer = folder / LATEST
-    if not pointer.exists():
-        return None
-    found = folder / pointer.read_text().strip()
-    if not (found / "trainer.json").exists():
-        raise CheckpointError(
-            f"{pointer} names {found.name}, which is not there or not complete. Resume from another with --resume PATH."
-        )
-    return found
+    return folder / pointer.read_text().strip() if pointer.exists() else None
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -17,6 +17,7 @@ fi
 
 MAX_RESTARTS=${MEGATRON_RL_MAX_RESTARTS:-3} # without a new checkpoint in between
 GRACE_S=${MEGATRON_RL_GRACE_S:-540}         # from being told that time is up to going back to the queue unsaved
+PATIENCE_TRIES=60 PATIENCE_S=5              # with a controller of Slurm that does not answer
 export START_AGAIN=75                       # exit status of a run that was interrupted (megatron_rl/stop.py)
 
 # Outside of a batch job: submit the script with the same arguments, or with --dry-run say what would be submitted.
@@ -72,13 +73,19 @@ rendezvous() {
     export MASTER_ADDR MASTER_PORT
 }
 
+end_of_job() { # seconds since 1970; nothing where Slurm does not say
+    local end
+    end=$(squeue --noheader --format=%e --jobs="$SLURM_JOB_ID" 2>/dev/null) || true
+    [[ -z $end ]] || date -d "$end" +%s 2>/dev/null || true # of nothing, date would make today
+}
+
 settings() {
     if [[ -n ${MEGATRON_RL_VENV:-} ]]; then
         read_settings "$MEGATRON_RL_VENV/bin/activate"
     fi
     export PYTHONUNBUFFERED=1
     # when a run has to stop by itself; Slurm before 22.05 does not say so
-    SLURM_JOB_END_TIME=${SLURM_JOB_END_TIME:-$(date -d "$(squeue --noheader --format=%e --jobs="$SLURM_JOB_ID")" +%s 2>/dev/null || true)}
+    SLURM_JOB_END_TIME=${SLURM_JOB_END_TIME:-$(end_of_job)}
     export SLURM_JOB_END_TIME
     # ranks share the cores of a node
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
@@ -96,18 +103,48 @@ job_id() {
     echo "${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}" | grep . || echo "$SLURM_JOB_ID"
 }
 
+# What Slurm says of the job. Its controller is busiest when many jobs end at once, so that it is asked for minutes.
+state() {
+    local try said
+    for ((try = 0; try < PATIENCE_TRIES; try++)); do
+        said=$(squeue --noheader --format=%T --jobs="$(job_id)") && [[ -n $said ]] && echo "$said" && return
+        sleep "$PATIENCE_S"
+    done
+    echo unknown
+}
+
 is_running() { # somebody may have cancelled it
-    [[ $(squeue --noheader --format=%T --jobs="$(job_id)") == RUNNING ]]
+    [[ $(state) =~ ^(RUNNING|unknown)$ ]]
+}
+
+# Back to the queue, unless it was interrupted again and again where it is now: a time limit that is too short for a step would
+# come back for ever.
+go_back() {
+    local here=$1 times try
+    echo "$here" >>"$logs/requeued_at" || true # a full disk is no reason to stay
+    times=$(tail -n $((MAX_RESTARTS + 1)) "$logs/requeued_at" 2>/dev/null | grep -cFx -- "$here") || true
+    if ((${times:-0} > MAX_RESTARTS)); then
+        echo "interrupted again and again at '$here': giving up. The time limit is too short." >&2
+        return 1
+    fi
+    echo "interrupted; job $(job_id) goes back to the queue"
+    for ((try = 0; try < PATIENCE_TRIES; try++)); do
+        scontrol requeue "$(job_id)" && return
+        sleep "$PATIENCE_S"
+        is_running || return 1
+    done
+    return 1
 }
 
 asked=0 # to stop
+attempt=0 # of this start of the job
 fallback="" # process that goes back to the queue when nothing else does
 srun_pid=""
 
 # A scheduler says that time is up (USR1), or somebody asks to stop (TERM, which srun would turn into a kill).
 on_request() {
     if ((asked == 0)); then
-        (sleep "$GRACE_S" && is_running && scontrol requeue "$(job_id)") & # whatever hangs
+        (sleep "$GRACE_S" && is_running && go_back "$(progress)") & # whatever hangs
         fallback=$!
     fi
     asked=1
@@ -127,7 +164,7 @@ set_logs_aside() {
 
 # One attempt: a task for every rank, on all nodes; its exit status is the worst of the ranks', or START_AGAIN.
 launch() {
-    local logs=$1 text prefix=() options status=0 told=-15 && shift
+    local text prefix=() options status=0 told=-15
     text=$(python_prefix) || exit 2
     [[ -z $text ]] || mapfile -t prefix <<<"$text"
     text=$(srun_options) || exit 2
@@ -159,11 +196,12 @@ launch() {
 
 # The machine's faults, found before the run finds them; MEGATRON_RL_DOCTOR=skip leaves it out.
 examine() {
-    local logs=$1 && shift
+    local logs=$logs/doctor further
     [[ ${MEGATRON_RL_DOCTOR:-} != skip ]] || return 0
     rendezvous 99
     mkdir -p "$logs"
-    launch "$logs" tools/doctor.py "$@" && return 0
+    read_more_arguments
+    launch tools/doctor.py "$@" "${further[@]}" && return 0
     ((asked)) && return 0 # time was up; what follows goes back to the queue
     tail -n 5 "$logs"/rank_*.log >&2
     echo "the doctor found faults: see above, and $logs. MEGATRON_RL_DOCTOR=skip starts nevertheless." >&2
@@ -174,20 +212,26 @@ bytes_in() {
     du -sb "$1" 2>/dev/null | cut -f1 | grep . || echo "the beginning"
 }
 
-more_arguments() { :; } # that an attempt gets; none
+progress() { echo "the beginning"; } # how far it is; what a command does not say otherwise
 
-# until_done LOGS COMMAND …: attempts until it is done. An interrupted one is requeued; one that failed starts again, unless
-# it came no further than before. The function progress (prints how far it is) is the caller's, more_arguments (prints one a line)
-# may be.
+more_arguments() { :; } # that an attempt gets, one a line; none
+
+# Into the array further.
+read_more_arguments() {
+    local text
+    text=$(more_arguments)
+    further=()
+    [[ -z $text ]] || mapfile -t further <<<"$text"
+}
+
+# until_done COMMAND …: attempts until it is done. An interrupted one is requeued; one that failed starts again, unless it came
+# no further than before.
 until_done() {
-    local logs=$1 && shift
-    local attempt=0 failures=0 before=none status here text further
-    mkdir -p "$logs"
+    local failures=0 before=none status here further
     while true; do
         rendezvous $attempt
-        text=$(more_arguments) further=()
-        [[ -z $text ]] || mapfile -t further <<<"$text"
-        launch "$logs" "$@" "${further[@]}" && status=0 || status=$?
+        read_more_arguments
+        launch "$@" "${further[@]}" && status=0 || status=$?
         attempt=$((attempt + 1))
         if ((status == 0)); then
             return 0
@@ -195,15 +239,8 @@ until_done() {
         is_running || return "$status"
         here=$(progress)
         if ((status == START_AGAIN || asked)); then
-            # a time limit that is too short for a step would come back for ever
-            echo "$here" >>"$logs/requeued_at"
-            if (($(tail -n $((MAX_RESTARTS + 1)) "$logs/requeued_at" | grep -cFx -- "$here") > MAX_RESTARTS)); then
-                echo "interrupted again and again at '$here': giving up. The time limit is too short." >&2
-                return "$status"
-            fi
-            echo "interrupted; job $(job_id) goes back to the queue"
             trap 'exit 0' TERM # by which the scheduler ends this start of the job
-            scontrol requeue "$(job_id)"
+            go_back "$here" || return "$status"
             sleep 300 &
             wait $!
             exit 0
@@ -225,6 +262,7 @@ begin() {
     settings
     name=$SLURM_JOB_NAME-$SLURM_JOB_ID
     logs=logs/slurm/$name
+    mkdir -p "$logs"
 }
 
 # given KEY DEFAULT key=value …: what the arguments say of a key.
@@ -243,10 +281,13 @@ train() {
     output=$(given run.output_dir "runs/$name" "$@")
     local own=(--config "$config" "run.name=$name" "run.output_dir=$output" "$@")
     progress() { cat "$output/checkpoints/latest" 2>/dev/null || echo "the beginning"; }
-    # also where the arguments name another beginning
-    more_arguments() { [[ ! -e $output/checkpoints/latest ]] || printf '%s\n' --resume auto; }
-    examine "$logs/doctor" "${own[@]}"
-    until_done "$logs" -m megatron_rl.train "${own[@]}"
+    # the arguments say how the first attempt begins (--resume PATH, --resume never), the others go on
+    more_arguments() {
+        ((${SLURM_RESTART_COUNT:-0} + attempt > 0)) || return 0
+        [[ ! -e $output/checkpoints/latest && "${own[*]} " != *" --resume never "* ]] || printf '%s\n' --resume auto
+    }
+    examine "${own[@]}"
+    until_done -m megatron_rl.train "${own[@]}"
 }
 
 # evaluate CONFIG [key=value …]: an evaluation goes on with the answers that its folder has.
@@ -255,7 +296,7 @@ evaluate() {
     begin
     output=$(given run.output_dir "runs/eval/$name" "$@")
     progress() { bytes_in "$output"; }
-    until_done "$logs" -m megatron_rl.evaluate --config "$config" "run.name=$name" "run.output_dir=$output" "$@"
+    until_done -m megatron_rl.evaluate --config "$config" "run.name=$name" "run.output_dir=$output" "$@"
 }
 
 # convert DIRECTION …: tools/convert_DIRECTION.py, which goes on where it was.
@@ -269,7 +310,7 @@ convert() {
     done
     progress() { bytes_in "$output"; }
     case $direction in
-    hf_to_megatron | megatron_to_hf) until_done "$logs" "tools/convert_$direction.py" "$@" ;;
+    hf_to_megatron | megatron_to_hf) until_done "tools/convert_$direction.py" "$@" ;;
     *)
         echo "convert.sh $direction: expected hf_to_megatron or megatron_to_hf" >&2
         return 2

@@ -4,7 +4,8 @@ set -euo pipefail
 export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID
 export LOCAL_WORLD_SIZE=$((SLURM_NTASKS / SLURM_NNODES))
 # Some sites' Slurm signals this shell alone, others all processes of the task. So it passes on to the rank that it has to
-# stop, as USR1, and whatever the rank starts inherits that both are ignored, or it would die while the rank needs it.
+# stop, as USR1, and the rank ignores both until it has handlers, as whatever it starts by then does; what it starts later
+# (reward workers, engines) sees to that itself, or it would die while the rank needs it.
 (
     trap '' USR1 TERM
     exec "$@"

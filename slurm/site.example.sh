@@ -10,6 +10,10 @@
 # … or a container: apptainer (.sif) or pyxis (an image that enroot reads)
 # export MEGATRON_RL_RUNTIME=apptainer MEGATRON_RL_IMAGE=/images/megatron_rl.sif MEGATRON_RL_MOUNTS=/scratch,$PWD
 
+# Data sets, on a file system that all nodes see; the second where nodes have no internet
+# export HF_HOME=/scratch/$USER/hf
+# export HF_HUB_OFFLINE=1
+
 # The network between nodes, if the first interface is not the one
 # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
 # export NCCL_IB_HCA=mlx5

@@ -213,10 +213,11 @@ def model(config: RunConfig) -> Iterator[Finding]:
         return f"tokenizer of {len(load_tokenizer(path))} tokens"
 
     for check, read in (("model", weights), ("tokenizer", tokenizer)):
-        yield _attempt(check, read)
+        yield attempt(check, read)
 
 
-def _attempt(check: str, read: Callable[[], str]) -> Finding:
+def attempt(check: str, read: Callable[[], str]) -> Finding:
+    """What a function returns, or the error that it raises."""
     try:
         return ok(check, read())
     except MegatronRLError as failure:

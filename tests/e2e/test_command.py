@@ -238,13 +238,38 @@ def test_resume_refuses_another_config_and_never_refuses_a_used_folder(
     # what may differ: length, evaluation, checkpoints, micro-batches
     assert start(config, "run.num_steps=2", "batching.micro_batch_size=1", "evaluation.num_prompts=4") == 0
     assert (tmp_path / "run/checkpoints/latest").read_text() == "step_000002"
-    (tmp_path / "run/checkpoints/step_000002/trainer.json").unlink()
-    assert "not there or not complete" in refused(capsys, start(config, "run.num_steps=3"))
     assert start(config, "run.num_steps=3", "--resume", str(tmp_path / "run/checkpoints/step_000001")) == 0
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1, 2, 3]
     discarded = (tmp_path / "run/metrics.discarded.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in discarded] == [2]
+
+
+def test_a_latest_checkpoint_that_is_gone_or_half_replaced_ends_no_run(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoints, plain = tmp_path / "run/checkpoints", "metrics.console=plain"
+    assert start(config, "run.num_steps=3", "checkpoint.every=1") == 0
+    (checkpoints / "step_000003/trainer.json").unlink()
+    capsys.readouterr()
+    assert start(config, "run.num_steps=4", "checkpoint.every=1", plain) == 0
+    printed = capsys.readouterr().out
+    assert "CHECKPOINT step_000003 IS DAMAGED and was passed over" in printed
+    assert "resumed from step_000002" in printed
+    shutil.rmtree(checkpoints / "step_000004")
+    assert start(config, "run.num_steps=5", "checkpoint.every=1", plain) == 0
+    printed = capsys.readouterr().out
+    assert "CHECKPOINT step_000004 IS DAMAGED" in printed
+    assert "resumed from step_000003" in printed
+    # killed between the two renames of a replacement
+    (checkpoints / "step_000005").rename(checkpoints / "step_000005.replaced")
+    assert start(config, "run.num_steps=6", "checkpoint.every=1", plain) == 0
+    printed = capsys.readouterr().out
+    assert "DAMAGED" not in printed
+    assert "resumed from step_000005" in printed
+    assert [json.loads(line)["step"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()] == [
+        *range(7)
+    ]
 
 
 def test_keys_newer_than_a_checkpoint_count_as_their_defaults(config: Path) -> None:

@@ -137,7 +137,8 @@ def test_signals_without_end_do_not_change_the_status(config: Path) -> None:
 def test_unlogged_metrics_of_a_step_come_with_the_checkpoint(config: Path, tmp_path: Path) -> None:
     """Stopped in the evaluation after a step, whose metrics are known in part."""
     run = tmp_path / "run"
-    process = begin(config, *LONG, "evaluation.max_new_tokens=480", "rollout.max_new_tokens=8", world_size=1)
+    overrides = (*LONG, "evaluation.max_new_tokens=480", "rollout.max_new_tokens=8", "checkpoint.save_hf=true")
+    process = begin(config, *overrides, world_size=1)
     wait_for(lambda: lines_of(run) == 2, process)
     wait_for(lambda: "step_000002" not in os.listdir(run / "checkpoints"), process)
     os.kill(ranks_of(process)[0], signal.SIGUSR1)
@@ -148,12 +149,14 @@ def test_unlogged_metrics_of_a_step_come_with_the_checkpoint(config: Path, tmp_p
     if kept.exists():
         assert logged[-1] == int(latest.removeprefix("step_")) - 1
         assert json.loads(kept.read_text())["actor/grad_norm"][0] == "Max"
-    again = begin(config, *LONG, "evaluation.max_new_tokens=480", "rollout.max_new_tokens=8", world_size=1)
+        assert not kept.with_name("hf").exists()  # which takes minutes for a large model, and time is short
+    again = begin(config, *overrides, world_size=1)
     printed, _ = again.communicate(timeout=LIMIT_S)
     assert again.returncode == 0, printed
     assert [row["step"] for row in rows(run)] == [0, 1, 2, 3]
     assert all("eval/score" in row for row in rows(run))
     assert all("actor/grad_norm" in row for row in rows(run)[1:])
+    assert all((run / f"checkpoints/step_{step:06d}/hf/config.json").exists() for step in (2, 3))
 
 
 def test_a_run_stops_before_the_end_of_its_job(config: Path, tmp_path: Path) -> None:

@@ -277,6 +277,17 @@ def test_an_engine_that_died_between_jobs_is_started_before_the_next(
     finished(collector.collect(job(groups(count=2), "after")))
 
 
+def test_signals_to_all_processes_of_a_rank_leave_an_engine_alive(
+    engine_of: EngineOf, engine_name: str, collector_of: Callable[..., Collector], folder: Path
+) -> None:
+    """As some schedulers send them, to stop."""
+    engine: Any = engine_of(folder, max_num_sequences=6)
+    for process in engine._watch._processes if engine_name == "sglang" else ():  # the others have none of their own
+        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+            os.kill(process.pid, number)
+    finished(collector_of(engine, max_failures=0).collect(job(groups(count=2), "signalled")))
+
+
 @pytest.mark.parametrize("seconds", [None, 300.0])
 def test_an_engine_that_gives_no_answer_is_started_again(
     seconds: float | None,

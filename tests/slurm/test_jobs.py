@@ -147,8 +147,13 @@ def usr1(job: Job) -> None:
 
 
 def kill_a_rank(job: Job) -> None:
+    kill(job, count=4)
+
+
+def kill(job: Job, count: int) -> None:
+    """One of so many ranks."""
     pids = job.pids()
-    assert len(pids) == 4
+    assert len(pids) == count
     os.kill(pids[-1], signal.SIGKILL)
 
 
@@ -204,6 +209,43 @@ def test_one_rank_on_each_node_and_weights_for_others(submit: Submit) -> None:
     assert AutoModelForCausalLM.from_pretrained(last / "hf").num_parameters() > 0
     logs = job.folder / f"logs/slurm/toy-{job.number}"
     assert sorted(path.name for path in logs.glob("rank_*.log")) == ["rank_0.log", "rank_1.log"]
+
+
+def test_a_beginning_that_is_said_is_that_of_the_first_attempt(submit: Submit) -> None:
+    """And the doctor hears of it; killed before there is a checkpoint, and going on from another run's."""
+    rare = (*STEPS, "checkpoint.every=100")
+    one = ("--ntasks-per-node=1",)
+    job = submit("grpo_7b.sh", *rare, "--resume", "never", options=one, name="never", MEGATRON_RL_DOCTOR="")
+    job.reach(1)
+    kill(job, count=2)
+    job.finish()
+    assert "checkpoint   none: begins at step 0" in job.output
+    assert "starting again from 'the beginning'" in job.output
+    source = job.run / "checkpoints/step_000008"
+    further = submit(
+        "grpo_7b.sh", *rare, "run.num_steps=10", "--resume", str(source), options=one, name="path",
+        MEGATRON_RL_DOCTOR="",
+    )  # fmt: skip
+    further.finish()
+    assert f"checkpoint   goes on from {source}" in further.output
+    assert [row["step"] for row in further.rows()] == [9, 10]
+
+
+def test_a_rank_that_hangs_is_named_with_the_stacks_of_all(submit: Submit) -> None:
+    """Slurm kills what is left of a step when a rank has ended."""
+    job = submit(
+        "grpo_7b.sh", "metrics.console=plain", "run.stuck_after_s=10",
+        "algorithm.advantage=tests.own_advantages:hangs_on_the_second_rank",
+        options=("--ntasks-per-node=1",), name="hangs", MEGATRON_RL_MAX_RESTARTS="0",
+    )  # fmt: skip
+    job.finish("FAILED")
+    logs = job.folder / f"logs/slurm/hangs-{job.number}"
+    first, second = ((logs / f"rank_{rank}.log").read_text() for rank in (0, 1))
+    assert "Those that others wait for first:\n  rank 1 (host" in first
+    assert "rank 0: " in first
+    assert "rank 1: " in second
+    assert "hangs_on_the_second_rank" in second
+    assert "giving up" in job.output
 
 
 def test_a_run_that_cannot_start_gives_up(submit: Submit) -> None:

@@ -27,6 +27,61 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     subprocess.run([*command, "stop", str(folder)], check=True)
 
 
+def shell(folder: Path, text: str) -> subprocess.CompletedProcess[str]:
+    """Run it with the functions of the scripts, and programs that a folder has in the place of Slurm's."""
+    environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    begins = f"source {ROOT}/slurm/common.sh; PATIENCE_S=0; logs={folder}; "
+    return subprocess.run(
+        ["bash", "-c", begins + text], cwd=folder, capture_output=True, text=True, check=False, env=environment
+    )
+
+
+def pretend(folder: Path, name: str, text: str) -> None:
+    path = folder / name
+    path.write_text(f"#!/bin/bash\n{text}\n")
+    path.chmod(0o755)
+
+
+BUSY = "n=$(cat {count} 2>/dev/null || echo 0); echo $((n + 1)) >{count}; ((n < 3)) && exit 1; echo {says}"
+
+
+def test_a_controller_that_is_busy_is_asked_again(tmp_path: Path) -> None:
+    for state, status in (("RUNNING", 0), ("CANCELLED", 1)):
+        pretend(tmp_path, "squeue", BUSY.format(count=tmp_path / state, says=state))
+        assert shell(tmp_path, "is_running").returncode == status
+        assert (tmp_path / state).read_text() == "4\n"
+    pretend(tmp_path, "squeue", "exit 1")
+    assert shell(tmp_path, "is_running").returncode == 0  # nobody has said that it is not
+    pretend(tmp_path, "squeue", "echo RUNNING")
+    pretend(tmp_path, "scontrol", BUSY.format(count=tmp_path / "requeue", says="$@"))
+    done = shell(tmp_path, "go_back step_000004")
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "requeue 7")
+
+
+def test_a_job_that_comes_no_further_is_not_requeued_for_ever(tmp_path: Path) -> None:
+    pretend(tmp_path, "squeue", "echo RUNNING")
+    pretend(tmp_path, "scontrol", "exit 0")
+    for _ in range(3):
+        assert shell(tmp_path, "go_back step_000004").returncode == 0
+    assert shell(tmp_path, "go_back step_000005").returncode == 0
+    for _ in range(3):
+        assert shell(tmp_path, "go_back step_000004").returncode == 0
+    given_up = shell(tmp_path, "go_back step_000004")
+    assert given_up.returncode == 1
+    assert "interrupted again and again at 'step_000004': giving up" in given_up.stderr
+    (tmp_path / "requeued_at").unlink()
+    (tmp_path / "requeued_at").mkdir()  # nothing can be written
+    assert shell(tmp_path, "go_back step_000004").returncode == 0
+
+
+def test_an_end_that_slurm_does_not_say_is_none(tmp_path: Path) -> None:
+    for said, end in (("exit 1", ""), ("echo N/A", ""), ("echo 2026-11-22T00:00:10", "10")):
+        pretend(tmp_path, "squeue", said)
+        done = shell(tmp_path, "settings; echo $SLURM_JOB_END_TIME")
+        assert done.returncode == 0
+        assert done.stdout.strip()[-2:] == end
+
+
 @pytest.mark.parametrize("script", SHELL, ids=lambda path: path.name)
 def test_shell_is_sound(script: Path) -> None:
     subprocess.run(["bash", "-n", str(script)], check=True)

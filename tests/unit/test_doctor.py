@@ -79,16 +79,26 @@ def test_the_command_on_a_run_that_can_start_and_on_one_that_cannot(
 ) -> None:
     config = write_config(tmp_path, toy_model("qwen2"))
 
-    def doctor(*arguments: str) -> subprocess.CompletedProcess[str]:
+    def doctor(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "tools/doctor.py", "--config", str(config), *arguments]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=os.environ)
+        return subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, check=False, env={**os.environ, **environment}
+        )
 
     fine = doctor("--measure", str(tmp_path / "here.yaml"))
     assert fine.returncode == 0, fine.stderr + fine.stdout
     assert "qwen2, 2 layers" in fine.stdout
+    assert "ok      data         64 training prompts, 8 held-out prompts" in fine.stdout
+    assert "ok      checkpoint   none: begins at step 0" in fine.stdout
+    assert "layout" not in fine.stdout  # nobody has said how many ranks there will be
     assert read_hardware(str(tmp_path / "here.yaml")).tflops > 0
     broken = doctor("model.path=nowhere", "rollout.engine=sglang", "rollout.top_k=0")
     assert broken.returncode == 1
     assert "error   model" in broken.stdout
     assert "nowhere" in broken.stdout
     assert "error   engine       sglang cannot be imported" in broken.stdout
+    wrong = ("data.train.path=nothing", "--resume", "nowhere")
+    broken = doctor(*wrong, RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="29555")
+    assert "ok      layout       it can be trained by 1 ranks" in broken.stdout
+    assert "error   data         data source path (task)='nothing'" in broken.stdout, broken.stdout
+    assert "error   checkpoint   --resume nowhere: no checkpoint there." in broken.stdout

@@ -172,13 +172,13 @@ def test_the_command_says_what_does_not_fit(tmp_path: Path) -> None:
         command = [sys.executable, "tools/plan.py", "--config", str(recipe), *arguments]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=os.environ)
 
-    fits = plan("--nodes", "8", f"model.path={MODELS / 'Llama-3.1-70B'}")
+    fits = plan("--nodes", "8", f"model.path={MODELS / 'Llama-3.1-70B-Instruct'}")
     assert fits.returncode == 0, fits.stderr
     assert "TP8 x PP4 x DP2, vllm of TP8" in fits.stdout
     assert "\nfits: " in fits.stdout
     lacking = plan("--nodes", "8", "memory.recompute=disabled", "batching.max_tokens_per_micro_batch=65536")
     assert lacking.returncode == 3
-    assert "planning with configs/models/Llama-3.1-70B" in lacking.stderr
+    assert "planning with configs/models/Llama-3.1-70B-Instruct" in lacking.stderr
     assert "does not fit: update needs" in lacking.stdout
     assert "change: memory.recompute=full" in lacking.stdout
     assert plan("--nodes", "1", "--search").returncode == 3

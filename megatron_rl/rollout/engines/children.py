@@ -98,13 +98,18 @@ class ChildWatch:
 
 @contextmanager
 def own_signals() -> Iterator[None]:
-    """Keep this process's handlers of signals although an engine that starts sets its own."""
+    """Keep this process's handlers of signals although an engine that starts sets its own.
+
+    The engine's processes inherit that they do not hear them: some launchers signal all processes of a rank.
+    """
     before = {one: signal.getsignal(one) for one in OURS}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, OURS)
     try:
         yield
     finally:
         for one, handler in before.items():
             signal.signal(one, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)  # what came meanwhile is heard now
 
 
 def _descendants(pid: int | None) -> list[Any]:
