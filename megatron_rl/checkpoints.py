@@ -199,9 +199,10 @@ class Checkpoints:
             CheckpointError, ConfigError: on every rank; none is sound, or as of ``RunFolder.find_resume``.
         """
         found: Path | None = None
-        with raise_together(self._parallel), _checkpoint_errors(self._folder):
+        with raise_together(self._parallel):
             if self._parallel.is_main:  # others may not see yet what was written last
-                _put_back(self._folder)
+                with _checkpoint_errors(self._folder):
+                    _put_back(self._folder)
                 found = self._run_folder.find_resume(resume)
         path = gather_objects(found, self._parallel)[0]
         if path is None:

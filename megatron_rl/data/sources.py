@@ -72,11 +72,10 @@ def read_datasets(source: RowsSection) -> Iterable[Row]:
             return saved[source.split] if isinstance(saved, datasets.DatasetDict) else saved
         return datasets.load_dataset(source.path, source.name, split=source.split, revision=source.revision)
     except (
-        FileNotFoundError,
+        OSError,  # not there, no connection, and what the hub refuses
         KeyError,
         ValueError,
         RuntimeError,  # data sets that are scripts
-        ConnectionError,
         datasets.exceptions.DatasetNotFoundError,
     ) as error:
         raise DataError(
