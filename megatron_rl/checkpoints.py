@@ -62,6 +62,7 @@ class Checkpoints:
         self._config = config
         self._parallel = parallel
         self._last: Path | None = None  # begun or restored last
+        self._is_again = False  # the one before it was of the same state
         self._reference: str | None = None  # which the next checkpoint will name
         self._pending: tuple[dict[str, PendingSave], Path, Path] | None = None  # by the part of the checkpoint
 
@@ -83,8 +84,8 @@ class Checkpoints:
         Args:
             unlogged: what is known of the state's step so far, where its metrics have not been written.
             again: also when the last one is of the same step; there is more to carry over by now.
-            exports: with what checkpoint.save_hf asks for. Without, where time is short, a folder of the same step
-                keeps what it has; a later save of the step adds them, or tools/convert_megatron_to_hf.py does.
+            exports: with what checkpoint.save_hf asks for. Without, where time is short, those that the last one has
+                stay if it is of the same state; a later save of it adds them, or tools/convert_megatron_to_hf.py does.
 
         Raises:
             CheckpointError: on every rank, when it cannot be written; earlier checkpoints stay.
@@ -120,7 +121,7 @@ class Checkpoints:
                     write_lines(partial / IN_FLIGHT, [group_to_json(group) for group in in_flight])
                 if known is not None:
                     write_atomically(partial / UNLOGGED, json.dumps(known))
-        self._last = final
+        self._is_again, self._last = self._last == final, final
         if self._config.checkpoint.in_background:
             pending = {
                 part: begin_save(learner, partial / part, then=partial_of(self._seal_own, partial, part))
@@ -185,7 +186,7 @@ class Checkpoints:
                 kept = [name for name in ("trainer.json", IN_FLIGHT, UNLOGGED) if (partial / name).exists()]
                 rest = [name for name in [*shared, *kept] if name not in sealed]
                 write_seals(partial, {**sealed, **seal_files(partial, rest)})
-                _replace_folder(partial, final)
+                _replace_folder(partial, final, keep=self._is_again)
                 write_atomically(self._folder / LATEST, final.name)
                 self._remove_old()
 
@@ -368,14 +369,18 @@ def _checkpoint_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _replace_folder(new: Path, final: Path) -> None:
-    """Put a folder in the place of another, which is removed only afterwards, but for folders that only it has."""
+def _replace_folder(new: Path, final: Path, *, keep: bool = False) -> None:
+    """Put a folder in the place of another, which is removed only afterwards.
+
+    Args:
+        keep: folders that only the other has.
+    """
     old = final.with_name(final.name + REPLACED)
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():
         os.replace(final, old)
     os.replace(new, final)
-    if old.exists():
+    if keep and old.exists():
         for kept in (path for path in old.iterdir() if path.is_dir() and not (final / path.name).exists()):
             os.replace(kept, final / kept.name)
     shutil.rmtree(old, ignore_errors=True)

@@ -121,8 +121,8 @@ is_running() { # somebody may have cancelled it
 # come back for ever.
 go_back() {
     local here=$1 times try
-    echo "$here" >>"$logs/requeued_at" || true # a full disk is no reason to stay
-    times=$(tail -n $((MAX_RESTARTS + 1)) "$logs/requeued_at" 2>/dev/null | grep -cFx -- "$here") || true
+    echo "$here" >>"$requeued" || true # a full disk is no reason to stay
+    times=$(tail -n $((MAX_RESTARTS + 1)) "$requeued" 2>/dev/null | grep -cFx -- "$here") || true
     if ((${times:-0} > MAX_RESTARTS)); then
         echo "interrupted again and again at '$here': giving up. The time limit is too short." >&2
         return 1
@@ -131,7 +131,7 @@ go_back() {
     for ((try = 0; try < PATIENCE_TRIES; try++)); do
         scontrol requeue "$(job_id)" && return
         sleep "$PATIENCE_S"
-        is_running || return 1
+        PATIENCE_TRIES=1 is_running || return 1
     done
     return 1
 }
@@ -263,6 +263,7 @@ begin() {
     name=$SLURM_JOB_NAME-$SLURM_JOB_ID
     logs=logs/slurm/$name
     mkdir -p "$logs"
+    requeued=$logs/requeued_at
 }
 
 # given KEY DEFAULT key=value …: what the arguments say of a key.
@@ -276,15 +277,17 @@ given() {
 
 # train CONFIG [key=value …]
 train() {
-    local config=$1 name logs output && shift
+    local config=$1 name logs requeued output && shift
     begin
     output=$(given run.output_dir "runs/$name" "$@")
+    local began=$logs/began
+    [[ -e $began ]] || touch "$began" || true
     local own=(--config "$config" "run.name=$name" "run.output_dir=$output" "$@")
     progress() { cat "$output/checkpoints/latest" 2>/dev/null || echo "the beginning"; }
-    # the arguments say how the first attempt begins (--resume PATH, --resume never), the others go on
+    # the arguments may say how it begins (--resume PATH, --resume never); once this job has begun, it goes on from its own
     more_arguments() {
         ((${SLURM_RESTART_COUNT:-0} + attempt > 0)) || return 0
-        [[ ! -e $output/checkpoints/latest && "${own[*]} " != *" --resume never "* ]] || printf '%s\n' --resume auto
+        [[ ! $output/checkpoints/latest -nt $began && "${own[*]} " != *" --resume"[\ =]"never "* ]] || printf '%s\n' --resume auto
     }
     examine "${own[@]}"
     until_done -m megatron_rl.train "${own[@]}"
@@ -292,7 +295,7 @@ train() {
 
 # evaluate CONFIG [key=value …]: an evaluation goes on with the answers that its folder has.
 evaluate() {
-    local config=$1 name logs output && shift
+    local config=$1 name logs requeued output && shift
     begin
     output=$(given run.output_dir "runs/eval/$name" "$@")
     progress() { bytes_in "$output"; }
@@ -301,14 +304,14 @@ evaluate() {
 
 # convert DIRECTION …: tools/convert_DIRECTION.py, which goes on where it was.
 convert() {
-    local direction=$1 name logs && shift
+    local direction=$1 name logs requeued && shift
     begin
     local argument before="" output=""
     for argument in "$@"; do
         [[ $before != --output ]] || output=$argument
         before=$argument
     done
-    progress() { bytes_in "$output"; }
+    progress() { bytes_in "$output.partial"; } # which becomes OUTPUT in the end
     case $direction in
     hf_to_megatron | megatron_to_hf) until_done "tools/convert_$direction.py" "$@" ;;
     *)

@@ -272,6 +272,15 @@ def test_a_latest_checkpoint_that_is_gone_or_half_replaced_ends_no_run(
     ]
 
 
+def test_a_checkpoint_has_no_export_of_other_weights(config: Path, tmp_path: Path) -> None:
+    """Which the one that it replaces had."""
+    checkpoints, every = tmp_path / "run/checkpoints", "checkpoint.every=1"
+    assert start(config, "run.num_steps=2", every, "checkpoint.save_hf=true") == 0
+    assert (checkpoints / "step_000002/hf").exists()
+    assert start(config, "run.num_steps=2", every, "--resume", str(checkpoints / "step_000001")) == 0
+    assert not (checkpoints / "step_000002/hf").exists()
+
+
 def test_keys_newer_than_a_checkpoint_count_as_their_defaults(config: Path) -> None:
     current = flatten_plain(load_config(config))
     older = {key: value for key, value in current.items() if key != "algorithm.pass_k"}

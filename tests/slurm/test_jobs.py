@@ -234,7 +234,7 @@ def test_a_beginning_that_is_said_is_that_of_the_first_attempt(submit: Submit) -
 def test_a_rank_that_hangs_is_named_with_the_stacks_of_all(submit: Submit) -> None:
     """Slurm kills what is left of a step when a rank has ended."""
     job = submit(
-        "grpo_7b.sh", "metrics.console=plain", "run.stuck_after_s=10",
+        "grpo_7b.sh", "metrics.console=plain", "run.stuck_after_s=20",
         "algorithm.advantage=tests.own_advantages:hangs_on_the_second_rank",
         options=("--ntasks-per-node=1",), name="hangs", MEGATRON_RL_MAX_RESTARTS="0",
     )  # fmt: skip

@@ -30,7 +30,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 def shell(folder: Path, text: str) -> subprocess.CompletedProcess[str]:
     """Run it with the functions of the scripts, and programs that a folder has in the place of Slurm's."""
     environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
-    begins = f"source {ROOT}/slurm/common.sh; PATIENCE_S=0; logs={folder}; "
+    begins = f"source {ROOT}/slurm/common.sh; PATIENCE_S=0; requeued={folder}/requeued_at; "
     return subprocess.run(
         ["bash", "-c", begins + text], cwd=folder, capture_output=True, text=True, check=False, env=environment
     )
@@ -80,6 +80,33 @@ def test_an_end_that_slurm_does_not_say_is_none(tmp_path: Path) -> None:
         done = shell(tmp_path, "settings; echo $SLURM_JOB_END_TIME")
         assert done.returncode == 0
         assert done.stdout.strip()[-2:] == end
+
+
+@pytest.mark.parametrize(
+    ("arguments", "restarts", "latest", "further"),
+    [
+        ("--resume auto", 1, "new", "--resume auto"),
+        ("--resume elsewhere", 0, "old", ""),
+        ("--resume elsewhere", 1, "old", ""),  # which is not this job's
+        ("--resume elsewhere", 1, "new", "--resume auto"),
+        ("--resume never", 0, "", ""),
+        ("--resume never", 1, "", "--resume auto"),
+        ("--resume=never", 1, "", "--resume auto"),
+    ],
+)
+def test_a_job_goes_on_from_its_own_checkpoint(
+    arguments: str, restarts: int, latest: str, further: str, tmp_path: Path
+) -> None:
+    pretend(tmp_path, "squeue", "exit 1")
+    age = {"": "true", "old": "touch -d 2000-01-01", "new": "touch -d 2100-01-01"}
+    done = shell(
+        tmp_path,
+        f"mkdir -p out/checkpoints; {age[latest]} out/checkpoints/latest; "
+        f"export SLURM_JOB_NAME=name SLURM_RESTART_COUNT={restarts}; "
+        "examine() { :; }; until_done() { more_arguments; }; "
+        f"train config.yaml run.output_dir=out {arguments}",
+    )
+    assert (done.returncode, done.stdout.split()) == (0, further.split()), done.stderr
 
 
 @pytest.mark.parametrize("script", SHELL, ids=lambda path: path.name)

@@ -5,6 +5,7 @@ import signal
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
+from multiprocessing import resource_tracker
 from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
 from typing import Any
@@ -102,6 +103,7 @@ def own_signals() -> Iterator[None]:
 
     The engine's processes inherit that they do not hear them: some launchers signal all processes of a rank.
     """
+    resource_tracker.ensure_running()  # its start, with the first process of all, would let signals through again
     before = {one: signal.getsignal(one) for one in OURS}
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, OURS)
     try:
