@@ -282,16 +282,7 @@ class Checkpoints:
             CheckpointError: on every rank, when it cannot be written.
         """
         name = f"step_{state.step:06d}"
-        final = self._references / name
-        partial = final.with_name(name + ".partial")
-        with raise_together(self._parallel), _checkpoint_errors(final):
-            if self._parallel.is_main:
-                shutil.rmtree(partial, ignore_errors=True)
-                partial.parent.mkdir(parents=True, exist_ok=True)
-        self._export(policy, partial)
-        with raise_together(self._parallel), _checkpoint_errors(final):
-            if self._parallel.is_main:
-                _replace_folder(partial, final)
+        self._export_whole(policy, self._references / name)
         self._reference = name
         return replace(state, reference=name)
 
@@ -304,14 +295,19 @@ class Checkpoints:
         there = [name for name in models.exports if (folder / name).exists()]
         for name in sorted(set(models.exports).difference(gather_objects(there, self._parallel)[0])):
             model, config = models.exports[name]
-            partial = folder / f"{name}.partial"
-            with raise_together(self._parallel), _checkpoint_errors(folder):
-                if self._parallel.is_main:
-                    shutil.rmtree(partial, ignore_errors=True)
-            self._export(model, partial, config)
-            with raise_together(self._parallel), _checkpoint_errors(folder):
-                if self._parallel.is_main:
-                    os.replace(partial, folder / name)
+            self._export_whole(model, folder / name, config)
+
+    def _export_whole(self, model: ShardedModel, final: Path, config: Mapping[str, Any] | None = None) -> None:
+        """``_export``, under its name only when complete; collective."""
+        partial = final.with_name(final.name + ".partial")
+        with raise_together(self._parallel), _checkpoint_errors(final):
+            if self._parallel.is_main:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.parent.mkdir(parents=True, exist_ok=True)
+        self._export(model, partial, config)
+        with raise_together(self._parallel), _checkpoint_errors(final):
+            if self._parallel.is_main:
+                _replace_folder(partial, final)
 
     def _export(self, model: ShardedModel, folder: Path, config: Mapping[str, Any] | None = None) -> None:
         """Write a Hugging Face folder, with another config.json than the model's own if it is given; collective."""

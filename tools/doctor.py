@@ -95,7 +95,8 @@ def main(arguments: list[str] | None = None) -> int:
     firsts = gather_objects(host, parallel)
     mine = [(host, one) for one in check_host(config)] if firsts.index(host) == parallel.rank else []
     if is_main and config is not None:
-        mine += [(host, one) for one in check_run(config, asked.resume, launched_world_size())]
+        world_size = parallel.world_size if "WORLD_SIZE" in os.environ else None
+        mine += [(host, one) for one in check_run(config, asked.resume, world_size)]
     findings = [one for part in gather_objects(mine, parallel) for one in part]
     speeds, link = measure(parallel), all_reduce_gb_s(parallel)
     findings += judge(speeds, link)
@@ -106,11 +107,6 @@ def main(arguments: list[str] | None = None) -> int:
         if asked.measure is not None:
             asked.measure.write_text(yaml.safe_dump(asdict(hardware)))
     return 1 if worst(findings) == "error" else 0
-
-
-def launched_world_size() -> int | None:
-    """As a launcher says; None without one."""
-    return int(os.environ["WORLD_SIZE"]) if "WORLD_SIZE" in os.environ else None
 
 
 if __name__ == "__main__":
