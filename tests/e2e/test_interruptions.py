@@ -160,10 +160,15 @@ def test_unlogged_metrics_of_a_step_come_with_the_checkpoint(config: Path, tmp_p
 
 
 def test_a_run_stops_before_the_end_of_its_job(config: Path, tmp_path: Path) -> None:
-    end = str(int(time.time()) + 25)
-    process = begin(config, "run.num_steps=100000", "run.stop_before_end_s=5", world_size=1, SLURM_JOB_END_TIME=end)
+    """By itself: the end of the job is further away than this test waits."""
+    told, end = int(time.time()) + 20, int(time.time()) + 20 + LIMIT_S
+    process = begin(
+        config, "run.num_steps=100000", f"run.stop_before_end_s={end - told}",
+        world_size=1, SLURM_JOB_END_TIME=str(end),
+    )  # fmt: skip
     printed, _ = process.communicate(timeout=LIMIT_S)
-    assert time.time() < int(end) + 5
+    assert time.time() >= told
+    assert f"exitcode  : {START_AGAIN}" in printed, printed
     assert "stopped as asked after step" in printed
     assert (tmp_path / "run/checkpoints/latest").exists()
 
@@ -177,12 +182,11 @@ def test_deadlines(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_rank_that_hangs_is_named_and_the_run_ends(config: Path, tmp_path: Path) -> None:
-    process = begin(config, "run.num_steps=100000", "run.stuck_after_s=6")
+    process = begin(config, "run.num_steps=100000", "run.stuck_after_s=15")
     wait_for(lambda: lines_of(tmp_path / "run") > 3, process)
     first, second = ranks_of(process)
     by_rank = {int(environment(pid)["RANK"]): pid for pid in (first, second)}
     os.kill(by_rank[1], signal.SIGSTOP)
-    start = time.monotonic()
     try:
         wait_for_end(process)
     finally:
@@ -192,7 +196,6 @@ def test_a_rank_that_hangs_is_named_and_the_run_ends(config: Path, tmp_path: Pat
             except ProcessLookupError:
                 continue
     printed, _ = process.communicate(timeout=LIMIT_S)
-    assert time.monotonic() - start < 120
     assert process.returncode != 0
     told = printed.split("Those that others wait for first:")[1].splitlines()
     assert f"rank 1 (host {os.uname().nodename}, pid {by_rank[1]})" in told[1]
@@ -203,7 +206,7 @@ def test_a_rank_that_hangs_is_named_and_the_run_ends(config: Path, tmp_path: Pat
 
 def test_a_rank_whose_work_never_ends_is_named_with_its_stack(config: Path) -> None:
     """Its process lives: only that nobody comes any further shows it."""
-    process = begin(config, "run.stuck_after_s=8", "algorithm.advantage=tests.own_advantages:hangs_on_the_second_rank")
+    process = begin(config, "run.stuck_after_s=15", "algorithm.advantage=tests.own_advantages:hangs_on_the_second_rank")
     printed, _ = process.communicate(timeout=LIMIT_S)
     assert process.returncode != 0
     told = printed.split("Those that others wait for first:")[1].splitlines()

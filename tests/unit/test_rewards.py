@@ -1,6 +1,5 @@
 """Reward functions, and the pool that survives them."""
 
-import time
 from collections.abc import Iterator
 
 import pytest
@@ -98,10 +97,8 @@ def test_soft_overlong_needs_a_buffer_that_fits() -> None:
     ],
 )
 def test_countdown(answer: str, numbers: list[int], target: float, wanted: float) -> None:
-    start = time.monotonic()
     assert REWARDS["countdown"](sample(f"<answer>{answer}</answer>", nums=numbers, target=target)) == wanted
     assert REWARDS["countdown"](sample(answer, nums=numbers, target=target)) == 0
-    assert time.monotonic() - start < 5
 
 
 def test_arithmetic_refuses_what_is_not_arithmetic() -> None:
