@@ -23,7 +23,9 @@ STUCK = 70
 """Exit status of a run that has come to a halt (EX_SOFTWARE of sysexits.h)."""
 BEAT_S = 5.0
 SILENT_S = 300.0
-"""The same for every limit above it: a rank that lives says a word every BEAT_S."""
+"""A run ends when a rank's thread has said no word for so long, or for its limit if that is shorter."""
+MISSED_BEATS = 3
+"""So many make a rank count as dead once the run ends, for whatever reason."""
 HALTED = "halted"
 """In the world's store, once a rank has found that the run has come to a halt."""
 TOLD = "told"
@@ -63,6 +65,9 @@ class Heard:
 
     def silent_s(self, now: float) -> float:
         return 0.0 if self.beat.is_over else now - self.at_s
+
+    def is_unheard(self, now: float, stuck_s: float | None) -> bool:
+        return self.silent_s(now) > MISSED_BEATS * beat_s(stuck_s)
 
 
 class Heartbeat:
@@ -107,7 +112,8 @@ class Heartbeat:
 
     def _watch(self) -> None:
         try:
-            while not self._over.wait(min(BEAT_S, (self._stuck_s or BEAT_S) / 4)):
+            self._say()
+            while not self._over.wait(beat_s(self._stuck_s)):
                 self._say()
                 if self._stuck_s is not None:
                     self._judge(self._stuck_s)
@@ -121,9 +127,11 @@ class Heartbeat:
 
     def _tell_where(self) -> None:
         """Print the stack, and wait until the others have: a launcher kills them once one has ended."""
-        now, parallel, limit = time.monotonic(), self._parallel, silence(self._stuck_s or SILENT_S)
+        now, parallel = time.monotonic(), self._parallel
         # of the others the first rank alone hears
-        alive = [rank for rank, one in self._heard.items() if one.silent_s(now) <= limit and not one.beat.is_over]
+        alive = [
+            rank for rank, one in self._heard.items() if not one.is_unheard(now, self._stuck_s) and not one.beat.is_over
+        ]
         print(f"rank {parallel.rank}: {stack()}", file=sys.stderr, flush=True)
         self._store.set(f"{TOLD}/{parallel.rank}", "1")
         awaited = [f"{TOLD}/{rank}" for rank in alive] if parallel.is_main else [TOLD]
@@ -142,7 +150,7 @@ class Heartbeat:
         ranks = range(self._parallel.world_size) if self._parallel.is_main else range(1)
         heard, now = self._listen(ranks), time.monotonic()
         is_stuck = self._parallel.is_main and all(one.idle_s(now) > stuck_s for one in heard)
-        is_silent = any(one.silent_s(now) > silence(stuck_s) for one in heard)
+        is_silent = any(one.silent_s(now) > min(SILENT_S, stuck_s) for one in heard)
         if (is_stuck or is_silent) and not self._over.is_set() and not self._store.check([HALTED]):
             everyone = self._listen(range(self._parallel.world_size))
             print(describe(everyone, self._parallel.world_size, now, stuck_s), file=sys.stderr, flush=True)
@@ -179,9 +187,9 @@ def seconds_until_stuck(config: RunConfig) -> float | None:
     return (config.parallel.timeout_minutes * 50 if asked is None else asked) or None
 
 
-def silence(stuck_s: float) -> float:
-    """Seconds without a word from a rank's thread after which the rank counts as dead."""
-    return min(SILENT_S, stuck_s)
+def beat_s(stuck_s: float | None) -> float:
+    """Seconds between a rank's words: so many within a limit that those who said none stand out when it is over."""
+    return BEAT_S if stuck_s is None else min(BEAT_S, stuck_s / 8)
 
 
 def describe(heard: Sequence[Heard], world_size: int, now: float, stuck_s: float) -> str:
@@ -190,16 +198,16 @@ def describe(heard: Sequence[Heard], world_size: int, now: float, stuck_s: float
     Args:
         now: by the clock of who heard them.
     """
-    limit = silence(stuck_s)
     lines = ["this run has come to a halt. Those that others wait for first:"]
-    for one in sorted(heard, key=lambda one: (one.silent_s(now) <= limit, one.beat.num_phases, -one.idle_s(now))):
-        beat, silent = one.beat, one.silent_s(now)
-        place = f"rank {beat.rank} (host {beat.host}, pid {beat.pid})"
-        said = f", silent for {silent:.0f} s: dead or unreachable" if silent > limit else ""
-        lines.append(f"  {place}: step {beat.step}, {beat.phase}, no progress for {one.idle_s(now):.0f} s{said}")
     missing = [str(rank) for rank in range(world_size) if rank not in {one.beat.rank for one in heard}]
     if missing:
         lines.append(f"  never heard of: ranks {', '.join(missing)}")
+    for one in sorted(heard, key=lambda one: (not one.is_unheard(now, stuck_s), one.beat.num_phases, -one.idle_s(now))):
+        beat = one.beat
+        place = f"rank {beat.rank} (host {beat.host}, pid {beat.pid})"
+        is_unheard = one.is_unheard(now, stuck_s)
+        said = f", silent for {one.silent_s(now):.0f} s: dead or unreachable" if is_unheard else ""
+        lines.append(f"  {place}: step {beat.step}, {beat.phase}, no progress for {one.idle_s(now):.0f} s{said}")
     return "\n".join(lines)
 
 

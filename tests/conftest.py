@@ -46,7 +46,7 @@ def gangs() -> Iterator[Callable[[int], Gang]]:
     started: dict[int, Gang] = {}
 
     def get(world_size: int) -> Gang:
-        if world_size not in started:
+        if world_size not in started or not started[world_size].is_open:
             started[world_size] = Gang(world_size)
         return started[world_size]
 

@@ -1,13 +1,12 @@
 """A world of worker processes that outlives a test: importing Megatron takes longer than most cases."""
 
 import multiprocessing
-import socket
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-LIMIT_S = 400  # eight processes that import Megatron, or start an engine each, on two cores
+from tests.limits import LIMIT_S
 
 
 class Gang:
@@ -16,18 +15,19 @@ class Gang:
     def __init__(self, world_size: int) -> None:
         self.world_size = world_size
         context = multiprocessing.get_context("spawn")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
         self._pipes: list[Connection] = []
         self._processes = []
         for rank in range(world_size):
             mine, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(rank, world_size, port, theirs))
+            process = context.Process(target=_work, args=(rank, world_size, theirs))
             process.start()
             theirs.close()
             self._pipes.append(mine)
             self._processes.append(process)
+        port = self._pipes[0].recv()
+        for pipe in self._pipes[1:]:
+            pipe.send(port)
+        self.is_open = True
 
     def call(self, function: Callable[..., Any], **arguments: Any) -> list[Any]:
         """What ``function(**arguments)`` returns on every rank; an exception of any rank fails the test."""
@@ -37,6 +37,7 @@ class Gang:
         for rank, pipe in enumerate(self._pipes):
             if not pipe.poll(LIMIT_S if not failures else 10):
                 failures.append(f"rank {rank} gave no answer")
+                self.is_open = False  # or the next call would take its answer to this one for its own
                 continue
             status, value = pipe.recv()
             if status == "ok":
@@ -55,12 +56,16 @@ class Gang:
             process.kill()
 
 
-def _work(rank: int, world_size: int, port: int, pipe: Connection) -> None:
+def _work(rank: int, world_size: int, pipe: Connection) -> None:
     import torch.distributed as dist
 
     import megatron_rl.mcore  # noqa: F401  prepares Megatron-Core for the CPU
 
-    store = dist.TCPStore("127.0.0.1", port, world_size, is_master=rank == 0)
+    if rank == 0:
+        store = dist.TCPStore("127.0.0.1", 0, world_size, is_master=True, wait_for_workers=False)
+        pipe.send(store.port)
+    else:
+        store = dist.TCPStore("127.0.0.1", pipe.recv(), world_size, is_master=False)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
     while True:
         try:

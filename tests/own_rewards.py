@@ -1,6 +1,7 @@
 """Reward functions of the tests; apart, because workers import this and must start quickly."""
 
 import time
+from pathlib import Path
 
 from megatron_rl.rewards.record import RewardInput
 
@@ -10,9 +11,11 @@ def digit_share(sample: RewardInput) -> float:
     return sum(c.isdigit() for c in sample.response) / max(1, len(sample.response))
 
 
-def slow_digit_share(sample: RewardInput) -> float:
-    """The same, so slow that a run can be disturbed."""
+def slow_digit_share(sample: RewardInput, hold: str = "") -> float:
+    """The same, so slow that a run can be disturbed; not before the file ``hold`` is gone."""
     time.sleep(0.03)
+    while hold and Path(hold).exists():
+        time.sleep(0.05)
     return digit_share(sample)
 
 

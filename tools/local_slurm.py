@@ -2,7 +2,7 @@
 
 Starts munged, slurmctld and as many slurmd as there are nodes, all of this one host, on ports of their own, and prints
 the export of SLURM_CONF by which sbatch, srun and scontrol find them. Jobs of the partition "urgent" preempt those of
-the default one, which have a minute of grace. For trying scripts, and for the tests. Needs root and the packages
+the default one, which have five minutes of grace. For trying scripts, and for the tests. Needs root and the packages
 slurm-wlm and munge (Debian, Ubuntu).
 """
 
@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sinfo")
-START_S = 60.0
+START_S = 300.0
 STOP_S = 20.0
 # {host}, {folder}, {control_port}, {nodes} and {names} are filled in
 CONFIG = """
@@ -27,7 +27,7 @@ SlurmctldHost={host}(127.0.0.1)
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.sock,cred_expire=10
+AuthInfo=socket={folder}/munge.sock,cred_expire=20
 SlurmctldPort={control_port}
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
@@ -44,12 +44,13 @@ ReturnToService=2
 MpiDefault=none
 JobRequeue=1
 KillWait=10
+MessageTimeout=60
 MinJobAge=3600
 SchedulerParameters=batch_sched_delay=0,sched_interval=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 {nodes}
-PartitionName=main Nodes={names} Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
+PartitionName=main Nodes={names} Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=300
 PartitionName=urgent Nodes={names} MaxTime=INFINITE State=UP PriorityTier=2 PreemptMode=OFF
 """
 

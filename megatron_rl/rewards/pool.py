@@ -20,7 +20,7 @@ from megatron_rl.errors import RewardError
 from megatron_rl.rewards.record import RewardInput, RewardResult
 from megatron_rl.rewards.worker import FunctionSets, work
 
-START_LIMIT_S = 120.0
+START_LIMIT_S = 600.0
 _Request = tuple[str, Sequence[RewardInput], "Future[list[RewardResult]]"]
 
 

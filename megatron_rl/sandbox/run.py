@@ -170,12 +170,20 @@ def _outcome(status: Status, message: str, said: dict[str, bytearray]) -> Outcom
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
     """End it and all that it has started, also a program that has left its session."""
+    ends = []
     for child in _children(process.pid):
+        with contextlib.suppress(OSError):  # it has ended, or the kernel does not know of these
+            ends.append(os.pidfd_open(child))
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, signal.SIGKILL)  # the first of its namespace: the kernel ends the others
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    for end in ends:
+        awaited = select.poll()
+        awaited.register(end, select.POLLIN)
+        awaited.poll()
+        os.close(end)
     for stream in (process.stdout, process.stderr):
         if stream is not None:
             stream.close()

@@ -11,6 +11,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from tests.distributed import cases
 from tests.distributed.test_layouts import keys
 from tests.gang import Gang
+from tests.limits import LIMIT_S
 from tests.toys import toy_config
 
 TP2_PP2 = ["parallel.tensor_parallel_size=2", "parallel.pipeline_parallel_size=2"]
@@ -122,7 +123,7 @@ def test_each_patch_is_still_needed(fault: str | None, toy_model: Callable[..., 
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(sabotage=sabotage, folder=str(tmp_path), model=str(toy_model("qwen2", tied=True))))
     done = subprocess.run(
-        [sys.executable, "-m", "tests.run_file", str(script)], capture_output=True, text=True, timeout=240
+        [sys.executable, "-m", "tests.run_file", str(script)], capture_output=True, text=True, timeout=LIMIT_S
     )
     assert (done.returncode == 0) == (fault is None), done.stderr[-3000:]
     assert sign in done.stderr

@@ -14,7 +14,8 @@ import pytest
 
 from megatron_rl.heartbeat import Beat, Heard, describe
 from megatron_rl.stop import START_AGAIN, deadline
-from tests.e2e.test_torchrun import LIMIT_S, command, rows, untimed
+from tests.e2e.test_torchrun import command, rows, untimed
+from tests.limits import LIMIT_S
 from tests.toys import write_config
 
 # responses so long that a run is nearly always in the middle of them
@@ -82,19 +83,20 @@ def config(toy_model: Callable[..., Path], tmp_path: Path) -> Path:
 def test_a_signal_in_generation_or_evaluation_loses_nothing(config: Path, tmp_path: Path) -> None:
     """One rank of two is told, again and again, wherever it is: the run goes on as if nobody had."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    done = begin(config, *LONG, f"run.output_dir={whole}")
+    overrides = (*LONG, "run.num_steps=4")
+    done = begin(config, *overrides, f"run.output_dir={whole}")
     printed, _ = done.communicate(timeout=LIMIT_S)
     assert done.returncode == 0, printed
     # so many seconds after the metrics of so many steps are there, counting none
     for num_rows, wait in ((0, 0.0), (0, 1.5), (1, 0.3), (2, 0.3), (2, 0.0), (3, 0.3)):
-        process = begin(config, *LONG, f"run.output_dir={cut}")
+        process = begin(config, *overrides, f"run.output_dir={cut}")
         wait_for(partial(listens, process), process)
         wait_for(lambda n=num_rows: lines_of(cut) >= n, process)
         time.sleep(wait)
         os.kill(ranks_of(process)[0], signal.SIGUSR1)
         printed, _ = process.communicate(timeout=LIMIT_S)
         assert f"exitcode  : {START_AGAIN}" in printed, printed
-    done = begin(config, *LONG, f"run.output_dir={cut}")
+    done = begin(config, *overrides, f"run.output_dir={cut}")
     printed, _ = done.communicate(timeout=LIMIT_S)
     assert done.returncode == 0, printed
     assert untimed(cut) == untimed(whole)
@@ -182,7 +184,7 @@ def test_deadlines(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_rank_that_hangs_is_named_and_the_run_ends(config: Path, tmp_path: Path) -> None:
-    process = begin(config, "run.num_steps=100000", "run.stuck_after_s=15")
+    process = begin(config, "run.num_steps=100000", "run.stuck_after_s=30")
     wait_for(lambda: lines_of(tmp_path / "run") > 3, process)
     first, second = ranks_of(process)
     by_rank = {int(environment(pid)["RANK"]): pid for pid in (first, second)}
@@ -206,7 +208,7 @@ def test_a_rank_that_hangs_is_named_and_the_run_ends(config: Path, tmp_path: Pat
 
 def test_a_rank_whose_work_never_ends_is_named_with_its_stack(config: Path) -> None:
     """Its process lives: only that nobody comes any further shows it."""
-    process = begin(config, "run.stuck_after_s=15", "algorithm.advantage=tests.own_advantages:hangs_on_the_second_rank")
+    process = begin(config, "run.stuck_after_s=30", "algorithm.advantage=tests.own_advantages:hangs_on_the_second_rank")
     printed, _ = process.communicate(timeout=LIMIT_S)
     assert process.returncode != 0
     told = printed.split("Those that others wait for first:")[1].splitlines()
@@ -253,10 +255,17 @@ def test_who_is_where_is_said_by_who_others_wait_for() -> None:
         heard(4, "c", "gen", 0.0, 100.0, is_over=True),
     ]
     text = describe(everyone, 5, now=1000.0, stuck_s=600.0).splitlines()
+    assert text[1] == "  never heard of: ranks 1"
     assert (
-        text[1] == "  rank 3 (host b, pid 7): step 3, gen, no progress for 500 s, silent for 500 s: dead or unreachable"
+        text[2] == "  rank 3 (host b, pid 7): step 3, gen, no progress for 500 s, silent for 500 s: dead or unreachable"
     )
-    assert text[2] == "  rank 2 (host b, pid 7): step 3, gen, no progress for 600 s"
-    assert text[3] == "  rank 4 (host c, pid 7): step 3, gen, no progress for 0 s"
-    assert text[4] == "  rank 0 (host a, pid 7): step 3, update_actor, no progress for 10 s"
-    assert text[5] == "  never heard of: ranks 1"
+    assert text[3] == "  rank 2 (host b, pid 7): step 3, gen, no progress for 600 s"
+    assert text[4] == "  rank 4 (host c, pid 7): step 3, gen, no progress for 0 s"
+    assert text[5] == "  rank 0 (host a, pid 7): step 3, update_actor, no progress for 10 s"
+
+
+def test_a_rank_that_froze_is_named_before_who_waits_for_it() -> None:
+    """Also where its last word came when the others already waited."""
+    everyone = [heard(0, "a", "gen", 30.5, 1000.0), heard(1, "a", "update_actor", 0.0, 971.0)]
+    text = describe(everyone, 2, now=1000.0, stuck_s=30.0).splitlines()
+    assert text[1].startswith("  rank 1 (host a, pid 7): step 3, update_actor, no progress for 29 s, silent for 29 s")

@@ -12,10 +12,10 @@ import httpx
 import pytest
 
 from megatron_rl.evaluation.answers import read_answers
+from tests.limits import LIMIT_S
 from tests.toys import write_choice_task
 
 ROOT = Path(__file__).parents[2]
-START_S = 300.0
 SUITE = """
 run: {{name: toy, output_dir: {folder}/out}}
 model: {{path: {model}, dtype: fp32}}
@@ -45,7 +45,7 @@ def server(model: Path, engine_name: str, tmp_path: Path) -> Iterator[str]:
     command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "256"]
     process = subprocess.Popen(command, env=os.environ | environment, stdout=log, stderr=log)
     try:
-        deadline = time.monotonic() + START_S
+        deadline = time.monotonic() + LIMIT_S
         while True:
             assert process.poll() is None, (tmp_path / "server.log").read_text()[-3000:]
             assert time.monotonic() < deadline, "the server does not answer"
@@ -57,7 +57,7 @@ def server(model: Path, engine_name: str, tmp_path: Path) -> Iterator[str]:
         yield f"http://127.0.0.1:{port}/v1"
     finally:
         process.terminate()
-        process.wait(60)
+        process.wait(LIMIT_S)
         log.close()
 
 

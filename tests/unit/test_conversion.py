@@ -32,6 +32,7 @@ from megatron_rl.models import layout_table, read_model_spec
 from megatron_rl.weights.hf_files import HFReader, write_hf_folder
 from megatron_rl.weights.layout import check_each_once
 from megatron_rl.weights.megatron_files import MegatronReader
+from tests.limits import LIMIT_S
 from tools.make_toy_model import FAMILIES
 
 ROOT = Path(__file__).parents[2]
@@ -356,7 +357,7 @@ def test_too_little_disk(tmp_path: Path) -> None:
         check_free_disk(tmp_path / "a" / "b", 2 * free)
 
 
-def in_child(work: Callable[..., object], *arguments: object, kill_after: float | None = None) -> int:
+def in_child(work: Callable[..., object], *arguments: object, is_to_be_killed: Callable[[], bool] | None = None) -> int:
     """Run it in a process of its own; its exit status, negative when it was killed.
 
     Forked from a server without threads: a fork of this process may find a lock of torch taken for ever.
@@ -365,14 +366,24 @@ def in_child(work: Callable[..., object], *arguments: object, kill_after: float 
     context.set_forkserver_preload([__name__])
     process = context.Process(target=work, args=arguments)
     process.start()
-    if kill_after is not None:
-        time.sleep(kill_after)
+    if is_to_be_killed is not None:
+        while process.is_alive() and not is_to_be_killed():
+            time.sleep(0.0005)
         assert process.pid is not None
         with contextlib.suppress(ProcessLookupError):
             os.kill(process.pid, signal.SIGKILL)
     process.join()
     assert process.exitcode is not None
     return process.exitcode
+
+
+def num_recorded(target: Path) -> int:
+    """Units of work that a conversion has done so far."""
+    found = 0
+    for path in target.with_name(f"{target.name}.partial").glob("journal/*.jsonl"):
+        with contextlib.suppress(FileNotFoundError):  # it is done
+            found += path.read_bytes().count(b"\n")
+    return found
 
 
 def forth(hf: Path, megatron: Path, target: Path) -> Path:
@@ -397,17 +408,22 @@ def larger(toy_model: Callable[..., Path], tmp_path: Path) -> tuple[Path, Path]:
 def test_killed_twenty_times_and_run_again(direction: str, larger: tuple[Path, Path], tmp_path: Path) -> None:
     target, undisturbed = tmp_path / "out", tmp_path / "undisturbed"
     convert = DIRECTIONS[direction]
-    start = time.monotonic()
     assert in_child(convert, *larger, undisturbed) == 0
-    duration = time.monotonic() - start
     rng, killed = random.Random(0), 0
     while killed < 20:
-        status = in_child(convert, *larger, target, kill_after=rng.uniform(0.1, 0.9) * duration)
+        enough = num_recorded(target) + rng.randint(1, 4)
+
+        def is_far_enough(enough: int = enough) -> bool:
+            if num_recorded(target) < enough:
+                return False
+            time.sleep(rng.uniform(0, 0.01))
+            return True
+
+        status = in_child(convert, *larger, target, is_to_be_killed=is_far_enough)
         assert status in (0, -signal.SIGKILL)
         if target.exists():  # then it is whole, even if the process was killed while it ended
             assert files_of(target) == files_of(undisturbed)
             shutil.rmtree(target)
-            duration *= 0.8
         else:
             killed += 1
     convert(*larger, target)
@@ -485,7 +501,7 @@ def test_two_conversions_to_one_place(larger: tuple[Path, Path], tmp_path: Path)
 def tool(name: str, *arguments: object, ranks: int = 1) -> subprocess.CompletedProcess[str]:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     command = [sys.executable, *launcher, str(ROOT / "tools" / name), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=200)
+    return subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
 
 
 def test_the_commands_and_two_ranks(larger: tuple[Path, Path], tmp_path: Path) -> None:

@@ -34,15 +34,17 @@ def test_hosts_that_agree_share_a_line() -> None:
 
 
 def test_slow_ranks_and_wrong_clocks_are_named() -> None:
-    fine = [Speeds(host=f"node{i}", tflops=600.0, memory_gb_s=2500.0, clock_s=100.0) for i in range(4)]
+    fine = [Speeds(host=f"node{i}", tflops=600.0, memory_gb_s=2500.0, clocks_s=(100.0, 101.0)) for i in range(4)]
     assert worst(judge(fine, 300.0)) == "ok"
     assert "300.00 GB/s all-reduce over 4 ranks of 4 hosts" in report(judge(fine, 300.0))
-    slow = [*fine[:3], Speeds(host="node9", tflops=200.0, memory_gb_s=2500.0, clock_s=100.0)]
+    slow = [*fine[:3], Speeds(host="node9", tflops=200.0, memory_gb_s=2500.0, clocks_s=(100.0, 101.0))]
     text = report(judge(slow, 300.0))
     assert "warning speed        rank 3: 200 TFLOP/s, 2500 GB/s; usual are 600 and 2500 [node9]" in text
     assert "sbatch --exclude" in text
-    late = [*fine[:3], Speeds(host="node9", tflops=600.0, memory_gb_s=2500.0, clock_s=107.0)]
+    late = [*fine[:3], Speeds(host="node9", tflops=600.0, memory_gb_s=2500.0, clocks_s=(107.0, 108.0))]
     assert "error   clock        7.0 s apart [node9]" in report(judge(late, 300.0))
+    busy = [*fine[:3], Speeds(host="node9", tflops=600.0, memory_gb_s=2500.0, clocks_s=(107.0, 101.1))]
+    assert "clock" not in report(judge(busy, 300.0))
 
 
 def test_versions_are_compared_by_their_numbers() -> None:

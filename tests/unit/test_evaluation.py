@@ -42,6 +42,7 @@ from megatron_rl.rewards.math import math_answer
 from megatron_rl.rewards.math_graders import math_qwen, math_sympy
 from megatron_rl.rewards.record import RewardInput
 from megatron_rl.rollout.votes import majority
+from tests.limits import patient
 from tools import compare_evals
 
 ROOT = Path(__file__).parents[2]
@@ -212,7 +213,7 @@ def grade() -> Iterator[Callable[[TaskConfig], Grading]]:
 
 def fixture_task(name: str, folder: Path) -> TaskConfig:
     """The task on rows in the public schema, which are made here."""
-    task = load_as(TaskConfig, TASKS / f"{name}.yaml")
+    task = patient(load_as(TaskConfig, TASKS / f"{name}.yaml"))
     rows = [FIXTURES[name][0](i) for i in range(1, NUM_ROWS + 1)]
     path = folder / f"{name}.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -32,6 +32,7 @@ from megatron_rl.evaluation.questions import Question, read_questions
 from megatron_rl.evaluation.responder import Asked, Response, as_asked, choose, cut
 from megatron_rl.rollout.engines.embedded import EmbeddedEngine
 from tests.engines.contract import setup_of
+from tests.limits import patient
 from tools import bbh_examples
 
 TASKS = Path(__file__).parents[2] / "configs" / "eval" / "tasks"
@@ -71,7 +72,7 @@ def harness_verdicts(
 def our_verdicts(
     name: str, responses: Sequence[str], rows: Sequence[dict[str, Any]], answers: Sequence[str]
 ) -> list[bool]:
-    task = load_as(TaskConfig, TASKS / f"{name}.yaml")
+    task = patient(load_as(TaskConfig, TASKS / f"{name}.yaml"))
     grading = Grading(GradingSection(timeout_s=60), [task])
     try:
         pending = []

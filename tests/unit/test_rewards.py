@@ -10,6 +10,7 @@ from megatron_rl.rewards.arithmetic import evaluate
 from megatron_rl.rewards.pool import RewardPool
 from megatron_rl.rewards.record import RewardInput
 from megatron_rl.rewards.registry import REWARDS, build_grader
+from tests.limits import LIMIT_S
 
 
 def sample(response: str, answer: str | None = "42", finish_reason: str = "stop", **metadata: object) -> RewardInput:
@@ -119,43 +120,48 @@ def test_weights_sum_and_unknown_names() -> None:
         build_grader([RewardFunctionSection(name="tests.own_rewards:absent")])
 
 
+OWN = {
+    name: [RewardFunctionSection(name=f"tests.own_rewards:{name}")]
+    for name in ("digit_share", "raises", "hangs_on", "exits", "nothing")
+}
+
+
 class TestPool:
     @pytest.fixture(scope="class")
     def pool(self) -> Iterator[RewardPool]:
-        own = ("digit_share", "raises", "hangs_on", "exits", "nothing")
-        functions = {name: [RewardFunctionSection(name=f"tests.own_rewards:{name}")] for name in own}
-        pool = RewardPool(RewardSection(timeout_s=2, num_workers=2), functions)
+        pool = RewardPool(RewardSection(timeout_s=60, num_workers=2), OWN)
         yield pool
         pool.close()
 
     def test_many_requests_keep_their_order(self, pool: RewardPool) -> None:
         futures = [pool.submit("digit_share", [sample("1" * i + "x") for i in range(1, 5)]) for _ in range(20)]
         for future in futures:
-            assert [r.total for r in future.result(60)] == [pytest.approx(i / (i + 1)) for i in range(1, 5)]
+            assert [r.total for r in future.result(LIMIT_S)] == [pytest.approx(i / (i + 1)) for i in range(1, 5)]
 
     def test_an_exception_is_an_error_and_not_a_zero(self, pool: RewardPool) -> None:
-        (result,) = pool.submit("raises", [sample("x")]).result(60)
+        (result,) = pool.submit("raises", [sample("x")]).result(LIMIT_S)
         assert (result.status, result.message) == ("reward_error", "ZeroDivisionError: this reward is broken")
         assert result.total != result.total
 
     def test_no_number_is_an_error(self, pool: RewardPool) -> None:
-        (result,) = pool.submit("nothing", [sample("x")]).result(60)
+        (result,) = pool.submit("nothing", [sample("x")]).result(LIMIT_S)
         assert result.status == "reward_error"
 
-    def test_a_hanging_sample_is_killed_and_the_others_are_graded(self, pool: RewardPool) -> None:
-        found = pool.submit("hangs_on", [sample("a"), sample("hang"), sample("b"), sample("hang"), sample("c")]).result(
-            60
-        )
+    def test_a_hanging_sample_is_killed_and_the_others_are_graded(self) -> None:
+        pool = RewardPool(RewardSection(timeout_s=8), OWN)
+        asked = [sample("a"), sample("hang"), sample("b"), sample("hang"), sample("c")]
+        found = pool.submit("hangs_on", asked).result(LIMIT_S)
+        pool.close()
         assert [r.status for r in found] == ["ok", "reward_timeout", "ok", "reward_timeout", "ok"]
 
     def test_a_dying_worker_is_replaced(self, pool: RewardPool) -> None:
-        found = pool.submit("exits", [sample("a"), sample("b")]).result(60)
+        found = pool.submit("exits", [sample("a"), sample("b")]).result(LIMIT_S)
         assert [r.status for r in found] == ["reward_error", "reward_error"]
-        assert pool.submit("digit_share", [sample("11")]).result(60)[0].total == 1.0
+        assert pool.submit("digit_share", [sample("11")]).result(LIMIT_S)[0].total == 1.0
 
 
 def test_a_tower_of_powers_times_out() -> None:
-    pool = RewardPool(RewardSection(timeout_s=3), {"train": [RewardFunctionSection(name="math")]})
-    found = pool.submit("train", [sample("$9^{9^{9^9}}$", "1"), sample(r"\boxed{42}")]).result(60)
+    pool = RewardPool(RewardSection(timeout_s=8), {"train": [RewardFunctionSection(name="math")]})
+    found = pool.submit("train", [sample("$9^{9^{9^9}}$", "1"), sample(r"\boxed{42}")]).result(LIMIT_S)
     assert [r.status for r in found] == ["reward_timeout", "ok"]
     pool.close()
