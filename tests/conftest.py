@@ -46,7 +46,9 @@ def gangs() -> Iterator[Callable[[int], Gang]]:
     started: dict[int, Gang] = {}
 
     def get(world_size: int) -> Gang:
-        if world_size not in started or not started[world_size].is_open:
+        if world_size in started and not started[world_size].is_open:
+            started.pop(world_size).close()
+        if world_size not in started:
             started[world_size] = Gang(world_size)
         return started[world_size]
 

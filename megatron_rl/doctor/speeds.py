@@ -100,9 +100,8 @@ def judge(speeds: list[Speeds], link_gb_s: float) -> list[tuple[str, Finding]]:
     hosts = {one.host for one in speeds}
     if apart > CLOCK_LIMIT_S:
         late = max(range(len(speeds)), key=lambda rank: abs(clocks[rank] - median(clocks)))
-        found.append(
-            (speeds[late].host, error("clock", f"{apart:.1f} s apart", "set the clocks of the nodes (chrony, ntp)"))
-        )
+        fix = "set the clocks of the nodes (chrony, ntp)"
+        found.append((speeds[late].host, error("clock", f"{apart:.1f} s apart", fix)))
     told = f"{usual:.3g} TFLOP/s, {usual_memory:.0f} GB/s of memory"
     told += f", {link_gb_s:.2f} GB/s all-reduce over {len(speeds)} ranks of {len(hosts)} hosts" if link_gb_s else ""
     return [*found, *((host, ok("speed", told)) for host in sorted(hosts))]

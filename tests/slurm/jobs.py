@@ -18,10 +18,7 @@ ROOT = Path(__file__).parents[2]
 SMALL = ("--nodes=2", "--gpus-per-node=0", "--cpus-per-task=1", "--mem=2000", "--oversubscribe", "--time=30")
 
 
-def wait_for(
-    what: str,
-    is_so: Callable[[], bool],
-) -> None:
+def wait_for(what: str, is_so: Callable[[], bool]) -> None:
     deadline = time.monotonic() + LIMIT_S
     while not is_so():
         assert time.monotonic() < deadline, f"not within {LIMIT_S} s: {what}"

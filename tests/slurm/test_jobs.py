@@ -107,6 +107,7 @@ def test_told_in_the_middle_of_generation(submit: Submit, toy_model: Callable[..
     cut = 0
     for step in (1, 2):
         job.reach(step)
+        wait_for("its ranks", lambda: len(job.pids()) == 4)
         time.sleep(0.3)  # of a step whose generation takes far longer
         finished = len(job.rows())
         usr1(job)
