@@ -33,7 +33,7 @@ TORCH := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 'torch>=2.11,<2.1
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install quickstart eval-quickstart quickstart-seeds bench-algorithms bench-star bench-reward-models bench-engines bench-step bench-memory bench-grading bench-convert bench-plan bench-weight-sync test test-vllm test-sglang test-newest test-slurm lint clean
+.PHONY: install quickstart eval-quickstart quickstart-seeds check-quickstart bench-algorithms bench-star bench-reward-models bench-engines bench-step bench-memory bench-grading bench-convert bench-plan bench-weight-sync test test-vllm test-sglang test-newest test-slurm lint clean
 
 install: $(INSTALLED)
 
@@ -79,6 +79,10 @@ eval-quickstart: $(INSTALLED) $(VLLM_INSTALLED) $(SGLANG_INSTALLED)
 # three seeds and the coin-flip control, as a table
 quickstart-seeds: $(INSTALLED)
 	PATH="$(abspath $(BIN)):$$PATH" python tools/bench_quickstart.py --seeds 0 1 2
+
+# one seed with its control, which fails unless GRPO learns and coin flips do not
+check-quickstart: $(INSTALLED)
+	PATH="$(abspath $(BIN)):$$PATH" python tools/bench_quickstart.py --seeds 0 --check
 
 # the algorithms on the quickstart's task, three seeds: table, and a page with the curves
 bench-algorithms: $(INSTALLED)
