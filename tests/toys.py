@@ -30,6 +30,11 @@ def without(prefixes: tuple[str, ...], rows: Iterable[Mapping[str, Any]]) -> lis
     return [{name: value for name, value in row.items() if not name.startswith(prefixes)} for row in rows]
 
 
+def whole_rows(path: Path) -> list[dict[str, Any]]:
+    """Of a JSONL file, also while it is written."""
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
 def write_model(folder: Path, family: str = "qwen2", *, tied: bool = True, **sizes: int) -> Path:
     """A random model with tokenizer whose norms and biases are not trivial."""
     fields = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 64, **sizes}

@@ -180,9 +180,7 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     for end in ends:
-        awaited = select.poll()
-        awaited.register(end, select.POLLIN)
-        awaited.poll()
+        select.select([end], [], [])
         os.close(end)
     for stream in (process.stdout, process.stderr):
         if stream is not None:

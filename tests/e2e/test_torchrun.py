@@ -1,6 +1,5 @@
 """The command under torchrun, with ranks that die."""
 
-import json
 import os
 import signal
 import subprocess
@@ -15,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.limits import LIMIT_S
-from tests.toys import TIMED, without, write_config
+from tests.toys import TIMED, whole_rows, without, write_config
 
 
 def command(world_size: int, config: Path, *overrides: str) -> list[str]:
@@ -35,9 +34,7 @@ def command(world_size: int, config: Path, *overrides: str) -> list[str]:
 
 
 def rows(run: Path) -> list[dict[str, Any]]:
-    """Of metrics, also while they are written: whole lines."""
-    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    return whole_rows(run / "metrics.jsonl")
 
 
 def untimed(run: Path) -> list[dict[str, Any]]:
