@@ -69,67 +69,67 @@ $(SGLANG_INSTALLED): setup.py pyproject.toml tools/sglang_cpu/requirements.txt
 	touch $@
 
 quickstart: $(INSTALLED_$(ENGINE))
-	PATH="$(abspath $(BIN_$(ENGINE))):$$PATH" tools/quickstart.sh $(SEED) $(ENGINE)
+	PATH="$(abspath $(BIN_$(ENGINE))):$$PATH" tools/quickstart/quickstart.sh $(SEED) $(ENGINE)
 
 # the quickstart's model before and after, asked by every engine
 eval-quickstart: $(INSTALLED) $(VLLM_INSTALLED) $(SGLANG_INSTALLED)
-	PATH="$(abspath $(BIN_vllm)):$$PATH" tools/quickstart.sh $(SEED) vllm
-	tools/evaluate_quickstart.sh $(SEED) embedded=$(BIN)/python vllm=$(BIN_vllm)/python sglang=$(BIN_sglang)/python
+	PATH="$(abspath $(BIN_vllm)):$$PATH" tools/quickstart/quickstart.sh $(SEED) vllm
+	tools/quickstart/evaluate_quickstart.sh $(SEED) embedded=$(BIN)/python vllm=$(BIN_vllm)/python sglang=$(BIN_sglang)/python
 
 # three seeds and the coin-flip control, as a table
 quickstart-seeds: $(INSTALLED)
-	PATH="$(abspath $(BIN)):$$PATH" python tools/bench_quickstart.py --seeds 0 1 2
+	PATH="$(abspath $(BIN)):$$PATH" python tools/bench/quickstart.py --seeds 0 1 2
 
 # one seed with its control, which fails unless GRPO learns and coin flips do not
 check-quickstart: $(INSTALLED)
-	PATH="$(abspath $(BIN)):$$PATH" python tools/bench_quickstart.py --seeds 0 --check
+	PATH="$(abspath $(BIN)):$$PATH" python tools/bench/quickstart.py --seeds 0 --check
 
 # the algorithms on the quickstart's task, three seeds: table, and a page with the curves
 bench-algorithms: $(INSTALLED)
-	for seed in 0 1 2; do PATH="$(abspath $(BIN)):$$PATH" tools/quickstart.sh $$seed embedded sft || exit 1; done
-	PATH="$(abspath $(BIN)):$$PATH" python tools/ablate.py configs/ablations/quickstart.yaml $(BENCH)
+	for seed in 0 1 2; do PATH="$(abspath $(BIN)):$$PATH" tools/quickstart/quickstart.sh $$seed embedded sft || exit 1; done
+	PATH="$(abspath $(BIN)):$$PATH" python tools/analysis/ablate.py configs/ablations/quickstart.yaml $(BENCH)
 
 # rounds of self-teaching on the quickstart's task, three seeds
 bench-star: $(INSTALLED)
 	for seed in 0 1 2; do \
 		export PATH="$(abspath $(BIN)):$$PATH"; \
-		tools/quickstart.sh $$seed embedded sft || exit 1; \
-		python tools/star.py --sample configs/quickstart/star_sample.yaml --learn configs/quickstart/star_learn.yaml \
+		tools/quickstart/quickstart.sh $$seed embedded sft || exit 1; \
+		python tools/data/star.py --sample configs/quickstart/star_sample.yaml --learn configs/quickstart/star_learn.yaml \
 			--output runs/star/seed_$$seed run.seed=$$seed \
 			model.path=runs/quickstart/seed_$$seed/sft/checkpoints/step_001800/hf || exit 1; \
 	done
 
 # reward models of steps and of outcomes on a policy's own solutions, and best of eight by them
 bench-reward-models: $(INSTALLED)
-	PATH="$(abspath $(BIN)):$$PATH" tools/reward_models.sh $(SEED)
+	PATH="$(abspath $(BIN)):$$PATH" tools/quickstart/reward_models.sh $(SEED)
 
 # the quickstart's learning curve on every engine, three seeds
 bench-engines: $(INSTALLED) $(VLLM_INSTALLED) $(SGLANG_INSTALLED)
-	$(BIN)/python tools/bench_engines.py $(BENCH)
+	$(BIN)/python tools/bench/engines.py $(BENCH)
 
 # one step side by side with TRL and a plain loop; BENCH="--sizes 1m --threads 1 2 --json FILE" chooses
 bench-step: $(INSTALLED) $(TRL_INSTALLED)
-	$(BIN)/python tools/bench_step.py --trl-python $(TRL_VENV)/bin/python $(BENCH)
+	$(BIN)/python tools/bench/step.py --trl-python $(TRL_VENV)/bin/python $(BENCH)
 
 # what recomputation, chunks of logits and offload save
 bench-memory: $(INSTALLED)
-	$(BIN)/python tools/bench_memory.py
+	$(BIN)/python tools/bench/memory.py
 
 # how many mathematical answers are graded in a second
 bench-grading: $(INSTALLED)
-	$(BIN)/python tools/bench_grading.py
+	$(BIN)/python tools/bench/grading.py
 
 # how near tools/plan.py is to what is measured on this machine; BENCH=--time for seconds instead of memory
 bench-plan: $(INSTALLED)
-	$(BIN)/python tools/bench_plan.py $(BENCH)
+	$(BIN)/python tools/bench/plan.py $(BENCH)
 
 # conversion against cp, 3 GB and 15 GB; needs four times that on the disk
 bench-convert: $(INSTALLED)
-	$(BIN)/python tools/bench_convert.py $(BENCH)
+	$(BIN)/python tools/bench/convert.py $(BENCH)
 
 # planned weight pushes against a gather tensor by tensor; BENCH="--layout tp2-dp2 --engine-tp 2" chooses
 bench-weight-sync: $(INSTALLED)
-	$(BIN)/python tools/bench_weight_sync.py $(BENCH)
+	$(BIN)/python tools/bench/weight_sync.py $(BENCH)
 
 $(TRL_INSTALLED):
 	test -x $(TRL_VENV)/bin/python || $(PYTHON) -m venv $(TRL_VENV)

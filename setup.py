@@ -18,7 +18,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_rl", "megatron_rl.*"]),
-    package_data={"megatron_rl": ["py.typed", "analysis/templates/*.html"]},
+    package_data={"megatron_rl": ["py.typed", "reporting/templates/*.html"]},
     install_requires=[
         "torch>=2.11,<2.14",
         "megatron-core>=0.16.1,<0.20",
@@ -44,7 +44,7 @@ setup(
     extras_require={
         "vllm": ["vllm>=0.26,<0.33"],
         "sglang": ["sglang>=0.5,<0.7"],
-        # near-duplicate problems (tools/curate.py)
+        # near-duplicate problems (tools/data/curate.py)
         "curation": ["datasketch>=1.6,<3", "rapidfuzz>=3.9,<4"],
         "te": ["transformer-engine[pytorch]>=2.9,<3"],
         "dev": [

@@ -7,7 +7,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from megatron_rl.command import reported
+from megatron_rl.cli import reported
 
 # ranks wait for those that still answer, and for the first one to report
 PATIENCE_MINUTES = 7 * 24 * 60
@@ -25,10 +25,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from megatron_rl.config.evaluation import load_evaluation
 
         config, tasks = load_evaluation(parsed.config, parsed.overrides)
-        from megatron_rl.config.machine import ParallelSection
+        from megatron_rl.config.parallel import ParallelSection
         from megatron_rl.evaluation.report import results_table
         from megatron_rl.evaluation.run import evaluate
-        from megatron_rl.mcore.parallel import init_parallel, leave_world
+        from megatron_rl.mcore.runtime.parallel import init_parallel, leave_world
 
         def note(text: str) -> None:
             if command.is_main and config.console != "silent":

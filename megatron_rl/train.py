@@ -6,7 +6,7 @@ Nothing heavy is imported at the top: reward workers import the main module agai
 import sys
 from collections.abc import Sequence
 
-from megatron_rl.command import parse_arguments, reported
+from megatron_rl.cli import parse_arguments, reported
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -19,18 +19,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         config = load_config(parsed.config, parsed.overrides)
         if parsed.dry_run:
-            from megatron_rl.dry_run import dry_run
+            from megatron_rl.trainer.dry_run import dry_run
 
             dry_run(config, parsed.resume, show=command.is_main)
             return 0
-        from megatron_rl.loop import run
-        from megatron_rl.stop import START_AGAIN, ignore_from_now_on
+        from megatron_rl.distributed.signals import START_AGAIN, ignore_from_now_on
+        from megatron_rl.trainer.setup import run
 
         if run(config, parsed.resume):
             command.status = START_AGAIN
         ignore_from_now_on()
         if command.is_main:
-            from megatron_rl.analysis.run_report import conclude
+            from megatron_rl.reporting.run_report import conclude
 
             print(conclude(config), flush=True)  # also after a stop: what there is so far
     return command.status

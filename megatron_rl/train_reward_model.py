@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 
-from megatron_rl.command import parse_arguments, reported
+from megatron_rl.cli import parse_arguments, reported
 from megatron_rl.config.load import load_as
 from megatron_rl.config.reward_training import RewardTrainingConfig
 
@@ -15,8 +15,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     with reported() as command:
         config = load_as(RewardTrainingConfig, parsed.config, parsed.overrides)
-        from megatron_rl import reward_training
-        from megatron_rl.stop import START_AGAIN, ignore_from_now_on
+        from megatron_rl.distributed.signals import START_AGAIN, ignore_from_now_on
+        from megatron_rl.trainer import reward_model_trainer as reward_training
 
         if parsed.dry_run:
             reward_training.dry_run(config, parsed.resume, show=command.is_main)
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             command.status = START_AGAIN
         ignore_from_now_on()
         if command.is_main:
-            from megatron_rl.analysis.run_report import conclude
+            from megatron_rl.reporting.run_report import conclude
 
             print(conclude(config), flush=True)
     return command.status

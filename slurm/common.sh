@@ -18,7 +18,7 @@ fi
 MAX_RESTARTS=${MEGATRON_RL_MAX_RESTARTS:-3} # without a new checkpoint in between
 GRACE_S=${MEGATRON_RL_GRACE_S:-540}         # from being told that time is up to going back to the queue unsaved
 PATIENCE_TRIES=60 PATIENCE_S=5              # with a controller of Slurm that does not answer
-export START_AGAIN=75                       # exit status of a run that was interrupted (megatron_rl/stop.py)
+export START_AGAIN=75                       # exit status of a run that was interrupted (megatron_rl/distributed/signals.py)
 
 # Outside of a batch job: submit the script with the same arguments, or with --dry-run say what would be submitted.
 submit_unless_in_job() {

@@ -3,7 +3,7 @@
 import time
 from pathlib import Path
 
-from megatron_rl.rewards.record import RewardInput
+from megatron_rl.rewards.types import RewardInput
 
 
 def digit_share(sample: RewardInput) -> float:

@@ -11,8 +11,8 @@ import torch
 from megatron_rl.batching.sequences import bare_sequence
 from megatron_rl.config import RunConfig
 from megatron_rl.config.load import load_config
+from megatron_rl.models.toy import make_model, make_tokenizer
 from megatron_rl.types import TrainSequence
-from tools.make_toy_model import make_model, make_tokenizer
 
 # metrics that depend on the clock, or on what the process did before
 TIMED = (

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_rl.conversion.command import find_model_folder
 from megatron_rl.errors import ConversionError, DataError, MegatronRLError
 from megatron_rl.models import layout_table, read_model_spec
 from megatron_rl.weights.layout import hf_shapes
+from megatron_rl.weights.open import find_model_folder
 
 ATTENTION, FEED_FORWARD, LAYER = "attention", "feed-forward", "layer"
 EMBEDDING, FINAL_NORM, LOGITS, LOGPROBS = "embedding", "final norm", "logits", "log-probabilities"
@@ -88,11 +88,12 @@ def run_transformers(folder: Path, sequences: list[Tensor]) -> Taken:
 @torch.no_grad()
 def run_megatron(folder: Path, config_folder: Path, sequences: list[Tensor]) -> Taken:
     """What Megatron-Core gives with the weights of a checkpoint."""
-    from megatron_rl.config.schema import DataSection, ModelSection, RunConfig, RunSection, SourceSection
-    from megatron_rl.mcore.model import build_chunks, check_weights, global_parameters, load_hf_weights
-    from megatron_rl.mcore.parallel import init_parallel, leave_world
-    from megatron_rl.mcore.precision import choose_implementation
-    from megatron_rl.mcore.settings import transformer_config
+    from megatron_rl.config.data import DataSection, SourceSection
+    from megatron_rl.config.schema import ModelSection, RunConfig, RunSection
+    from megatron_rl.mcore.model.config import transformer_config
+    from megatron_rl.mcore.model.gpt_model import build_chunks, check_weights, global_parameters, load_hf_weights
+    from megatron_rl.mcore.model.precision import choose_implementation
+    from megatron_rl.mcore.runtime.parallel import init_parallel, leave_world
 
     config = RunConfig(
         run=RunSection(name="parity", output_dir="unused", num_steps=0),

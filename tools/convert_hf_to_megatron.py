@@ -9,7 +9,7 @@ An interrupted conversion is resumed by the same command. docs/conversion.md has
 import sys
 from pathlib import Path
 
-from megatron_rl.conversion.command import DTYPES, common_parser, run
+from megatron_rl.conversion.cli import DTYPES, common_parser, run
 from megatron_rl.conversion.ranks import Ranks
 from megatron_rl.conversion.record import read_record
 from megatron_rl.conversion.to_megatron import convert_to_megatron

@@ -11,7 +11,7 @@ An interrupted conversion is resumed by the same command. docs/conversion.md has
 import sys
 from pathlib import Path
 
-from megatron_rl.conversion.command import DTYPES, common_parser, find_model_folder, parse_bytes, run
+from megatron_rl.conversion.cli import DTYPES, common_parser, parse_bytes, run
 from megatron_rl.conversion.ranks import Ranks
 from megatron_rl.conversion.record import read_record
 from megatron_rl.conversion.to_hf import convert_to_hf
@@ -19,6 +19,7 @@ from megatron_rl.conversion.verify import verify
 from megatron_rl.models import layout_table, read_model_spec
 from megatron_rl.weights.hf_files import HFReader
 from megatron_rl.weights.megatron_files import MegatronReader
+from megatron_rl.weights.open import find_model_folder
 
 
 def main() -> None:

@@ -14,18 +14,18 @@ from pathlib import Path
 
 import yaml
 
-from megatron_rl.collective import gather_objects
+from megatron_rl.checkpointing.resume import check_resumable
 from megatron_rl.config import RunConfig, load_config, validate
-from megatron_rl.config.machine import ParallelSection
-from megatron_rl.continuation import check_resumable
+from megatron_rl.config.parallel import ParallelSection
 from megatron_rl.data.prompts import load_prompts
 from megatron_rl.data.templates import load_tokenizer
+from megatron_rl.distributed.collectives import gather_objects
 from megatron_rl.doctor.finding import Finding, error, ok, report, warning, worst
 from megatron_rl.doctor.host import attempt, check_host
 from megatron_rl.doctor.speeds import all_reduce_gb_s, described, judge, measure
 from megatron_rl.errors import CheckpointError, MegatronRLError
-from megatron_rl.examiner import read_suite
-from megatron_rl.mcore.parallel import init_parallel, leave_world
+from megatron_rl.evaluation.in_training import read_suite
+from megatron_rl.mcore.runtime.parallel import init_parallel, leave_world
 from megatron_rl.run_folder import RunFolder
 
 

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
 
-from megatron_rl.conversion.command import find_model_folder
 from megatron_rl.conversion.record import RECORD, read_record
 from megatron_rl.errors import ConversionError, MegatronRLError
 from megatron_rl.models import ModelSpec, layout_table, read_model_spec
@@ -24,6 +23,7 @@ from megatron_rl.weights.file_bytes import num_bytes
 from megatron_rl.weights.hf_files import HFReader
 from megatron_rl.weights.megatron_files import MegatronReader, find_distributed_checkpoint, read_metadata
 from megatron_rl.weights.megatron_keys import NO_WEIGHTS
+from megatron_rl.weights.open import find_model_folder
 
 Facts = dict[str, str]
 LAYOUT_ARGUMENTS = {

@@ -2,21 +2,20 @@
 
     python tools/plan.py --config FILE --hardware h100-80g --nodes 8 [--search] [key=value …]
 
-Needs the model's config.json alone: from model.path, or from configs/models where that has not been downloaded yet.
+Needs the model's config.json alone: from model.path, or from configs/model_shapes where that has not been downloaded yet.
 """
 
 import argparse
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 from megatron_rl.config import RunConfig, load_config
 from megatron_rl.errors import MegatronRLError
 from megatron_rl.planning.hardware import KNOWN, read_hardware
-from megatron_rl.planning.plan import describe, make_plan
+from megatron_rl.planning.plan import describe, make_plan, with_known_models
 from megatron_rl.planning.search import search, settings
 
-MODELS = Path(__file__).parents[1] / "configs/models"
+SHAPES = Path(__file__).parents[1] / "configs/model_shapes"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -34,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     asked = parser.parse_intermixed_args(arguments)
     try:
-        config = with_known_models(load_config(asked.config, asked.overrides))
+        config = with_known_models(load_config(asked.config, asked.overrides), SHAPES)
         hardware = read_hardware(asked.hardware)
         world_size = asked.ranks or asked.nodes * hardware.ranks_per_node
         if asked.search is not None:
@@ -58,28 +57,6 @@ def show_search(config: RunConfig, world_size: int, hardware: str, count: int) -
         room = plan.memory.total(plan.memory.fullest) / 1e9
         print(f"{plan.step_s:8.1f} s, {room:6.1f} GB: {settings(plan, config)}")
     return 0
-
-
-def with_known_models(config: RunConfig) -> RunConfig:
-    """The configuration with configs/models in the place of folders that are not there."""
-
-    def known(path: str) -> str:
-        there = MODELS / Path(path).name
-        if Path(path).exists() or not there.exists():
-            return path
-        print(f"{path} is not there; planning with configs/models/{there.name}", file=sys.stderr)
-        return str(there)
-
-    changed = replace(config, model=replace(config.model, path=known(config.model.path)))
-    if config.critic.path is not None:
-        changed = replace(changed, critic=replace(config.critic, path=known(config.critic.path)))
-    if config.algorithm.reference_path is not None:
-        path = known(config.algorithm.reference_path)
-        changed = replace(changed, algorithm=replace(config.algorithm, reference_path=path))
-    if config.reward.model is not None:
-        own = replace(config.reward.model, path=known(config.reward.model.path))
-        changed = replace(changed, reward=replace(config.reward, model=own))
-    return changed
 
 
 if __name__ == "__main__":

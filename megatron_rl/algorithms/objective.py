@@ -7,7 +7,7 @@ from torch import Tensor
 from megatron_rl.algorithms.kl import KL_ESTIMATORS
 from megatron_rl.algorithms.losses import LOSSES, Clip, LossFunction, LossInputs
 from megatron_rl.config.algorithm import AlgorithmSection
-from megatron_rl.plugins import load_symbol
+from megatron_rl.config.plugins import load_symbol
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from megatron_rl.analysis.reflection import POOLS, REFLECTION, keywords_in
-from megatron_rl.analysis.scores import mean, pass_at_k, repetition
+from megatron_rl.reporting.stats import mean, pass_at_k, repetition
 
 REFLECTS = 2
 """The judge's category of reflection."""

@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from jinja2 import Environment, PackageLoader
 
 from megatron_rl.analysis.behaviour import Behaviour, Said
-from megatron_rl.analysis.plots import bar_plot, curve_plot
 from megatron_rl.analysis.reflection import POOLS, keywords_in
-from megatron_rl.analysis.template_plots import rate_of, template_plots
+from megatron_rl.reporting.plots import bar_plot, curve_plot
+from megatron_rl.reporting.template_plots import rate_of, template_plots
 
 NUM_SHOWN = 60
 """Responses on the page, those that reflect first."""
@@ -35,7 +35,7 @@ RATES = {"answered": "Answered", "accuracy": "Right", "pass@": "pass@k"}
 
 def render_behaviour(title: str, found: Sequence[Behaviour], said: Sequence[Said]) -> str:
     """The page."""
-    environment = Environment(loader=PackageLoader("megatron_rl.analysis"), autoescape=True)
+    environment = Environment(loader=PackageLoader("megatron_rl.reporting"), autoescape=True)
     names = list(dict.fromkeys(name for one in found for name in one.rates))
     ordered = sorted(said, key=lambda one: not keywords_in(one.response, "understand_r1_zero"))
     return environment.get_template("behaviour.html").render(

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 
 from megatron_rl.config.checks import require
-from megatron_rl.config.machine import ParallelSection
 from megatron_rl.config.optimizer import OptimizerSection
+from megatron_rl.config.parallel import ParallelSection
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,11 +1,13 @@
-"""The configuration of tools/curate.py: problems to verified data."""
+"""The configuration of tools/data/curate.py: problems to verified data."""
 
 from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_rl.config.checks import positive, require
+from megatron_rl.config.data import RowsSection
 from megatron_rl.config.evaluation import EvalEngineSection, EvalRunSection, GradingSection, TaskSamplingSection
-from megatron_rl.config.schema import ModelSection, RewardFunctionSection, RowsSection
+from megatron_rl.config.reward import RewardFunctionSection
+from megatron_rl.config.schema import ModelSection
 
 LABELS = {"easy": 0.7, "medium": 0.3, "hard": 0.0}
 

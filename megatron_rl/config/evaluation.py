@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from megatron_rl.config.checks import positive, require
+from megatron_rl.config.data import RowsSection
 from megatron_rl.config.load import load_as
-from megatron_rl.config.schema import ModelSection, RewardFunctionSection, RowsSection
+from megatron_rl.config.reward import RewardFunctionSection
+from megatron_rl.config.schema import ModelSection
 from megatron_rl.errors import ConfigError
 
 

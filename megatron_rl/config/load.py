@@ -10,7 +10,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from megatron_rl.config.names import suggest
+from megatron_rl.config.foreign_names import suggest
 from megatron_rl.config.schema import RunConfig
 from megatron_rl.errors import ConfigError
 

@@ -3,21 +3,20 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from megatron_rl.config.batching import BatchingSection
 from megatron_rl.config.checks import positive, require
-from megatron_rl.config.machine import MemorySection, ParallelSection, PrecisionSection
+from megatron_rl.config.data import DataSection, RowsSection, SourceSection
 from megatron_rl.config.optimizer import OptimizerSection
+from megatron_rl.config.parallel import ParallelSection
+from megatron_rl.config.performance import MemorySection, PrecisionSection
 from megatron_rl.config.rollout import RolloutSection
 from megatron_rl.config.schema import (
-    BatchingSection,
     CheckpointSection,
-    DataSection,
     EvaluationSection,
     MetricsSection,
     ModelSection,
-    RowsSection,
     RunConfig,
     RunSection,
-    SourceSection,
 )
 from megatron_rl.config.validate import check_decay, check_parallel
 from megatron_rl.errors import ConfigError
@@ -42,7 +41,7 @@ class JudgedDataSection:
     """Text that is put between the steps of stepwise and math_shepherd."""
     chat_template: Literal["auto", "rendered", "none"] = "auto"
     """auto: the tokenizer's chat template when it has one; rendered: it has been applied already, as in what
-    tools/label_steps.py writes; none: prompts are plain text."""
+    tools/data/label_steps.py writes; none: prompts are plain text."""
     shuffle: bool = True
     """New order every epoch, from the run's seed."""
 

@@ -4,18 +4,21 @@ A field without a default is required. The text under a field says what it means
 Checks inside one section live in its ``__post_init__``; checks across sections in validate.py.
 """
 
-import itertools
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Literal
 
 from megatron_rl.config.algorithm import AlgorithmSection
+from megatron_rl.config.batching import BatchingSection
 from megatron_rl.config.checks import positive, require
 from megatron_rl.config.critic import CriticSection
+from megatron_rl.config.data import DataSection
 from megatron_rl.config.lora import LoraSection
-from megatron_rl.config.machine import MemorySection, MoeSection, ParallelSection, PrecisionSection, ProfilingSection
 from megatron_rl.config.optimizer import OptimizerSection
-from megatron_rl.config.reward_model import RewardModelSection
-from megatron_rl.config.rollout import RolloutSection, WeightSyncSection
+from megatron_rl.config.parallel import MoeSection, ParallelSection
+from megatron_rl.config.performance import MemorySection, PrecisionSection, ProfilingSection
+from megatron_rl.config.reward import RewardFunctionSection, RewardSection
+from megatron_rl.config.rollout import RolloutSection
+from megatron_rl.config.weight_sync import WeightSyncSection
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,177 +59,6 @@ class ModelSection:
     """Compute type of the policy; bf16 keeps fp32 master weights in the optimizer."""
     implementation: Literal["auto", "local", "transformer_engine"] = "auto"
     """Modules of a layer; auto: Transformer Engine where it can be used, Megatron-Core's own otherwise."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RowsSection:
-    """Where rows come from."""
-
-    kind: str
-    """jsonl | parquet | datasets | task, or package.module:symbol of a source."""
-    path: str | None = None
-    """File, folder or hub id; for kind=task the task's name."""
-    name: str | None = None
-    """Configuration of a hub data set, for instance "main" of openai/gsm8k."""
-    split: str = "train"
-    """Split of a data set or of a generated task."""
-    revision: str | None = None
-    """Of a data set on the hub, a tag or commit; null: the newest."""
-    limit: int | None = None
-    """Use only the first so many rows."""
-    options: dict[str, Any] = field(default_factory=dict)
-    """Keyword arguments of a generated task or of an own source."""
-    schema: str | None = None
-    """Published schema of the rows (docs/data.md), which then have the columns prompt, answer, demonstration, source
-    and licence as well; null: rows are as they are."""
-    allow_noncommercial: bool = False
-    """Read a data set whose licence forbids commercial use."""
-
-    def __post_init__(self) -> None:
-        positive("data source", self, "limit")
-        require(
-            self.path is not None or ":" in self.kind,
-            "data source path",
-            self.path,
-            f"a path for kind={self.kind}",
-            "Set data.train.path (and data.evaluation.path).",
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class SourceSection(RowsSection):
-    """Where prompts come from and which columns hold what."""
-
-    prompt_field: str = "prompt"
-    """Column of the prompt: a string, or a list of {role, content} messages."""
-    answer_field: str | None = "answer"
-    """Column of the reference answer; null when the reward needs none."""
-    answer_pattern: str | None = None
-    """Regular expression whose first group is the answer inside the answer column."""
-    demonstration_field: str | None = None
-    """Column of the demonstration to imitate (supervised fine-tuning)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StageSection:
-    """One stage of a curriculum, from a step on until the next stage begins."""
-
-    from_step: int
-    """First step; 1 for the first stage."""
-    where: dict[str, list[Any]] = field(default_factory=dict)
-    """Column -> [least, most] of numbers, or the texts that it may have; a list in a column counts by its length."""
-    max_new_tokens: int | None = None
-    """Longest response; null: rollout.max_new_tokens."""
-
-    def __post_init__(self) -> None:
-        positive("data.curriculum", self, "from_step", "max_new_tokens")
-        for column, wanted in self.where.items():
-            numbers = [isinstance(value, int | float) and not isinstance(value, bool) for value in wanted]
-            is_range = all(numbers) and len(wanted) == 2 and wanted[0] <= wanted[1]
-            require(
-                bool(wanted) and (is_range or all(isinstance(value, str) for value in wanted)),
-                f"data.curriculum where.{column}",
-                wanted,
-                "[least, most], or a list of texts",
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataSection:
-    """Prompts for training and evaluation."""
-
-    train: SourceSection
-    """Training prompts."""
-    evaluation: SourceSection | None = None
-    """Held-out prompts for evaluation during the run."""
-    max_prompt_tokens: int = 1024
-    """Longest prompt in tokens."""
-    on_overlong_prompt: Literal["drop", "error"] = "drop"
-    """Drop longer prompts (counted and reported) or stop."""
-    chat_template: Literal["auto", "rendered", "none"] = "auto"
-    """auto: the tokenizer's chat template when it has one; rendered: it has been applied already, as in the prompts of
-    recorded rollouts; none: prompts are plain text."""
-    system_prompt: str | None = None
-    """System message put before every prompt; needs a chat template."""
-    shuffle: bool = True
-    """New order every epoch, from the run's seed."""
-    curriculum: list[StageSection] = field(default_factory=list)
-    """Stages in which prompts are chosen and responses bounded; empty: all prompts from the beginning."""
-
-    def __post_init__(self) -> None:
-        positive("data", self, "max_prompt_tokens")
-        steps = [stage.from_step for stage in self.curriculum]
-        require(
-            not steps or (steps[0] == 1 and all(a < b for a, b in itertools.pairwise(steps))),
-            "data.curriculum from_step",
-            steps,
-            "1 in the first stage, more in each that follows",
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class RewardFunctionSection:
-    """One reward function and its weight in the sum."""
-
-    name: str
-    """A registered name, or package.module:symbol."""
-    weight: float = 1.0
-    """Factor in the total reward."""
-    options: dict[str, Any] = field(default_factory=dict)
-    """Keyword arguments of the function."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RewardSection:
-    """What a response is worth."""
-
-    functions: list[RewardFunctionSection] = field(default_factory=list)
-    """The total reward is the weighted sum of these."""
-    model: RewardModelSection | None = None
-    """A model whose score is added to it in training; null: none."""
-    num_workers: int = 1
-    """Worker processes on each rank."""
-    timeout_s: float = 10.0
-    """Hard limit for the reward of one response, in seconds; the worker is killed beyond it."""
-    memory_limit_gb: float = 4.0
-    """Address-space limit of a worker, in GiB."""
-    max_failure_fraction: float = 0.1
-    """Stop the run when a larger share of one step's rewards raise or time out."""
-
-    def __post_init__(self) -> None:
-        positive("reward", self, "num_workers")
-        require(self.timeout_s > 0, "reward.timeout_s", self.timeout_s, "more than 0 seconds")
-        require(self.memory_limit_gb > 0, "reward.memory_limit_gb", self.memory_limit_gb, "more than 0")
-        require(0 <= self.max_failure_fraction <= 1, "reward.max_failure_fraction", self.max_failure_fraction, "0 to 1")
-
-
-@dataclass(frozen=True, kw_only=True)
-class BatchingSection:
-    """How a batch of sequences becomes optimizer updates and micro-batches."""
-
-    num_updates: int = 1
-    """Optimizer updates for each batch of rollouts (mini-batches)."""
-    num_epochs: int = 1
-    """Passes over each batch of rollouts."""
-    micro_batch_size: int | None = None
-    """Sequences in one forward pass of one rank; null: bounded by tokens alone."""
-    max_tokens_per_micro_batch: int = 16384
-    """Tokens in one forward pass of one rank, padding counted in."""
-    packed: bool = True
-    """true: sequences one behind the other (THD); false: padded to the longest."""
-    logprob_chunk_tokens: int | None = None
-    """Tokens whose logits exist at a time; null: as many as fit 256 MiB in fp32."""
-
-    def __post_init__(self) -> None:
-        positive(
-            "batching",
-            self,
-            "num_updates",
-            "num_epochs",
-            "micro_batch_size",
-            "max_tokens_per_micro_batch",
-            "logprob_chunk_tokens",
-        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Several runs that are compared: python tools/ablate.py FILE."""
+"""Several runs that are compared: python tools/analysis/ablate.py FILE."""
 
 from dataclasses import dataclass, field
 from pathlib import Path

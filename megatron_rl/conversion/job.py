@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_rl.conversion.partial import Partial, Record, check_free_disk, writing
+from megatron_rl.conversion.partial_folder import Partial, Record, check_free_disk, writing
 from megatron_rl.conversion.ranks import Ranks
 from megatron_rl.conversion.work import Progress, run_units
 

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from megatron_rl.collective import gather_over, raise_over
+from megatron_rl.distributed.collectives import gather_over, raise_over
 from megatron_rl.errors import ConversionError
 
 T = TypeVar("T")

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from megatron_rl.conversion.job import Job, run_job
-from megatron_rl.conversion.partial import Record
+from megatron_rl.conversion.partial_folder import Record
 from megatron_rl.conversion.ranks import Ranks
 from megatron_rl.conversion.record import TensorRecord, fingerprint, write_record
 from megatron_rl.conversion.to_megatron import set_dtype

@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron_rl.conversion.job import Job, run_job
-from megatron_rl.conversion.partial import Record
+from megatron_rl.conversion.partial_folder import Record
 from megatron_rl.conversion.ranks import Ranks
 from megatron_rl.conversion.record import TensorRecord, fingerprint, write_record
 from megatron_rl.conversion.work import Progress, group_by_bytes, row_pieces

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from megatron_rl.config.curation import ContaminationSection, CurationConfig, GenerateSection
+from megatron_rl.config.data import RowsSection
 from megatron_rl.config.evaluation import EvalConfig, TaskConfig, local
 from megatron_rl.config.load import load_as
-from megatron_rl.config.schema import RowsSection
 from megatron_rl.curation.contamination import Benchmarks
 from megatron_rl.curation.near_duplicates import near_duplicates
 from megatron_rl.curation.rows import Row, Solved
@@ -116,7 +116,7 @@ def evaluation_of(generate: GenerateSection, config: CurationConfig) -> tuple[Ev
     task = TaskConfig(
         name=TASK,
         version=1,
-        source="tools/curate.py",
+        source="tools/data/curate.py",
         data=RowsSection(kind="jsonl", path=str(folder.candidates)),
         prompt=generate.prompt,
         system_prompt=generate.system_prompt,

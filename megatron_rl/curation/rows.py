@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_rl.analysis.scores import mean
 from megatron_rl.evaluation.answers import Answer
+from megatron_rl.reporting.stats import mean
 
 Row = Mapping[str, Any]
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_rl.config.schema import SourceSection
+from megatron_rl.config.data import SourceSection
 from megatron_rl.errors import DataError
 
 Message = Mapping[str, str]

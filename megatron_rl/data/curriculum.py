@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_rl.config.schema import DataSection, StageSection
+from megatron_rl.config.data import DataSection, StageSection
 from megatron_rl.data.order import Order
 from megatron_rl.errors import DataError
 from megatron_rl.types import Prompt

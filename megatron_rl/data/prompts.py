@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from megatron_rl.config.schema import DataSection, SourceSection
+from megatron_rl.config.data import DataSection, SourceSection
 from megatron_rl.data.adapters import to_problem
 from megatron_rl.data.sources import read_rows
 from megatron_rl.data.templates import adds_special_tokens, render_prompts, tokenize

@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_rl.data.generated.countdown import PROMPT as COUNTDOWN_PROMPT
 from megatron_rl.errors import DataError
 from megatron_rl.rewards.math import last_boxed
-from megatron_rl.tasks.countdown import PROMPT as COUNTDOWN_PROMPT
 
 Row = Mapping[str, Any]
 NONCOMMERCIAL = "cc-by-nc-sa-4.0"

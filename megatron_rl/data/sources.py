@@ -6,11 +6,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from megatron_rl.config.schema import RowsSection
+from megatron_rl.config.data import RowsSection
+from megatron_rl.config.plugins import load_symbol
+from megatron_rl.data.generated import TASKS
 from megatron_rl.data.schemas import check_licence, read_schema
 from megatron_rl.errors import DataError
-from megatron_rl.plugins import load_symbol
-from megatron_rl.tasks import TASKS
 
 Row = Mapping[str, Any]
 SourceReader = Callable[[RowsSection], Iterable[Row]]

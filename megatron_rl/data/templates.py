@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_rl.config.schema import DataSection
+from megatron_rl.config.data import DataSection
 from megatron_rl.data.adapters import Problem
 from megatron_rl.errors import DataError
 

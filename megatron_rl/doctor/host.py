@@ -18,9 +18,9 @@ from megatron_rl.config import RunConfig
 from megatron_rl.data.templates import load_tokenizer
 from megatron_rl.doctor.finding import Finding, error, ok, warning
 from megatron_rl.errors import MegatronRLError
-from megatron_rl.forecast import host_memory_gb
-from megatron_rl.mcore.model import check_weights
+from megatron_rl.mcore.model.gpt_model import check_weights
 from megatron_rl.models import read_model_spec
+from megatron_rl.planning.this_machine import host_memory_gb
 
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "vllm", "sglang", "transformers", "omegaconf")
 # distribution -> (least, below) that this version of the package has been tried with

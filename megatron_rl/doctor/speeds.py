@@ -9,10 +9,10 @@ from statistics import median
 import torch
 import torch.distributed as dist
 
-from megatron_rl.collective import gather_objects
+from megatron_rl.distributed.collectives import gather_objects
 from megatron_rl.doctor.finding import Finding, error, ok, warning
-from megatron_rl.forecast import this_machine
 from megatron_rl.planning.hardware import Hardware
+from megatron_rl.planning.this_machine import this_machine
 from megatron_rl.types import ParallelContext
 
 PRODUCT = {"cpu": 1024, "cuda": 8192}

@@ -1,8 +1,8 @@
 """Problems of several turns: an environment answers what the policy says."""
 
+from megatron_rl.config.plugins import load_symbol
 from megatron_rl.environments.base import Environment, Episode, Turn
 from megatron_rl.environments.guess_number import GuessNumber
-from megatron_rl.plugins import load_symbol
 
 ENVIRONMENTS: dict[str, type[Environment]] = {"guess_number": GuessNumber}
 

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_rl.analysis.scores import mean, paired_difference
 from megatron_rl.errors import DataError
 from megatron_rl.evaluation.folder import FREE_OF_TASK, distinct_names, essential, read_results
 from megatron_rl.evaluation.report import percent
+from megatron_rl.reporting.stats import mean, paired_difference
 
 SIGNIFICANT = 1.96
 """Standard errors beyond which a difference is unlikely (one in twenty) to be chance."""

@@ -20,7 +20,7 @@ from megatron_rl.errors import ConfigError, DataError
 from megatron_rl.evaluation.answers import Answer, read_answers
 from megatron_rl.evaluation.report import markdown
 from megatron_rl.evaluation.results import TaskResult
-from megatron_rl.rollout.record import read_lines
+from megatron_rl.rollout.serialization import read_lines
 from megatron_rl.run_folder import write_atomically
 
 # of a task, what may change between a start and the next one: how much of it is asked, and what is reported

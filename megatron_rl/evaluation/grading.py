@@ -4,14 +4,14 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 
 from megatron_rl.config.evaluation import GradingSection, TaskConfig
-from megatron_rl.config.schema import RewardSection
+from megatron_rl.config.reward import RewardSection
 from megatron_rl.errors import RewardError
 from megatron_rl.evaluation.answers import Answer
+from megatron_rl.evaluation.generation import Response
+from megatron_rl.evaluation.majority_vote import shown_answer
 from megatron_rl.evaluation.questions import Question
-from megatron_rl.evaluation.responder import Response
 from megatron_rl.rewards.pool import RewardPool
-from megatron_rl.rewards.record import RewardInput, RewardResult
-from megatron_rl.rollout.votes import shown_answer
+from megatron_rl.rewards.types import RewardInput, RewardResult
 
 Verdicts = Future[list[RewardResult]]
 

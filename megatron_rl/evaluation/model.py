@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from megatron_rl.models import ModelSpec, layout_table
-from megatron_rl.rollout.engine import Engine
+from megatron_rl.rollout.engines.base import Engine
 from megatron_rl.weights.layout import hf_shapes
 from megatron_rl.weights.open import open_weights
 from megatron_rl.weights.reader import WeightReader

@@ -10,8 +10,8 @@ from typing import Any
 from megatron_rl.config.evaluation import FewShotSection, TaskConfig
 from megatron_rl.data.sources import read_rows
 from megatron_rl.errors import DataError
+from megatron_rl.evaluation.majority_vote import last_match
 from megatron_rl.rewards.math import last_boxed
-from megatron_rl.rollout.votes import last_match
 
 LETTERS = string.ascii_uppercase
 CHOICES = "listed choices"

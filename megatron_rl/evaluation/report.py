@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megatron_rl.analysis.study import markdown as as_table
 from megatron_rl.evaluation.results import TaskResult
+from megatron_rl.reporting.study import markdown as as_table
 
 COLUMNS = (
     "task",

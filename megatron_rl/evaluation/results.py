@@ -5,16 +5,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from megatron_rl.analysis.scores import (
-    bootstrap_interval,
-    mean,
-    pass_at_k,
-    repetition,
-    standard_error,
-)
 from megatron_rl.config.evaluation import TaskConfig
 from megatron_rl.evaluation.answers import Answer
-from megatron_rl.rollout.votes import majority
+from megatron_rl.evaluation.majority_vote import majority
+from megatron_rl.reporting.stats import bootstrap_interval, mean, pass_at_k, repetition, standard_error
 
 
 @dataclass(frozen=True, kw_only=True)

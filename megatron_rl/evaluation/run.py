@@ -5,23 +5,23 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 
-from megatron_rl.collective import barrier, raise_together
 from megatron_rl.config.evaluation import EvalConfig, TaskConfig
-from megatron_rl.conversion.command import find_model_folder
 from megatron_rl.data.templates import load_tokenizer
-from megatron_rl.evaluation.answerers import Answerer
+from megatron_rl.distributed.collectives import barrier, raise_together
 from megatron_rl.evaluation.answers import Answer, by_question, read_answers
-from megatron_rl.evaluation.asking import Note, answer
-from megatron_rl.evaluation.exam import Exam, read_exam, with_golds_graded
+from megatron_rl.evaluation.backend_setup import check_world, start_answerer
+from megatron_rl.evaluation.backends import Answerer
+from megatron_rl.evaluation.benchmark import Exam, read_exam, with_golds_graded
 from megatron_rl.evaluation.folder import EvalFolder
 from megatron_rl.evaluation.grading import Grading
 from megatron_rl.evaluation.model import fingerprint
-from megatron_rl.evaluation.page import render
+from megatron_rl.evaluation.report_html import render
 from megatron_rl.evaluation.results import TaskResult, task_result
-from megatron_rl.evaluation.starting import check_world, start_answerer
-from megatron_rl.rollout.record import write_lines
+from megatron_rl.evaluation.runner import Note, answer
+from megatron_rl.rollout.serialization import write_lines
 from megatron_rl.run_folder import write_atomically
 from megatron_rl.types import ParallelContext
+from megatron_rl.weights.open import find_model_folder
 
 
 def evaluate(

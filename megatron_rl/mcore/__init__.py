@@ -8,8 +8,8 @@ import importlib.metadata
 import warnings
 
 from megatron_rl.errors import ConfigError
-from megatron_rl.mcore import cpu
-from megatron_rl.mcore.event_loop import share_event_loop
+from megatron_rl.mcore.runtime import cpu
+from megatron_rl.mcore.runtime.event_loop import share_event_loop
 
 OLDEST, FIRST_UNTESTED = (0, 16, 1), (0, 20)
 

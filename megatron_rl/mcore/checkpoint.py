@@ -21,11 +21,11 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_rl.errors import CheckpointError
-from megatron_rl.mcore import patches
 from megatron_rl.mcore.async_save import PendingSave
 from megatron_rl.mcore.learner import Learner
 from megatron_rl.mcore.lora import IS_ADAPTER
-from megatron_rl.mcore.parallel import in_layout
+from megatron_rl.mcore.runtime import patches
+from megatron_rl.mcore.runtime.parallel import in_layout
 
 # newer releases take their writers from another package unless told otherwise
 _OWN_WRITERS = {"async_strategy": "mcore"} if "async_strategy" in signature(dist_checkpointing.save).parameters else {}

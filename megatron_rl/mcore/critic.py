@@ -6,8 +6,8 @@ from megatron_rl.algorithms.losses import value_loss
 from megatron_rl.config.schema import RunConfig
 from megatron_rl.mcore.forward import HiddenReader
 from megatron_rl.mcore.learner import Learner
-from megatron_rl.mcore.model import ValueModel
-from megatron_rl.mcore.parallel import in_layout
+from megatron_rl.mcore.model.gpt_model import ValueModel
+from megatron_rl.mcore.runtime.parallel import in_layout
 from megatron_rl.mcore.sharded_model import ShardedModel, collected
 from megatron_rl.metrics.metric import Mean, Reduction, merge
 from megatron_rl.types import MicroBatch, ParallelContext, TrainBatch

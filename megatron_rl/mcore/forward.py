@@ -10,11 +10,11 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from megatron_rl.batching.align import align
-from megatron_rl.batching.context import context_share
+from megatron_rl.batching.context_parallel import context_share
 from megatron_rl.config.schema import RunConfig
-from megatron_rl.mcore.attention import packed_sequences
-from megatron_rl.mcore.precision import row_multiple
-from megatron_rl.mcore.routing_replay import set_routes
+from megatron_rl.mcore.model.attention import packed_sequences
+from megatron_rl.mcore.model.precision import row_multiple
+from megatron_rl.mcore.model.routing_replay import set_routes
 from megatron_rl.types import MicroBatch, ParallelContext, TrainSequence
 
 HiddenReader = Callable[[Any, MicroBatch, Tensor], tuple[Tensor, Tensor, Any]]

@@ -7,13 +7,13 @@ from typing import Any
 
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 
-from megatron_rl.collective import any_rank
-from megatron_rl.config.machine import OffloadPart
+from megatron_rl.config.performance import OffloadPart
+from megatron_rl.distributed.collectives import any_rank
 from megatron_rl.errors import TrainingDiverged
-from megatron_rl.mcore import patches
 from megatron_rl.mcore.forward import ForwardPass, HiddenReader
 from megatron_rl.mcore.offload import Offloader
 from megatron_rl.mcore.optimizer import build_optimizer, build_scheduler, step_if_finite
+from megatron_rl.mcore.runtime import patches
 from megatron_rl.mcore.sharded_model import ShardedModel
 from megatron_rl.metrics.metric import Max, Mean, Reduction, merge
 from megatron_rl.types import TrainSequence

@@ -17,8 +17,8 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
 from megatron_rl.config.lora import LoraSection
-from megatron_rl.mcore.model import global_parameters, place_of
-from megatron_rl.mcore.quantized import Format, quantized
+from megatron_rl.mcore.model.gpt_model import global_parameters, place_of
+from megatron_rl.mcore.model.quantized import Format, quantized
 from megatron_rl.mcore.sharded_model import ShardedModel, replica_group
 from megatron_rl.models.lora import Adapted, adapted_matrices, lora_table
 from megatron_rl.types import ParallelContext

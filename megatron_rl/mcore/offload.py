@@ -7,9 +7,9 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor, UntypedStorage
 
-from megatron_rl.config.machine import OffloadPart
-from megatron_rl.mcore.patches import inner_optimizers
-from megatron_rl.mcore.quantized import held_tensors
+from megatron_rl.config.performance import OffloadPart
+from megatron_rl.mcore.model.quantized import held_tensors
+from megatron_rl.mcore.runtime.patches import inner_optimizers
 
 
 class Offloader:

@@ -17,8 +17,8 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_rl.config.optimizer import OptimizerSection
 from megatron_rl.config.schema import RunConfig
 from megatron_rl.errors import ConfigError, TrainingDiverged
-from megatron_rl.mcore.patches import create_adam_state
-from megatron_rl.mcore.precision import transformer_engine_version
+from megatron_rl.mcore.model.precision import transformer_engine_version
+from megatron_rl.mcore.runtime.patches import create_adam_state
 from megatron_rl.weights.hf_files import torch_dtype
 
 STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.uint8}

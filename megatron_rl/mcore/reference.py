@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from megatron_rl.mcore.model import check_weights, load_hf_weights
+from megatron_rl.mcore.model.gpt_model import check_weights, load_hf_weights
 from megatron_rl.mcore.policy import Policy
 from megatron_rl.types import TrainBatch
 

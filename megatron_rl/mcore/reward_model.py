@@ -9,13 +9,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rl.algorithms.losses import binary_loss, pairwise_loss
-from megatron_rl.batching.judged import share_out
-from megatron_rl.batching.plan import filler, given_batch
-from megatron_rl.collective import gather_objects
+from megatron_rl.batching.batch import filler, given_batch
+from megatron_rl.batching.reward_model import share_out
 from megatron_rl.config.schema import RunConfig
+from megatron_rl.distributed.collectives import gather_objects
 from megatron_rl.errors import ConfigError
 from megatron_rl.mcore.critic import reads_values
-from megatron_rl.mcore.model import ValueModel, check_weights
+from megatron_rl.mcore.model.gpt_model import ValueModel, check_weights
 from megatron_rl.mcore.sharded_model import ShardedModel
 from megatron_rl.metrics.metric import Mean, Reduction
 from megatron_rl.models import read_model_spec

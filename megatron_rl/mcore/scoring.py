@@ -7,7 +7,7 @@ from torch import Tensor
 
 from megatron_rl.config.schema import RunConfig
 from megatron_rl.mcore.forward import HiddenReader
-from megatron_rl.mcore.model import PolicyModel
+from megatron_rl.mcore.model.gpt_model import PolicyModel
 from megatron_rl.mcore.sharded_model import ShardedModel, collected
 from megatron_rl.types import MicroBatch, TrainBatch
 

@@ -8,20 +8,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rl.batching.align import unalign
-from megatron_rl.batching.context import restore_order
+from megatron_rl.batching.context_parallel import restore_order
 from megatron_rl.config.schema import RunConfig
-from megatron_rl.mcore import routing_replay
 from megatron_rl.mcore.forward import ForwardPass, HiddenReader
-from megatron_rl.mcore.model import (
-    build_chunks,
-    check_weights,
-    global_parameters,
-    load_hf_weights,
-    place_of,
-)
-from megatron_rl.mcore.precision import choose_implementation, plain_weight
-from megatron_rl.mcore.quantized import held_tensors
-from megatron_rl.mcore.settings import transformer_config
+from megatron_rl.mcore.model import routing_replay
+from megatron_rl.mcore.model.config import transformer_config
+from megatron_rl.mcore.model.gpt_model import build_chunks, check_weights, global_parameters, load_hf_weights, place_of
+from megatron_rl.mcore.model.precision import choose_implementation, plain_weight
+from megatron_rl.mcore.model.quantized import held_tensors
 from megatron_rl.models import Head, layout_table, read_model_spec
 from megatron_rl.types import MicroBatch, ParallelContext, TrainBatch
 from megatron_rl.weights.export import ExportPlan, export_weights, plan_export

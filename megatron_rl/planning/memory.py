@@ -8,13 +8,7 @@ from megatron_rl.config.schema import RunConfig
 from megatron_rl.models.lora import lora_table
 from megatron_rl.models.spec import ModelSpec
 from megatron_rl.models.table import Head
-from megatron_rl.planning.activations import (
-    FLOAT,
-    element_bytes,
-    head_bytes,
-    in_flight,
-    layer_activations,
-)
+from megatron_rl.planning.activations import FLOAT, element_bytes, head_bytes, in_flight, layer_activations
 from megatron_rl.planning.shares import StageShare, stage_shares
 from megatron_rl.planning.workload import Workload, micro_batches_of
 from megatron_rl.weights.layout import Place

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil
 
-from megatron_rl.config.machine import ParallelSection
+from megatron_rl.config.parallel import ParallelSection
 from megatron_rl.config.schema import RunConfig
 from megatron_rl.models.spec import ModelSpec
 from megatron_rl.planning.activations import FLOAT, element_bytes

@@ -1,8 +1,10 @@
 """A plan: whether a configuration fits on a machine, how long a step takes, and what to change."""
 
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from megatron_rl.config import RunConfig
 from megatron_rl.config.schema import RunConfig
 from megatron_rl.config.validate import validate
 from megatron_rl.errors import ConfigError
@@ -210,3 +212,29 @@ def describe(plan: Plan) -> str:
         left = hardware.device_gb - memory.total(memory.fullest) / 1e9
         lines.append(f"fits: {left:.1f} GB of a device are left in the fullest phase ({memory.fullest})")
     return "\n".join(lines)
+
+
+def with_known_models(config: RunConfig, shapes: Path) -> RunConfig:
+    """Replace model folders that do not exist by the published ``config.json`` of the same name.
+
+    Args:
+        shapes: folder of folders with a ``config.json`` each (configs/model_shapes).
+    """
+
+    def known(path: str) -> str:
+        there = shapes / Path(path).name
+        if Path(path).exists() or not there.exists():
+            return path
+        print(f"{path} is not there; planning with {there}", file=sys.stderr)
+        return str(there)
+
+    changed = replace(config, model=replace(config.model, path=known(config.model.path)))
+    if config.critic.path is not None:
+        changed = replace(changed, critic=replace(config.critic, path=known(config.critic.path)))
+    if config.algorithm.reference_path is not None:
+        path = known(config.algorithm.reference_path)
+        changed = replace(changed, algorithm=replace(config.algorithm, reference_path=path))
+    if config.reward.model is not None:
+        own = replace(config.reward.model, path=known(config.reward.model.path))
+        changed = replace(changed, reward=replace(config.reward, model=own))
+    return changed

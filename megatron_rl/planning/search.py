@@ -6,7 +6,7 @@ from itertools import product
 from typing import Any, Literal
 
 from megatron_rl.config.load import flatten
-from megatron_rl.config.machine import OffloadPart
+from megatron_rl.config.performance import OffloadPart
 from megatron_rl.config.schema import RunConfig
 from megatron_rl.errors import ConfigError, ConversionError
 from megatron_rl.models.spec import ModelSpec

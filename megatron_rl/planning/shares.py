@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from math import prod
 
-from megatron_rl.config.machine import ParallelSection
+from megatron_rl.config.parallel import ParallelSection
 from megatron_rl.errors import ConfigError
 from megatron_rl.models.spec import ModelSpec
 from megatron_rl.models.table import Head, layout_table

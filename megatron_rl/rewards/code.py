@@ -7,7 +7,7 @@ import re
 from typing import Any, Literal
 
 from megatron_rl.errors import RewardError
-from megatron_rl.rewards.record import RewardInput
+from megatron_rl.rewards.types import RewardInput
 from megatron_rl.sandbox import Limits, run_program
 
 BLOCK = re.compile(r"```([\w+-]*)[ \t]*\n(.*?)(?:\n[ \t]*```|\Z)", re.DOTALL)

@@ -2,7 +2,7 @@
 
 import random
 
-from megatron_rl.rewards.record import RewardInput
+from megatron_rl.rewards.types import RewardInput
 
 
 def coin_flip(sample: RewardInput, probability: float = 0.5) -> float:

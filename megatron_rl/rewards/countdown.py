@@ -4,7 +4,7 @@ import re
 
 from megatron_rl.errors import RewardError
 from megatron_rl.rewards.arithmetic import evaluate
-from megatron_rl.rewards.record import RewardInput
+from megatron_rl.rewards.types import RewardInput
 
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 

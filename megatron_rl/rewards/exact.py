@@ -1,6 +1,6 @@
 """Exact comparison of text."""
 
-from megatron_rl.rewards.record import RewardInput
+from megatron_rl.rewards.types import RewardInput
 
 
 def exact_match(sample: RewardInput, after: str | None = None) -> float:

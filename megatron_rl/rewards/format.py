@@ -2,7 +2,7 @@
 
 import re
 
-from megatron_rl.rewards.record import RewardInput
+from megatron_rl.rewards.types import RewardInput
 
 THINK_ANSWER = r"^<think>.*?</think>\s*<answer>.*?</answer>\s*$"
 

@@ -1,7 +1,7 @@
 """How long a response is."""
 
 from megatron_rl.errors import RewardError
-from megatron_rl.rewards.record import RewardInput
+from megatron_rl.rewards.types import RewardInput
 
 
 def soft_overlong(sample: RewardInput, max_tokens: int, buffer_tokens: int) -> float:

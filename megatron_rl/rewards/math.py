@@ -4,7 +4,7 @@ import logging
 import re
 from decimal import Decimal, InvalidOperation
 
-from megatron_rl.rewards.record import RewardInput
+from megatron_rl.rewards.types import RewardInput
 
 _NUMBER = re.compile(r"^-?\$?(\d{1,3}(,\d{3})+|\d+)(\.\d+)?%?$")
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 
 from megatron_rl.rewards.math import last_boxed, verify_answer
-from megatron_rl.rewards.record import RewardInput
+from megatron_rl.rewards.types import RewardInput
 
 _UNITS = re.compile(r"\\(?:text|mathrm|mbox)\s*\{[^{}]*\}")
 _FRACTION = re.compile(r"-?(?:\\frac\{(-?\d+)\}\{(\d+)\}|(\d+)/(\d+))")

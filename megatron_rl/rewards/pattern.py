@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 
-from megatron_rl.rewards.record import RewardInput
+from megatron_rl.rewards.types import RewardInput
 
 
 def pattern_match(

@@ -15,9 +15,9 @@ from concurrent.futures import Future
 from multiprocessing.connection import Connection
 from typing import Any
 
-from megatron_rl.config.schema import RewardSection
+from megatron_rl.config.reward import RewardSection
 from megatron_rl.errors import RewardError
-from megatron_rl.rewards.record import RewardInput, RewardResult
+from megatron_rl.rewards.types import RewardInput, RewardResult
 from megatron_rl.rewards.worker import FunctionSets, work
 
 START_LIMIT_S = 600.0

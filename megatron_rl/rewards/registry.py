@@ -4,9 +4,9 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 
-from megatron_rl.config.schema import RewardFunctionSection
+from megatron_rl.config.plugins import load_symbol
+from megatron_rl.config.reward import RewardFunctionSection
 from megatron_rl.errors import RewardError
-from megatron_rl.plugins import load_symbol
 from megatron_rl.rewards.code import code_tests
 from megatron_rl.rewards.coin_flip import coin_flip
 from megatron_rl.rewards.countdown import countdown
@@ -17,7 +17,7 @@ from megatron_rl.rewards.length import soft_overlong
 from megatron_rl.rewards.math import math_answer
 from megatron_rl.rewards.math_graders import math_qwen, math_sympy
 from megatron_rl.rewards.pattern import pattern_match
-from megatron_rl.rewards.record import RewardFunction, RewardInput
+from megatron_rl.rewards.types import RewardFunction, RewardInput
 
 REWARDS: dict[str, RewardFunction] = {
     "exact_match": exact_match,

@@ -5,9 +5,9 @@ import signal
 from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
 
-from megatron_rl.config.schema import RewardFunctionSection
-from megatron_rl.rewards.record import RewardInput, RewardResult
+from megatron_rl.config.reward import RewardFunctionSection
 from megatron_rl.rewards.registry import Grader, build_grader
+from megatron_rl.rewards.types import RewardInput, RewardResult
 
 FunctionSets = Mapping[str, Sequence[RewardFunctionSection]]
 

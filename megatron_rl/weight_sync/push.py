@@ -11,27 +11,27 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_rl.batching.plan import given_batch
+from megatron_rl.batching.batch import given_batch
 from megatron_rl.batching.sequences import bare_sequence
-from megatron_rl.collective import any_rank, gather_objects, raise_together
 from megatron_rl.config.schema import RunConfig
+from megatron_rl.distributed.collectives import any_rank, gather_objects, raise_together
 from megatron_rl.errors import WeightSyncError
-from megatron_rl.mcore.model import place_of
+from megatron_rl.mcore.model.gpt_model import place_of
 from megatron_rl.mcore.policy import Policy
 from megatron_rl.mcore.scoring import ScoringModel
 from megatron_rl.metrics.metric import Max, Mean, Reduction
 from megatron_rl.models import layout_table
 from megatron_rl.models.engine_shards import engine_boxes
-from megatron_rl.rollout.engine import Engine, Request
+from megatron_rl.rollout.engines.base import Engine, Request
 from megatron_rl.rollout.sampling import sample_seed
 from megatron_rl.types import SamplingParams, TrainSequence
+from megatron_rl.weight_sync.host_memory import Meeting, meet_neighbours
+from megatron_rl.weight_sync.plan import ReshardPlan, plan_reshard
+from megatron_rl.weight_sync.shared_folder import meet_in
+from megatron_rl.weight_sync.transfer import Traffic, Transfer
 from megatron_rl.weight_sync.verify import ReceivedChecksums, sent_checksums
 from megatron_rl.weights.hf_files import torch_dtype
 from megatron_rl.weights.layout import Box, full_box, hf_shapes
-from megatron_rl.weights.neighbours import Meeting, meet_neighbours
-from megatron_rl.weights.reshard import ReshardPlan, plan_reshard
-from megatron_rl.weights.shared_folder import meet_in
-from megatron_rl.weights.transfer import Traffic, Transfer
 
 # tokens of the prompt that every engine answers after a push
 PROBE_PROMPT = 4

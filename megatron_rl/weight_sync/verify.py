@@ -8,9 +8,9 @@ from torch import Tensor
 
 from megatron_rl.errors import WeightSyncError
 from megatron_rl.types import ParallelContext
-from megatron_rl.weights.checksum import box_checksum
+from megatron_rl.weight_sync.checksum import box_checksum
+from megatron_rl.weight_sync.plan import ReshardPlan
 from megatron_rl.weights.layout import box_index, intersection
-from megatron_rl.weights.reshard import ReshardPlan
 
 
 def sent_checksums(

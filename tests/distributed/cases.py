@@ -15,39 +15,40 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from megatron_rl import reward_training
 from megatron_rl.algorithms.importance import build_correction
-from megatron_rl.batching.judged import judged_sequence
-from megatron_rl.batching.plan import given_batch
-from megatron_rl.build import build_collector, build_engine, build_keeper, read_inputs
-from megatron_rl.collective import gather_objects
+from megatron_rl.batching.batch import given_batch
+from megatron_rl.batching.reward_model import judged_sequence
 from megatron_rl.config import RunConfig
-from megatron_rl.config.machine import ParallelSection
+from megatron_rl.config.parallel import ParallelSection
 from megatron_rl.config.reward_training import RewardTrainingConfig
-from megatron_rl.correction import correct
-from megatron_rl.credit import add_advantages
+from megatron_rl.distributed.collectives import gather_objects
 from megatron_rl.errors import WeightSyncError
-from megatron_rl.learning import plan, score
-from megatron_rl.loop import run_in
-from megatron_rl.mcore import event_loop, patches
 from megatron_rl.mcore.checkpoint import begin_save, complete_save, load_learner, save_learner
 from megatron_rl.mcore.critic import Critic
-from megatron_rl.mcore.model import PolicyModel, place_of
-from megatron_rl.mcore.parallel import split_again, split_world
+from megatron_rl.mcore.model.gpt_model import PolicyModel, place_of
 from megatron_rl.mcore.policy import Policy
 from megatron_rl.mcore.reference import HostedReference
 from megatron_rl.mcore.reward_model import RewardModel
+from megatron_rl.mcore.runtime import event_loop, patches
+from megatron_rl.mcore.runtime.parallel import split_again, split_world
 from megatron_rl.mcore.scoring import ScoringModel
 from megatron_rl.metrics.metric import merge, results
 from megatron_rl.metrics.timing import Stopwatch
 from megatron_rl.models import layout_table
 from megatron_rl.models.engine_shards import engine_boxes
-from megatron_rl.rollout.collect import Job
-from megatron_rl.rollout.engine import Request
+from megatron_rl.rollout.collector import Job
+from megatron_rl.rollout.engines.base import Request
 from megatron_rl.rollout.engines.embedded import EmbeddedEngine
-from megatron_rl.rollout.queue import share
+from megatron_rl.rollout.load_balancing import share
+from megatron_rl.rollout.partial import begin_group
 from megatron_rl.rollout.sampling import sample_seed
-from megatron_rl.rollout.work import begin_group
+from megatron_rl.trainer import reward_model_trainer as reward_training
+from megatron_rl.trainer.advantages import add_advantages
+from megatron_rl.trainer.build import build_collector, build_engine, build_keeper
+from megatron_rl.trainer.experience import plan, score
+from megatron_rl.trainer.preflight import read_inputs
+from megatron_rl.trainer.rollout_correction import correct
+from megatron_rl.trainer.setup import run_in
 from megatron_rl.types import (
     Completion,
     ParallelContext,
@@ -59,15 +60,15 @@ from megatron_rl.types import (
     TrainSequence,
 )
 from megatron_rl.weight_sync import WeightSync
+from megatron_rl.weight_sync.host_memory import Meeting
+from megatron_rl.weight_sync.plan import plan_reshard
 from megatron_rl.weight_sync.push import policy_logprobs
+from megatron_rl.weight_sync.transfer import Traffic, Transfer
 from megatron_rl.weights.layout import Place, hf_shapes
-from megatron_rl.weights.neighbours import Meeting
 from megatron_rl.weights.peft_files import write_peft_folder
-from megatron_rl.weights.reshard import plan_reshard
-from megatron_rl.weights.transfer import Traffic, Transfer
 from tests.engines.contract import Dying
 from tests.toys import VOCAB, sequences
-from tools import best_of_n
+from tools.data import best_of_n
 
 # after megatron_rl.mcore, which prepares Megatron-Core for the CPU
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel  # isort: skip
@@ -363,7 +364,7 @@ def reward_scores(config: RewardTrainingConfig, asked: list[tuple[list[int], lis
 
 
 def choose_best(config: RewardTrainingConfig, arguments: list[str]) -> str:
-    """What tools/best_of_n.py prints."""
+    """What tools/data/best_of_n.py prints."""
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         best_of_n.choose(best_of_n.parse_arguments(arguments), config, world(config))
     return printed.getvalue()

@@ -9,12 +9,12 @@ from torch import Tensor
 from megatron_rl.algorithms.importance import build_correction
 from megatron_rl.algorithms.objective import build_objective
 from megatron_rl.batching.align import align
-from megatron_rl.batching.context import context_share
-from megatron_rl.collective import gather_objects
+from megatron_rl.batching.context_parallel import context_share
 from megatron_rl.config import RunConfig
-from megatron_rl.credit import add_advantages
-from megatron_rl.learning import plan
+from megatron_rl.distributed.collectives import gather_objects
 from megatron_rl.mcore.policy_loss import PolicyLoss
+from megatron_rl.trainer.advantages import add_advantages
+from megatron_rl.trainer.experience import plan
 from megatron_rl.types import Prompt, Rollout, RolloutGroup, TrainSequence
 from tests.distributed.cases import world
 

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rl.build import Inputs
 from megatron_rl.errors import ConfigError, DataError
 from megatron_rl.evaluation.answers import read_answers
 from megatron_rl.evaluation.compare import read_all_finished
+from megatron_rl.trainer.preflight import Inputs
 from tests.distributed import cases
 from tests.gang import Gang
 from tests.toys import toy_config, write_choice_task
-from tools import compare_evals
+from tools.analysis import compare_evals
 
 ROOT = Path(__file__).parents[2]
 SUITE = """

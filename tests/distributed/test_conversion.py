@@ -12,15 +12,15 @@ import megatron_rl.mcore  # noqa: F401  prepares Megatron-Core for mbridge
 from megatron_rl.conversion.ranks import Ranks
 from megatron_rl.conversion.to_hf import convert_to_hf
 from megatron_rl.conversion.to_megatron import convert_to_megatron
-from megatron_rl.mcore.names import FUSED_NORMS
+from megatron_rl.mcore.model.names import FUSED_NORMS
 from megatron_rl.models import layout_table, read_model_spec
+from megatron_rl.models.toy import FAMILIES
 from megatron_rl.weights.hf_files import HFReader
 from megatron_rl.weights.layout import fill_shard
 from tests.distributed import cases
 from tests.distributed.test_model import MOE, reference_logits
 from tests.gang import Gang
 from tests.toys import toy_config
-from tools.make_toy_model import FAMILIES
 
 ALONE = Ranks(rank=0, size=1)
 TP2 = "parallel.tensor_parallel_size=2"

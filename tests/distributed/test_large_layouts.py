@@ -13,14 +13,14 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_rl.config import load_config
-from megatron_rl.mcore.model import build_chunks, global_parameters, place_of
-from megatron_rl.mcore.parallel import leave_world, split_world
-from megatron_rl.mcore.settings import transformer_config
+from megatron_rl.mcore.model.config import transformer_config
+from megatron_rl.mcore.model.gpt_model import build_chunks, global_parameters, place_of
+from megatron_rl.mcore.runtime.parallel import leave_world, split_world
 from megatron_rl.models import layout_table, read_model_spec
 from megatron_rl.models.engine_shards import engine_boxes
 from megatron_rl.planning.shares import stage_shares
+from megatron_rl.weight_sync.plan import plan_reshard
 from megatron_rl.weights.layout import Box, Place, box_size, hf_shapes, intersection
-from megatron_rl.weights.reshard import plan_reshard
 
 ROOT = Path(__file__).parents[2]
 CASES = {
@@ -59,7 +59,7 @@ def fake_groups(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_every_parameter_is_held_once_and_every_engine_gets_what_it_reads(case: str, fake_groups: None) -> None:
     recipe, world_size, engine_tp, overrides = CASES[case]
     path = ROOT / f"configs/recipes/production/{recipe}.yaml"
-    folder = ROOT / "configs/models" / Path(load_config(path).model.path).name
+    folder = ROOT / "configs/model_shapes" / Path(load_config(path).model.path).name
     config = load_config(path, [f"model.path={folder}", "precision.fp8=disabled", *overrides])
     spec, parallel = read_model_spec(folder), config.parallel
     table = layout_table(spec, parallel.tensor_parallel_size)

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoModelForCausalLM
 
-from megatron_rl.build import Inputs
 from megatron_rl.errors import ConfigError, ConversionError
+from megatron_rl.trainer.preflight import Inputs
 from tests.distributed import cases
 from tests.distributed.test_invariance import rows
 from tests.distributed.test_layouts import OVERLAP, keys
@@ -214,7 +214,7 @@ def test_a_quantized_model_is_the_same_under_every_layout(
 
 
 def test_a_quantized_matrix_is_never_written_into() -> None:
-    from megatron_rl.mcore.quantized import quantized
+    from megatron_rl.mcore.model.quantized import quantized
 
     weight = quantized(torch.randn(2, 64), "int8")
     for write in (lambda: weight.mul_(2), lambda: weight.copy_(torch.zeros(2, 64))):

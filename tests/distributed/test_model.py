@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from megatron_rl.models.toy import FAMILIES
 from tests.distributed import cases
 from tests.gang import Gang
 from tests.toys import VOCAB, sequences, toy_config
-from tools.make_toy_model import FAMILIES
 
 MOE = ("qwen3_moe", "mixtral")
 LAYOUTS = {"tp1": (1, 1), "tp2": (2, 1), "pp2": (1, 2), "tp2-pp2": (2, 2)}
@@ -64,7 +64,7 @@ def test_logits_with_a_window_in_later_layers(
 def test_logits_with_llama3_rope_scaling(gangs: Callable[[int], Gang], tmp_path: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from tools.make_toy_model import make_tokenizer
+    from megatron_rl.models.toy import make_tokenizer
 
     torch.manual_seed(0)
     scaling = {

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.bench_plan import CASES, Case, measured_mb, planned_mb, write_models
+from tools.bench.plan import CASES, Case, measured_mb, planned_mb, write_models
 
 MEASURED = [
     case

@@ -12,16 +12,16 @@ from transformers import AutoModelForSequenceClassification
 
 from megatron_rl.config.load import load_as
 from megatron_rl.config.reward_training import RewardTrainingConfig
-from megatron_rl.data.judged import load_judged
+from megatron_rl.data.generated.hasty_chain import HastyChain, solve
+from megatron_rl.data.reward_model_data import load_judged
 from megatron_rl.data.templates import load_tokenizer
-from megatron_rl.rollout.record import read_rollouts, step_file, write_lines
-from megatron_rl.tasks.hasty_chain import HastyChain, solve
+from megatron_rl.models.toy import make_model, make_tokenizer
+from megatron_rl.rollout.serialization import read_rollouts, step_file, write_lines
 from tests.distributed import cases
 from tests.distributed.test_invariance import rows
 from tests.distributed.test_layouts import keys
 from tests.gang import Gang
 from tests.toys import IN_PARTS, toy_config, without
-from tools.make_toy_model import make_model, make_tokenizer
 
 YAML = """
 run: {{name: judge, output_dir: {folder}/judge, num_steps: 3}}

@@ -12,14 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_rl.build import Inputs
 from megatron_rl.config.load import read_yaml
 from megatron_rl.errors import ConfigError, DataError
-from megatron_rl.rollout.record import read_rollouts, rollout_from_json
+from megatron_rl.rollout.serialization import read_rollouts, rollout_from_json
+from megatron_rl.trainer.preflight import Inputs
 from tests.distributed import cases
 from tests.gang import Gang
 from tests.toys import IN_PARTS, toy_config, without
-from tools import curate_by_pass_rate, inspect_rollouts
+from tools.analysis import inspect_rollouts
+from tools.data import curate_by_pass_rate
 
 PARTIAL = ("rollout.partial=true", "rollout.max_staleness=2", "rollout.over_sampling=2", "rollout.max_new_tokens=24")
 LONG = ("data.max_prompt_tokens=8", "batching.num_updates=1", "run.num_steps=6", "metrics.keep_rollouts_every=1")

@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 
 from megatron_rl.models import read_model_spec
 from megatron_rl.models.engine_shards import engine_boxes
-from megatron_rl.models.placement import held_on_paper
+from megatron_rl.weight_sync.host_memory import Meeting, meet_neighbours, meet_nobody
+from megatron_rl.weight_sync.placement import held_on_paper
+from megatron_rl.weight_sync.shared_folder import meet_in
 from megatron_rl.weights.layout import box_index
-from megatron_rl.weights.neighbours import Meeting, meet_neighbours, meet_nobody
-from megatron_rl.weights.shared_folder import meet_in
 from tests.distributed import cases
 from tests.gang import Gang
 from tests.toys import toy_config

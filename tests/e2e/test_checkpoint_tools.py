@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 from megatron_rl.conversion.ranks import Ranks
 from megatron_rl.conversion.to_megatron import convert_to_megatron
 from megatron_rl.models.families import FAMILIES as FAMILIES_BY_NAME
+from megatron_rl.models.toy import FAMILIES
 from megatron_rl.train import main as train
 from tests.limits import LIMIT_S
 from tests.toys import write_config
 from tools import check_parity, inspect_checkpoint
-from tools.make_toy_model import FAMILIES
 
 ROOT = Path(__file__).parents[2]
 
@@ -133,7 +133,7 @@ def test_inspects_a_training_checkpoint(
 def test_a_real_size_there_and_back(tmp_path: Path) -> None:
     """Qwen2.5-1.5B's shapes: the tool fails unless the tensors come back bit for bit."""
     found = tmp_path / "measured.json"
-    command = [sys.executable, "tools/bench_convert.py", "--models", "qwen2.5-1.5b", "--rounds", "1"]
+    command = [sys.executable, "tools/bench/convert.py", "--models", "qwen2.5-1.5b", "--rounds", "1"]
     done = subprocess.run([*command, "--json", str(found)], cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S)
     assert done.returncode == 0, done.stderr
     measured = json.loads(found.read_text())["qwen2.5-1.5b"]

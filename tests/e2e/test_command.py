@@ -12,8 +12,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import megatron_rl.mcore  # noqa: F401  prepares Megatron-Core for the CPU
+from megatron_rl.checkpointing.resume import check_same_run, flatten_plain
 from megatron_rl.config import load_config
-from megatron_rl.continuation import check_same_run, flatten_plain
 from megatron_rl.errors import ConfigError
 from megatron_rl.train import main
 from tests.toys import write_config

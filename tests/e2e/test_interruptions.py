@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rl.heartbeat import Beat, Heard, describe
-from megatron_rl.stop import START_AGAIN, deadline
+from megatron_rl.distributed.heartbeat import Beat, Heard, describe
+from megatron_rl.distributed.signals import START_AGAIN, deadline
 from tests.e2e.test_torchrun import command, rows, untimed
 from tests.limits import LIMIT_S
 from tests.toys import write_config

@@ -7,7 +7,7 @@ import pytest
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from megatron_rl.rollout.engine import Engine, EngineSetup
+from megatron_rl.rollout.engines.base import Engine, EngineSetup
 from megatron_rl.rollout.engines.embedded import EmbeddedEngine
 from megatron_rl.rollout.engines.sglang import SglangEngine
 from megatron_rl.rollout.engines.vllm import VllmEngine

@@ -15,19 +15,19 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from megatron_rl.config.schema import RewardFunctionSection, RewardSection
+from megatron_rl.config.reward import RewardFunctionSection, RewardSection
 from megatron_rl.data.templates import load_tokenizer
 from megatron_rl.environments import Turn
 from megatron_rl.errors import EngineDied
 from megatron_rl.metrics.metric import Reduction
 from megatron_rl.rewards.pool import RewardPool
-from megatron_rl.rollout.collect import Collector, CollectorLimits, Job
-from megatron_rl.rollout.conversation import Dialogue
-from megatron_rl.rollout.engine import Engine
-from megatron_rl.rollout.keeper import EngineKeeper
-from megatron_rl.rollout.record import group_from_json, group_to_json, read_lines, write_lines
+from megatron_rl.rollout.collector import Collector, CollectorLimits, Job
+from megatron_rl.rollout.engines.base import Engine
+from megatron_rl.rollout.engines.supervisor import EngineKeeper
+from megatron_rl.rollout.multi_turn import Dialogue
+from megatron_rl.rollout.partial import GroupWork, Unfinished, begin_group
 from megatron_rl.rollout.sampling import sample_seed
-from megatron_rl.rollout.work import GroupWork, Unfinished, begin_group
+from megatron_rl.rollout.serialization import group_from_json, group_to_json, read_lines, write_lines
 from megatron_rl.types import ParallelContext, Prompt, Rollout
 from tests.engines.contract import SIZES, Dying, kill, params
 from tests.toys import VOCAB

@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from megatron_rl.errors import EngineError, Interrupted, WeightSyncError
-from megatron_rl.rollout.engine import Continuation, Engine, Request
+from megatron_rl.models.toy import FAMILIES
+from megatron_rl.rollout.engines.base import Continuation, Engine, Request
 from tests.engines.contract import INTERRUPTION, SIZES, collect, params, requests
 from tests.toys import VOCAB
-from tools.make_toy_model import FAMILIES
 
 EngineOf = Callable[..., Engine]
 # the family whose toy has a sliding window, which SGLang does not honour

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_rl.mcore.precision import transformer_engine_version
+from megatron_rl.mcore.model.precision import transformer_engine_version
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

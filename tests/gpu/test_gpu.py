@@ -7,14 +7,14 @@ import pytest
 import torch
 
 import megatron_rl.mcore  # noqa: F401  prepares Megatron-Core
-from megatron_rl.batching.plan import given_batch
+from megatron_rl.batching.batch import given_batch
 from megatron_rl.errors import ConfigError
-from megatron_rl.mcore.attention import group_by_length
-from megatron_rl.mcore.parallel import init_parallel, leave_world
+from megatron_rl.mcore.model.attention import group_by_length
+from megatron_rl.mcore.model.precision import FP8_NEEDS, choose_implementation
+from megatron_rl.mcore.model.varlen import variable_length_kernel
 from megatron_rl.mcore.policy import Policy
-from megatron_rl.mcore.precision import FP8_NEEDS, choose_implementation
 from megatron_rl.mcore.reference import HostedReference
-from megatron_rl.mcore.varlen import variable_length_kernel
+from megatron_rl.mcore.runtime.parallel import init_parallel, leave_world
 from megatron_rl.types import ParallelContext, TrainBatch
 from tests.toys import sequences, toy_config, write_model
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Two nodes with more processors and memory than there are, so that jobs need not wait."""
     folder = tmp_path_factory.mktemp("slurm")
-    command = [sys.executable, str(ROOT / "tools/local_slurm.py")]
+    command = [sys.executable, str(ROOT / "tools/cluster/local_slurm.py")]
     started = subprocess.run(
         [*command, "start", str(folder), "--nodes", "2", "--cpus", "8", "--memory-mb", "16000"],
         capture_output=True, text=True, check=False,

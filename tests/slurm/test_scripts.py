@@ -19,7 +19,7 @@ JOBS = sorted(path for path in (ROOT / "slurm").glob("*.sh") if "\n#SBATCH" in p
 def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Eight nodes that claim to have eight GPUs each."""
     folder = tmp_path_factory.mktemp("large")
-    command = [sys.executable, str(ROOT / "tools/local_slurm.py")]
+    command = [sys.executable, str(ROOT / "tools/cluster/local_slurm.py")]
     size = ["--nodes", "8", "--cpus", "96", "--memory-mb", "1000000", "--gpus", "8"]
     started = subprocess.run([*command, "start", str(folder), *size], capture_output=True, text=True, check=False)
     assert started.returncode == 0, started.stderr

@@ -15,16 +15,16 @@ import torch
 from megatron_rl.analysis.behaviour import Said, behaviour, by_label
 from megatron_rl.analysis.behaviour_page import render_behaviour
 from megatron_rl.analysis.reflection import ANSWERING, POOLS, REFLECTION, category_of, keywords_in
-from megatron_rl.analysis.scores import pass_at_k
+from megatron_rl.analysis.responses import read_all_said
 from megatron_rl.config.evaluation import load_evaluation
 from megatron_rl.errors import ConfigError, DataError
-from megatron_rl.evaluation.said import read_all_said
+from megatron_rl.reporting.stats import pass_at_k
 from megatron_rl.rewards.math import math_answer
-from megatron_rl.rewards.record import RewardInput
-from megatron_rl.rollout.record import step_file, write_groups
+from megatron_rl.rewards.types import RewardInput
+from megatron_rl.rollout.serialization import step_file, write_groups
 from megatron_rl.types import Prompt, Rollout, RolloutGroup
 from tests.serving import JsonHandler, serving
-from tools import analyze_responses
+from tools.analysis import analyze_responses
 
 ROOT = Path(__file__).parents[2]
 

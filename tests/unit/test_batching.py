@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from megatron_rl.batching.align import align, unalign
-from megatron_rl.batching.context import context_indices, restore_order
+from megatron_rl.batching.batch import plan_batch
+from megatron_rl.batching.context_parallel import context_indices, restore_order
 from megatron_rl.batching.pack import balance, micro_batches
-from megatron_rl.batching.plan import plan_batch
 from megatron_rl.batching.selection import accepted, num_teaching, without_truncated
-from megatron_rl.config.schema import BatchingSection
+from megatron_rl.config.batching import BatchingSection
 from megatron_rl.errors import DataError
 from megatron_rl.types import Prompt, Rollout, RolloutGroup
 from tests.toys import sequences

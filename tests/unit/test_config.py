@@ -8,8 +8,8 @@ import pytest
 from megatron_rl.config import dump_config, load_config, validate
 from megatron_rl.config.curation import CurationConfig
 from megatron_rl.config.evaluation import TaskConfig, TemplateConfig, load_evaluation
+from megatron_rl.config.foreign_names import FOREIGN_NAMES
 from megatron_rl.config.load import _dotted_keys, load_as
-from megatron_rl.config.names import FOREIGN_NAMES
 from megatron_rl.config.reward_training import RewardTrainingConfig, validate_reward_training
 from megatron_rl.config.schema import RunConfig
 from megatron_rl.config.study import load_study

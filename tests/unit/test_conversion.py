@@ -19,8 +19,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_rl.conversion.command import find_model_folder, parse_bytes
-from megatron_rl.conversion.partial import check_free_disk
+from megatron_rl.conversion.cli import parse_bytes
+from megatron_rl.conversion.partial_folder import check_free_disk
 from megatron_rl.conversion.ranks import Ranks
 from megatron_rl.conversion.record import read_record
 from megatron_rl.conversion.to_hf import convert_to_hf
@@ -29,11 +29,12 @@ from megatron_rl.conversion.verify import verify
 from megatron_rl.data.templates import load_tokenizer
 from megatron_rl.errors import ConversionError
 from megatron_rl.models import layout_table, read_model_spec
+from megatron_rl.models.toy import FAMILIES
 from megatron_rl.weights.hf_files import HFReader, write_hf_folder
 from megatron_rl.weights.layout import check_each_once
 from megatron_rl.weights.megatron_files import MegatronReader
+from megatron_rl.weights.open import find_model_folder
 from tests.limits import LIMIT_S
-from tools.make_toy_model import FAMILIES
 
 ROOT = Path(__file__).parents[2]
 ALONE = Ranks(rank=0, size=1)
@@ -490,7 +491,7 @@ def to_hf_of_damaged(folder: Path, target: Path) -> None:
 
 
 def test_two_conversions_to_one_place(larger: tuple[Path, Path], tmp_path: Path) -> None:
-    from megatron_rl.conversion.partial import Partial
+    from megatron_rl.conversion.partial_folder import Partial
 
     held = Partial(tmp_path / "out", {}, ALONE)
     with pytest.raises(ConversionError, match="is being written by another conversion"):

@@ -18,7 +18,7 @@ from megatron_rl.algorithms.losses import value_loss
 from megatron_rl.batching.selection import most_spread
 from megatron_rl.batching.sequences import earned, to_sequence
 from megatron_rl.metrics.metric import ExplainedVariance, explained_variance
-from megatron_rl.rollout.record import read_rollouts, rollout_from_json, write_groups
+from megatron_rl.rollout.serialization import read_rollouts, rollout_from_json, write_groups
 from megatron_rl.types import Prompt, Rollout, RolloutGroup
 
 MASK = torch.tensor([False, True, True, False, False, True, True, False])  # two turns

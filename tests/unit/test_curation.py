@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from megatron_rl.config.curation import CurationConfig
+from megatron_rl.config.data import RowsSection, SourceSection
 from megatron_rl.config.load import load_as
-from megatron_rl.config.schema import RowsSection, SourceSection
 from megatron_rl.curation.contamination import Benchmarks
 from megatron_rl.curation.near_duplicates import near_duplicates
 from megatron_rl.curation.pipeline import candidates
@@ -20,8 +20,8 @@ from megatron_rl.errors import ConfigError, DataError
 from megatron_rl.evaluation.answers import Answer
 from megatron_rl.rewards.countdown import countdown
 from megatron_rl.rewards.knights_and_knaves import knights_and_knaves
-from megatron_rl.rewards.record import RewardInput
-from tools import curate
+from megatron_rl.rewards.types import RewardInput
+from tools.data import curate
 
 ROOT = Path(__file__).parents[2]
 TURNS = [{"from": "user", "value": "2+2?"}, {"from": "assistant", "value": "so \\boxed{4}"}]

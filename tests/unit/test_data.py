@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 
-from megatron_rl.config.schema import DataSection, SourceSection
+from megatron_rl.config.data import DataSection, SourceSection
+from megatron_rl.data.generated import TASKS
 from megatron_rl.data.order import Order
 from megatron_rl.data.prompts import load_prompts
 from megatron_rl.data.sources import read_rows
 from megatron_rl.data.templates import load_tokenizer
 from megatron_rl.errors import DataError
 from megatron_rl.rewards.arithmetic import evaluate
-from megatron_rl.tasks import TASKS
 
 GSM8K = [
     {"question": "Two and two?", "answer": "2 + 2 = <<2+2=4>>4\n#### 4"},

@@ -10,40 +10,28 @@ from typing import Any
 
 import pytest
 
-from megatron_rl.analysis.scores import (
-    bootstrap_interval,
-    paired_difference,
-    pass_at_k,
-    repetition,
-    standard_error,
-)
-from megatron_rl.config.evaluation import (
-    EvalConfig,
-    EvalRunSection,
-    GradingSection,
-    TaskConfig,
-    TaskSamplingSection,
-)
+from megatron_rl.config.evaluation import EvalConfig, EvalRunSection, GradingSection, TaskConfig, TaskSamplingSection
 from megatron_rl.config.load import load_as
 from megatron_rl.config.schema import ModelSection
 from megatron_rl.errors import ConfigError, DataError, RewardError
-from megatron_rl.evaluation.answerers import behind
 from megatron_rl.evaluation.answers import Answer, AnswerFile, by_question, read_answers
-from megatron_rl.evaluation.asking import missing
+from megatron_rl.evaluation.backends import behind
+from megatron_rl.evaluation.benchmark import Exam
 from megatron_rl.evaluation.compare import compared, read_all_finished
-from megatron_rl.evaluation.exam import Exam
 from megatron_rl.evaluation.folder import EvalFolder, read_results
+from megatron_rl.evaluation.generation import Asked, Response, cut
 from megatron_rl.evaluation.grading import Grading
-from megatron_rl.evaluation.page import render
+from megatron_rl.evaluation.majority_vote import majority
 from megatron_rl.evaluation.questions import Question, filled, read_questions
-from megatron_rl.evaluation.responder import Asked, Response, cut
+from megatron_rl.evaluation.report_html import render
 from megatron_rl.evaluation.results import TaskResult, task_result
+from megatron_rl.evaluation.runner import missing
+from megatron_rl.reporting.stats import bootstrap_interval, paired_difference, pass_at_k, repetition, standard_error
 from megatron_rl.rewards.math import math_answer
 from megatron_rl.rewards.math_graders import math_qwen, math_sympy
-from megatron_rl.rewards.record import RewardInput
-from megatron_rl.rollout.votes import majority
+from megatron_rl.rewards.types import RewardInput
 from tests.limits import patient
-from tools import compare_evals
+from tools.analysis import compare_evals
 
 ROOT = Path(__file__).parents[2]
 TASKS = ROOT / "configs" / "eval" / "tasks"

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_rl.checkpointing.integrity import SEALS, check_seals, seal_files, write_seals
 from megatron_rl.errors import CheckpointError
-from megatron_rl.integrity import SEALS, check_seals, seal_files, write_seals
 
 
 @pytest.fixture

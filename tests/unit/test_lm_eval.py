@@ -27,13 +27,13 @@ from transformers import AutoModelForCausalLM
 from megatron_rl.config.evaluation import GradingSection, LikelihoodSection, TaskConfig, load_evaluation
 from megatron_rl.config.load import load_as
 from megatron_rl.data.templates import load_tokenizer
+from megatron_rl.evaluation.generation import Asked, Response, as_asked, choose, cut
 from megatron_rl.evaluation.grading import Grading
 from megatron_rl.evaluation.questions import Question, read_questions
-from megatron_rl.evaluation.responder import Asked, Response, as_asked, choose, cut
 from megatron_rl.rollout.engines.embedded import EmbeddedEngine
 from tests.engines.contract import setup_of
 from tests.limits import patient
-from tools import bbh_examples
+from tools.data import bbh_examples
 
 TASKS = Path(__file__).parents[2] / "configs" / "eval" / "tasks"
 HARNESS = Path(hendrycks_math.__path__[0]).parent

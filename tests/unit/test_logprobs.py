@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_rl.mcore.logprobs import linear_logprobs
+from megatron_rl.mcore.model.logprobs import linear_logprobs
 from tests.limits import LIMIT_S
 
 ALONE = SimpleNamespace(size=lambda: 1, rank=lambda: 0)

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rl.analysis.run_report import conclude
 from megatron_rl.config import load_config
 from megatron_rl.metrics.console import PlainConsole
 from megatron_rl.metrics.metric import EffectiveShare, Largest, Max, Mean, Min, Sum, mean_max_min, merge, results
 from megatron_rl.metrics.sinks import JsonlSink, read_rows
+from megatron_rl.reporting.run_report import conclude
 from tests.toys import write_config
 
 

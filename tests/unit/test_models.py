@@ -9,8 +9,8 @@ from transformers import Qwen2Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_rl.errors import ConfigError
+from megatron_rl.mcore.model.precision import choose_implementation
 from megatron_rl.mcore.optimizer import check_optimizer
-from megatron_rl.mcore.precision import choose_implementation
 from megatron_rl.models import read_model_spec
 from megatron_rl.models.flops import forward_flops, peak_tflops
 from megatron_rl.models.rope import inverse_frequencies, softmax_scale

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from megatron_rl.errors import WeightSyncError
-from megatron_rl.weights import neighbours
+from megatron_rl.weight_sync import host_memory as neighbours
+from megatron_rl.weight_sync.host_memory import RemoteTensor
 from megatron_rl.weights.layout import Box, box_index, box_shape
-from megatron_rl.weights.neighbours import RemoteTensor
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="process_vm_readv is Linux's")
 

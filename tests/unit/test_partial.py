@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_rl.weight_sync.partial_tensor import PartialTensor
 from megatron_rl.weights.layout import Box, box_index
-from megatron_rl.weights.partial import PartialTensor
 
 WHOLE = torch.arange(48.0).reshape(8, 6)
 BOXES: list[Box] = [

@@ -11,18 +11,18 @@ from pathlib import Path
 import pytest
 
 from megatron_rl.config import RunConfig, load_config, validate
-from megatron_rl.config.machine import ParallelSection
+from megatron_rl.config.parallel import ParallelSection
 from megatron_rl.errors import ConfigError
 from megatron_rl.models import layout_table, read_model_spec
-from megatron_rl.models.placement import held_on_paper
 from megatron_rl.planning.hardware import KNOWN, Hardware, read_hardware
 from megatron_rl.planning.plan import Plan, check_fits, describe, make_plan
 from megatron_rl.planning.search import SPARE, search, settings
 from megatron_rl.planning.shares import layers_of_stages, stage_shares
+from megatron_rl.weight_sync.placement import held_on_paper
 from megatron_rl.weights.layout import box_size
 
 ROOT = Path(__file__).parents[2]
-MODELS = ROOT / "configs/models"
+MODELS = ROOT / "configs/model_shapes"
 RECIPES = sorted(path for path in (ROOT / "configs/recipes/production").glob("*.yaml") if "base-" not in path.name)
 NAME = re.compile(r"-(\d+)n(\d+)g-([a-z]+\d+)-")
 HARDWARE = {"a100": "a100-80g", "h100": "h100-80g", "h200": "h200-141g"}
@@ -55,7 +55,12 @@ def test_production_recipes_fit_on_their_hardware_and_not_on_half_of_it(recipe: 
 
 def test_the_table_of_the_recipes_is_up_to_date() -> None:
     done = subprocess.run(
-        [sys.executable, "tools/plan_recipes.py"], cwd=ROOT, capture_output=True, text=True, check=True, env=os.environ
+        [sys.executable, "tools/cluster/plan_recipes.py"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ,
     )
     assert done.stdout == (ROOT / "configs/recipes/production/README.md").read_text()
 
@@ -178,7 +183,7 @@ def test_the_command_says_what_does_not_fit(tmp_path: Path) -> None:
     assert "\nfits: " in fits.stdout
     lacking = plan("--nodes", "8", "memory.recompute=disabled", "batching.max_tokens_per_micro_batch=65536")
     assert lacking.returncode == 3
-    assert "planning with configs/models/Llama-3.1-70B-Instruct" in lacking.stderr
+    assert "planning with configs/model_shapes/Llama-3.1-70B-Instruct" in lacking.stderr
     assert "does not fit: update needs" in lacking.stdout
     assert "change: memory.recompute=full" in lacking.stdout
     assert plan("--nodes", "1", "--search").returncode == 3

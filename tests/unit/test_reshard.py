@@ -11,9 +11,9 @@ import torch
 from megatron_rl.errors import ConfigError, WeightSyncError
 from megatron_rl.models import ModelSpec, layout_table, read_model_spec
 from megatron_rl.models.engine_shards import check_engine_size, engine_boxes
-from megatron_rl.models.placement import held_on_paper
+from megatron_rl.weight_sync.placement import held_on_paper
+from megatron_rl.weight_sync.plan import ReshardPlan, plan_reshard
 from megatron_rl.weights.layout import Box, box_size, hf_shapes, layer_of
-from megatron_rl.weights.reshard import ReshardPlan, plan_reshard
 from tests.unit.test_families import PUBLISHED
 
 Layout = Mapping[str, int]

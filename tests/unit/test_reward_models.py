@@ -14,19 +14,20 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from megatron_rl.algorithms.losses import binary_loss, pairwise_loss
-from megatron_rl.algorithms.steps import aggregated, step_ends, step_label, step_spans
-from megatron_rl.batching.judged import judged_sequence, share_out
+from megatron_rl.algorithms.reasoning_steps import aggregated, step_ends, step_label, step_spans
+from megatron_rl.batching.reward_model import judged_sequence, share_out
+from megatron_rl.config.batching import BatchingSection
+from megatron_rl.config.data import RowsSection
 from megatron_rl.config.reward_training import JudgedDataSection
-from megatron_rl.config.schema import BatchingSection, RowsSection
-from megatron_rl.data.judged import JudgedSet, load_judged
+from megatron_rl.curation.process_labels import Prefix, asked_row, beginnings, different, graded_rests, labelled
+from megatron_rl.data.generated.hasty_chain import HastyChain, right_steps
+from megatron_rl.data.reward_model_data import JudgedSet, load_judged
 from megatron_rl.data.templates import load_tokenizer
 from megatron_rl.errors import DataError
-from megatron_rl.judging import StepFinder
+from megatron_rl.evaluation.majority_vote import best, last_match, majority
 from megatron_rl.rewards.exact import exact_match
-from megatron_rl.rewards.record import RewardInput
-from megatron_rl.rollout.step_labels import Prefix, asked_row, beginnings, different, graded_rests, labelled
-from megatron_rl.rollout.votes import best, last_match, majority
-from megatron_rl.tasks.hasty_chain import HastyChain, right_steps
+from megatron_rl.rewards.types import RewardInput
+from megatron_rl.trainer.reward_scores import StepFinder
 from megatron_rl.types import Rollout
 
 CHAT = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant: "

@@ -4,12 +4,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from megatron_rl.config.schema import RewardFunctionSection, RewardSection
+from megatron_rl.config.reward import RewardFunctionSection, RewardSection
 from megatron_rl.errors import ConfigError, RewardError
 from megatron_rl.rewards.arithmetic import evaluate
 from megatron_rl.rewards.pool import RewardPool
-from megatron_rl.rewards.record import RewardInput
 from megatron_rl.rewards.registry import REWARDS, build_grader
+from megatron_rl.rewards.types import RewardInput
 from tests.limits import LIMIT_S
 
 

@@ -13,16 +13,15 @@ import torch
 from megatron_rl.algorithms.importance import RolloutCorrection, build_correction, geometric_ratio, sequence_ratio
 from megatron_rl.algorithms.objective import build_objective
 from megatron_rl.batching.align import align
-from megatron_rl.batching.context import context_share
-from megatron_rl.batching.plan import given_batch
+from megatron_rl.batching.batch import given_batch
+from megatron_rl.batching.context_parallel import context_share
 from megatron_rl.batching.sequences import bare_sequence
 from megatron_rl.config.algorithm import AlgorithmSection
 from megatron_rl.config.rollout import RolloutSection
-from megatron_rl.correction import correct
-from megatron_rl.drift import check_drift
 from megatron_rl.errors import TrainingDiverged
 from megatron_rl.mcore.policy_loss import PolicyLoss
 from megatron_rl.metrics.metric import Reduction, merge, results
+from megatron_rl.trainer.rollout_correction import check_drift, correct
 from megatron_rl.types import ParallelContext, TrainBatch
 
 # log(trainer / engine) of the tokens of four responses; the last has none

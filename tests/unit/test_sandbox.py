@@ -14,7 +14,7 @@ import pytest
 
 from megatron_rl.errors import RewardError
 from megatron_rl.rewards.code import code_tests, fenced
-from megatron_rl.rewards.record import RewardInput
+from megatron_rl.rewards.types import RewardInput
 from megatron_rl.sandbox import Limits, isolation, run, run_program
 
 LIMITS = Limits(seconds=60)

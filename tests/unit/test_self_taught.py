@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_rl.rollout.record import read_rollouts, rollout_from_json
-from megatron_rl.rollout.self_taught import as_steps, hinted_row, right_ones, unsolved, without_hint
+from megatron_rl.curation.star import as_steps, hinted_row, right_ones, unsolved, without_hint
+from megatron_rl.rollout.serialization import read_rollouts, rollout_from_json
 from tests.toys import write_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -79,7 +79,7 @@ def test_rounds_begin_with_the_base_model_and_keep_only_what_verifies(
     model = toy_model("qwen2")
     config = write_config(tmp_path, model)
     command = [
-        sys.executable, "tools/star.py", "--sample", str(config), "--learn", str(config), "--output",
+        sys.executable, "tools/data/star.py", "--sample", str(config), "--learn", str(config), "--output",
         str(tmp_path / "star"), "--rounds", "2", "--num-ranks", "1", "--hint", "{answer}?{prompt}", "--min-reward",
         "0.6", "data.train.limit=8", "algorithm.kl_coef=0", "batching.num_updates=1", "rollout.num_prompts_per_step=2",
     ]  # fmt: skip

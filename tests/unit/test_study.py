@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rl.analysis.study import curve_of, curve_table, markdown, render_study
 from megatron_rl.errors import DataError
+from megatron_rl.reporting.study import curve_of, curve_table, markdown, render_study
 from tests.toys import write_config
 
 ROOT = Path(__file__).parents[2]
@@ -47,7 +47,15 @@ def test_the_tool_makes_the_runs_and_compares_them(toy_model, tmp_path: Path) ->
         f"runs: {{GRPO: {{config: {config}}}, RLOO: {{config: {config}, overrides: [algorithm.advantage=rloo]}}}}\n"
     )
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    command = [sys.executable, "tools/ablate.py", str(study), "--seeds", "3", "--folder", str(tmp_path / "runs")]
+    command = [
+        sys.executable,
+        "tools/analysis/ablate.py",
+        str(study),
+        "--seeds",
+        "3",
+        "--folder",
+        str(tmp_path / "runs"),
+    ]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert [line.split(" | ")[0] for line in done.stdout.splitlines()[:4]] == ["| run", "| ---", "| GRPO", "| RLOO"]

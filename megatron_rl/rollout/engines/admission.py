@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import Literal
 
 from megatron_rl.errors import EngineError, Interrupted
-from megatron_rl.rollout.engine import EngineSetup, Request, check_request
+from megatron_rl.rollout.engines.base import EngineSetup, Request, check_request
 from megatron_rl.types import SamplingParams
 
 # calls between two questions whether to stop, where the ranks of an engine must agree on the answer

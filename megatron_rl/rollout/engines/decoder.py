@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_rl.cpu_linear import linear
 from megatron_rl.models import ModelSpec, layout_table
+from megatron_rl.models.cpu_linear import linear
 from megatron_rl.models.rope import inverse_frequencies, softmax_scale
 from megatron_rl.models.spec import MoeSpec
 from megatron_rl.models.table import EMBEDDING, LM_HEAD

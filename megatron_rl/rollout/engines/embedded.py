@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_rl.rollout.engine import (
+from megatron_rl.rollout.engines.admission import Admission
+from megatron_rl.rollout.engines.base import (
     Continuation,
     EnginePart,
     EngineSetup,
@@ -18,7 +19,6 @@ from megatron_rl.rollout.engine import (
     Request,
     check_continuations,
 )
-from megatron_rl.rollout.engines.admission import Admission
 from megatron_rl.rollout.engines.decoder import Decoder, KVCache
 from megatron_rl.rollout.engines.storages import Storages
 from megatron_rl.rollout.sampling import choose, uniforms

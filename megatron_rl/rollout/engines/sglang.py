@@ -22,10 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_rl.collective import gather_over
+from megatron_rl.distributed.collectives import gather_over
 from megatron_rl.errors import EngineDied, EngineError, WeightSyncError
 from megatron_rl.models import layout_table
-from megatron_rl.rollout.engine import (
+from megatron_rl.rollout.engines.admission import Admission
+from megatron_rl.rollout.engines.base import (
     Continuation,
     EnginePart,
     EngineSetup,
@@ -33,7 +34,6 @@ from megatron_rl.rollout.engine import (
     Request,
     check_continuations,
 )
-from megatron_rl.rollout.engines.admission import Admission
 from megatron_rl.rollout.engines.children import ChildWatch, own_signals
 from megatron_rl.rollout.engines.hosting import DTYPES, finish_reason, surroundings
 from megatron_rl.rollout.engines.loading import ExpectedTensors

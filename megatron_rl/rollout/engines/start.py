@@ -3,8 +3,8 @@
 import uuid
 from typing import Literal
 
-from megatron_rl.collective import gather_objects
-from megatron_rl.rollout.engine import Engine, EngineSetup
+from megatron_rl.distributed.collectives import gather_objects
+from megatron_rl.rollout.engines.base import Engine, EngineSetup
 from megatron_rl.rollout.engines.embedded import EmbeddedEngine
 from megatron_rl.rollout.engines.sglang import SglangEngine
 from megatron_rl.rollout.engines.vllm import VllmEngine

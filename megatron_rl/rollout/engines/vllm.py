@@ -15,7 +15,8 @@ from torch import Tensor
 
 from megatron_rl.errors import EngineDied, EngineError
 from megatron_rl.models import layout_table
-from megatron_rl.rollout.engine import (
+from megatron_rl.rollout.engines.admission import Admission
+from megatron_rl.rollout.engines.base import (
     Continuation,
     EnginePart,
     EngineSetup,
@@ -23,7 +24,6 @@ from megatron_rl.rollout.engine import (
     Request,
     check_continuations,
 )
-from megatron_rl.rollout.engines.admission import Admission
 from megatron_rl.rollout.engines.hosting import DTYPES, finish_reason, surroundings
 from megatron_rl.rollout.engines.loading import ExpectedTensors
 from megatron_rl.rollout.engines.storages import Storages

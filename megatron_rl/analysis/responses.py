@@ -1,0 +1,69 @@
+"""Responses that were saved, of an evaluation or of a training run, for analysis."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from megatron_rl.analysis.behaviour import Said
+from megatron_rl.errors import DataError
+from megatron_rl.evaluation.folder import EvalFolder, current_answers, distinct_names, read_questions_of
+from megatron_rl.evaluation.majority_vote import shown_answer
+from megatron_rl.rollout.serialization import each_rollout
+
+
+def read_all_said(paths: Sequence[Path], *, min_reward: float, answer_shown_by: str | None) -> list[Said]:
+    """All responses of some folders, each with its folder as source where there are several.
+
+    Args:
+        paths: each ``run.output_dir`` of an evaluation or of a run, or ``rollouts/`` of the latter.
+        min_reward: total reward of a right response of a run.
+        answer_shown_by: regular expression whose first group is a response's answer, of a run; None: \\boxed{}.
+
+    Raises:
+        DataError: a folder has none.
+    """
+    sources = [""] if len(paths) == 1 else distinct_names(paths)
+    return [
+        replace(one, source=source)
+        for path, source in zip(paths, sources, strict=True)
+        for one in _read_said(path, min_reward, answer_shown_by)
+    ]
+
+
+def _read_said(path: Path, min_reward: float, answer_shown_by: str | None) -> Iterator[Said]:
+    if (path / "answers").is_dir():
+        yield from _of_evaluation(EvalFolder(path))
+        return
+    rollouts = path / "rollouts" if (path / "rollouts").is_dir() else path
+    for line in each_rollout(rollouts):
+        yield Said(
+            label=str(line["step"]),
+            key=f"{line['step']}/{line['group']}",
+            question=line["prompt"],
+            response=line["response"],
+            is_right=line["status"] == "ok" and line["reward"] >= min_reward,
+            num_tokens=sum(line["loss_mask"]),
+            is_truncated=line["finish_reason"] == "length",
+            has_answer=shown_answer(line["response"], answer_shown_by) is not None,
+        )
+
+
+def _of_evaluation(folder: EvalFolder) -> list[Said]:
+    questions = read_questions_of(folder)
+    found = [
+        Said(
+            label=answer.task,
+            key=f"{answer.task}/{answer.question}",
+            question=questions[place]["text"],
+            response=answer.response,
+            is_right=answer.right,
+            num_tokens=answer.num_tokens,
+            is_truncated=answer.finish_reason == "length",
+            has_answer=answer.shown is not None,
+        )
+        for place, answers in current_answers(folder).items()
+        for answer in answers
+    ]
+    if not found:
+        raise DataError(f"{folder.path} holds no answers. Give the folder of an evaluation that has begun.")
+    return found

@@ -1,0 +1,197 @@
+"""Rows of judged responses, in the schemas of the public sets, to tokens with labels.
+
+pairwise: UltraFeedback-binarized, Anthropic HH-RLHF, and whatever TRL's RewardTrainer reads. pointwise: TRL's unpaired
+preferences. stepwise: trl-lib/math_shepherd and trl-lib/prm800k. math_shepherd: peiyi9979/Math-Shepherd itself.
+"""
+
+import math
+import re
+from array import array
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+from megatron_rl.config.data import RowsSection
+from megatron_rl.config.reward_training import JudgedDataSection
+from megatron_rl.data.sources import read_rows
+from megatron_rl.data.templates import adds_special_tokens, in_chat
+from megatron_rl.errors import DataError
+
+SHEPHERD_MARK = "ки"  # ends each step of Math-Shepherd's input
+SHEPHERD_LABELS = {"+": 1.0, "-": 0.0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """A prompt with its response, and what is known of it."""
+
+    token_ids: Sequence[int]
+    ends: Sequence[int]
+    """Tokens at which it is judged, ascending."""
+    labels: Sequence[float]
+    """Of each: from 0 (wrong) to 1 (right); of a pair the chosen one's is by how much it is better, the other's 0."""
+
+
+Example = tuple[Judged, ...]
+"""What is learnt from together: one response, or the chosen one and the rejected one."""
+
+
+class UnreadableRow(DataError):
+    """A row of a published set that is damaged, as some are; it is left out and counted."""
+
+
+class Written(NamedTuple):
+    """A prompt and the parts of a response, of each of which the end is judged."""
+
+    prompt: str | Sequence[Mapping[str, str]]
+    parts: Sequence[str]
+    labels: Sequence[float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgedSet:
+    """All examples of a source."""
+
+    examples: Sequence[Example]
+    num_overlong: int
+    """Dropped because they are longer than the limit."""
+    num_unreadable: int = 0
+    """Dropped because their marks do not say where steps end."""
+
+
+def load_judged(source: RowsSection, config: JudgedDataSection, tokenizer: Any) -> JudgedSet:
+    """Read and tokenise a source.
+
+    Raises:
+        DataError: unreadable or empty source, a column that is missing or of another kind, a label that is none, or no
+            row within the limit.
+    """
+    reader = READERS[config.schema]
+    examples: list[Example] = []
+    rows = read_rows(source)
+    unreadable: list[str] = []
+    for number, row in enumerate(rows):
+        where = f"row {number} of {source.path or source.kind} (data.schema={config.schema})"
+        try:
+            written = reader(row, config, where)
+        except UnreadableRow as error:
+            unreadable.append(str(error))
+            continue
+        example = tuple(_tokenised(one, config, tokenizer, where) for one in written)
+        if max(len(judged.token_ids) for judged in example) <= config.max_tokens:
+            examples.append(example)
+    num_overlong = len(rows) - len(unreadable) - len(examples)
+    if not examples:
+        raise DataError(
+            f"none of {len(rows)} rows of {source.path} can be used: {num_overlong} are longer than data.max_tokens="
+            f"{config.max_tokens}, {len(unreadable)} cannot be read"
+            + (f" (first: {unreadable[0]})" if unreadable else "")
+            + ". Raise the limit, or choose another data.schema."
+        )
+    return JudgedSet(examples=examples, num_overlong=num_overlong, num_unreadable=len(unreadable))
+
+
+def _pairwise(row: Mapping[str, Any], config: JudgedDataSection, where: str) -> list[Written]:
+    chosen, rejected = _column(row, "chosen", where), _column(row, "rejected", where)
+    margin = row.get("margin", 0.0)
+    if not isinstance(margin, int | float) or not math.isfinite(margin):
+        raise DataError(f"{where}: margin is {margin!r}, expected a number.")
+    made = [_written(row, response, where, label) for response, label in ((chosen, float(margin)), (rejected, 0.0))]
+    if made[0].prompt != made[1].prompt:
+        raise DataError(f"{where}: chosen and rejected answer different prompts. Compare answers to one prompt.")
+    return made
+
+
+def _pointwise(row: Mapping[str, Any], config: JudgedDataSection, where: str) -> list[Written]:
+    return [_written(row, _column(row, "completion", where), where, _label(_column(row, "label", where), where))]
+
+
+def _stepwise(row: Mapping[str, Any], config: JudgedDataSection, where: str) -> list[Written]:
+    steps, labels = _column(row, "completions", where), _column(row, "labels", where)
+    are_lists = isinstance(steps, list | tuple) and isinstance(labels, list | tuple)
+    if not are_lists or len(steps) != len(labels) or not steps or not all(isinstance(step, str) for step in steps):
+        raise DataError(f"{where}: completions {steps!r} and labels {labels!r}: expected texts, and as many labels.")
+    parts = [step + config.step_separator for step in steps[:-1]] + [steps[-1]]
+    return [Written(_column(row, "prompt", where), parts, [_label(label, where) for label in labels])]
+
+
+def _math_shepherd(row: Mapping[str, Any], config: JudgedDataSection, where: str) -> list[Written]:
+    text, marked = _column(row, "input", where), _column(row, "label", where)
+    steps, labels, place = text.split(SHEPHERD_MARK)[:-1], [], 0
+    for step in steps:
+        end = place + len(step)
+        mark = marked[end : end + 1]
+        if mark not in SHEPHERD_LABELS or marked[place:end] != step:
+            raise UnreadableRow(f"{where}: label is not input with + or - in the place of {SHEPHERD_MARK!r}")
+        labels.append(SHEPHERD_LABELS[mark])
+        place = end + 1
+    begun = re.search(r"Step 1\s*:", steps[0], re.IGNORECASE) if steps else None
+    if begun is None:
+        raise UnreadableRow(f"{where}: nothing before the first {SHEPHERD_MARK!r} begins with 'Step 1:'")
+    parts = [steps[0][begun.start() :], *steps[1:]]
+    parts = [part.strip() + config.step_separator for part in parts[:-1]] + [parts[-1].strip()]
+    return [Written(text[: begun.start()].strip(), parts, labels)]
+
+
+READERS: dict[str, Callable[[Mapping[str, Any], JudgedDataSection, str], list[Written]]] = {
+    "pairwise": _pairwise,
+    "pointwise": _pointwise,
+    "stepwise": _stepwise,
+    "math_shepherd": _math_shepherd,
+}
+
+
+def _written(row: Mapping[str, Any], response: Any, where: str, label: float) -> Written:
+    """A response of text, or of messages whose last one is it; the prompt may be part of those, or of the text."""
+    prompt = row.get("prompt") or ""
+    if isinstance(response, str):
+        return Written(prompt, [response], [label])
+    messages = list(response) if isinstance(response, Sequence) else []
+    if not messages or messages[-1].get("role") != "assistant":
+        raise DataError(f"{where}: expected a text, or messages of which the last one is the assistant's.")
+    before = list(messages[:-1])
+    if before or not prompt:
+        return Written(before, [messages[-1]["content"]], [label])
+    return Written(prompt, [messages[-1]["content"]], [label])
+
+
+def _tokenised(written: Written, config: JudgedDataSection, tokenizer: Any, where: str) -> Judged:
+    """The end token follows the response, as it does where a policy has said all it wanted."""
+    prompt = written.prompt
+    if prompt and config.chat_template == "auto" and tokenizer.chat_template is not None:
+        prompt = in_chat(prompt, tokenizer)
+    if not isinstance(prompt, str) and prompt:
+        raise DataError(
+            f"{where}: the prompt is a list of messages, but no chat template is applied to it "
+            "(the tokenizer has none, or data.chat_template is not auto)."
+        )
+    special = adds_special_tokens(config.chat_template, tokenizer)
+    ids = list(tokenizer.encode(prompt or "", add_special_tokens=special))
+    if ids[-1:] == [tokenizer.eos_token_id]:  # some tokenizers end every text
+        ids.pop()
+    response = tokenizer("".join(written.parts), add_special_tokens=False, return_offsets_mapping=True)
+    # of each part the token that holds its last character
+    last = [end - 1 for end in accumulate(map(len, written.parts))]
+    begins = [begin for begin, _ in response["offset_mapping"]]
+    ends = [len(ids) + bisect_right(begins, place) - 1 for place in last]
+    if not response["input_ids"] or len(set(ends)) < len(ends):
+        raise DataError(f"{where}: a response or step has no tokens of its own.")
+    ids += response["input_ids"]
+    if ids[-1] != tokenizer.eos_token_id:
+        ids.append(tokenizer.eos_token_id)
+    ends[-1] = len(ids) - 1
+    return Judged(token_ids=array("i", ids), ends=ends, labels=written.labels)
+
+
+def _column(row: Mapping[str, Any], name: str, where: str) -> Any:
+    if row.get(name) is None:
+        raise DataError(f"{where}: column {name!r} is missing or empty. Columns: {', '.join(row)}.")
+    return row[name]
+
+
+def _label(value: Any, where: str) -> float:
+    if not isinstance(value, bool | int | float) or not 0 <= value <= 1:
+        raise DataError(f"{where}: label {value!r}: expected true, false, or a number from 0 to 1.")
+    return float(value)

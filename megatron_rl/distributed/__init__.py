@@ -1,0 +1,1 @@
+"""Collectives, heartbeat and signals of the ranks."""

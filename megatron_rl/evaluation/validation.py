@@ -1,0 +1,89 @@
+"""Evaluation on held-out prompts during a run."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+from megatron_rl.metrics.metric import Reduction, mean_max_min, mean_of
+from megatron_rl.rollout.collector import Collector, Job
+from megatron_rl.rollout.multi_turn import Dialogue
+from megatron_rl.rollout.partial import begin_group
+from megatron_rl.rollout.sampling import sample_seed
+from megatron_rl.types import Prompt, SamplingParams
+
+EVALUATION = 1_000_000_007  # keeps the seeds of evaluation apart from those of steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One evaluated response, for people to read."""
+
+    step: int
+    prompt: str
+    response: str
+    answer: str | None
+    reward: float
+
+
+class Evaluator:
+    """One response to each held-out prompt."""
+
+    headline = ("eval/score", "eval/response_length/mean")
+    """What a person looks at first."""
+
+    def __init__(
+        self,
+        collector: Collector,
+        prompts: Sequence[Prompt],
+        params: SamplingParams,
+        *,
+        dialogue: Dialogue | None,
+        seed: int,
+        num_samples: int,
+    ) -> None:
+        self._collector = collector
+        self._prompts = prompts
+        self._params = params
+        self._dialogue = dialogue
+        self._seed = seed
+        self._num_samples = num_samples
+
+    def evaluate(self, step: int) -> tuple[dict[str, Reduction], list[Sample]]:
+        """``eval/…`` metrics, the same on every rank, and the first few responses; collective.
+
+        A response whose reward failed counts as 0 here and in ``eval/failures``.
+        """
+        job = Job(
+            name=f"evaluation/{step}",
+            work=[
+                begin_group(prompt, (sample_seed(self._seed, EVALUATION, step, index),))
+                for index, prompt in enumerate(self._prompts)
+            ],
+            params=self._params,
+            schedule="static",
+            functions="evaluation",
+            version=step,
+            dialogue=self._dialogue,
+        )
+        work = self._collector.collect(job)
+        self._collector.check_rewards(work)
+        groups = [group.as_group(index) for index, group in enumerate(work)]
+        rollouts = [group.rollouts[0] for group in groups]
+        names = sorted({name for rollout in rollouts for name in rollout.reward_parts})
+        metrics: dict[str, Reduction] = {
+            "eval/score": mean_of([rollout.reward if rollout.status == "ok" else 0.0 for rollout in rollouts]),
+            "eval/failures": mean_of([rollout.status != "ok" for rollout in rollouts]),
+            **{f"eval/{name}": mean_of([r.reward_parts.get(name, 0.0) for r in rollouts]) for name in names},
+            **mean_max_min("eval/response_length", [float(rollout.loss_mask.sum()) for rollout in rollouts]),
+        }
+        samples = [
+            Sample(
+                step=step,
+                prompt=group.prompt.text,
+                response=group.rollouts[0].text,
+                answer=group.prompt.answer,
+                reward=group.rollouts[0].reward,
+            )
+            for group in islice(groups, self._num_samples)
+        ]
+        return metrics, samples

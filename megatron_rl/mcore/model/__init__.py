@@ -1,0 +1,1 @@
+"""Megatron-Core GPT model: configuration, layers, attention, log-probabilities."""

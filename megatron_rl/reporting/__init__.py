@@ -1,0 +1,1 @@
+"""Plots, statistics and HTML pages of runs and studies."""

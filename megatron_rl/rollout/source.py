@@ -1,0 +1,128 @@
+"""Samplers: where the sequences of a step come from."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from megatron_rl.config.rollout import RolloutSection
+from megatron_rl.data.curriculum import Curriculum
+from megatron_rl.data.templates import tokenize
+from megatron_rl.errors import DataError
+from megatron_rl.rollout.partial import GroupWork
+from megatron_rl.types import Prompt, Rollout, RolloutGroup
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collected:
+    """What a sampler has for one step."""
+
+    groups: Sequence[RolloutGroup]
+    """The same on every rank."""
+    num_prompts: int
+    """Taken from the data for it."""
+    counts: Mapping[str, float] = field(default_factory=dict)
+    """Metrics of the sampling, by name."""
+    notes: Sequence[str] = ()
+    """For the user."""
+
+
+class Sampler(Protocol):
+    """Yields the groups of a step."""
+
+    @property
+    def uses_engine(self) -> bool:
+        """The engine must hold the current weights before ``collect``."""
+        ...
+
+    @property
+    def is_graded(self) -> bool:
+        """The samples have rewards to learn from; the others are imitated."""
+        ...
+
+    def settle(self, version: int) -> None:
+        """Let the engine come to rest, so that it can take weights or answer others; collective.
+
+        Args:
+            version: of the policy now.
+        """
+        ...
+
+    def collect(self, step: int, num_prompts_consumed: int) -> Collected:
+        """All groups of a step; collective."""
+        ...
+
+    def in_flight(self) -> Sequence[GroupWork]:
+        """What a checkpoint must keep for the steps to come, the same on every rank."""
+        ...
+
+    def resume(self, in_flight: Sequence[GroupWork]) -> None:
+        """Go on with what ``in_flight`` gave."""
+        ...
+
+
+class DemonstrationSampler:
+    """Demonstrations to imitate: every prompt with the response of its row."""
+
+    uses_engine = False
+    is_graded = False
+
+    def __init__(self, config: RolloutSection, curriculum: Curriculum, tokenizer: Any) -> None:
+        self._config = config
+        self._curriculum = curriculum
+        self._tokenizer = tokenizer
+
+    def settle(self, version: int) -> None:
+        pass
+
+    def in_flight(self) -> Sequence[GroupWork]:
+        return ()
+
+    def resume(self, in_flight: Sequence[GroupWork]) -> None:
+        pass
+
+    def collect(self, step: int, num_prompts_consumed: int) -> Collected:
+        order = self._curriculum.at(step).order
+        prompts = order.take(num_prompts_consumed, self._config.num_prompts_per_step)
+        texts = [_demonstration(prompt) for prompt in prompts]
+        responses = tokenize(texts, self._tokenizer, special_tokens=False)
+        groups = [
+            RolloutGroup(
+                index=index,
+                prompt=prompt,
+                rollouts=[self._rollout(prompt, text, response)],
+            )
+            for index, (prompt, text, response) in enumerate(zip(prompts, texts, responses, strict=True))
+        ]
+        return Collected(groups=groups, num_prompts=len(groups))
+
+    def _rollout(self, prompt: Prompt, text: str, response: list[int]) -> Rollout:
+        ids = torch.tensor([*response, self._tokenizer.eos_token_id])
+        if ids.numel() > self._config.max_new_tokens:
+            raise DataError(
+                f"the demonstration of prompt {prompt.prompt_id} has {ids.numel()} tokens with its end token, "
+                f"more than rollout.max_new_tokens={self._config.max_new_tokens}. "
+                "Raise the limit, or leave such rows out."
+            )
+        token_ids = torch.cat([prompt.token_ids, ids])
+        mask = torch.arange(token_ids.numel()) >= prompt.token_ids.numel()
+        return Rollout(
+            token_ids=token_ids,
+            loss_mask=mask,
+            rollout_logprobs=torch.zeros(token_ids.numel()),
+            text=text,
+            finish_reason="stop",
+            policy_versions=torch.full_like(token_ids, -1).int(),
+            seed=0,
+            reward=0.0,
+            reward_parts={},
+            status="ok",
+            failure="",
+        )
+
+
+def _demonstration(prompt: Prompt) -> str:
+    if prompt.demonstration is None:
+        raise DataError(f"prompt {prompt.prompt_id} has no demonstration. Set data.train.demonstration_field.")
+    return prompt.demonstration

@@ -1,0 +1,31 @@
+"""--dry-run: say what a configuration means, without building a model or writing a file."""
+
+from megatron_rl.checkpointing.resume import check_resumable
+from megatron_rl.config import RunConfig, dump_config
+from megatron_rl.mcore.runtime.parallel import launcher_world
+from megatron_rl.run_folder import RunFolder
+from megatron_rl.trainer.preflight import Inputs
+
+
+def dry_run(config: RunConfig, resume: str, *, show: bool) -> None:
+    """Check everything that a start would check and print the resolved configuration.
+
+    Raises:
+        MegatronRLError: what a start would raise.
+    """
+    _, world_size, _ = launcher_world()
+    inputs = Inputs(config, world_size)
+    folder = RunFolder(config.run.output_dir)
+    folder.check_writable()
+    checkpoint = folder.find_resume(resume)
+    if checkpoint is not None:
+        check_resumable(checkpoint, config)
+    if not show:
+        return
+    print(dump_config(config), end="")
+    held_out = len(inputs.evaluation.prompts) if inputs.evaluation else 0
+    print(
+        f"# ok: {world_size} ranks, {len(inputs.train.prompts)} training prompts "
+        f"({inputs.train.num_overlong} over-long dropped), {held_out} held-out prompts, "
+        + (f"resumes from {checkpoint}" if checkpoint else "begins at step 0")
+    )

@@ -1,0 +1,89 @@
+"""What is measured of a step's rollouts and of the update that they were made into."""
+
+from collections.abc import Sequence
+
+import torch
+
+from megatron_rl.algorithms.advantages import count_zero_variance_groups
+from megatron_rl.batching.sequences import flatten_groups
+from megatron_rl.metrics.metric import Mean, Reduction, Sum, mean_max_min, mean_of
+from megatron_rl.models import ModelSpec
+from megatron_rl.models.flops import forward_flops
+from megatron_rl.rollout.source import Collected
+from megatron_rl.types import ParallelContext, RolloutGroup, TrainBatch, UpdatePlan
+
+
+def rollout_metrics(
+    collected: Collected, batch: TrainBatch | None, spec: ModelSpec, *, graded: bool, parallel: ParallelContext
+) -> dict[str, Reduction]:
+    """Metrics of the step's rollouts, which every rank knows and the first one counts."""
+    groups = collected.groups
+    metrics: dict[str, Reduction] = {name: Mean(value) for name, value in collected.counts.items()}
+    if not parallel.is_main:
+        return {}
+    metrics |= length_metrics(groups)
+    if batch is not None:
+        metrics["perf/actor_tflop"] = Mean(sum(update_flops(spec, update) for update in batch.updates) / 1e12)
+        metrics |= mean_max_min("batch/imbalance", [update.imbalance for update in batch.updates])
+        metrics["batch/num_micro_batches"] = Mean(sum(len(update.micro_batches) for update in batch.updates))
+    if graded:
+        _, rewards, group_of = flatten_groups(groups)
+        metrics |= reward_metrics(groups, rewards, group_of)
+    return metrics
+
+
+def update_flops(spec: ModelSpec, update: UpdatePlan) -> float:
+    """Operations of an optimizer update over all ranks: forward, and twice as many backward."""
+    forward = forward_flops(
+        spec,
+        num_tokens=update.num_processed_tokens,
+        sum_squared_lengths=update.sum_squared_lengths,
+        num_logit_tokens=update.num_tokens,
+    )
+    return 3 * forward
+
+
+def staleness_metrics(groups: Sequence[RolloutGroup], version: int) -> dict[str, Reduction]:
+    """How many versions the policy that learns is ahead of those that sampled, over all sampled tokens.
+
+    Args:
+        version: of the policy that learns.
+    """
+    sampled = [rollout.policy_versions[rollout.loss_mask] for group in groups for rollout in group.rollouts]
+    return mean_max_min("rollout/staleness", (version - torch.cat(sampled)).float())
+
+
+def length_metrics(groups: Sequence[RolloutGroup]) -> dict[str, Reduction]:
+    """Prompt and response lengths in tokens, and the share of responses cut at the limit."""
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    return {
+        **mean_max_min("response_length", [float(rollout.loss_mask.sum()) for rollout in rollouts]),
+        "response_length/clip_ratio": mean_of([rollout.finish_reason == "length" for rollout in rollouts]),
+        **mean_max_min("prompt_length", [float(group.prompt.token_ids.numel()) for group in groups]),
+        "perf/total_num_tokens": Sum(sum(rollout.token_ids.numel() for rollout in rollouts)),
+    }
+
+
+def reward_metrics(
+    groups: Sequence[RolloutGroup], rewards: torch.Tensor, group_of: torch.Tensor
+) -> dict[str, Reduction]:
+    """Rewards in sum and by function, failures, and groups that teach nothing.
+
+    Args:
+        rewards: [N] float32, NaN where failed.
+        group_of: [N] int64.
+    """
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    valid = rewards[~rewards.isnan()]
+    metrics: dict[str, Reduction] = {
+        **mean_max_min("critic/score", valid),
+        **mean_max_min("critic/rewards", valid),
+        "rollout/zero_std/count": Sum(count_zero_variance_groups(rewards, group_of)),
+        "rollout/zero_std/fraction": Mean(count_zero_variance_groups(rewards, group_of), len(groups)),
+    }
+    for status in ("reward_error", "reward_timeout", "environment_error"):
+        metrics[f"rollout/{status}/count"] = Sum(sum(rollout.status == status for rollout in rollouts))
+    for name in sorted({name for rollout in rollouts for name in rollout.reward_parts}):
+        values = [rollout.reward_parts[name] for rollout in rollouts if name in rollout.reward_parts]
+        metrics[f"reward/{name}"] = mean_of(values)
+    return metrics

@@ -1,0 +1,222 @@
+"""Training of a reward model. Every rank executes these same lines."""
+
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import replace
+
+import torch
+
+from megatron_rl.algorithms.losses import binary_loss, pairwise_loss
+from megatron_rl.batching.reward_model import judged_sequence
+from megatron_rl.checkpointing.manager import Checkpoints
+from megatron_rl.checkpointing.resume import check_resumable
+from megatron_rl.config import dump_config
+from megatron_rl.config.reward_training import RewardTrainingConfig, validate_reward_training
+from megatron_rl.data.order import Order
+from megatron_rl.data.reward_model_data import Example, JudgedSet, load_judged
+from megatron_rl.data.templates import load_tokenizer
+from megatron_rl.distributed.collectives import raise_together
+from megatron_rl.distributed.signals import StopRequest
+from megatron_rl.errors import ConfigError
+from megatron_rl.mcore.learner import Learner
+from megatron_rl.mcore.model.config import transformer_config
+from megatron_rl.mcore.model.gpt_model import check_weights
+from megatron_rl.mcore.model.precision import choose_implementation
+from megatron_rl.mcore.optimizer import check_optimizer
+from megatron_rl.mcore.reward_model import LOSS, RewardModel, reads_binary_loss, reads_pairwise_loss
+from megatron_rl.mcore.runtime.parallel import describe_layout, init_parallel, launcher_world, leave_world
+from megatron_rl.metrics.metric import Mean, Reduction, merge
+from megatron_rl.metrics.timing import Stopwatch
+from megatron_rl.models import read_model_spec
+from megatron_rl.run_folder import RunFolder
+from megatron_rl.trainer.logger import RunLog, build_log
+from megatron_rl.trainer.models import RewardTrainingModels
+from megatron_rl.trainer.state import fresh_state, is_due
+from megatron_rl.types import ParallelContext, TrainSequence, TrainState
+
+
+class RewardInputs:
+    """What the training reads. Reading it checks everything that needs no model."""
+
+    def __init__(self, config: RewardTrainingConfig, world_size: int) -> None:
+        """
+        Raises:
+            ConfigError, DataError, ConversionError: whatever is wrong with configuration, data or model files.
+        """
+        validate_reward_training(config, world_size)
+        run, spec = config.as_run(), read_model_spec(config.model.path)
+        transformer_config(spec, run, choose_implementation(run))
+        check_optimizer(run)
+        check_weights(spec, config.model.path, "value")
+        if config.data.max_tokens + 1 > spec.max_position_embeddings:
+            raise ConfigError(
+                f"data.max_tokens={config.data.max_tokens} and one more is above the model's "
+                f"{spec.max_position_embeddings} positions. Lower it."
+            )
+        tokenizer = load_tokenizer(config.model.path)
+        self.train = load_judged(config.data.train, config.data, tokenizer)
+        self.evaluation: JudgedSet | None = None
+        if config.data.evaluation is not None:
+            self.evaluation = load_judged(config.data.evaluation, config.data, tokenizer)
+
+    def describe(self) -> str:
+        """How many examples there are."""
+        held_out = self.evaluation or JudgedSet(examples=[], num_overlong=0)
+        return ", ".join(
+            f"{len(found.examples)} {name} examples ({found.num_overlong} over-long and {found.num_unreadable} "
+            "unreadable ones dropped)"
+            for name, found in (("training", self.train), ("held-out", held_out))
+        )
+
+
+def dry_run(config: RewardTrainingConfig, resume: str, *, show: bool) -> None:
+    """Check everything that a start would check and print the resolved configuration.
+
+    Raises:
+        MegatronRLError: what a start would raise.
+    """
+    _, world_size, _ = launcher_world()
+    inputs, folder = RewardInputs(config, world_size), RunFolder(config.run.output_dir)
+    folder.check_writable()
+    checkpoint = folder.find_resume(resume)
+    if checkpoint is not None:
+        check_resumable(checkpoint, config)
+    if show:
+        print(dump_config(config), end="")
+        begins = f"resumes from {checkpoint}" if checkpoint else "begins at step 0"
+        print(f"# ok: {world_size} ranks, {inputs.describe()}, {begins}")
+
+
+def run(config: RewardTrainingConfig, resume: str) -> bool:
+    """Train a reward model, from the beginning or a checkpoint.
+
+    Args:
+        resume: "auto", "never" or the path of a checkpoint.
+
+    Raises:
+        MegatronRLError: on every rank; what is wrong and what to change.
+    """
+    _, world_size, _ = launcher_world()
+    validate_reward_training(config, world_size)
+    try:
+        return run_in(config, resume, init_parallel(config.parallel))
+    finally:
+        leave_world()
+
+
+def run_in(config: RewardTrainingConfig, resume: str, parallel: ParallelContext) -> bool:
+    """``run`` in a world that is joined already."""
+    stop = StopRequest(parallel)  # so early that what is asked while the model is built is heard
+    with raise_together(parallel):
+        inputs = RewardInputs(config, parallel.world_size)
+        folder = RunFolder(config.run.output_dir)
+        folder.check_writable()
+    checkpoints = Checkpoints(folder, config, parallel)
+    checkpoint, damages = checkpoints.find(resume)
+    model = RewardModel(config.as_run(), parallel)
+    models = RewardTrainingModels(model, Learner(model, num_steps=config.run.num_steps))
+    state = checkpoints.restore(checkpoint, models) if checkpoint else fresh_state(parallel)
+    with raise_together(parallel):
+        if parallel.is_main:
+            folder.create(config)
+        console, sinks = build_log(config, folder, state, parallel)
+    with closing(RunLog(console, sinks, folder, parallel, None, keep_rollouts_every=0)) as log:
+        for note in damages:
+            log.note(note)
+        resumed = f", resumed from {checkpoint.name}" if checkpoint else ""
+        log.note(
+            f"{config.run.name}: {config.model.path} in {config.model.dtype} learns to reward ({config.data.schema}), "
+            f"{describe_layout(parallel)}, {config.run.num_steps} steps of {config.data.num_examples_per_step} examples"
+            f"{resumed}\n{inputs.describe()}"
+        )
+        return train(config, state, models, inputs, checkpoints, log, stop)
+
+
+def train(
+    config: RewardTrainingConfig,
+    state: TrainState,
+    models: RewardTrainingModels,
+    inputs: RewardInputs,
+    checkpoints: Checkpoints,
+    log: RunLog,
+    stop: StopRequest,
+) -> bool:
+    """Step after step until the last, or until a signal asks to stop; whether to start again, as of ``loop.run``."""
+    model = models.reward_model
+    read = reads_pairwise_loss(model.parallel.groups.cp) if config.data.schema == "pairwise" else reads_binary_loss
+    order = Order(inputs.train.examples, shuffle=config.data.shuffle, seed=config.run.seed)
+    if state.step == 0:
+        log.step(0, evaluate(inputs.evaluation, model, log, 0))
+    while state.step < config.run.num_steps and not stop.agreed():
+        watch, step = Stopwatch(), state.step + 1
+        examples = order.take(state.num_prompts_consumed, config.data.num_examples_per_step)
+        with watch.span("update_reward_model"), models.learner.several_updates():
+            batches = model.micro_batches([as_sequences(example) for example in examples])
+            metrics = models.learner.update(batches, read, name="reward_model", loss=LOSS)
+        state = replace(
+            state,
+            step=step,
+            num_prompts_consumed=state.num_prompts_consumed + len(examples),
+            num_updates=state.num_updates + 1,
+        )
+        if is_due(config.evaluation.every, step, config.run.num_steps):
+            with watch.span("testing"):
+                metrics = merge([metrics, evaluate(inputs.evaluation, model, log, step)])
+        checkpoints.finish_if_written()
+        if is_due(config.checkpoint.every, step, config.run.num_steps):
+            with watch.span("save_checkpoint"):
+                checkpoints.save(state, models)
+        log.step(step, metrics | watch.metrics())
+    checkpoints.finish()
+    if state.step < config.run.num_steps:
+        path = checkpoints.save(state, models, exports=False)
+        checkpoints.finish()
+        log.note(f"stopped as asked after step {state.step}; saved {path}. Start the same command again to go on.")
+        return stop.is_to_start_again()
+    return False
+
+
+def as_sequences(example: Example) -> list[TrainSequence]:
+    """What the model reads of an example."""
+    return [judged_sequence(judged.token_ids, judged.ends, judged.labels) for judged in example]
+
+
+def evaluate(held_out: JudgedSet | None, model: RewardModel, log: RunLog, step: int) -> dict[str, Reduction]:
+    """``eval/…`` metrics, counted once; empty without held-out examples; collective."""
+    if held_out is None:
+        return {}
+    judged = [one for example in held_out.examples for one in example]
+    scores = model.scores([judged_sequence(one.token_ids, one.ends) for one in judged])
+    metrics = held_out_metrics(held_out.examples, scores)
+    shown = ", ".join(f"{name.removeprefix('eval/')} {metric.result():.4g}" for name, metric in metrics.items())
+    log.note(f"held out, step {step}: {shown}")
+    return dict(metrics) if model.parallel.is_main else {}
+
+
+def held_out_metrics(examples: Sequence[Example], scores: Sequence[torch.Tensor]) -> dict[str, Mean]:
+    """How often a model is right about examples, and its loss.
+
+    Args:
+        scores: of every sequence of the examples in their order, [judged tokens] each.
+    """
+    if len(examples[0]) == 2:
+        chosen, rejected = torch.cat(list(scores)).unflatten(0, (-1, 2)).unbind(1)
+        margins = torch.tensor([pair[0].labels[0] for pair in examples])
+        return {
+            "eval/accuracy": _mean((chosen > rejected).float()),
+            "eval/loss": _mean(pairwise_loss(chosen, rejected, margins)),
+        }
+    found = torch.cat(list(scores))
+    labels = torch.tensor([label for (judged,) in examples for label in judged.labels])
+    is_right = labels > 0.5
+    agreed = ((found > 0) == is_right).float()
+    return {
+        "eval/accuracy": _mean(agreed),
+        "eval/accuracy_of_right": _mean(agreed[is_right]),
+        "eval/accuracy_of_wrong": _mean(agreed[~is_right]),
+        "eval/loss": _mean(binary_loss(found, labels)),
+    }
+
+
+def _mean(values: torch.Tensor) -> Mean:
+    return Mean(float(values.sum()), values.numel())

@@ -1,0 +1,119 @@
+"""The contender megatron_rl: the parts of its loop, on one rank.
+
+What a step of ``megatron_rl.trainer.loop.train`` does, without evaluation, checkpoint and files.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from contenders.worker import Clock, serve
+from contenders.workload import BETAS, CLIP_GRAD, STD_EPSILON, Workload
+from megatron_rl.algorithms.importance import build_correction, needs_old_logprobs
+from megatron_rl.config import RunConfig
+from megatron_rl.config.load import load_config
+from megatron_rl.mcore.policy import Policy
+from megatron_rl.mcore.runtime.parallel import init_parallel
+from megatron_rl.metrics.timing import Stopwatch
+from megatron_rl.rollout.source import Collected
+from megatron_rl.trainer.advantages import add_advantages
+from megatron_rl.trainer.build import build_collector, build_engine, build_keeper, build_sampler
+from megatron_rl.trainer.experience import plan, score
+from megatron_rl.trainer.metrics import rollout_metrics
+from megatron_rl.trainer.preflight import read_inputs
+from megatron_rl.types import TrainBatch
+
+
+def configuration(workload: Workload) -> RunConfig:
+    """The workload as a run of this project, everything else at its default."""
+    fields = {
+        "run": {"name": "bench", "output_dir": workload.folder + "/run", "num_steps": 1_000_000, "seed": workload.seed},
+        "model": {"path": workload.folder, "dtype": "fp32"},
+        "data": {"train": {"kind": "jsonl", "path": str(workload.prompts_file), "answer_field": None}},
+        "rollout": {
+            "num_prompts_per_step": workload.num_prompts,
+            "group_size": workload.group_size,
+            "max_new_tokens": workload.new_tokens,
+        },
+        "reward": {"functions": [{"name": "coin_flip"}]},
+        "algorithm": {"std_epsilon": STD_EPSILON},
+        "optimizer": {
+            "lr": workload.lr,
+            "weight_decay": 0.0,
+            "adam_beta1": BETAS[0],
+            "adam_beta2": BETAS[1],
+            "clip_grad": CLIP_GRAD,
+        },
+    }
+    path = Path(workload.folder) / "ours.yaml"
+    path.write_text(yaml.safe_dump(fields))
+    return load_config(path)
+
+
+class OurLoop:
+    """Everything that a run builds, and its step."""
+
+    def __init__(self, workload: Workload) -> None:
+        torch.set_num_threads(workload.threads)
+        self.config = configuration(workload)
+        self.parallel = init_parallel(self.config.parallel)
+        inputs = read_inputs(self.config, self.parallel)
+        self.policy = Policy(self.config, self.parallel)
+        engine = build_engine(self.config, self.policy)
+        self._keeper = build_keeper(self.config, engine, self.policy)
+        collector = build_collector(self.config, inputs, self._keeper, self.policy)
+        self._sampler = build_sampler(self.config, inputs, collector, self.parallel)
+        self._steps = 0
+        self._prompts = 0
+
+    def rollouts(self, clock: Clock) -> tuple[Collected, TrainBatch]:
+        """Sampled, graded and scored: ready for the update."""
+        with clock.phase("push"):
+            self._keeper.push(version=self._steps)
+        with clock.phase("generation"):
+            collected = self._sampler.collect(self._steps + 1, self._prompts)
+        batch = plan(collected.groups, self.config, self.parallel)
+        correction = build_correction(self.config.algorithm)
+        needs_old = needs_old_logprobs(self.config.algorithm, correction, num_updates=len(batch.updates))
+        batch = score(batch, self.policy, None, Stopwatch(), needs_old=needs_old)
+        batch, _ = add_advantages(batch, self.config.algorithm, self.parallel, kl_coef=0.0)
+        self._steps += 1
+        self._prompts += collected.num_prompts
+        return collected, batch
+
+    def step(self, clock: Clock) -> dict[str, Any]:
+        """One step of the loop."""
+        collected, batch = self.rollouts(clock)
+        with clock.apart("logprobs"):  # which several updates, or a reference, would need
+            self.policy.logprobs(batch)
+        with clock.phase("update"):
+            metrics = self.policy.update(batch)
+        metrics |= rollout_metrics(collected, batch, self.policy.spec, graded=True, parallel=self.parallel)
+        rollouts = [rollout for group in collected.groups for rollout in group.rollouts]
+        return {
+            "sequences": len(rollouts),
+            "new_tokens": sum(int(rollout.loss_mask.sum()) for rollout in rollouts),
+            "tokens": sum(rollout.token_ids.numel() for rollout in rollouts),
+            "updates": len(batch.updates),
+        }
+
+    def weights(self) -> float:
+        """The sum of all weights."""
+        return sum(float(tensor.double().sum()) for _, tensor in self.policy.export())
+
+    def num_parameters(self) -> int:
+        """As a checkpoint would hold them."""
+        return sum(tensor.numel() for _, tensor in self.policy.export())
+
+
+def main() -> None:
+    """The process."""
+    loop = OurLoop(Workload.from_json(sys.argv[1]))
+    serve({"parameters": loop.num_parameters()}, loop.step, loop.weights)
+
+
+if __name__ == "__main__":
+    main()
