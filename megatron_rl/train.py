@@ -23,12 +23,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             dry_run(config, parsed.resume, show=command.is_main)
             return 0
-        from megatron_rl.distributed.signals import START_AGAIN, ignore_from_now_on
+        from megatron_rl.distributed.signals import EXIT_REQUEUE, ignore_stop_signals
         from megatron_rl.trainer.setup import run
 
         if run(config, parsed.resume):
-            command.status = START_AGAIN
-        ignore_from_now_on()
+            command.status = EXIT_REQUEUE
+        ignore_stop_signals()
         if command.is_main:
             from megatron_rl.reporting.run_report import conclude
 

@@ -15,15 +15,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     with reported() as command:
         config = load_as(RewardTrainingConfig, parsed.config, parsed.overrides)
-        from megatron_rl.distributed.signals import START_AGAIN, ignore_from_now_on
+        from megatron_rl.distributed.signals import EXIT_REQUEUE, ignore_stop_signals
         from megatron_rl.trainer import reward_model_trainer as reward_training
 
         if parsed.dry_run:
             reward_training.dry_run(config, parsed.resume, show=command.is_main)
             return 0
         if reward_training.run(config, parsed.resume):
-            command.status = START_AGAIN
-        ignore_from_now_on()
+            command.status = EXIT_REQUEUE
+        ignore_stop_signals()
         if command.is_main:
             from megatron_rl.reporting.run_report import conclude
 

@@ -253,7 +253,7 @@ class ParallelContext:
         return self.pp_rank == self.pp_size - 1
 
     @property
-    def speaks_for_sequences(self) -> bool:
+    def is_model_parallel_main(self) -> bool:
         """Of the ranks that share the same sequences one speaks for all."""
         return self.tp_rank == self.pp_rank == self.cp_rank == 0
 

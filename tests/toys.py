@@ -21,7 +21,7 @@ TIMED = (
     *("weight_sync/seconds", "weight_sync/gb_per_s"),
 )
 # where a run ended early, it evaluated there and pushed its weights for that, which the other did not
-IN_PARTS = (*TIMED, "eval/", "weight_sync/probe_difference")
+IN_PARTS = (*TIMED, "val/", "weight_sync/probe_difference")
 VOCAB = 61  # no multiple of 64: the vocabulary is padded
 
 
@@ -56,14 +56,14 @@ run: {{name: toy, output_dir: {folder}/run, num_steps: 3}}
 model: {{path: {model}, dtype: fp32}}
 data:
   train: {{kind: task, path: hasty_addition, limit: 64}}
-  evaluation: {{kind: task, path: hasty_addition, split: test, limit: 8}}
+  validation: {{kind: task, path: hasty_addition, split: test, limit: 8}}
   max_prompt_tokens: 8
 rollout: {{num_prompts_per_step: 4, group_size: 4, max_new_tokens: 8, schedule: static}}
 reward: {{functions: [{{name: tests.own_rewards:digit_share}}], timeout_s: 60}}
 algorithm: {{aggregation: sequence_mean, kl_coef: 0.01, entropy_coef: 0.001}}
-batching: {{num_updates: 2}}
+batching: {{num_mini_batches: 2}}
 optimizer: {{lr: 1.0e-3}}
-evaluation: {{every: 0}}
+validation: {{every: 0}}
 metrics: {{console: silent, wandb: disabled, tensorboard: false}}
 """
 

@@ -24,7 +24,7 @@ from megatron_rl.doctor.finding import Finding, error, ok, report, warning, wors
 from megatron_rl.doctor.host import attempt, check_host
 from megatron_rl.doctor.speeds import all_reduce_gb_s, described, judge, measure
 from megatron_rl.errors import CheckpointError, MegatronRLError
-from megatron_rl.evaluation.in_training import read_suite
+from megatron_rl.evaluation.in_training import read_benchmark_suite
 from megatron_rl.mcore.runtime.parallel import init_parallel, leave_world
 from megatron_rl.run_folder import RunFolder
 
@@ -45,10 +45,10 @@ def check_run(config: RunConfig, resume: str, world_size: int | None) -> Iterato
     def data() -> str:
         tokenizer = load_tokenizer(config.model.path)
         found = [f"{len(load_prompts(config.data.train, config.data, tokenizer).prompts)} training prompts"]
-        if config.data.evaluation is not None:
-            held_out = load_prompts(config.data.evaluation, config.data, tokenizer).prompts
+        if config.data.validation is not None:
+            held_out = load_prompts(config.data.validation, config.data, tokenizer).prompts
             found.append(f"{len(held_out)} held-out prompts")
-        suite = read_suite(config, tokenizer)
+        suite = read_benchmark_suite(config, tokenizer)
         return ", ".join([*found, *([f"{len(suite.exams)} benchmarks"] if suite is not None else [])])
 
     if world_size is not None:

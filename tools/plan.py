@@ -2,7 +2,7 @@
 
     python tools/plan.py --config FILE --hardware h100-80g --nodes 8 [--search] [key=value …]
 
-Needs the model's config.json alone: from model.path, or from configs/model_shapes where that has not been downloaded yet.
+Needs the model's config.json alone: from model.path, or from configs/model_shapes where that does not exist yet.
 """
 
 import argparse

@@ -29,7 +29,7 @@ Rewards are float, NaN marks a failed one, which neither counts nor gets an adva
 equal for siblings. The result has the rewards' dtype."""
 
 
-def group_advantages(rewards: Tensor, groups: Tensor, settings: AdvantageSettings) -> Tensor:
+def grpo_advantages(rewards: Tensor, groups: Tensor, settings: AdvantageSettings) -> Tensor:
     """Reward minus the mean of its group, divided by the group's standard deviation if asked.
 
     Shapes as of AdvantageFunction; 0 for a group with one valid member.
@@ -120,7 +120,7 @@ def rewards_to_go(rewards: Mapping[int, float], mask: Tensor) -> Tensor:
 
 
 ADVANTAGES: dict[str, AdvantageFunction] = {
-    "group": group_advantages,
+    "grpo": grpo_advantages,
     "rloo": leave_one_out_advantages,
     "reinforce": reward_advantages,
     "pass_at_k": pass_at_k_advantages,

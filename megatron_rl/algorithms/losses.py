@@ -46,7 +46,7 @@ class TokenLoss:
 LossFunction = Callable[[LossInputs, Clip], TokenLoss]
 
 
-def clipped_loss(tokens: LossInputs, clip: Clip) -> TokenLoss:
+def ppo_clip_loss(tokens: LossInputs, clip: Clip) -> TokenLoss:
     """-min(ratio A, clip(ratio, 1 - low, 1 + high) A), and for A < 0 at most -dual A.
 
     Source: PPO, arXiv 1707.06347 eq. 7; separate bounds from DAPO, arXiv 2503.14476 eq. 10; the second bound from
@@ -132,7 +132,7 @@ def binary_loss(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 LOSSES: dict[str, LossFunction] = {
-    "clipped": clipped_loss,
+    "ppo_clip": ppo_clip_loss,
     "gspo": gspo_loss,
     "cispo": cispo_loss,
     "policy_gradient": policy_gradient_loss,

@@ -14,7 +14,7 @@ MOST_SAMPLES = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class Said:
+class ResponseRecord:
     """A response."""
 
     label: str
@@ -51,13 +51,13 @@ class Behaviour:
         return f"{self.source} {self.label}".strip()
 
 
-def behaviour(said: Sequence[Said]) -> Behaviour:
+def behaviour(said: Sequence[ResponseRecord]) -> Behaviour:
     """Rates over responses, and over questions where the name says so.
 
     Args:
         said: at least one response; all have the first one's source and label.
     """
-    questions: dict[str, list[Said]] = {}
+    questions: dict[str, list[ResponseRecord]] = {}
     for one in said:
         questions.setdefault(one.key, []).append(one)
     k = min(MOST_SAMPLES, *(len(samples) for samples in questions.values()))
@@ -96,7 +96,7 @@ def behaviour(said: Sequence[Said]) -> Behaviour:
 
 
 def _reflection(
-    name: str, said: Sequence[Said], marks: Sequence[bool], questions: Mapping[str, Sequence[Said]]
+    name: str, said: Sequence[ResponseRecord], marks: Sequence[bool], questions: Mapping[str, Sequence[ResponseRecord]]
 ) -> dict[str, float]:
     """Shares of responses, and of questions with any such response; and how many of the responses are right."""
     marked = {one.key for one, mark in zip(said, marks, strict=True) if mark}
@@ -108,9 +108,9 @@ def _reflection(
     }
 
 
-def by_label(said: Sequence[Said]) -> list[Behaviour]:
+def by_label(said: Sequence[ResponseRecord]) -> list[Behaviour]:
     """Of each source and label, in the order in which they come."""
-    found: dict[tuple[str, str], list[Said]] = {}
+    found: dict[tuple[str, str], list[ResponseRecord]] = {}
     for one in said:
         found.setdefault((one.source, one.label), []).append(one)
     return [behaviour(several) for several in found.values()]

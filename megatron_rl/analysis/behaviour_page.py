@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from jinja2 import Environment, PackageLoader
 
-from megatron_rl.analysis.behaviour import Behaviour, Said
+from megatron_rl.analysis.behaviour import Behaviour, ResponseRecord
 from megatron_rl.analysis.reflection import POOLS, keywords_in
 from megatron_rl.reporting.plots import bar_plot, curve_plot
 from megatron_rl.reporting.template_plots import rate_of, template_plots
@@ -33,7 +33,7 @@ PANELS: Mapping[str, Mapping[str, str]] = {
 RATES = {"answered": "Answered", "accuracy": "Right", "pass@": "pass@k"}
 
 
-def render_behaviour(title: str, found: Sequence[Behaviour], said: Sequence[Said]) -> str:
+def render_behaviour(title: str, found: Sequence[Behaviour], said: Sequence[ResponseRecord]) -> str:
     """The page."""
     environment = Environment(loader=PackageLoader("megatron_rl.reporting"), autoescape=True)
     names = list(dict.fromkeys(name for one in found for name in one.rates))

@@ -7,22 +7,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_rl.analysis.behaviour import Said
-from megatron_rl.analysis.reflection import Verdict, category_of
+from megatron_rl.analysis.behaviour import ResponseRecord
+from megatron_rl.analysis.reflection import JudgeRubric, category_of
 from megatron_rl.config.data import RowsSection
 from megatron_rl.config.evaluation import TaskConfig, TaskSamplingSection
 from megatron_rl.config.reward import RewardFunctionSection
 from megatron_rl.errors import DataError
 from megatron_rl.evaluation.answers import whole_lines_only
-from megatron_rl.evaluation.backends import Answerer
-from megatron_rl.evaluation.generation import Asked, as_asked
+from megatron_rl.evaluation.backends import EvalBackend
+from megatron_rl.evaluation.generation import RenderedQuestion, render_questions
 from megatron_rl.evaluation.questions import Question
 
 MOST_CHARACTERS = 12_000
 """Of a response; of a longer one the judge sees the end."""
 
 
-class Judge:
+class LLMJudge:
     """Asks once about each question and response, and keeps what was said."""
 
     def __init__(self, file: Path, name: str) -> None:
@@ -44,7 +44,9 @@ class Judge:
                 raise DataError(f"{file}:{number} is damaged: {error}. Remove the line; it is asked again.") from error
             self._said[digest] = said
 
-    def asked(self, said: Sequence[Said], verdict: Verdict, tokenizer: Any) -> tuple[TaskConfig, list[Asked]]:
+    def asked(
+        self, said: Sequence[ResponseRecord], verdict: JudgeRubric, tokenizer: Any
+    ) -> tuple[TaskConfig, list[RenderedQuestion]]:
         """What has to be asked still, each question once.
 
         Args:
@@ -55,10 +57,12 @@ class Judge:
         task = _task(verdict)
         questions = [Question(index=place, text=text, answers=[""], group=None) for place, text in enumerate(open_)]
         if tokenizer is not None:
-            return task, as_asked(task, questions, tokenizer)
-        return task, [Asked(question=one, prompt=one.text, token_ids=()) for one in questions]
+            return task, render_questions(task, questions, tokenizer)
+        return task, [RenderedQuestion(question=one, prompt=one.text, token_ids=()) for one in questions]
 
-    def ask(self, task: TaskConfig, asked: Sequence[Asked], answerer: Answerer, note: Callable[[str], None]) -> None:
+    def ask(
+        self, task: TaskConfig, asked: Sequence[RenderedQuestion], answerer: EvalBackend, note: Callable[[str], None]
+    ) -> None:
         """Ask, and write each answer as it comes."""
         self._file.parent.mkdir(parents=True, exist_ok=True)
         with self._file.open("a", encoding="utf-8") as file:
@@ -73,7 +77,7 @@ class Judge:
                 if number % 100 == 0:
                     note(f"{number} of {len(asked)} responses judged")
 
-    def judged(self, said: Sequence[Said], name: str, verdict: Verdict) -> list[Said]:
+    def judged(self, said: Sequence[ResponseRecord], name: str, verdict: JudgeRubric) -> list[ResponseRecord]:
         """The responses with the judge's category under a name, where it said one."""
         return [
             _with(one, name, category_of(self._said.get(self._digest(_prompt(one, verdict)), ""), verdict))
@@ -84,18 +88,18 @@ class Judge:
         return hashlib.sha256(f"{self._name}\0{prompt}".encode()).hexdigest()[:24]
 
 
-def _with(one: Said, name: str, category: int | None) -> Said:
+def _with(one: ResponseRecord, name: str, category: int | None) -> ResponseRecord:
     found: Mapping[str, int] = {} if category is None else {name: category}
     return replace(one, judged={**one.judged, **found})
 
 
-def _prompt(one: Said, verdict: Verdict) -> str:
+def _prompt(one: ResponseRecord, verdict: JudgeRubric) -> str:
     # the question first: a response may hold braces of its own
     before, after = verdict.prompt.split("{response}")
     return before.replace("{question}", one.question) + one.response[-MOST_CHARACTERS:] + after
 
 
-def _task(verdict: Verdict) -> TaskConfig:
+def _task(verdict: JudgeRubric) -> TaskConfig:
     """Nothing is read from its data, and nothing graded."""
     return TaskConfig(
         name="judge",

@@ -18,7 +18,7 @@ POOLS: Mapping[str, Sequence[str]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verdict:
+class JudgeRubric:
     """What a judge is asked, and what its answers mean."""
 
     prompt: str
@@ -28,7 +28,7 @@ class Verdict:
     max_new_tokens: int = 300
 
 
-REFLECTION = Verdict(
+REFLECTION = JudgeRubric(
     prompt=(
         "Below are a question and a response to it. Sort the response into exactly one category.\n"
         "0: it has nothing to do with the question.\n"
@@ -40,7 +40,7 @@ REFLECTION = Verdict(
     ),
     categories={0: "off_topic", 1: "no_reflection", 2: "reflection", 3: "only_code"},
 )
-ANSWERING = Verdict(
+ANSWERING = JudgeRubric(
     prompt=(
         "Below are a question and a text that a model wrote behind it. Does the text try to answer the question (1), "
         "or does it go on with the question or with something else (0)?\n\n"
@@ -60,7 +60,7 @@ def keywords_in(response: str, pool: str) -> list[str]:
     return [word for word in POOLS[pool] if re.search(rf"(?<!\w){re.escape(word)}", response, re.IGNORECASE)]
 
 
-def category_of(said: str, verdict: Verdict) -> int | None:
+def category_of(said: str, verdict: JudgeRubric) -> int | None:
     """What a judge decided: the last number behind "Category"; None when it said none that there is."""
     found = re.findall(r"category\W{0,4}(\d+)", said, re.IGNORECASE)
     category = int(found[-1]) if found else None

@@ -4,14 +4,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_rl.analysis.behaviour import Said
+from megatron_rl.analysis.behaviour import ResponseRecord
 from megatron_rl.errors import DataError
 from megatron_rl.evaluation.folder import EvalFolder, current_answers, distinct_names, read_questions_of
 from megatron_rl.evaluation.majority_vote import shown_answer
 from megatron_rl.rollout.serialization import each_rollout
 
 
-def read_all_said(paths: Sequence[Path], *, min_reward: float, answer_shown_by: str | None) -> list[Said]:
+def read_responses(paths: Sequence[Path], *, min_reward: float, answer_shown_by: str | None) -> list[ResponseRecord]:
     """All responses of some folders, each with its folder as source where there are several.
 
     Args:
@@ -26,17 +26,17 @@ def read_all_said(paths: Sequence[Path], *, min_reward: float, answer_shown_by: 
     return [
         replace(one, source=source)
         for path, source in zip(paths, sources, strict=True)
-        for one in _read_said(path, min_reward, answer_shown_by)
+        for one in _read_folder(path, min_reward, answer_shown_by)
     ]
 
 
-def _read_said(path: Path, min_reward: float, answer_shown_by: str | None) -> Iterator[Said]:
+def _read_folder(path: Path, min_reward: float, answer_shown_by: str | None) -> Iterator[ResponseRecord]:
     if (path / "answers").is_dir():
         yield from _of_evaluation(EvalFolder(path))
         return
     rollouts = path / "rollouts" if (path / "rollouts").is_dir() else path
     for line in each_rollout(rollouts):
-        yield Said(
+        yield ResponseRecord(
             label=str(line["step"]),
             key=f"{line['step']}/{line['group']}",
             question=line["prompt"],
@@ -48,10 +48,10 @@ def _read_said(path: Path, min_reward: float, answer_shown_by: str | None) -> It
         )
 
 
-def _of_evaluation(folder: EvalFolder) -> list[Said]:
+def _of_evaluation(folder: EvalFolder) -> list[ResponseRecord]:
     questions = read_questions_of(folder)
     found = [
-        Said(
+        ResponseRecord(
             label=answer.task,
             key=f"{answer.task}/{answer.question}",
             question=questions[place]["text"],

@@ -44,8 +44,8 @@ def plan_batch(
     chosen: list[TrainSequence] = []
     global_index: list[int] = []
     plans: list[UpdatePlan] = []
-    per_update = len(sequences) // config.num_updates
-    for update in range(config.num_updates):
+    per_update = len(sequences) // config.num_mini_batches
+    for update in range(config.num_mini_batches):
         members = list(range(update * per_update, (update + 1) * per_update))
         weights = sequence_loss_weights(loss_lengths[members], aggregation, constant_length=constant_length)
         num_tokens = int(loss_lengths[members].sum())

@@ -11,7 +11,7 @@ from megatron_rl.config.batching import BatchingSection
 from megatron_rl.types import TrainSequence
 
 
-def judged_sequence(token_ids: Sequence[int], ends: Sequence[int], labels: Sequence[float] = ()) -> TrainSequence:
+def labelled_sequence(token_ids: Sequence[int], ends: Sequence[int], labels: Sequence[float] = ()) -> TrainSequence:
     """Tokens of which some are judged, with one more behind them.
 
     A model says at a token what it expects of the next one, so the loss mask is true behind each judged token; behind

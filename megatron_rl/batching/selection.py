@@ -46,9 +46,9 @@ def _spread(group: RolloutGroup) -> float:
     return pstdev([rollout.reward for rollout in group.rollouts if rollout.status == "ok"] or [0.0])
 
 
-def num_teaching(groups: Sequence[RolloutGroup]) -> int:
+def num_trained_rollouts(groups: Sequence[RolloutGroup]) -> int:
     """Responses with loss."""
-    return sum(_may_teach(rollout) for group in groups for rollout in group.rollouts)
+    return sum(_is_trained(rollout) for group in groups for rollout in group.rollouts)
 
 
 def _chosen(rollouts: Sequence[Rollout], min_reward: float, max_per_prompt: int | None, unique: bool) -> list[bool]:
@@ -63,10 +63,10 @@ def _chosen(rollouts: Sequence[Rollout], min_reward: float, max_per_prompt: int 
 
 def _known(rollout: Rollout) -> float:
     """The reward; of a response that cannot teach anyway less than any."""
-    return rollout.reward if _may_teach(rollout) else float("-inf")
+    return rollout.reward if _is_trained(rollout) else float("-inf")
 
 
-def _may_teach(rollout: Rollout) -> bool:
+def _is_trained(rollout: Rollout) -> bool:
     return rollout.status == "ok" and bool(rollout.loss_mask.any())
 
 

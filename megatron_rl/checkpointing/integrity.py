@@ -10,27 +10,27 @@ from megatron_rl.distributed.collectives import gather_objects
 from megatron_rl.errors import CheckpointError
 from megatron_rl.types import ParallelContext
 
-SEALS = "integrity.json"
+DIGESTS = "integrity.json"
 
 
-class Seal(TypedDict):
+class FileDigest(TypedDict):
     """What a file must be."""
 
     bytes: int
     sha256: str
 
 
-def seal_files(folder: Path, names: Iterable[str]) -> dict[str, Seal]:
+def digest_files(folder: Path, names: Iterable[str]) -> dict[str, FileDigest]:
     """Size and hash of some files of a folder."""
-    return {name: Seal(bytes=(folder / name).stat().st_size, sha256=_hash(folder / name)) for name in names}
+    return {name: FileDigest(bytes=(folder / name).stat().st_size, sha256=_hash(folder / name)) for name in names}
 
 
-def write_seals(folder: Path, seals: Mapping[str, Seal]) -> None:
+def write_digests(folder: Path, seals: Mapping[str, FileDigest]) -> None:
     """Write them into the folder."""
-    (folder / SEALS).write_text(json.dumps(dict(sorted(seals.items())), indent=1))
+    (folder / DIGESTS).write_text(json.dumps(dict(sorted(seals.items())), indent=1))
 
 
-def check_seals(folder: Path, *, share: int, shares: int, hashes: bool) -> None:
+def verify_files(folder: Path, *, share: int, shares: int, hashes: bool) -> None:
     """Compare a folder with its seals: every size, and the hashes of one share of the files.
 
     Args:
@@ -41,10 +41,10 @@ def check_seals(folder: Path, *, share: int, shares: int, hashes: bool) -> None:
         CheckpointError: a file is missing, cut short or changed, or the seals are not there.
     """
     try:
-        seals: dict[str, Seal] = json.loads((folder / SEALS).read_text())
+        seals: dict[str, FileDigest] = json.loads((folder / DIGESTS).read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{folder / SEALS} cannot be read: {error}. The checkpoint is incomplete; resume from another one."
+            f"{folder / DIGESTS} cannot be read: {error}. The checkpoint is incomplete; resume from another one."
         ) from error
     for place, (name, seal) in enumerate(seals.items()):
         path = folder / name
@@ -61,7 +61,7 @@ def _hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def newest_sound(latest: Path, parallel: ParallelContext, *, hashes: bool) -> tuple[Path, list[str]]:
+def latest_valid_checkpoint(latest: Path, parallel: ParallelContext, *, hashes: bool) -> tuple[Path, list[str]]:
     """The latest checkpoint or, where that is damaged, the one before, and so on; collective.
 
     Args:
@@ -88,7 +88,7 @@ def _damage(path: Path, parallel: ParallelContext, *, hashes: bool) -> str | Non
     """What any rank finds wrong; None: nothing."""
     mine: str | None = None
     try:
-        check_seals(path, share=parallel.rank, shares=parallel.world_size, hashes=hashes)
+        verify_files(path, share=parallel.rank, shares=parallel.world_size, hashes=hashes)
     except CheckpointError as error:
         mine = str(error)
     except OSError as error:

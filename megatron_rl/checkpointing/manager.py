@@ -34,7 +34,13 @@ from megatron_rl.checkpointing.folder import (
     replace_folder,
     set_random_state,
 )
-from megatron_rl.checkpointing.integrity import Seal, check_seals, newest_sound, seal_files, write_seals
+from megatron_rl.checkpointing.integrity import (
+    FileDigest,
+    digest_files,
+    latest_valid_checkpoint,
+    verify_files,
+    write_digests,
+)
 from megatron_rl.checkpointing.resume import check_resumable, flatten_plain, read_trainer
 from megatron_rl.config import RunConfig
 from megatron_rl.config.reward_training import RewardTrainingConfig
@@ -46,7 +52,7 @@ from megatron_rl.mcore.lora import LoraAdapters
 from megatron_rl.mcore.policy import Policy
 from megatron_rl.mcore.sharded_model import ShardedModel
 from megatron_rl.metrics.metric import Metrics, Reduction, from_plain, merge, to_plain
-from megatron_rl.rollout.partial import GroupWork
+from megatron_rl.rollout.partial import PartialGroup
 from megatron_rl.rollout.serialization import group_from_json, group_to_json, read_lines, write_lines
 from megatron_rl.run_folder import LATEST, RunFolder, write_atomically
 from megatron_rl.types import ParallelContext, TrainState
@@ -54,7 +60,7 @@ from megatron_rl.weights.hf_files import write_hf_folder
 from megatron_rl.weights.peft_files import write_peft_folder
 
 
-class Checkpoints:
+class CheckpointManager:
     """Saves and restores the models that learn and the trainer's state."""
 
     def __init__(self, folder: RunFolder, config: RunConfig | RewardTrainingConfig, parallel: ParallelContext) -> None:
@@ -72,7 +78,7 @@ class Checkpoints:
         self,
         state: TrainState,
         models: LearningModels,
-        in_flight: Sequence[GroupWork] = (),
+        in_flight: Sequence[PartialGroup] = (),
         unlogged: Metrics | None = None,
         *,
         again: bool = False,
@@ -162,13 +168,13 @@ class Checkpoints:
             complete_save(one, partial / part)
         self._complete(partial, final, list(pending), seals)
 
-    def _seal_own(self, partial: Path, part: str) -> dict[str, Seal]:
+    def _seal_own(self, partial: Path, part: str) -> dict[str, FileDigest]:
         """Seals of the files that this rank wrote into a part."""
         pattern = f"__{self._parallel.rank}_*"
-        return seal_files(partial, [f"{part}/{path.name}" for path in (partial / part).glob(pattern)])
+        return digest_files(partial, [f"{part}/{path.name}" for path in (partial / part).glob(pattern)])
 
     def _complete(
-        self, partial: Path, final: Path, parts: Sequence[str], seals: Mapping[str, Seal] | None = None
+        self, partial: Path, final: Path, parts: Sequence[str], seals: Mapping[str, FileDigest] | None = None
     ) -> None:
         """Seal what is not sealed yet and give the folder its name.
 
@@ -179,7 +185,7 @@ class Checkpoints:
         with raise_together(self._parallel), checkpoint_errors(final):
             if seals is None:
                 seals = {name: seal for part in parts for name, seal in self._seal_own(partial, part).items()}
-            seals = {**seals, **seal_files(partial, [f"rng/rank_{self._parallel.rank}.pt"])}
+            seals = {**seals, **digest_files(partial, [f"rng/rank_{self._parallel.rank}.pt"])}
         everyone = gather_objects(seals, self._parallel)
         with raise_together(self._parallel), checkpoint_errors(final):
             if self._parallel.is_main:
@@ -187,7 +193,7 @@ class Checkpoints:
                 shared = [f"{part}/{path.name}" for part in parts for path in (partial / part).iterdir()]
                 kept = [name for name in ("trainer.json", IN_FLIGHT, UNLOGGED) if (partial / name).exists()]
                 rest = [name for name in [*shared, *kept] if name not in sealed]
-                write_seals(partial, {**sealed, **seal_files(partial, rest)})
+                write_digests(partial, {**sealed, **digest_files(partial, rest)})
                 replace_folder(partial, final, keep=self._is_again)
                 write_atomically(self._folder / LATEST, final.name)
                 self._remove_old()
@@ -212,9 +218,9 @@ class Checkpoints:
             return None, []
         hashes = self._config.checkpoint.verify
         if resume == "auto":
-            return newest_sound(path, self._parallel, hashes=hashes)
+            return latest_valid_checkpoint(path, self._parallel, hashes=hashes)
         with raise_together(self._parallel):
-            check_seals(path, share=self._parallel.rank, shares=self._parallel.world_size, hashes=hashes)
+            verify_files(path, share=self._parallel.rank, shares=self._parallel.world_size, hashes=hashes)
         return path, []
 
     def restore(self, path: Path, models: LearningModels) -> TrainState:
@@ -258,7 +264,7 @@ class Checkpoints:
         shutil.copytree(source, partial)
         os.replace(partial, self._references / state.reference)
 
-    def in_flight(self, path: Path) -> list[GroupWork]:
+    def in_flight(self, path: Path) -> list[PartialGroup]:
         """The samples that a checkpoint carries over.
 
         Raises:

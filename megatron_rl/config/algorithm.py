@@ -10,8 +10,8 @@ from megatron_rl.config.checks import positive, require
 class AlgorithmSection:
     """Advantages, loss and regularisation."""
 
-    advantage: str = "group"
-    """group: reward minus the group's mean (GRPO); rloo: minus the siblings' mean; reinforce: the reward itself;
+    advantage: str = "grpo"
+    """grpo: reward minus the group's mean (GRPO); rloo: minus the siblings' mean; reinforce: the reward itself;
     pass_at_k: by the chance that one of pass_k samples is right; process: rewards of steps among those of the group's
     steps, summed from each token on; distillation: how much likelier reference_path finds each token; or
     package.module:symbol. With a critic (PPO): gae: over tokens; turn_gae: over the turns of a conversation;
@@ -41,7 +41,7 @@ class AlgorithmSection:
     mask_truncated: bool = False
     """Leave responses out of the loss that were cut: at rollout.max_new_tokens, at the longest sequence, or at the last
     turn of a conversation (overlong filtering). Their rewards still count in their group."""
-    keep_most_spread: float = 1.0
+    top_std_fraction: float = 1.0
     """Learn only from this share of a step's groups, those whose rewards have the largest standard deviation
     (StarPO-S: 0.25)."""
     accept_min_reward: float | None = None
@@ -50,8 +50,8 @@ class AlgorithmSection:
     """The best so many of those of a prompt; null: all of them."""
     accept_unique: bool = True
     """Of those with the same text only one."""
-    loss: str = "clipped"
-    """clipped: the PPO/GRPO surrogate; gspo: that with the response's ratio; cispo: clipped weights and all gradients;
+    loss: str = "ppo_clip"
+    """ppo_clip: the PPO/GRPO surrogate; gspo: that with the response's ratio; cispo: clipped weights and all gradients;
     policy_gradient: REINFORCE; nll: supervised fine-tuning; or package.module:symbol."""
     clip_ratio_low: float = 0.2
     """The ratio is clipped below 1 - clip_ratio_low."""
@@ -164,7 +164,7 @@ class AlgorithmSection:
             for key, nothing in (
                 ("reference_reset_every", 0),
                 ("kl_reward_coef", 0),
-                ("keep_most_spread", 1),
+                ("top_std_fraction", 1),
             ):
                 value = getattr(self, key)
                 require(value == nothing, f"algorithm.{key}", value, f"{nothing} with algorithm.advantage=distillation")
@@ -176,7 +176,7 @@ class AlgorithmSection:
             target,
             "null, or more than 0 with a first weight in algorithm.kl_reward_coef",
         )
-        require(0 < self.keep_most_spread <= 1, "algorithm.keep_most_spread", self.keep_most_spread, "above 0, to 1")
+        require(0 < self.top_std_fraction <= 1, "algorithm.top_std_fraction", self.top_std_fraction, "above 0, to 1")
         positive("algorithm", self, "pass_k", "accept_max_per_prompt", "kl_reward_horizon")
         positive("algorithm", self, "constant_length")
 
@@ -195,12 +195,12 @@ class AlgorithmSection:
             "algorithm.loss",
             self.loss,
             f"one that reads advantages with algorithm.advantage={self.advantage}",
-            "Set algorithm.loss=clipped.",
+            "Set algorithm.loss=ppo_clip.",
         )
 
     def num_kept(self, num_groups: int) -> int:
-        """Groups that keep_most_spread leaves."""
-        return max(1, round(num_groups * self.keep_most_spread))
+        """Groups that top_std_fraction leaves."""
+        return max(1, round(num_groups * self.top_std_fraction))
 
     @property
     def uses_critic(self) -> bool:

@@ -9,7 +9,7 @@ from megatron_rl.config.checks import positive
 class BatchingSection:
     """How a batch of sequences becomes optimizer updates and micro-batches."""
 
-    num_updates: int = 1
+    num_mini_batches: int = 1
     """Optimizer updates for each batch of rollouts (mini-batches)."""
     num_epochs: int = 1
     """Passes over each batch of rollouts."""
@@ -26,7 +26,7 @@ class BatchingSection:
         positive(
             "batching",
             self,
-            "num_updates",
+            "num_mini_batches",
             "num_epochs",
             "micro_batch_size",
             "max_tokens_per_micro_batch",

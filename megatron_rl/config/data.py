@@ -38,7 +38,7 @@ class RowsSection:
             "data source path",
             self.path,
             f"a path for kind={self.kind}",
-            "Set data.train.path (and data.evaluation.path).",
+            "Set data.train.path (and data.validation.path).",
         )
 
 
@@ -86,7 +86,7 @@ class DataSection:
 
     train: SourceSection
     """Training prompts."""
-    evaluation: SourceSection | None = None
+    validation: SourceSection | None = None
     """Held-out prompts for evaluation during the run."""
     max_prompt_tokens: int = 1024
     """Longest prompt in tokens."""

@@ -269,7 +269,7 @@ class EvalConfig:
         positive("", self, "limit")
 
 
-Asking = TypeVar("Asking", TaskConfig, TemplateConfig)
+PromptVariant = TypeVar("PromptVariant", TaskConfig, TemplateConfig)
 
 
 def load_evaluation(path: str | Path, overrides: list[str]) -> tuple[EvalConfig, list[TaskConfig]]:
@@ -304,7 +304,7 @@ def load_evaluation(path: str | Path, overrides: list[str]) -> tuple[EvalConfig,
     ]
 
 
-def _with_examples(asked: Asking, examples: Mapping[str, str]) -> Asking:
+def _with_examples(asked: PromptVariant, examples: Mapping[str, str]) -> PromptVariant:
     """The task or template with local examples, where some are named."""
     if asked.few_shot is None or asked.name not in examples:
         return asked

@@ -55,7 +55,7 @@ class MemorySection:
     """Layers of one unit of recompute=full: their inputs alone are kept."""
     offload: list[OffloadPart] = field(default_factory=list)
     """Parts of the policy that move to host memory while rollouts are generated."""
-    if_too_large: Literal["refuse", "warn"] = "refuse"
+    on_overcommit: Literal["error", "warn"] = "error"
     """What to do with a run that does not fit into this machine by its plan (docs/scaling.md)."""
 
     def __post_init__(self) -> None:

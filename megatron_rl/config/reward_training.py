@@ -10,10 +10,8 @@ from megatron_rl.config.optimizer import OptimizerSection
 from megatron_rl.config.parallel import ParallelSection
 from megatron_rl.config.performance import MemorySection, PrecisionSection
 from megatron_rl.config.rollout import RolloutSection
+from megatron_rl.config.periodic import CheckpointSection, MetricsSection
 from megatron_rl.config.schema import (
-    CheckpointSection,
-    EvaluationSection,
-    MetricsSection,
     ModelSection,
     RunConfig,
     RunSection,
@@ -23,7 +21,7 @@ from megatron_rl.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
-class JudgedDataSection:
+class RewardDataSection:
     """Judged responses for training and evaluation."""
 
     schema: Literal["pairwise", "pointwise", "stepwise", "math_shepherd"]
@@ -31,7 +29,7 @@ class JudgedDataSection:
     label; stepwise: prompt, completions, labels; math_shepherd: input and label with a mark at each step's end."""
     train: RowsSection
     """Training rows."""
-    evaluation: RowsSection | None = None
+    validation: RowsSection | None = None
     """Held-out rows."""
     num_examples_per_step: int = 64
     """Rows of an optimizer update."""
@@ -51,14 +49,14 @@ class JudgedDataSection:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardEvaluationSection:
-    """Evaluation on data.evaluation during the run."""
+class RewardValidationSection:
+    """Evaluation on data.validation during the run."""
 
     every: int = 0
     """Evaluate after every so many steps; 0: only before the first and after the last."""
 
     def __post_init__(self) -> None:
-        require(self.every >= 0, "evaluation.every", self.every, "0 (off) or more")
+        require(self.every >= 0, "validation.every", self.every, "0 (off) or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,13 +65,13 @@ class RewardTrainingConfig:
 
     run: RunSection
     model: ModelSection
-    data: JudgedDataSection
+    data: RewardDataSection
     parallel: ParallelSection = field(default_factory=ParallelSection)
     batching: BatchingSection = field(default_factory=BatchingSection)
     precision: PrecisionSection = field(default_factory=PrecisionSection)
     memory: MemorySection = field(default_factory=MemorySection)
     optimizer: OptimizerSection = field(default_factory=lambda: OptimizerSection(lr=1e-5))
-    evaluation: RewardEvaluationSection = field(default_factory=RewardEvaluationSection)
+    validation: RewardValidationSection = field(default_factory=RewardValidationSection)
     checkpoint: CheckpointSection = field(default_factory=lambda: CheckpointSection(save_hf=True))
     metrics: MetricsSection = field(default_factory=MetricsSection)
 
@@ -89,7 +87,6 @@ class RewardTrainingConfig:
             precision=self.precision,
             memory=self.memory,
             optimizer=self.optimizer,
-            evaluation=EvaluationSection(),
             checkpoint=self.checkpoint,
             metrics=self.metrics,
         )
@@ -105,7 +102,7 @@ def validate_reward_training(config: RewardTrainingConfig, world_size: int) -> N
     check_decay(config.optimizer)
     nothing: dict[str, tuple[object, object]] = {
         "run.rollout_only": (config.run.rollout_only, False),
-        "batching.num_updates": (config.batching.num_updates, 1),
+        "batching.num_mini_batches": (config.batching.num_mini_batches, 1),
         "batching.num_epochs": (config.batching.num_epochs, 1),
         "batching.logprob_chunk_tokens": (config.batching.logprob_chunk_tokens, None),
         "memory.offload": (list(config.memory.offload), []),
@@ -135,8 +132,8 @@ def validate_reward_training(config: RewardTrainingConfig, world_size: int) -> N
             f"{rows} sequence(s) of data.max_tokens={config.data.max_tokens} tokens and one more. Raise it to at least "
             f"{-(-rows * (config.data.max_tokens + 1) // config.parallel.context_parallel_size)}."
         )
-    if config.evaluation.every and config.data.evaluation is None:
+    if config.validation.every and config.data.validation is None:
         raise ConfigError(
-            f"evaluation.every={config.evaluation.every} needs held-out rows. "
-            "Set data.evaluation, or evaluation.every=0."
+            f"validation.every={config.validation.every} needs held-out rows. "
+            "Set data.validation, or validation.every=0."
         )

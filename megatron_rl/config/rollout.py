@@ -41,7 +41,7 @@ class RolloutSection:
     """Sequences that one engine decodes at a time."""
     over_sampling: float = 1.0
     """Prompts in work for each that the step needs; the slowest beyond those are given up, or carried over."""
-    partial: bool = False
+    partial_rollout: bool = False
     """Carry what is given up unfinished over to the next step, which goes on with it."""
     max_staleness: int = 0
     """Policy versions that any token may be behind the one that learns from it; what is older is sampled again."""
@@ -55,7 +55,7 @@ class RolloutSection:
     """Rounds of sampling after which dynamic_sampling fills a step with groups without spread."""
     greedy_baseline: bool = False
     """Also answer each prompt greedily and take the reward of that from the samples' (ReMax: advantage=reinforce)."""
-    asynchronous: bool = False
+    async_rollout: bool = False
     """Sample the next step's groups while the policy learns from this step's."""
     environment: str | None = None
     """guess_number, or package.module:symbol: what answers the policy in problems of several turns; null: none."""
@@ -65,7 +65,7 @@ class RolloutSection:
     """Responses of the policy in one conversation."""
     turn_template: str = "\n{observation}\n"
     """What stands between two responses; {observation} is what the environment said."""
-    sleep: bool = False
+    sleep_engine: bool = False
     """Engines give up the memory of weights and caches while the policy learns; weights are pushed after each step."""
     engine_timeout_s: float = 600.0
     """Seconds without any answer after which an engine in processes of its own counts as dead."""
@@ -118,7 +118,7 @@ class RolloutSection:
         require(self.engine_timeout_s > 0, "rollout.engine_timeout_s", self.engine_timeout_s, "more than 0 seconds")
         seconds = self.max_seconds_per_round
         require(seconds is None or seconds > 0, "rollout.max_seconds_per_round", seconds, "null, or more than 0")
-        for name, is_on in (("partial", self.partial), ("asynchronous", self.asynchronous)):
+        for name, is_on in (("partial_rollout", self.partial_rollout), ("async_rollout", self.async_rollout)):
             require(
                 not is_on or self.max_staleness >= 1,
                 "rollout.max_staleness",

@@ -26,7 +26,7 @@ class Study:
     """Runs, each over the same seeds."""
 
     metric: str
-    """What the curves show, for instance eval/exact_match."""
+    """What the curves show, for instance val/exact_match."""
     runs: dict[str, StudyRun]
     """By the name that stands in table and plot."""
     seeds: list[int]

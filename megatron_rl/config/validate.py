@@ -22,9 +22,9 @@ def validate(config: RunConfig, world_size: int) -> None:
         )
     _check_engine(config, world_size)
     limit = config.parallel.timeout_minutes * 60
-    if config.run.stuck_after_s is not None and config.run.stuck_after_s >= limit:
+    if config.run.hang_timeout_s is not None and config.run.hang_timeout_s >= limit:
         raise ConfigError(
-            f"run.stuck_after_s={config.run.stuck_after_s:g}: collectives fail after parallel.timeout_minutes="
+            f"run.hang_timeout_s={config.run.hang_timeout_s:g}: collectives fail after parallel.timeout_minutes="
             f"{config.parallel.timeout_minutes:g} already. Set it below {limit:g}, or raise the other."
         )
     _check_routing_replay(config)
@@ -33,20 +33,20 @@ def validate(config: RunConfig, world_size: int) -> None:
     _check_objective(config)
     if config.reward.model is not None:
         _check_reward_model(config)
-    graded = config.evaluation.functions or config.reward.functions or config.rollout.environment
-    if config.data.evaluation is not None and not graded:
-        raise ConfigError("data.evaluation is set but nothing grades it. Set evaluation.functions or reward.functions.")
-    if config.evaluation.every and config.data.evaluation is None:
+    graded = config.validation.functions or config.reward.functions or config.rollout.environment
+    if config.data.validation is not None and not graded:
+        raise ConfigError("data.validation is set but nothing grades it. Set validation.functions or reward.functions.")
+    if config.validation.every and config.data.validation is None:
         raise ConfigError(
-            f"evaluation.every={config.evaluation.every} needs held-out prompts. "
-            "Set data.evaluation, or evaluation.every=0."
+            f"validation.every={config.validation.every} needs held-out prompts. "
+            "Set data.validation, or validation.every=0."
         )
 
 
 def _check_critic(config: RunConfig, world_size: int) -> None:
     try:
-        check_parallel(config.of_critic(), world_size)
-        _check_micro_batches(config.of_critic())
+        check_parallel(config.for_critic(), world_size)
+        _check_micro_batches(config.for_critic())
     except ConfigError as error:
         raise ConfigError(f"of the critic (critic.parallel, critic.optimizer): {error}") from error
     least = config.algorithm.accept_min_reward
@@ -117,19 +117,19 @@ def _check_engine(config: RunConfig, world_size: int) -> None:
             f"world size {world_size} does not divide by rollout.tensor_parallel_size={size}, the ranks of an engine. "
             f"Start a multiple of {size} ranks or change the key."
         )
-    if config.rollout.asynchronous and config.memory.offload:
+    if config.rollout.async_rollout and config.memory.offload:
         raise ConfigError(
-            "rollout.asynchronous=true samples while the policy learns, so memory.offload cannot lend "
+            "rollout.async_rollout=true samples while the policy learns, so memory.offload cannot lend "
             "the policy's memory to the engine. Set memory.offload=[]."
         )
-    if config.rollout.asynchronous and config.rollout.sleep:
+    if config.rollout.async_rollout and config.rollout.sleep_engine:
         raise ConfigError(
-            "rollout.asynchronous=true samples while the policy learns, so the engine cannot sleep. "
-            "Set rollout.sleep=false."
+            "rollout.async_rollout=true samples while the policy learns, so the engine cannot sleep. "
+            "Set rollout.sleep_engine=false."
         )
-    if config.rollout.asynchronous and config.rollout.engine == "vllm" and size > 1:
+    if config.rollout.async_rollout and config.rollout.engine == "vllm" and size > 1:
         raise ConfigError(
-            f"rollout.asynchronous=true with rollout.engine=vllm and rollout.tensor_parallel_size={size}: "
+            f"rollout.async_rollout=true with rollout.engine=vllm and rollout.tensor_parallel_size={size}: "
             "collectives of the engine and of the training would meet in any order and could wait for each other. "
             "Set rollout.tensor_parallel_size=1, or rollout.engine=sglang, which has processes of its own."
         )
@@ -156,15 +156,15 @@ def _check_routing_replay(config: RunConfig) -> None:
 
 
 def _check_batches(config: RunConfig) -> None:
-    sequences, updates = sequences_per_step(config), config.batching.num_updates
+    sequences, updates = sequences_per_step(config), config.batching.num_mini_batches
     if sequences % updates:
         raise ConfigError(
             f"{sequences} sequences in a step (rollout.num_prompts_per_step x rollout.group_size, and what "
-            "algorithm.keep_most_spread leaves of them) do not divide by "
-            f"batching.num_updates={updates}. Change one of these."
+            "algorithm.top_std_fraction leaves of them) do not divide by "
+            f"batching.num_mini_batches={updates}. Change one of these."
         )
     advantage, group = config.algorithm.advantage, config.rollout.group_size
-    if advantage in ("group", "rloo", "pass_at_k", "process") and config.algorithm.loss != "nll" and group < 2:
+    if advantage in ("grpo", "rloo", "pass_at_k", "process") and config.algorithm.loss != "nll" and group < 2:
         raise ConfigError(
             f"rollout.group_size={group}: algorithm.advantage={advantage} compares samples of one prompt, at least 2. "
             "Set rollout.group_size to 8 or so."
@@ -198,14 +198,14 @@ def _check_groups(config: RunConfig) -> None:
             f"rollout.greedy_baseline=true with algorithm.advantage={advantage} and rollout.source={rollout.source}: "
             "expected reinforce and engine, which have no other baseline. Set it to false."
         )
-    if config.algorithm.keep_most_spread < 1 and (rollout.group_size < 2 or rollout.source == "demonstrations"):
+    if config.algorithm.top_std_fraction < 1 and (rollout.group_size < 2 or rollout.source == "demonstrations"):
         raise ConfigError(
-            f"algorithm.keep_most_spread={config.algorithm.keep_most_spread} with rollout.group_size="
+            f"algorithm.top_std_fraction={config.algorithm.top_std_fraction} with rollout.group_size="
             f"{rollout.group_size} and rollout.source={rollout.source}: groups of one have no spread. Set it to 1."
         )
-    if config.algorithm.keep_most_spread < 1 and rollout.max_seconds_per_round is not None:
+    if config.algorithm.top_std_fraction < 1 and rollout.max_seconds_per_round is not None:
         raise ConfigError(
-            f"algorithm.keep_most_spread={config.algorithm.keep_most_spread} with rollout.max_seconds_per_round="
+            f"algorithm.top_std_fraction={config.algorithm.top_std_fraction} with rollout.max_seconds_per_round="
             f"{rollout.max_seconds_per_round}: how many groups a step has is not known before. Set one of them only."
         )
     if advantage == "distillation" and (rollout.dynamic_sampling or rollout.source == "demonstrations"):
@@ -216,10 +216,10 @@ def _check_groups(config: RunConfig) -> None:
     if config.data.curriculum and rollout.source == "replay":
         raise ConfigError("data.curriculum is set, but rollout.source=replay takes the prompts of the recorded run.")
     lengths = [stage.max_new_tokens or rollout.max_new_tokens for stage in config.data.curriculum]
-    if rollout.partial and lengths != sorted(lengths):
+    if rollout.partial_rollout and lengths != sorted(lengths):
         raise ConfigError(
-            f"data.curriculum shortens responses ({lengths}) with rollout.partial=true: what is carried over could be "
-            "too long already. Let stages grow, or set rollout.partial=false."
+            f"data.curriculum shortens responses ({lengths}) with rollout.partial_rollout=true: "
+            "carried-over samples could be too long already. Let stages grow, or set rollout.partial_rollout=false."
         )
     if rollout.source == "demonstrations" and any(stage.max_new_tokens for stage in config.data.curriculum):
         raise ConfigError("data.curriculum max_new_tokens has no meaning for demonstrations. Leave it out.")

@@ -33,7 +33,7 @@ def recorded(
     if not files[-1].exists():
         train(
             config, run, num_ranks, *overrides, f"run.num_steps={num_steps}", "run.rollout_only=true",
-            "metrics.keep_rollouts_every=1", "data.evaluation=null", "evaluation.every=0",
+            "metrics.keep_rollouts_every=1", "data.validation=null", "validation.every=0",
         )  # fmt: skip
     return [line for file in files if file.exists() for line in read_rollouts(file)]
 

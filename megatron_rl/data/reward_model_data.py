@@ -14,7 +14,7 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 from megatron_rl.config.data import RowsSection
-from megatron_rl.config.reward_training import JudgedDataSection
+from megatron_rl.config.reward_training import RewardDataSection
 from megatron_rl.data.sources import read_rows
 from megatron_rl.data.templates import adds_special_tokens, in_chat
 from megatron_rl.errors import DataError
@@ -24,7 +24,7 @@ SHEPHERD_LABELS = {"+": 1.0, "-": 0.0}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judged:
+class LabelledResponse:
     """A prompt with its response, and what is known of it."""
 
     token_ids: Sequence[int]
@@ -34,7 +34,7 @@ class Judged:
     """Of each: from 0 (wrong) to 1 (right); of a pair the chosen one's is by how much it is better, the other's 0."""
 
 
-Example = tuple[Judged, ...]
+Example = tuple[LabelledResponse, ...]
 """What is learnt from together: one response, or the chosen one and the rejected one."""
 
 
@@ -42,7 +42,7 @@ class UnreadableRow(DataError):
     """A row of a published set that is damaged, as some are; it is left out and counted."""
 
 
-class Written(NamedTuple):
+class RawExample(NamedTuple):
     """A prompt and the parts of a response, of each of which the end is judged."""
 
     prompt: str | Sequence[Mapping[str, str]]
@@ -51,7 +51,7 @@ class Written(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class JudgedSet:
+class RewardDataset:
     """All examples of a source."""
 
     examples: Sequence[Example]
@@ -61,7 +61,7 @@ class JudgedSet:
     """Dropped because their marks do not say where steps end."""
 
 
-def load_judged(source: RowsSection, config: JudgedDataSection, tokenizer: Any) -> JudgedSet:
+def load_reward_dataset(source: RowsSection, config: RewardDataSection, tokenizer: Any) -> RewardDataset:
     """Read and tokenise a source.
 
     Raises:
@@ -90,10 +90,10 @@ def load_judged(source: RowsSection, config: JudgedDataSection, tokenizer: Any) 
             + (f" (first: {unreadable[0]})" if unreadable else "")
             + ". Raise the limit, or choose another data.schema."
         )
-    return JudgedSet(examples=examples, num_overlong=num_overlong, num_unreadable=len(unreadable))
+    return RewardDataset(examples=examples, num_overlong=num_overlong, num_unreadable=len(unreadable))
 
 
-def _pairwise(row: Mapping[str, Any], config: JudgedDataSection, where: str) -> list[Written]:
+def _pairwise(row: Mapping[str, Any], config: RewardDataSection, where: str) -> list[RawExample]:
     chosen, rejected = _column(row, "chosen", where), _column(row, "rejected", where)
     margin = row.get("margin", 0.0)
     if not isinstance(margin, int | float) or not math.isfinite(margin):
@@ -104,20 +104,20 @@ def _pairwise(row: Mapping[str, Any], config: JudgedDataSection, where: str) -> 
     return made
 
 
-def _pointwise(row: Mapping[str, Any], config: JudgedDataSection, where: str) -> list[Written]:
+def _pointwise(row: Mapping[str, Any], config: RewardDataSection, where: str) -> list[RawExample]:
     return [_written(row, _column(row, "completion", where), where, _label(_column(row, "label", where), where))]
 
 
-def _stepwise(row: Mapping[str, Any], config: JudgedDataSection, where: str) -> list[Written]:
+def _stepwise(row: Mapping[str, Any], config: RewardDataSection, where: str) -> list[RawExample]:
     steps, labels = _column(row, "completions", where), _column(row, "labels", where)
     are_lists = isinstance(steps, list | tuple) and isinstance(labels, list | tuple)
     if not are_lists or len(steps) != len(labels) or not steps or not all(isinstance(step, str) for step in steps):
         raise DataError(f"{where}: completions {steps!r} and labels {labels!r}: expected texts, and as many labels.")
     parts = [step + config.step_separator for step in steps[:-1]] + [steps[-1]]
-    return [Written(_column(row, "prompt", where), parts, [_label(label, where) for label in labels])]
+    return [RawExample(_column(row, "prompt", where), parts, [_label(label, where) for label in labels])]
 
 
-def _math_shepherd(row: Mapping[str, Any], config: JudgedDataSection, where: str) -> list[Written]:
+def _math_shepherd(row: Mapping[str, Any], config: RewardDataSection, where: str) -> list[RawExample]:
     text, marked = _column(row, "input", where), _column(row, "label", where)
     steps, labels, place = text.split(SHEPHERD_MARK)[:-1], [], 0
     for step in steps:
@@ -132,10 +132,10 @@ def _math_shepherd(row: Mapping[str, Any], config: JudgedDataSection, where: str
         raise UnreadableRow(f"{where}: nothing before the first {SHEPHERD_MARK!r} begins with 'Step 1:'")
     parts = [steps[0][begun.start() :], *steps[1:]]
     parts = [part.strip() + config.step_separator for part in parts[:-1]] + [parts[-1].strip()]
-    return [Written(text[: begun.start()].strip(), parts, labels)]
+    return [RawExample(text[: begun.start()].strip(), parts, labels)]
 
 
-READERS: dict[str, Callable[[Mapping[str, Any], JudgedDataSection, str], list[Written]]] = {
+READERS: dict[str, Callable[[Mapping[str, Any], RewardDataSection, str], list[RawExample]]] = {
     "pairwise": _pairwise,
     "pointwise": _pointwise,
     "stepwise": _stepwise,
@@ -143,21 +143,21 @@ READERS: dict[str, Callable[[Mapping[str, Any], JudgedDataSection, str], list[Wr
 }
 
 
-def _written(row: Mapping[str, Any], response: Any, where: str, label: float) -> Written:
+def _written(row: Mapping[str, Any], response: Any, where: str, label: float) -> RawExample:
     """A response of text, or of messages whose last one is it; the prompt may be part of those, or of the text."""
     prompt = row.get("prompt") or ""
     if isinstance(response, str):
-        return Written(prompt, [response], [label])
+        return RawExample(prompt, [response], [label])
     messages = list(response) if isinstance(response, Sequence) else []
     if not messages or messages[-1].get("role") != "assistant":
         raise DataError(f"{where}: expected a text, or messages of which the last one is the assistant's.")
     before = list(messages[:-1])
     if before or not prompt:
-        return Written(before, [messages[-1]["content"]], [label])
-    return Written(prompt, [messages[-1]["content"]], [label])
+        return RawExample(before, [messages[-1]["content"]], [label])
+    return RawExample(prompt, [messages[-1]["content"]], [label])
 
 
-def _tokenised(written: Written, config: JudgedDataSection, tokenizer: Any, where: str) -> Judged:
+def _tokenised(written: RawExample, config: RewardDataSection, tokenizer: Any, where: str) -> LabelledResponse:
     """The end token follows the response, as it does where a policy has said all it wanted."""
     prompt = written.prompt
     if prompt and config.chat_template == "auto" and tokenizer.chat_template is not None:
@@ -182,7 +182,7 @@ def _tokenised(written: Written, config: JudgedDataSection, tokenizer: Any, wher
     if ids[-1] != tokenizer.eos_token_id:
         ids.append(tokenizer.eos_token_id)
     ends[-1] = len(ids) - 1
-    return Judged(token_ids=array("i", ids), ends=ends, labels=written.labels)
+    return LabelledResponse(token_ids=array("i", ids), ends=ends, labels=written.labels)
 
 
 def _column(row: Mapping[str, Any], name: str, where: str) -> Any:

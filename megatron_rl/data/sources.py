@@ -106,7 +106,7 @@ def _existing_file(source: RowsSection) -> Path:
     path = Path(source.path)
     if not path.is_file():
         raise DataError(
-            f"data file {path} does not exist. Set the path of the source: data.train or data.evaluation of a run, "
+            f"data file {path} does not exist. Set the path of the source: data.train or data.validation of a run, "
             "data.TASK or examples.TASK of an evaluation."
         )
     return path

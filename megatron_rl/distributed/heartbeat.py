@@ -54,7 +54,7 @@ class Beat:
 
 
 @dataclass(frozen=True)
-class Heard:
+class ObservedBeat:
     """A beat, and when it was heard for the first time, by the clock of who heard it."""
 
     beat: Beat
@@ -85,7 +85,7 @@ class Heartbeat:
         self._store = parallel.store.clone()  # a connection of its own: the other is held while something is awaited
         self._phase, self._num_phases, self._step = "start", 0, 0
         self._progress, self._number = time.monotonic(), 0
-        self._heard: dict[int, Heard] = {}
+        self._heard: dict[int, ObservedBeat] = {}
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
         self._thread.start()
@@ -112,16 +112,16 @@ class Heartbeat:
 
     def _watch(self) -> None:
         try:
-            self._say()
+            self._publish()
             while not self._over.wait(beat_s(self._stuck_s)):
-                self._say()
+                self._publish()
                 if self._stuck_s is not None:
-                    self._judge(self._stuck_s)
+                    self._check_progress(self._stuck_s)
                 if self._store.check([HALTED]):
                     self._tell_where()
                     self._end(STUCK)
                     return
-            self._say()
+            self._publish()
         except RuntimeError:  # the store went with the first rank; collectives with it fail by themselves
             return
 
@@ -142,21 +142,21 @@ class Heartbeat:
             self._store.set(TOLD, "1")
             time.sleep(BEAT_S)  # it has the store, by which the others hear
 
-    def _judge(self, stuck_s: float) -> None:
+    def _check_progress(self, stuck_s: float) -> None:
         """Whether a rank is silent, or none comes any further: one alone may wait for others that still work.
 
         The first rank looks at all of them, the others at the first.
         """
         ranks = range(self._parallel.world_size) if self._parallel.is_main else range(1)
-        heard, now = self._listen(ranks), time.monotonic()
+        heard, now = self._collect(ranks), time.monotonic()
         is_stuck = self._parallel.is_main and all(one.idle_s(now) > stuck_s for one in heard)
         is_silent = any(one.silent_s(now) > min(SILENT_S, stuck_s) for one in heard)
         if (is_stuck or is_silent) and not self._over.is_set() and not self._store.check([HALTED]):
-            everyone = self._listen(range(self._parallel.world_size))
+            everyone = self._collect(range(self._parallel.world_size))
             print(describe(everyone, self._parallel.world_size, now, stuck_s), file=sys.stderr, flush=True)
             self._store.set(HALTED, "1")
 
-    def _say(self) -> None:
+    def _publish(self) -> None:
         self._number += 1
         beat = Beat(
             rank=self._parallel.rank,
@@ -171,19 +171,19 @@ class Heartbeat:
         )
         self._store.set(f"heartbeat/{beat.rank}", json.dumps(asdict(beat)))
 
-    def _listen(self, ranks: Iterable[int]) -> list[Heard]:
+    def _collect(self, ranks: Iterable[int]) -> list[ObservedBeat]:
         for rank in ranks:
             key = f"heartbeat/{rank}"
             if self._store.check([key]):
                 beat = Beat(**json.loads(self._store.get(key)))
                 if rank not in self._heard or self._heard[rank].beat.number != beat.number:
-                    self._heard[rank] = Heard(beat, time.monotonic())
+                    self._heard[rank] = ObservedBeat(beat, time.monotonic())
         return [self._heard[rank] for rank in ranks if rank in self._heard]
 
 
 def seconds_until_stuck(config: RunConfig) -> float | None:
-    """run.stuck_after_s with its default filled in; None: never."""
-    asked = config.run.stuck_after_s
+    """run.hang_timeout_s with its default filled in; None: never."""
+    asked = config.run.hang_timeout_s
     return (config.parallel.timeout_minutes * 50 if asked is None else asked) or None
 
 
@@ -192,7 +192,7 @@ def beat_s(stuck_s: float | None) -> float:
     return BEAT_S if stuck_s is None else min(BEAT_S, stuck_s / 8)
 
 
-def describe(heard: Sequence[Heard], world_size: int, now: float, stuck_s: float) -> str:
+def describe(heard: Sequence[ObservedBeat], world_size: int, now: float, stuck_s: float) -> str:
     """Who is where, those that others wait for first.
 
     Args:

@@ -8,7 +8,7 @@ from types import FrameType
 from megatron_rl.distributed.collectives import any_rank
 from megatron_rl.types import ParallelContext
 
-START_AGAIN = 75
+EXIT_REQUEUE = 75
 """Exit status of a run that a scheduler has interrupted and should start again (EX_TEMPFAIL of sysexits.h)."""
 KEY = "stop"
 """In the world's store, once a rank was asked."""
@@ -40,7 +40,7 @@ class StopRequest:
         """True on every rank once one was asked; collective."""
         return any_rank(self._is_asked(), self._parallel)
 
-    def is_to_start_again(self) -> bool:
+    def should_requeue(self) -> bool:
         """Whether it was a scheduler that asked; collective."""
         return any_rank(bool(self._asked & self._of_schedulers) or self._is_late(), self._parallel)
 
@@ -69,7 +69,7 @@ class StopRequest:
             signal.signal(number, signal.SIG_DFL)
 
 
-def ignore_from_now_on() -> None:
+def ignore_stop_signals() -> None:
     """Requests to stop: the run is over, and its status is to be what it says, not the signal's."""
     for number in REQUESTS:
         signal.signal(number, signal.SIG_IGN)  # Python takes other handlers away before a process ends

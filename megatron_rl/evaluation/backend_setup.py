@@ -6,8 +6,8 @@ from typing import Any
 from megatron_rl.config.evaluation import EvalConfig, TaskConfig
 from megatron_rl.distributed.collectives import raise_together
 from megatron_rl.errors import ConfigError, DataError, MegatronRLError
-from megatron_rl.evaluation.backends import Answerer, EndpointAnswerer, EngineAnswerer
-from megatron_rl.evaluation.generation import Asked
+from megatron_rl.evaluation.backends import EngineBackend, EvalBackend, OpenAIBackend
+from megatron_rl.evaluation.generation import RenderedQuestion
 from megatron_rl.evaluation.model import end_tokens, load_engine
 from megatron_rl.models import read_model_spec
 from megatron_rl.models.engine_shards import check_engine_size
@@ -17,13 +17,13 @@ from megatron_rl.types import ParallelContext
 from megatron_rl.weights.hf_files import torch_dtype
 
 
-def start_answerer(
+def start_backend(
     config: EvalConfig,
     described: str | None,
-    asked: Sequence[tuple[TaskConfig, Sequence[Asked]]],
+    asked: Sequence[tuple[TaskConfig, Sequence[RenderedQuestion]]],
     tokenizer: Any,
     parallel: ParallelContext,
-) -> Answerer:
+) -> EvalBackend:
     """This rank's part of an engine, with the model's weights, or an endpoint; collective.
 
     Args:
@@ -31,7 +31,7 @@ def start_answerer(
         asked: all that it will be asked.
     """
     if described is None:
-        return EndpointAnswerer(config.engine, config.model.path, index=parallel.rank, count=parallel.world_size)
+        return OpenAIBackend(config.engine, config.model.path, index=parallel.rank, count=parallel.world_size)
     with raise_together(parallel):
         spec = read_model_spec(described)
         check_engine_size(spec, config.engine.tensor_parallel_size)
@@ -56,7 +56,7 @@ def start_answerer(
     except MegatronRLError:
         engine.close()
         raise
-    return EngineAnswerer(
+    return EngineBackend(
         engine,
         tokenizer,
         ends=end_tokens(described),
@@ -78,7 +78,7 @@ def check_world(config: EvalConfig, world_size: int) -> None:
         )
 
 
-def longest_sequence(asked: Sequence[tuple[TaskConfig, Sequence[Asked]]], positions: int) -> int:
+def longest_sequence(asked: Sequence[tuple[TaskConfig, Sequence[RenderedQuestion]]], positions: int) -> int:
     """Tokens of prompt and response that an engine must be ready for.
 
     Args:

@@ -5,7 +5,16 @@ from typing import Any, Protocol
 
 from megatron_rl.config.evaluation import EvalEngineSection, TaskConfig
 from megatron_rl.errors import EngineError, RefusedError
-from megatron_rl.evaluation.generation import Asked, Response, Wanted, choices_behind, choose, chosen, cut, respond
+from megatron_rl.evaluation.generation import (
+    RenderedQuestion,
+    Response,
+    Wanted,
+    choices_behind,
+    choose,
+    chosen,
+    cut,
+    respond,
+)
 from megatron_rl.evaluation.openai_client import Endpoint
 from megatron_rl.rollout.engines.base import Engine
 
@@ -46,7 +55,7 @@ def _visible(text: str) -> str:
     return "".join(text.split())
 
 
-class Answerer(Protocol):
+class EvalBackend(Protocol):
     """One of several that share the questions."""
 
     index: int
@@ -65,7 +74,7 @@ class Answerer(Protocol):
     def close(self) -> None: ...
 
 
-class EngineAnswerer:
+class EngineBackend:
     """An engine with the model's weights in it."""
 
     def __init__(
@@ -105,7 +114,7 @@ class EngineAnswerer:
         return tuple(sorted({self._tokenizer.eos_token_id, *self._ends, *named}))
 
 
-class EndpointAnswerer:
+class OpenAIBackend:
     """A server elsewhere; its tokenizer and chat template apply."""
 
     gives = True
@@ -139,7 +148,7 @@ class EndpointAnswerer:
     def close(self) -> None:
         self._endpoint.close()
 
-    def _ask(self, task: TaskConfig, asked: Asked, sample: int, seed: int) -> Response:
+    def _ask(self, task: TaskConfig, asked: RenderedQuestion, sample: int, seed: int) -> Response:
         try:
             if task.likelihood is not None:
                 return self._choose(task, asked, seed)
@@ -149,7 +158,7 @@ class EndpointAnswerer:
                 asked=asked, sample=sample, seed=seed, text="", num_tokens=0, finish_reason="stop", failure=str(error)
             )
 
-    def _choose(self, task: TaskConfig, asked: Asked, seed: int) -> Response:
+    def _choose(self, task: TaskConfig, asked: RenderedQuestion, seed: int) -> Response:
         """The server says what it thinks of prompt and choice together; how it splits them into tokens is its own."""
         found = [self._likelihood(asked.question.text, choice) for choice in choices_behind(task, asked.question)]
         return chosen(task, asked, seed, [sum(one) for one in found], [len(one) for one in found])
@@ -173,7 +182,7 @@ class EndpointAnswerer:
             ) from error
         return logprobs
 
-    def _sample(self, task: TaskConfig, asked: Asked, sample: int, seed: int) -> Response:
+    def _sample(self, task: TaskConfig, asked: RenderedQuestion, sample: int, seed: int) -> Response:
         sampling, text = task.sampling, asked.question.text
         body: dict[str, Any] = {
             "temperature": sampling.temperature,

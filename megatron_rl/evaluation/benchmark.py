@@ -7,18 +7,18 @@ from typing import Any
 from megatron_rl.config.evaluation import EvalConfig, TaskConfig
 from megatron_rl.errors import ConfigError
 from megatron_rl.evaluation.answers import Key
-from megatron_rl.evaluation.generation import Asked, as_asked, choices_behind
+from megatron_rl.evaluation.generation import RenderedQuestion, choices_behind, render_questions
 from megatron_rl.evaluation.grading import Grading
 from megatron_rl.evaluation.questions import Question, read_questions
 
 
 @dataclass(frozen=True)
-class Exam:
+class Benchmark:
     """A task with its questions."""
 
     task: TaskConfig
     questions: Sequence[Question]
-    asked: Sequence[Asked]
+    asked: Sequence[RenderedQuestion]
     notes: Sequence[str]
 
     def as_lines(self) -> list[dict[str, Any]]:
@@ -36,16 +36,16 @@ class Exam:
             for one in self.asked
         ]
 
-    def key(self, asked: Asked, sample: int) -> Key:
+    def key(self, asked: RenderedQuestion, sample: int) -> Key:
         """Of an answer to one of its questions."""
         return self.task.name, asked.question.index, sample, asked.digest
 
 
-def read_exam(task: TaskConfig, config: EvalConfig, tokenizer: Any) -> Exam:
+def read_benchmark(task: TaskConfig, config: EvalConfig, tokenizer: Any) -> Benchmark:
     """A task with its questions as the model sees them.
 
     Raises:
-        DataError, ConfigError: as of ``read_questions`` and ``as_asked``; an endpoint is asked for likelihoods
+        DataError, ConfigError: as of ``read_questions`` and ``render_questions``; an endpoint is asked for likelihoods
             in a chat.
     """
     questions = read_questions(task)
@@ -60,14 +60,15 @@ def read_exam(task: TaskConfig, config: EvalConfig, tokenizer: Any) -> Exam:
                 "task, or use an engine."
             )
         asked = [
-            Asked(question=one, prompt=one.text, token_ids=(), choices=choices_behind(task, one)) for one in questions
+            RenderedQuestion(question=one, prompt=one.text, token_ids=(), choices=choices_behind(task, one))
+            for one in questions
         ]
     else:
-        asked = as_asked(task, questions, tokenizer)
-    return Exam(task, questions, asked, notes)
+        asked = render_questions(task, questions, tokenizer)
+    return Benchmark(task, questions, asked, notes)
 
 
-def with_golds_graded(exam: Exam, grading: Grading) -> Exam:
+def with_golds_graded(exam: Benchmark, grading: Grading) -> Benchmark:
     """The task with a note about reference answers that its own scorer does not take.
 
     Raises:

@@ -19,7 +19,7 @@ Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class RenderedQuestion:
     """A question as the model sees it."""
 
     question: Question
@@ -46,7 +46,7 @@ class Asked:
 class Response:
     """What came back for one sample."""
 
-    asked: Asked
+    asked: RenderedQuestion
     sample: int
     seed: int
     text: str
@@ -58,11 +58,11 @@ class Response:
     """Why there is none; empty for one that came."""
 
 
-Wanted = Sequence[tuple[Asked, Sequence[tuple[int, int]]]]
+Wanted = Sequence[tuple[RenderedQuestion, Sequence[tuple[int, int]]]]
 """Questions with (sample, seed) of each sample that is missing."""
 
 
-def as_asked(task: TaskConfig, questions: Sequence[Question], tokenizer: Any) -> list[Asked]:
+def render_questions(task: TaskConfig, questions: Sequence[Question], tokenizer: Any) -> list[RenderedQuestion]:
     """Questions with the tokenizer's chat template, where the task asks as a user, and as tokens.
 
     Raises:
@@ -80,7 +80,7 @@ def as_asked(task: TaskConfig, questions: Sequence[Question], tokenizer: Any) ->
     ]
     special = adds_special_tokens("auto" if templated else "none", tokenizer)
     asked = [
-        _as_asked(task, question, prompt, ids, tokenizer, templated=templated, special=special)
+        _render_question(task, question, prompt, ids, tokenizer, templated=templated, special=special)
         for question, prompt, ids in zip(
             questions, prompts, tokenize(prompts, tokenizer, special_tokens=special), strict=True
         )
@@ -91,7 +91,7 @@ def as_asked(task: TaskConfig, questions: Sequence[Question], tokenizer: Any) ->
     return asked
 
 
-def _as_asked(
+def _render_question(
     task: TaskConfig,
     question: Question,
     prompt: str,
@@ -100,7 +100,7 @@ def _as_asked(
     *,
     templated: bool,
     special: bool,
-) -> Asked:
+) -> RenderedQuestion:
     choices = choices_behind(task, question, templated=templated)
     continuations = _continuations(prompt, ids, choices, tokenizer, special=special)
     for choice, one in zip(choices, continuations, strict=True):
@@ -109,7 +109,9 @@ def _as_asked(
                 f"question {question.index} of task {task.name}: the choice {choice!r} has no tokens of its own behind "
                 "the prompt. Change likelihood.before or the choice."
             )
-    return Asked(question=question, prompt=prompt, token_ids=ids, choices=choices, continuations=continuations)
+    return RenderedQuestion(
+        question=question, prompt=prompt, token_ids=ids, choices=choices, continuations=continuations
+    )
 
 
 def respond(
@@ -183,7 +185,9 @@ def _choices(section: LikelihoodSection, question: Question) -> Sequence[str]:
     return LETTERS[: len(question.choices)] if section.of == "letters" else question.choices
 
 
-def chosen(task: TaskConfig, asked: Asked, seed: int, likelihoods: Sequence[float], lengths: Sequence[int]) -> Response:
+def chosen(
+    task: TaskConfig, asked: RenderedQuestion, seed: int, likelihoods: Sequence[float], lengths: Sequence[int]
+) -> Response:
     """The most likely choice as a response, which is its letter; of equals the first.
 
     Args:

@@ -14,8 +14,8 @@ from megatron_rl.config.evaluation import EvalConfig, EvalEngineSection, load_ev
 from megatron_rl.distributed.collectives import raise_together
 from megatron_rl.errors import EngineDied
 from megatron_rl.evaluation.backend_setup import longest_sequence
-from megatron_rl.evaluation.backends import EngineAnswerer
-from megatron_rl.evaluation.benchmark import Exam, read_exam
+from megatron_rl.evaluation.backends import EngineBackend
+from megatron_rl.evaluation.benchmark import Benchmark, read_benchmark
 from megatron_rl.evaluation.folder import EvalFolder
 from megatron_rl.evaluation.grading import Grading
 from megatron_rl.evaluation.model import end_tokens
@@ -23,16 +23,16 @@ from megatron_rl.evaluation.results import TaskResult
 from megatron_rl.evaluation.run import answer_all, begin, checked, concluded_all
 from megatron_rl.evaluation.runner import Note
 from megatron_rl.metrics.metric import Mean, Reduction
-from megatron_rl.rollout.engines.supervisor import EngineKeeper
+from megatron_rl.rollout.engines.supervisor import EngineSupervisor
 from megatron_rl.types import ParallelContext
 
 
 @dataclass(frozen=True)
-class Suite:
+class BenchmarkSuite:
     """What is asked during a run."""
 
     config: EvalConfig
-    exams: Sequence[Exam]
+    exams: Sequence[Benchmark]
 
     def longest(self, positions: int) -> int:
         """Tokens of prompt and response that the engine must be ready for.
@@ -43,28 +43,28 @@ class Suite:
         return longest_sequence([(exam.task, exam.asked) for exam in self.exams], positions)
 
 
-def read_suite(config: RunConfig, tokenizer: Any) -> Suite | None:
-    """The suite of evaluation.suite; None without one. Its model, engine and folder are the run's.
+def read_benchmark_suite(config: RunConfig, tokenizer: Any) -> BenchmarkSuite | None:
+    """The suite of benchmarks.suite; None without one. Its model, engine and folder are the run's.
 
     Raises:
         ConfigError, DataError: a file or data set is missing or wrong.
     """
-    if config.evaluation.suite is None:
+    if config.benchmarks.suite is None:
         return None
     model = [f"model.path={json.dumps(config.model.path)}", f"model.dtype={config.model.dtype}"]
-    suite, tasks = load_evaluation(config.evaluation.suite, model)
+    suite, tasks = load_evaluation(config.benchmarks.suite, model)
     engine = EvalEngineSection(name=config.rollout.engine)
     suite = replace(suite, engine=engine)
-    return Suite(suite, [read_exam(task, suite, tokenizer) for task in tasks])
+    return BenchmarkSuite(suite, [read_benchmark(task, suite, tokenizer) for task in tasks])
 
 
-class Examiner:
+class BenchmarkEvaluator:
     """Puts the suite to the policy as it is at a step."""
 
     def __init__(
         self,
-        suite: Suite,
-        keeper: EngineKeeper,
+        suite: BenchmarkSuite,
+        keeper: EngineSupervisor,
         config: RunConfig,
         tokenizer: Any,
         parallel: ParallelContext,
@@ -79,7 +79,7 @@ class Examiner:
         self._config, self._exams = suite.config, suite.exams
         self._keeper, self._parallel, self._note = keeper, parallel, note
         self._folder = Path(config.run.output_dir) / "benchmarks"
-        self._answerer = EngineAnswerer(
+        self._answerer = EngineBackend(
             keeper.engine,
             tokenizer,
             ends=[*end_tokens(config.model.path), *config.rollout.stop_token_ids],
@@ -125,7 +125,7 @@ class Examiner:
                     self._exams, self._config.run.seed, self._answerer, grading, folder, self._parallel, lambda _: None
                 )
             except EngineDied:
-                if not self._keeper.revive():
+                if not self._keeper.restart_dead():
                     raise
                 self._keeper.push(step)
             else:

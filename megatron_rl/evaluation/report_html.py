@@ -7,7 +7,7 @@ import yaml
 from jinja2 import Environment, PackageLoader
 
 from megatron_rl.evaluation.answers import Answer
-from megatron_rl.evaluation.generation import Asked
+from megatron_rl.evaluation.generation import RenderedQuestion
 from megatron_rl.evaluation.report import COLUMNS, cells, percent
 from megatron_rl.reporting.plots import bar_plot, curve_plot
 from megatron_rl.reporting.stats import mean, pass_at_k
@@ -21,7 +21,7 @@ NUM_SHOWN = 200
 
 def render(
     found: Mapping[str, Any],
-    asked: Mapping[str, Sequence[Asked]],
+    asked: Mapping[str, Sequence[RenderedQuestion]],
     answers: Mapping[str, Mapping[int, Sequence[Answer]]],
 ) -> str:
     """The page.
@@ -56,7 +56,7 @@ def _rates(result: Mapping[str, Any]) -> dict[str, float | None]:
 def _task(
     result: Mapping[str, Any],
     config: Mapping[str, Any],
-    asked: Sequence[Asked],
+    asked: Sequence[RenderedQuestion],
     answers: Mapping[int, Sequence[Answer]],
 ) -> dict[str, Any]:
     scores, k = result["scores"], result["num_samples"]
@@ -77,7 +77,7 @@ def _task(
     }
 
 
-def _shown(answer: Answer, asked: Asked) -> dict[str, Any]:
+def _shown(answer: Answer, asked: RenderedQuestion) -> dict[str, Any]:
     wanted = " or ".join(asked.question.answers)
     return {**vars(answer), "asked": asked.prompt, "wanted": wanted if len(wanted) < 100 else wanted[:100] + " …"}
 

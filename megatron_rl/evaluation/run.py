@@ -9,9 +9,9 @@ from megatron_rl.config.evaluation import EvalConfig, TaskConfig
 from megatron_rl.data.templates import load_tokenizer
 from megatron_rl.distributed.collectives import barrier, raise_together
 from megatron_rl.evaluation.answers import Answer, by_question, read_answers
-from megatron_rl.evaluation.backend_setup import check_world, start_answerer
-from megatron_rl.evaluation.backends import Answerer
-from megatron_rl.evaluation.benchmark import Exam, read_exam, with_golds_graded
+from megatron_rl.evaluation.backend_setup import check_world, start_backend
+from megatron_rl.evaluation.backends import EvalBackend
+from megatron_rl.evaluation.benchmark import Benchmark, read_benchmark, with_golds_graded
 from megatron_rl.evaluation.folder import EvalFolder
 from megatron_rl.evaluation.grading import Grading
 from megatron_rl.evaluation.model import fingerprint
@@ -43,7 +43,7 @@ def evaluate(
         check_world(config, parallel.world_size)
         described = None if is_remote else str(find_model_folder(Path(config.model.path)))
         tokenizer = None if described is None else load_tokenizer(described)
-        exams = [read_exam(task, config, tokenizer) for task in tasks]
+        exams = [read_benchmark(task, config, tokenizer) for task in tasks]
         folder = EvalFolder(Path(config.run.output_dir))
         mark = f"{config.model.path} at {config.engine.url}" if described is None else fingerprint(config.model.path)
         if parallel.is_main:
@@ -51,14 +51,14 @@ def evaluate(
         grading = Grading(config.grading, tasks)
     with closing(grading):
         exams = checked(exams, grading, parallel)
-        answerer = start_answerer(config, described, [(one.task, one.asked) for one in exams], tokenizer, parallel)
+        answerer = start_backend(config, described, [(one.task, one.asked) for one in exams], tokenizer, parallel)
         with closing(answerer):
             answer_all(exams, config.run.seed, answerer, grading, folder, parallel, note)
         with raise_together(parallel):
             return concluded_all(config, exams, folder, grading, mark) if parallel.is_main else []
 
 
-def begin(folder: EvalFolder, config: EvalConfig, exams: Sequence[Exam], mark: str) -> None:
+def begin(folder: EvalFolder, config: EvalConfig, exams: Sequence[Benchmark], mark: str) -> None:
     """Make the folder, or go on in it, with what is asked.
 
     Args:
@@ -71,16 +71,16 @@ def begin(folder: EvalFolder, config: EvalConfig, exams: Sequence[Exam], mark: s
     write_lines(folder.questions, [line for exam in exams for line in exam.as_lines()])
 
 
-def checked(exams: Sequence[Exam], grading: Grading, parallel: ParallelContext) -> list[Exam]:
+def checked(exams: Sequence[Benchmark], grading: Grading, parallel: ParallelContext) -> list[Benchmark]:
     """The tasks with notes about their reference answers, before anything is sampled; collective."""
     with raise_together(parallel):  # a scorer that fails would make all answers wrong
         return [with_golds_graded(exam, grading) for exam in exams] if parallel.is_main else list(exams)
 
 
 def answer_all(
-    exams: Sequence[Exam],
+    exams: Sequence[Benchmark],
     seed: int,
-    answerer: Answerer,
+    answerer: EvalBackend,
     grading: Grading,
     folder: EvalFolder,
     parallel: ParallelContext,
@@ -96,7 +96,7 @@ def answer_all(
 
 
 def concluded_all(
-    config: EvalConfig, exams: Sequence[Exam], folder: EvalFolder, grading: Grading, mark: str
+    config: EvalConfig, exams: Sequence[Benchmark], folder: EvalFolder, grading: Grading, mark: str
 ) -> list[TaskResult]:
     """Results and reports from all answers."""
     found = read_answers(folder.answers)
@@ -113,7 +113,7 @@ def concluded_all(
     return results
 
 
-def concluded(exam: Exam, answers: Mapping[int, Sequence[Answer]], grading: Grading) -> TaskResult:
+def concluded(exam: Benchmark, answers: Mapping[int, Sequence[Answer]], grading: Grading) -> TaskResult:
     """Results of a task whose answers are all there."""
     task = exam.task
     wanted = task.majority and task.sampling.num_samples > 1

@@ -6,22 +6,22 @@ from collections.abc import Callable, Mapping
 
 from megatron_rl.errors import DataError, MegatronRLError
 from megatron_rl.evaluation.answers import Answer, AnswerFile, Key
-from megatron_rl.evaluation.backends import Answerer
-from megatron_rl.evaluation.benchmark import Exam
+from megatron_rl.evaluation.backends import EvalBackend
+from megatron_rl.evaluation.benchmark import Benchmark
 from megatron_rl.evaluation.folder import EvalFolder
-from megatron_rl.evaluation.generation import Asked, Response
+from megatron_rl.evaluation.generation import RenderedQuestion, Response
 from megatron_rl.evaluation.grading import Grading, Verdicts
 from megatron_rl.reporting.stats import mean
-from megatron_rl.rollout.sampling import sample_seed
+from megatron_rl.rollout.engines.sampling import sample_seed
 
 PROGRESS_S = 10.0
 Note = Callable[[str], None]
 
 
 def answer(
-    exam: Exam,
+    exam: Benchmark,
     seed: int,
-    answerer: Answerer,
+    answerer: EvalBackend,
     grading: Grading,
     done: Mapping[Key, Answer],
     folder: EvalFolder,
@@ -72,10 +72,10 @@ def answer(
 
 
 def missing(
-    exam: Exam, seed: int, done: Mapping[Key, Answer], engine: int, num_engines: int
-) -> list[tuple[Asked, list[tuple[int, int]]]]:
+    exam: Benchmark, seed: int, done: Mapping[Key, Answer], engine: int, num_engines: int
+) -> list[tuple[RenderedQuestion, list[tuple[int, int]]]]:
     """Questions of one engine with the (sample, seed) of each that is not answered yet."""
-    found: list[tuple[Asked, list[tuple[int, int]]]] = []
+    found: list[tuple[RenderedQuestion, list[tuple[int, int]]]] = []
     for asked in exam.asked[engine::num_engines]:
         index = asked.question.index
         samples = [

@@ -6,9 +6,9 @@ from itertools import islice
 
 from megatron_rl.metrics.metric import Reduction, mean_max_min, mean_of
 from megatron_rl.rollout.collector import Collector, Job
-from megatron_rl.rollout.multi_turn import Dialogue
+from megatron_rl.rollout.engines.sampling import sample_seed
+from megatron_rl.rollout.multi_turn import MultiTurn
 from megatron_rl.rollout.partial import begin_group
-from megatron_rl.rollout.sampling import sample_seed
 from megatron_rl.types import Prompt, SamplingParams
 
 EVALUATION = 1_000_000_007  # keeps the seeds of evaluation apart from those of steps
@@ -25,10 +25,10 @@ class Sample:
     reward: float
 
 
-class Evaluator:
+class Validator:
     """One response to each held-out prompt."""
 
-    headline = ("eval/score", "eval/response_length/mean")
+    headline = ("val/score", "val/response_length/mean")
     """What a person looks at first."""
 
     def __init__(
@@ -37,7 +37,7 @@ class Evaluator:
         prompts: Sequence[Prompt],
         params: SamplingParams,
         *,
-        dialogue: Dialogue | None,
+        dialogue: MultiTurn | None,
         seed: int,
         num_samples: int,
     ) -> None:
@@ -49,9 +49,9 @@ class Evaluator:
         self._num_samples = num_samples
 
     def evaluate(self, step: int) -> tuple[dict[str, Reduction], list[Sample]]:
-        """``eval/…`` metrics, the same on every rank, and the first few responses; collective.
+        """``val/…`` metrics, the same on every rank, and the first few responses; collective.
 
-        A response whose reward failed counts as 0 here and in ``eval/failures``.
+        A response whose reward failed counts as 0 here and in ``val/failures``.
         """
         job = Job(
             name=f"evaluation/{step}",
@@ -61,7 +61,7 @@ class Evaluator:
             ],
             params=self._params,
             schedule="static",
-            functions="evaluation",
+            functions="validation",
             version=step,
             dialogue=self._dialogue,
         )
@@ -71,10 +71,10 @@ class Evaluator:
         rollouts = [group.rollouts[0] for group in groups]
         names = sorted({name for rollout in rollouts for name in rollout.reward_parts})
         metrics: dict[str, Reduction] = {
-            "eval/score": mean_of([rollout.reward if rollout.status == "ok" else 0.0 for rollout in rollouts]),
-            "eval/failures": mean_of([rollout.status != "ok" for rollout in rollouts]),
-            **{f"eval/{name}": mean_of([r.reward_parts.get(name, 0.0) for r in rollouts]) for name in names},
-            **mean_max_min("eval/response_length", [float(rollout.loss_mask.sum()) for rollout in rollouts]),
+            "val/score": mean_of([rollout.reward if rollout.status == "ok" else 0.0 for rollout in rollouts]),
+            "val/failures": mean_of([rollout.status != "ok" for rollout in rollouts]),
+            **{f"val/{name}": mean_of([r.reward_parts.get(name, 0.0) for r in rollouts]) for name in names},
+            **mean_max_min("val/response_length", [float(rollout.loss_mask.sum()) for rollout in rollouts]),
         }
         samples = [
             Sample(

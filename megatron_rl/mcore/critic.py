@@ -19,7 +19,7 @@ class Critic(ShardedModel):
     def __init__(self, config: RunConfig, parallel: ParallelContext) -> None:
         """
         Args:
-            config: as ``RunConfig.of_critic`` gives it.
+            config: as ``RunConfig.for_critic`` gives it.
             parallel: of its own layout.
         """
         with in_layout(parallel):

@@ -32,7 +32,7 @@ class Learner:
         self.ddp = self._wrap()
         self.optimizer = build_optimizer(config, self.ddp)
         self._offloader = Offloader(config.memory.offload, self.ddp, self.optimizer)
-        num_updates = max(1, num_steps * config.batching.num_updates * config.batching.num_epochs)
+        num_updates = max(1, num_steps * config.batching.num_mini_batches * config.batching.num_epochs)
         self.scheduler = build_scheduler(config.optimizer, self.optimizer, num_updates)
 
     def update(

@@ -9,15 +9,15 @@ from megatron_rl.algorithms.importance import build_correction
 from megatron_rl.algorithms.objective import build_objective
 from megatron_rl.config.schema import RunConfig
 from megatron_rl.mcore.learner import Learner
+from megatron_rl.mcore.logprob_model import LogProbModel, reads_logprobs
 from megatron_rl.mcore.lora import LoraAdapters
 from megatron_rl.mcore.model.router_metrics import take_router_metrics
 from megatron_rl.mcore.policy_loss import PolicyLoss
-from megatron_rl.mcore.scoring import ScoringModel, reads_logprobs
 from megatron_rl.metrics.metric import Reduction, merge
 from megatron_rl.types import ParallelContext, TrainBatch, UpdatePlan
 
 
-class Policy(ScoringModel):
+class Policy(LogProbModel):
     """The model that learns to act."""
 
     def __init__(self, config: RunConfig, parallel: ParallelContext) -> None:

@@ -11,7 +11,7 @@ from megatron_rl.mcore.policy import Policy
 from megatron_rl.types import TrainBatch
 
 
-class HostedReference:
+class HostReference:
     """Scores with frozen weights of the policy's architecture; costs one copy of them in host memory, and
     another that holds the policy's meanwhile."""
 
@@ -45,7 +45,7 @@ class HostedReference:
             _copy(self._aside, self._policy.parameters)
 
 
-class BaseReference:
+class AdapterFreeReference:
     """The model that the policy's adapters were put beside; costs nothing."""
 
     def __init__(self, policy: Policy) -> None:

@@ -65,7 +65,7 @@ class RewardModel(ShardedModel):
             batches.append(list(range(begun, len(mine))))
         rows = self.score(given_batch(mine, batches), reads_values)
         found = {place: row[sequences[place].loss_mask] for place, row in zip(index, rows, strict=True) if place >= 0}
-        told = gather_objects(found if self.parallel.speaks_for_sequences else {}, self.parallel)
+        told = gather_objects(found if self.parallel.is_model_parallel_main else {}, self.parallel)
         known = {place: row for part in told for place, row in part.items()}
         return [known[place] for place in range(len(sequences))]
 

@@ -68,7 +68,7 @@ def rank_memory(specs: Specs, config: RunConfig, workload: Workload, hardware: H
     policy = model_memory(specs.policy, config, workload, world_size)
     critic = None
     if specs.critic is not None:
-        own = config.of_critic()
+        own = config.for_critic()
         per_stage = model_memory(specs.critic, own, workload, world_size, "value")
         critic = max(per_stage, key=lambda one: sum(one.parts.values()) + one.activations)
     engine = engine_memory(specs.policy, config, workload, hardware, world_size)
@@ -89,7 +89,7 @@ def engine_memory(
 ) -> EngineMemory:
     """What an engine takes; nothing where none is used."""
     rollout, size = config.rollout, element_bytes(config)
-    if rollout.source != "engine" and config.data.evaluation is None and config.evaluation.suite is None:
+    if rollout.source != "engine" and config.data.validation is None and config.benchmarks.suite is None:
         return EngineMemory(weights=0.0, cache=0.0, work=0.0, cache_tokens=0.0)
     tp = rollout.tensor_parallel_size
     weights = num_parameters(spec) * size / tp
@@ -140,7 +140,7 @@ def _phases(
     lent = {name: size for name, size in held.items() if name.split()[-1] not in offload}
     pushing = lent | {"policy params": policy.weights}
     awake = {"engine weights": engine.weights, "engine cache": engine.cache, "engine work": engine.work}
-    beside = {} if config.rollout.sleep else awake
+    beside = {} if config.rollout.sleep_engine else awake
     bucket = {"transfer buffers": 2.0 * config.weight_sync.bucket_mb * 2**20} if engine.weights else {}
     phases = {
         "push": {**others, **pushing, **awake, **bucket},

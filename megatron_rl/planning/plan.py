@@ -4,7 +4,6 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron_rl.config import RunConfig
 from megatron_rl.config.schema import RunConfig
 from megatron_rl.config.validate import validate
 from megatron_rl.errors import ConfigError
@@ -85,8 +84,8 @@ class Plan:
         parts = memory.phases[phase]
         found = []
         if phase in ("update", "critic", "log-probabilities"):
-            if config.rollout.engine != "embedded" and not config.rollout.sleep:
-                found.append("rollout.sleep=true")
+            if config.rollout.engine != "embedded" and not config.rollout.sleep_engine:
+                found.append("rollout.sleep_engine=true")
             if parts["activations"] > sum(parts.values()) / 4:
                 if config.memory.recompute != "full":
                     found.append("memory.recompute=full")
@@ -145,7 +144,7 @@ def specs_of(config: RunConfig) -> Specs:
     has_own = config.algorithm.uses_reference and path is not None
     return Specs(
         policy=read_model_spec(config.model.path),
-        critic=read_model_spec(config.of_critic().model.path) if config.algorithm.uses_critic else None,
+        critic=read_model_spec(config.for_critic().model.path) if config.algorithm.uses_critic else None,
         reference=read_model_spec(path) if has_own and path is not None else None,
         reward_model=read_model_spec(config.reward.model.path) if config.reward.model is not None else None,
     )
@@ -159,7 +158,7 @@ def check_fits(plan: Plan) -> None:
     if plan.lacks:
         raise ConfigError(
             f"this run does not fit on {plan.hardware.name}, {plan.world_size} ranks: {'; '.join(plan.lacks)}. Change: "
-            f"{', '.join(plan.advice)}; or start it nevertheless with memory.if_too_large=warn."
+            f"{', '.join(plan.advice)}; or start it nevertheless with memory.on_overcommit=warn."
         )
 
 

@@ -20,16 +20,16 @@ HOST = Hardware(
 )  # fmt: skip
 
 
-def forecast(config: RunConfig, parallel: ParallelContext) -> str:
+def plan_on_this_machine(config: RunConfig, parallel: ParallelContext) -> str:
     """What the run needs and has, in a line or two.
 
     Raises:
-        ConfigError: on every rank, when it does not fit and memory.if_too_large=refuse.
+        ConfigError: on every rank, when it does not fit and memory.on_overcommit=error.
     """
     hardware = this_machine(parallel)
     with raise_together(parallel):
         plan = make_plan(config, hardware, parallel.world_size)
-        if config.memory.if_too_large == "refuse":
+        if config.memory.on_overcommit == "error":
             check_fits(plan)
     return "\n".join([summary(plan), *(f"warning: this run does not fit: {reason}" for reason in plan.lacks)])
 

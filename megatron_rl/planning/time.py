@@ -32,14 +32,14 @@ def step_seconds(
     passes = _num_scorings(config)
     if passes:
         forward = _pass(specs.policy, config, workload, hardware, world_size, factor=1.0)
-        found["log-probabilities"] = passes * config.batching.num_updates * forward
-    epochs = config.batching.num_updates * config.batching.num_epochs
+        found["log-probabilities"] = passes * config.batching.num_mini_batches * forward
+    epochs = config.batching.num_mini_batches * config.batching.num_epochs
     found["update"] = epochs * _update(specs.policy, config, workload, hardware, world_size)
     if specs.critic is not None:
-        own = config.of_critic()
+        own = config.for_critic()
         values = _pass(specs.critic, own, workload, hardware, world_size, factor=1.0)
         found["critic"] = epochs * _update(specs.critic, own, workload, hardware, world_size)
-        found["critic"] += config.batching.num_updates * values
+        found["critic"] += config.batching.num_mini_batches * values
     return found
 
 
@@ -47,7 +47,7 @@ def _num_scorings(config: RunConfig) -> int:
     """Passes without gradient over every sequence."""
     if config.rollout.source == "demonstrations":
         return 0
-    algorithm, num_updates = config.algorithm, config.batching.num_updates * config.batching.num_epochs
+    algorithm, num_updates = config.algorithm, config.batching.num_mini_batches * config.batching.num_epochs
     old = needs_old_logprobs(algorithm, build_correction(algorithm), num_updates=num_updates)
     return old + algorithm.uses_reference
 

@@ -21,7 +21,7 @@ class Workload:
     """Tokens; an assumption."""
     mean_response: float
     """Tokens; an assumption."""
-    num_updates: int
+    num_mini_batches: int
     """Optimizer updates of a step, epochs not counted."""
 
     @property
@@ -34,7 +34,7 @@ class Workload:
 
     @property
     def sequences_per_update(self) -> int:
-        return max(1, self.num_sequences // self.num_updates)
+        return max(1, self.num_sequences // self.num_mini_batches)
 
 
 def workload_of(config: RunConfig, *, mean_prompt: float | None = None, mean_response: float | None = None) -> Workload:
@@ -52,7 +52,7 @@ def workload_of(config: RunConfig, *, mean_prompt: float | None = None, mean_res
         longest_response=rollout.max_new_tokens,
         mean_prompt=config.data.max_prompt_tokens / 4 if mean_prompt is None else mean_prompt,
         mean_response=rollout.max_new_tokens / 2 if mean_response is None else mean_response,
-        num_updates=config.batching.num_updates,
+        num_mini_batches=config.batching.num_mini_batches,
     )
 
 

@@ -13,12 +13,12 @@ from megatron_rl.reporting.plots import Rows, line_plot, time_split_plot
 from megatron_rl.run_folder import RunFolder, write_atomically
 
 NOT_ACCURACY = (
-    "eval/score",
-    "eval/failures",
-    "eval/loss",
-    "eval/response_length/mean",
-    "eval/response_length/max",
-    "eval/response_length/min",
+    "val/score",
+    "val/failures",
+    "val/loss",
+    "val/response_length/mean",
+    "val/response_length/max",
+    "val/response_length/min",
 )
 
 
@@ -32,13 +32,13 @@ def conclude(config: RunConfig | RewardTrainingConfig) -> str:
     lines = []
     for name, (first, last, step) in _held_out(rows).items():
         since = f", {last:.1%} after {step} steps" if step else ""
-        lines.append(f"held-out {name.removeprefix('eval/')}: {first:.1%} before{since}")
+        lines.append(f"held-out {name.removeprefix('val/')}: {first:.1%} before{since}")
     return "\n".join([*lines, f"report: {folder.report}"])
 
 
 def render(config: RunConfig | RewardTrainingConfig, rows: Rows, samples: Sequence[Mapping[str, Any]]) -> str:
     """The page."""
-    accuracy = {name: name.removeprefix("eval/") for name in _held_out(rows)}
+    accuracy = {name: name.removeprefix("val/") for name in _held_out(rows)}
     plots = [
         line_plot("Reward", rows, {"critic/score/mean": "reward"}),
         line_plot("Held-out accuracy", rows, accuracy, smooth=False),
@@ -76,7 +76,7 @@ def render(config: RunConfig | RewardTrainingConfig, rows: Rows, samples: Sequen
 def _held_out(rows: Rows) -> dict[str, tuple[float, float, int]]:
     """Metric -> first value, last value, step of the last."""
     found = {}
-    for name in sorted({name for row in rows for name in row if name.startswith("eval/")} - set(NOT_ACCURACY)):
+    for name in sorted({name for row in rows for name in row if name.startswith("val/")} - set(NOT_ACCURACY)):
         with_value = [row for row in rows if row.get(name) is not None]
         found[name] = (with_value[0][name], with_value[-1][name], with_value[-1]["step"])
     return found

@@ -31,7 +31,7 @@ class RewardPool:
         """Start the workers.
 
         Args:
-            functions: named sets of reward functions, for instance "train" and "evaluation".
+            functions: named sets of reward functions, for instance "train" and "validation".
 
         Raises:
             RewardError: a worker does not start.

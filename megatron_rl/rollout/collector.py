@@ -12,11 +12,11 @@ from megatron_rl.distributed.collectives import gather_objects, raise_together
 from megatron_rl.errors import EngineDied, EngineError, Interrupted, RewardError
 from megatron_rl.rewards.pool import RewardPool
 from megatron_rl.rewards.types import RewardInput, RewardResult
-from megatron_rl.rollout.engines.supervisor import EngineKeeper
+from megatron_rl.rollout.engines.supervisor import EngineSupervisor
 from megatron_rl.rollout.load_balancing import fair_share, share
-from megatron_rl.rollout.multi_turn import Conversation, Dialogue, Rules
-from megatron_rl.rollout.partial import GroupWork, Unfinished
-from megatron_rl.rollout.request_scheduler import Desk
+from megatron_rl.rollout.multi_turn import Conversation, MultiTurn, RolloutLimits
+from megatron_rl.rollout.partial import PartialGroup, PartialRollout
+from megatron_rl.rollout.request_scheduler import RequestScheduler
 from megatron_rl.types import ParallelContext, Rollout, SamplingParams
 
 
@@ -26,14 +26,14 @@ class Job:
 
     name: str
     """Different for every job of a run; the shared counters carry it."""
-    work: Sequence[GroupWork]
+    work: Sequence[PartialGroup]
     params: SamplingParams
     schedule: Literal["dynamic", "static"]
     functions: str
     """The set of reward functions."""
     version: int
     """Of the policy now, whose weights an engine gets that has to be started again."""
-    dialogue: Dialogue | None = None
+    dialogue: MultiTurn | None = None
     """With whom the policy speaks; None: a sample is one response."""
     enough: int | None = None
     """Complete groups at which the others are given up; None: all."""
@@ -65,7 +65,7 @@ class Pending:
 class _Found:
     """What one rank's engine has made."""
 
-    samples: dict[tuple[int, int], Rollout | Unfinished]
+    samples: dict[tuple[int, int], Rollout | PartialRollout]
     """By (group, sample)."""
     death: str
     """How the engine ended; empty when it lives."""
@@ -77,7 +77,7 @@ class _Found:
 class WorkInterrupted(Interrupted):
     """With what was done by then."""
 
-    def __init__(self, work: Sequence[GroupWork]) -> None:
+    def __init__(self, work: Sequence[PartialGroup]) -> None:
         super().__init__("asked to stop while responses are generated")
         self.work = work
 
@@ -87,7 +87,7 @@ class Collector:
 
     def __init__(
         self,
-        keeper: EngineKeeper,
+        keeper: EngineSupervisor,
         pool: RewardPool,
         tokenizer: Any,
         parallel: ParallelContext,
@@ -104,7 +104,7 @@ class Collector:
         prepare = (lambda: torch.cuda.set_device(parallel.device)) if parallel.device.type == "cuda" else None
         self._background = ThreadPoolExecutor(max_workers=1, initializer=prepare)
 
-    def collect(self, job: Job) -> list[GroupWork]:
+    def collect(self, job: Job) -> list[PartialGroup]:
         """All groups of the job as far as they came, in order, the same on every rank; collective.
 
         Rewards of finished samples are computed while others are still generated. An engine that dies is started
@@ -123,7 +123,7 @@ class Collector:
         """Begin a job in the background; the engine belongs to it until ``finish``."""
         return Pending(job, self._background.submit(self._generate, job, 0))
 
-    def finish(self, pending: Pending, version: int) -> list[GroupWork]:
+    def finish(self, pending: Pending, version: int) -> list[PartialGroup]:
         """What ``collect`` returns, of a job that was begun; collective.
 
         Args:
@@ -133,7 +133,7 @@ class Collector:
             found = pending.first.result()
         return self._complete(replace(pending.job, version=version), found)
 
-    def _complete(self, job: Job, found: _Found) -> list[GroupWork]:
+    def _complete(self, job: Job, found: _Found) -> list[PartialGroup]:
         """Put together what the ranks have found; what dead engines left is generated again."""
         attempt = 0
         while True:
@@ -169,7 +169,7 @@ class Collector:
             graded = self._pool.submit(job.functions, [_reward_input(conversation, text)])
             grades[index, sample] = conversation, text, graded
 
-        desk = Desk(
+        desk = RequestScheduler(
             job.work,
             share(open_, job.schedule, name, place, store),
             self._rules(job),
@@ -188,15 +188,15 @@ class Collector:
             death = str(error)
         except Interrupted:
             is_interrupted = True
-        samples: dict[tuple[int, int], Rollout | Unfinished] = {
+        samples: dict[tuple[int, int], Rollout | PartialRollout] = {
             place: conversation.rollout(text, graded.result()[0])
             for place, (conversation, text, graded) in grades.items()
         }
         samples |= {place: conversation.sample for place, conversation in desk.unfinished.items()}
         return _Found(samples, death, place.index, is_interrupted)
 
-    def _rules(self, job: Job) -> Rules:
-        return Rules(
+    def _rules(self, job: Job) -> RolloutLimits:
+        return RolloutLimits(
             max_new_tokens=job.params.max_new_tokens,
             max_tokens_now=job.max_tokens_now,
             max_length=self._limits.max_length,
@@ -221,7 +221,7 @@ class Collector:
 
         return should_stop
 
-    def check_rewards(self, work: Sequence[GroupWork]) -> None:
+    def check_rewards(self, work: Sequence[PartialGroup]) -> None:
         """Hold the failed rewards of a step, or of an evaluation, against the limit.
 
         Raises:
@@ -238,7 +238,9 @@ class Collector:
             )
 
 
-def _merged(work: Sequence[GroupWork], found: Sequence[dict[tuple[int, int], Rollout | Unfinished]]) -> list[GroupWork]:
+def _merged(
+    work: Sequence[PartialGroup], found: Sequence[dict[tuple[int, int], Rollout | PartialRollout]]
+) -> list[PartialGroup]:
     """The work with what the ranks have made of it."""
     made = {place: sample for part in found for place, sample in part.items()}
     return [
@@ -247,9 +249,9 @@ def _merged(work: Sequence[GroupWork], found: Sequence[dict[tuple[int, int], Rol
     ]
 
 
-def _num_requests(group: GroupWork, job: Job) -> int:
+def _num_requests(group: PartialGroup, job: Job) -> int:
     """That may be in work for a group at a time."""
-    open_ = [sample for sample in group.samples if isinstance(sample, Unfinished)]
+    open_ = [sample for sample in group.samples if isinstance(sample, PartialRollout)]
     if job.dialogue is not None:
         return len(open_)
     return sum(bool(sample.parts) for sample in open_) + any(not sample.parts for sample in open_)

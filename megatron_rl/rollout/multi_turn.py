@@ -10,13 +10,13 @@ from torch import Tensor
 from megatron_rl.environments.base import Environment, Episode
 from megatron_rl.rewards.types import RewardResult
 from megatron_rl.rollout.engines.base import Request
-from megatron_rl.rollout.partial import Observation, Part, Unfinished, all_tokens
-from megatron_rl.rollout.sampling import sample_seed
+from megatron_rl.rollout.engines.sampling import sample_seed
+from megatron_rl.rollout.partial import Observation, Part, PartialRollout, all_tokens
 from megatron_rl.types import Completion, FinishReason, Prompt, Rollout
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dialogue:
+class MultiTurn:
     """Who answers the policy, and how."""
 
     environment: Environment
@@ -27,7 +27,7 @@ class Dialogue:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rules:
+class RolloutLimits:
     """What holds for every conversation of a job."""
 
     max_new_tokens: int
@@ -36,7 +36,7 @@ class Rules:
     """Of the policy in this job; what is longer stays unfinished. None: no bound."""
     max_length: int
     """Tokens of the longest sequence, observations counted in."""
-    dialogue: Dialogue | None
+    dialogue: MultiTurn | None
     """None: a sample is one response."""
     encode: Callable[[str], Sequence[int]]
     decode: Callable[[Tensor], str]
@@ -45,7 +45,7 @@ class Rules:
 class Conversation:
     """A sample that the engine works at, turn by turn; tokens go in and out, nothing is tokenised again."""
 
-    def __init__(self, prompt: Prompt, sample: Unfinished, rules: Rules) -> None:
+    def __init__(self, prompt: Prompt, sample: PartialRollout, rules: RolloutLimits) -> None:
         self.prompt = prompt
         self.sample = sample
         self.step_rewards: dict[int, float] = {}
@@ -172,7 +172,7 @@ class Conversation:
         except Exception as error:  # a user's environment may raise anything: the sample fails, the run goes on
             self.finish_reason, self.failure = "stop", f"the environment raised {error!r}"
 
-    def _room_of(self, sample: Unfinished) -> int:
+    def _room_of(self, sample: PartialRollout) -> int:
         """New tokens that a sample may have before it ends."""
         length = self.prompt.token_ids.numel() + sum(part.token_ids.numel() for part in sample.parts)
         return max(0, min(self._rules.max_new_tokens - sample.num_sampled, self._rules.max_length - length))

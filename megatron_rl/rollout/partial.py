@@ -21,7 +21,7 @@ Part = Completion | Observation
 
 
 @dataclass(frozen=True, kw_only=True)
-class Unfinished:
+class PartialRollout:
     """A sample that is not done: perhaps not begun, perhaps cut short and to be gone on with."""
 
     seed: int
@@ -38,16 +38,16 @@ class Unfinished:
         """Of the policies that sampled it; None before it is begun."""
         return min((part.policy_version for part in self.parts if isinstance(part, Completion)), default=None)
 
-    def with_part(self, part: Part) -> "Unfinished":
+    def with_part(self, part: Part) -> "PartialRollout":
         return replace(self, parts=(*self.parts, part))
 
 
 @dataclass(frozen=True, kw_only=True)
-class GroupWork:
+class PartialGroup:
     """A prompt and its samples."""
 
     prompt: Prompt
-    samples: tuple[Rollout | Unfinished, ...]
+    samples: tuple[Rollout | PartialRollout, ...]
     """[G]; a rollout is finished and graded."""
 
     @property
@@ -60,14 +60,14 @@ class GroupWork:
         rollouts = [sample for sample in self.samples if isinstance(sample, Rollout)]
         return RolloutGroup(index=index, prompt=self.prompt, rollouts=rollouts)
 
-    def fresh_enough(self, oldest: int) -> "GroupWork":
+    def fresh_enough(self, oldest: int) -> "PartialGroup":
         """The same with every sample begun anew that has a token of a policy before ``oldest``."""
         return replace(self, samples=tuple(_fresh_enough(sample, oldest) for sample in self.samples))
 
 
-def begin_group(prompt: Prompt, seeds: Sequence[int]) -> GroupWork:
+def begin_group(prompt: Prompt, seeds: Sequence[int]) -> PartialGroup:
     """A group of which nothing is sampled."""
-    return GroupWork(prompt=prompt, samples=tuple(Unfinished(seed=seed) for seed in seeds))
+    return PartialGroup(prompt=prompt, samples=tuple(PartialRollout(seed=seed) for seed in seeds))
 
 
 def oldest_version(rollout: Rollout) -> int | None:
@@ -75,11 +75,11 @@ def oldest_version(rollout: Rollout) -> int | None:
     return min(rollout.policy_versions[rollout.loss_mask].tolist(), default=None)
 
 
-def _fresh_enough(sample: Rollout | Unfinished, oldest: int) -> Rollout | Unfinished:
+def _fresh_enough(sample: Rollout | PartialRollout, oldest: int) -> Rollout | PartialRollout:
     version = oldest_version(sample) if isinstance(sample, Rollout) else sample.oldest_version
-    return Unfinished(seed=sample.seed) if version is not None and version < oldest else sample
+    return PartialRollout(seed=sample.seed) if version is not None and version < oldest else sample
 
 
-def all_tokens(prompt: Prompt, sample: Unfinished) -> Tensor:
+def all_tokens(prompt: Prompt, sample: PartialRollout) -> Tensor:
     """[L] int64: prompt, responses and observations so far."""
     return torch.cat([prompt.token_ids, *(part.token_ids for part in sample.parts)])

@@ -7,15 +7,15 @@ from dataclasses import dataclass, replace
 from megatron_rl.config.rollout import RolloutSection
 from megatron_rl.data.curriculum import Curriculum
 from megatron_rl.rollout.collector import Collector, Job, Pending, WorkInterrupted
-from megatron_rl.rollout.multi_turn import Dialogue
-from megatron_rl.rollout.partial import GroupWork, Unfinished, begin_group
-from megatron_rl.rollout.sampling import sample_seed
-from megatron_rl.rollout.source import Collected
+from megatron_rl.rollout.engines.sampling import sample_seed
+from megatron_rl.rollout.multi_turn import MultiTurn
+from megatron_rl.rollout.partial import PartialGroup, PartialRollout, begin_group
+from megatron_rl.rollout.source import RolloutBatch
 from megatron_rl.types import RolloutGroup, SamplingParams
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Harvest:
+class _StepProgress:
     """What the rounds of a step have brought so far."""
 
     step: int
@@ -23,17 +23,17 @@ class _Harvest:
     """Place in the data of the next prompt."""
     num_prompts: int = 0
     """Taken from there."""
-    kept: tuple[GroupWork, ...] = ()
+    kept: tuple[PartialGroup, ...] = ()
     """Complete groups that teach."""
-    idle: tuple[GroupWork, ...] = ()
+    idle: tuple[PartialGroup, ...] = ()
     """Complete groups whose samples are all worth the same."""
-    open: tuple[GroupWork, ...] = ()
+    open: tuple[PartialGroup, ...] = ()
     num_rounds: int = 0
     num_restarted: int = 0
     """Samples that were too old to go on with."""
 
 
-class EngineSampler:
+class PolicySource:
     """Groups sampled by the policy for each step.
 
     A step is made of rounds. Each takes up what is carried over, adds fresh prompts, and ends when enough groups are
@@ -41,7 +41,7 @@ class EngineSampler:
     """
 
     uses_engine = True
-    is_graded = True
+    has_rewards = True
 
     def __init__(
         self,
@@ -50,15 +50,15 @@ class EngineSampler:
         collector: Collector,
         params: SamplingParams,
         *,
-        dialogue: Dialogue | None,
+        dialogue: MultiTurn | None,
         seed: int,
         num_steps: int,
-        num_updates: int,
+        num_mini_batches: int,
     ) -> None:
         """
         Args:
             num_steps: of the run.
-            num_updates: equal shares that the sequences of a step must divide into.
+            num_mini_batches: equal shares that the sequences of a step must divide into.
         """
         self._config = config
         self._curriculum = curriculum
@@ -67,27 +67,27 @@ class EngineSampler:
         self._dialogue = dialogue
         self._seed = seed
         self._num_steps = num_steps
-        self._multiple = num_updates // math.gcd(num_updates, config.group_size)
-        self._carried: tuple[GroupWork, ...] = ()
+        self._multiple = num_mini_batches // math.gcd(num_mini_batches, config.group_size)
+        self._carried: tuple[PartialGroup, ...] = ()
         self._pending: Pending | None = None
-        self._ahead: _Harvest | None = None  # of the step to come, where one is prepared
+        self._ahead: _StepProgress | None = None  # of the step to come, where one is prepared
 
-    def settle(self, version: int) -> None:
+    def drain(self, version: int) -> None:
         if self._pending is not None:
             assert self._ahead is not None
             pending, self._pending = self._pending, None
             self._ahead = self._after_round(self._ahead, self._collector.finish(pending, version))
-        self._collector.keeper.revive()
+        self._collector.keeper.restart_dead()
 
-    def collect(self, step: int, num_prompts_consumed: int) -> Collected:
+    def collect(self, step: int, num_prompts_consumed: int) -> RolloutBatch:
         if self._pending is not None:
-            self.settle(step - 1)
+            self.drain(step - 1)
         harvest = self._ahead if self._ahead is not None else self._take_up(step, num_prompts_consumed)
         while not self._is_enough(harvest):
             harvest = self._round(harvest)
         self._ahead = None
         collected = self._close(harvest)
-        if self._config.asynchronous and step < self._num_steps:
+        if self._config.async_rollout and step < self._num_steps:
             self._begin_ahead(step + 1, num_prompts_consumed + collected.num_prompts)
         return collected
 
@@ -96,14 +96,14 @@ class EngineSampler:
         self._ahead = self._with_fresh(self._take_up(step, start))
         self._pending = self._collector.begin(self._job(self._ahead, version=step - 2))
 
-    def in_flight(self) -> Sequence[GroupWork]:
+    def in_flight(self) -> Sequence[PartialGroup]:
         # what the engine has begun in the background is sampled again, from the prompts that are next
         return self._carried
 
-    def resume(self, in_flight: Sequence[GroupWork]) -> None:
+    def resume(self, in_flight: Sequence[PartialGroup]) -> None:
         self._carried = tuple(in_flight)
 
-    def _take_up(self, step: int, start: int) -> _Harvest:
+    def _take_up(self, step: int, start: int) -> _StepProgress:
         """What is carried over, as far as it is not too old when the step learns from it."""
         oldest = step - 1 - self._config.max_staleness
         fresh = [group.fresh_enough(oldest) for group in self._carried]
@@ -112,9 +112,9 @@ class EngineSampler:
             for before, after in zip(self._carried, fresh, strict=True)
             for old, new in zip(before.samples, after.samples, strict=True)
         )
-        return self._sorted(_Harvest(step=step, start=start, num_restarted=restarted), fresh)
+        return self._sorted(_StepProgress(step=step, start=start, num_restarted=restarted), fresh)
 
-    def _round(self, harvest: _Harvest) -> _Harvest:
+    def _round(self, harvest: _StepProgress) -> _StepProgress:
         harvest = self._with_fresh(harvest)
         try:
             return self._after_round(harvest, self._collector.collect(self._job(harvest, version=harvest.step - 1)))
@@ -122,19 +122,19 @@ class EngineSampler:
             self._carry(harvest, stop.work, stop)
             raise
 
-    def _carry(self, harvest: _Harvest, work: Sequence[GroupWork], stop: WorkInterrupted) -> None:
+    def _carry(self, harvest: _StepProgress, work: Sequence[PartialGroup], stop: WorkInterrupted) -> None:
         """Keep what there is of a step that is cut short, where partial steps are kept.
 
         Otherwise it begins anew, so that it has the samples that it would have had.
         """
-        if self._config.partial:
+        if self._config.partial_rollout:
             self._carried = (*harvest.kept, *harvest.idle, *work)
             stop.num_prompts = harvest.num_prompts
 
-    def _after_round(self, harvest: _Harvest, work: Sequence[GroupWork]) -> _Harvest:
+    def _after_round(self, harvest: _StepProgress, work: Sequence[PartialGroup]) -> _StepProgress:
         return replace(self._sorted(harvest, work), num_rounds=harvest.num_rounds + 1)
 
-    def _with_fresh(self, harvest: _Harvest) -> _Harvest:
+    def _with_fresh(self, harvest: _StepProgress) -> _StepProgress:
         """Open groups filled up with prompts from the data."""
         config = self._config
         missing = config.num_prompts_per_step - len(harvest.kept)
@@ -145,7 +145,7 @@ class EngineSampler:
             begun.append(begin_group(order.take(harvest.start + number, 1)[0], seeds))
         return replace(harvest, num_prompts=harvest.num_prompts + wanted, open=(*harvest.open, *begun))
 
-    def _job(self, harvest: _Harvest, version: int) -> Job:
+    def _job(self, harvest: _StepProgress, version: int) -> Job:
         config = self._config
         missing = config.num_prompts_per_step - len(harvest.kept)
         return Job(
@@ -164,9 +164,11 @@ class EngineSampler:
     def _params_at(self, step: int) -> SamplingParams:
         return replace(self._params, max_new_tokens=self._curriculum.at(step).max_new_tokens)
 
-    def _sorted(self, harvest: _Harvest, work: Sequence[GroupWork]) -> _Harvest:
+    def _sorted(self, harvest: _StepProgress, work: Sequence[PartialGroup]) -> _StepProgress:
         """The harvest with these groups in the place of its open ones."""
-        complete = [(group, self._config.dynamic_sampling and _is_idle(group)) for group in work if group.is_complete]
+        complete = [
+            (group, self._config.dynamic_sampling and _has_zero_std(group)) for group in work if group.is_complete
+        ]
         return replace(
             harvest,
             kept=(*harvest.kept, *(group for group, is_idle in complete if not is_idle)),
@@ -174,7 +176,7 @@ class EngineSampler:
             open=tuple(group for group in work if not group.is_complete),
         )
 
-    def _is_enough(self, harvest: _Harvest) -> bool:
+    def _is_enough(self, harvest: _StepProgress) -> bool:
         config, num_kept = self._config, len(harvest.kept)
         if num_kept >= config.num_prompts_per_step:
             return True
@@ -182,7 +184,7 @@ class EngineSampler:
             return True
         return config.max_seconds_per_round is not None and num_kept >= self._multiple and harvest.num_rounds > 0
 
-    def _close(self, harvest: _Harvest) -> Collected:
+    def _close(self, harvest: _StepProgress) -> RolloutBatch:
         """The groups of the step; the others are carried over, or given up where that is not asked for.
 
         Raises:
@@ -203,18 +205,18 @@ class EngineSampler:
             except WorkInterrupted as stop:
                 self._carry(harvest, harvest.open, stop)
                 raise
-        self._carried = rest if config.partial else ()
-        dropped = 0 if config.partial else len(rest)
+        self._carried = rest if config.partial_rollout else ()
+        dropped = 0 if config.partial_rollout else len(rest)
         counts = {
             "rollout/rounds": harvest.num_rounds,
             "rollout/carried_over": len(self._carried),
-            "rollout/given_up": dropped,
+            "rollout/aborted": dropped,
             "rollout/restarted_as_stale": harvest.num_restarted,
-            "rollout/replaced_without_spread": len(harvest.idle) - len(filling),
+            "rollout/zero_std/replaced": len(harvest.idle) - len(filling),
             "rollout/engine_failures": self._collector.keeper.num_failures,
             "data/stage": self._curriculum.at(harvest.step).number,
         }
-        return Collected(
+        return RolloutBatch(
             groups=groups,
             num_prompts=harvest.num_prompts,
             counts=counts,
@@ -244,7 +246,7 @@ class EngineSampler:
         ]
 
 
-def _is_idle(group: GroupWork) -> bool:
+def _has_zero_std(group: PartialGroup) -> bool:
     """All samples that have a grade have the same, so their advantages are zero."""
-    rewards = {s.reward for s in group.samples if not isinstance(s, Unfinished) and s.status == "ok"}
+    rewards = {s.reward for s in group.samples if not isinstance(s, PartialRollout) and s.status == "ok"}
     return len(rewards) <= 1

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from megatron_rl.distributed.collectives import raise_together
 from megatron_rl.errors import DataError
-from megatron_rl.rollout.partial import GroupWork
+from megatron_rl.rollout.partial import PartialGroup
 from megatron_rl.rollout.serialization import (
     number_from_json,
     prompt_from_json,
@@ -13,15 +13,15 @@ from megatron_rl.rollout.serialization import (
     rollout_from_json,
     step_file,
 )
-from megatron_rl.rollout.source import Collected
+from megatron_rl.rollout.source import RolloutBatch
 from megatron_rl.types import ParallelContext, Prompt, Rollout, RolloutGroup
 
 
-class ReplaySampler:
+class ReplaySource:
     """Every step gets the groups that the recorded run had in it, with the rewards that they had."""
 
     uses_engine = False
-    is_graded = True
+    has_rewards = True
 
     def __init__(self, folder: Path, parallel: ParallelContext) -> None:
         """
@@ -38,10 +38,10 @@ class ReplaySampler:
         self._folder = folder
         self._parallel = parallel
 
-    def settle(self, version: int) -> None:
+    def drain(self, version: int) -> None:
         pass
 
-    def collect(self, step: int, num_prompts_consumed: int) -> Collected:
+    def collect(self, step: int, num_prompts_consumed: int) -> RolloutBatch:
         prompts: dict[int, Prompt] = {}
         rollouts: dict[int, list[Rollout]] = {}
         baselines: dict[int, float] = {}
@@ -54,10 +54,10 @@ class ReplaySampler:
             RolloutGroup(index=index, prompt=prompts[index], rollouts=rollouts[index], baseline=baselines[index])
             for index in sorted(prompts)
         ]
-        return Collected(groups=groups, num_prompts=len(groups))
+        return RolloutBatch(groups=groups, num_prompts=len(groups))
 
-    def in_flight(self) -> Sequence[GroupWork]:
+    def in_flight(self) -> Sequence[PartialGroup]:
         return ()
 
-    def resume(self, in_flight: Sequence[GroupWork]) -> None:
+    def resume(self, in_flight: Sequence[PartialGroup]) -> None:
         pass

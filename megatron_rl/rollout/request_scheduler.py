@@ -4,18 +4,18 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
 from megatron_rl.rollout.engines.base import Finished, Request
-from megatron_rl.rollout.multi_turn import Conversation, Rules, new_request
-from megatron_rl.rollout.partial import GroupWork, Unfinished
+from megatron_rl.rollout.multi_turn import Conversation, RolloutLimits, new_request
+from megatron_rl.rollout.partial import PartialGroup, PartialRollout
 
 
-class Desk:
+class RequestScheduler:
     """Turns groups of work into requests and keeps the conversations."""
 
     def __init__(
         self,
-        work: Sequence[GroupWork],
+        work: Sequence[PartialGroup],
         indices: Iterator[int],
-        rules: Rules,
+        rules: RolloutLimits,
         on_done: Callable[[int, int, Conversation], None],
         on_group: Callable[[], None],
     ) -> None:
@@ -64,7 +64,7 @@ class Desk:
     def _begin(self, index: int) -> None:
         """Samples that are not begun share a request; each of the others has come to another place."""
         group = self._work[index]
-        open_ = [(i, sample) for i, sample in enumerate(group.samples) if isinstance(sample, Unfinished)]
+        open_ = [(i, sample) for i, sample in enumerate(group.samples) if isinstance(sample, PartialRollout)]
         self._missing[index] = len(open_)
         begun = [(index, i, Conversation(group.prompt, sample, self._rules)) for i, sample in open_]
         for place in begun:

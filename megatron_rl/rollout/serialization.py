@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_rl.errors import DataError
-from megatron_rl.rollout.partial import GroupWork, Observation, Part, Unfinished
+from megatron_rl.rollout.partial import Observation, Part, PartialGroup, PartialRollout
 from megatron_rl.types import Completion, Prompt, Rollout, RolloutGroup
 
 FORMAT = 1
@@ -95,7 +95,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         raise DataError(f"{path} cannot be read: {error}.") from error
 
 
-def group_to_json(group: GroupWork) -> dict[str, Any]:
+def group_to_json(group: PartialGroup) -> dict[str, Any]:
     """A group under way."""
     return {
         **_prompt(group.prompt),
@@ -103,9 +103,9 @@ def group_to_json(group: GroupWork) -> dict[str, Any]:
     }
 
 
-def group_from_json(found: Mapping[str, Any]) -> GroupWork:
+def group_from_json(found: Mapping[str, Any]) -> PartialGroup:
     """What ``group_to_json`` gave."""
-    return GroupWork(
+    return PartialGroup(
         prompt=prompt_from_json(found),
         samples=tuple(
             rollout_from_json(one) if "reward" in one else _unfinished_from_json(one) for one in found["samples"]
@@ -173,7 +173,7 @@ def _rollout(rollout: Rollout) -> dict[str, Any]:
     }
 
 
-def _unfinished(sample: Unfinished) -> dict[str, Any]:
+def _unfinished(sample: PartialRollout) -> dict[str, Any]:
     return {"seed": sample.seed, "parts": [_part(part) for part in sample.parts]}
 
 
@@ -189,8 +189,8 @@ def _part(part: Part) -> dict[str, Any]:
     }
 
 
-def _unfinished_from_json(found: Mapping[str, Any]) -> Unfinished:
-    return Unfinished(seed=found["seed"], parts=tuple(_part_from_json(part) for part in found["parts"]))
+def _unfinished_from_json(found: Mapping[str, Any]) -> PartialRollout:
+    return PartialRollout(seed=found["seed"], parts=tuple(_part_from_json(part) for part in found["parts"]))
 
 
 def _part_from_json(found: Mapping[str, Any]) -> Part:

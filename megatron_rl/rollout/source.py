@@ -10,12 +10,12 @@ from megatron_rl.config.rollout import RolloutSection
 from megatron_rl.data.curriculum import Curriculum
 from megatron_rl.data.templates import tokenize
 from megatron_rl.errors import DataError
-from megatron_rl.rollout.partial import GroupWork
+from megatron_rl.rollout.partial import PartialGroup
 from megatron_rl.types import Prompt, Rollout, RolloutGroup
 
 
 @dataclass(frozen=True, kw_only=True)
-class Collected:
+class RolloutBatch:
     """What a sampler has for one step."""
 
     groups: Sequence[RolloutGroup]
@@ -28,7 +28,7 @@ class Collected:
     """For the user."""
 
 
-class Sampler(Protocol):
+class RolloutSource(Protocol):
     """Yields the groups of a step."""
 
     @property
@@ -37,11 +37,11 @@ class Sampler(Protocol):
         ...
 
     @property
-    def is_graded(self) -> bool:
+    def has_rewards(self) -> bool:
         """The samples have rewards to learn from; the others are imitated."""
         ...
 
-    def settle(self, version: int) -> None:
+    def drain(self, version: int) -> None:
         """Let the engine come to rest, so that it can take weights or answer others; collective.
 
         Args:
@@ -49,40 +49,40 @@ class Sampler(Protocol):
         """
         ...
 
-    def collect(self, step: int, num_prompts_consumed: int) -> Collected:
+    def collect(self, step: int, num_prompts_consumed: int) -> RolloutBatch:
         """All groups of a step; collective."""
         ...
 
-    def in_flight(self) -> Sequence[GroupWork]:
+    def in_flight(self) -> Sequence[PartialGroup]:
         """What a checkpoint must keep for the steps to come, the same on every rank."""
         ...
 
-    def resume(self, in_flight: Sequence[GroupWork]) -> None:
+    def resume(self, in_flight: Sequence[PartialGroup]) -> None:
         """Go on with what ``in_flight`` gave."""
         ...
 
 
-class DemonstrationSampler:
+class DemonstrationSource:
     """Demonstrations to imitate: every prompt with the response of its row."""
 
     uses_engine = False
-    is_graded = False
+    has_rewards = False
 
     def __init__(self, config: RolloutSection, curriculum: Curriculum, tokenizer: Any) -> None:
         self._config = config
         self._curriculum = curriculum
         self._tokenizer = tokenizer
 
-    def settle(self, version: int) -> None:
+    def drain(self, version: int) -> None:
         pass
 
-    def in_flight(self) -> Sequence[GroupWork]:
+    def in_flight(self) -> Sequence[PartialGroup]:
         return ()
 
-    def resume(self, in_flight: Sequence[GroupWork]) -> None:
+    def resume(self, in_flight: Sequence[PartialGroup]) -> None:
         pass
 
-    def collect(self, step: int, num_prompts_consumed: int) -> Collected:
+    def collect(self, step: int, num_prompts_consumed: int) -> RolloutBatch:
         order = self._curriculum.at(step).order
         prompts = order.take(num_prompts_consumed, self._config.num_prompts_per_step)
         texts = [_demonstration(prompt) for prompt in prompts]
@@ -95,7 +95,7 @@ class DemonstrationSampler:
             )
             for index, (prompt, text, response) in enumerate(zip(prompts, texts, responses, strict=True))
         ]
-        return Collected(groups=groups, num_prompts=len(groups))
+        return RolloutBatch(groups=groups, num_prompts=len(groups))
 
     def _rollout(self, prompt: Prompt, text: str, response: list[int]) -> Rollout:
         ids = torch.tensor([*response, self._tokenizer.eos_token_id])

@@ -62,7 +62,7 @@ def add_advantages(
 
 def kl_of_responses(sequences: Sequence[TrainSequence], parallel: ParallelContext) -> tuple[float, int]:
     """Mean KL divergence (k1) of a response of the step to the reference, in nats, and their number; collective."""
-    counted = [s for s in sequences if s.loss_mask.any()] if parallel.speaks_for_sequences else []
+    counted = [s for s in sequences if s.loss_mask.any()] if parallel.is_model_parallel_main else []
     total = sum(float(k1(s.old_logprobs, s.ref_logprobs)[s.loss_mask].sum()) for s in counted)
     kl, count = (sum(column) for column in zip(*gather_objects((total, len(counted)), parallel), strict=True))
     return kl / count, int(count)
@@ -139,7 +139,7 @@ def _whitened(rows: Sequence[Tensor], sequences: Sequence[TrainSequence], parall
     """Whitened over the tokens with loss of all ranks; 0 where there are fewer than two."""
     values = torch.cat([row[sequence.loss_mask] for row, sequence in zip(rows, sequences, strict=True)]).double()
     found = (values.numel(), float(values.sum()), float(values.square().sum()))
-    mine = found if parallel.speaks_for_sequences else (0, 0.0, 0.0)
+    mine = found if parallel.is_model_parallel_main else (0, 0.0, 0.0)
     count, total, squares = (sum(column) for column in zip(*gather_objects(mine, parallel), strict=True))
     if count < 2:
         return [torch.zeros_like(row) for row in rows]

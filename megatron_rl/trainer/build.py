@@ -5,27 +5,27 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rl.config import RunConfig
-from megatron_rl.evaluation.in_training import Examiner, Suite
-from megatron_rl.evaluation.validation import Evaluator
+from megatron_rl.evaluation.in_training import BenchmarkEvaluator, BenchmarkSuite
+from megatron_rl.evaluation.validation import Validator
 from megatron_rl.mcore.critic import Critic
+from megatron_rl.mcore.logprob_model import LogProbModel
 from megatron_rl.mcore.policy import Policy
-from megatron_rl.mcore.reference import BaseReference, HostedReference
+from megatron_rl.mcore.reference import AdapterFreeReference, HostReference
 from megatron_rl.mcore.reward_model import RewardModel
 from megatron_rl.mcore.runtime.parallel import split_again
-from megatron_rl.mcore.scoring import ScoringModel
 from megatron_rl.models import ModelSpec, read_model_spec
 from megatron_rl.planning.reference import place_of_reference
 from megatron_rl.rewards.pool import RewardPool
 from megatron_rl.rollout.collector import Collector, CollectorLimits
 from megatron_rl.rollout.engines.base import Engine, EngineSetup, engine_place, never
 from megatron_rl.rollout.engines.start import start_engine
-from megatron_rl.rollout.engines.supervisor import EngineKeeper
-from megatron_rl.rollout.policy_source import EngineSampler
-from megatron_rl.rollout.replay_source import ReplaySampler
-from megatron_rl.rollout.source import DemonstrationSampler, Sampler
+from megatron_rl.rollout.engines.supervisor import EngineSupervisor
+from megatron_rl.rollout.policy_source import PolicySource
+from megatron_rl.rollout.replay_source import ReplaySource
+from megatron_rl.rollout.source import DemonstrationSource, RolloutSource
 from megatron_rl.trainer.models import Reference, RunModels
 from megatron_rl.trainer.preflight import Inputs, reward_functions
-from megatron_rl.trainer.reward_scores import Judge, StepFinder
+from megatron_rl.trainer.reward_scores import RewardModelScorer, StepFinder
 from megatron_rl.types import ParallelContext, SamplingParams
 from megatron_rl.weight_sync import WeightSync
 from megatron_rl.weight_sync.push import PROBE_PROMPT
@@ -37,18 +37,18 @@ def build_models(config: RunConfig, parallel: ParallelContext) -> RunModels:
     policy = Policy(config, parallel)
     reference, critic, reward_model = build_reference(config, policy), None, None
     if config.algorithm.uses_critic:
-        own = config.of_critic()
+        own = config.for_critic()
         critic = Critic(own, split_again(own.parallel, parallel))
     if config.reward.model is not None:
-        reward_model = RewardModel(config.of_reward_model(config.reward.model.path), parallel)
+        reward_model = RewardModel(config.for_reward_model(config.reward.model.path), parallel)
     return RunModels(policy, reference, critic, reward_model)
 
 
-def build_judge(config: RunConfig, inputs: Inputs, models: RunModels) -> Judge | None:
+def build_reward_model_scorer(config: RunConfig, inputs: Inputs, models: RunModels) -> RewardModelScorer | None:
     """What adds a reward model's scores; None without one."""
     if config.reward.model is None or models.reward_model is None:
         return None
-    return Judge(models.reward_model, config.reward.model, StepFinder(inputs.tokenizer))
+    return RewardModelScorer(models.reward_model, config.reward.model, StepFinder(inputs.tokenizer))
 
 
 def build_reference(config: RunConfig, policy: Policy) -> Reference | None:
@@ -56,16 +56,16 @@ def build_reference(config: RunConfig, policy: Policy) -> Reference | None:
     path = config.algorithm.reference_path or config.model.path
     match place_of_reference(config, is_alike=read_model_spec(path) == policy.spec):
         case "base":
-            return BaseReference(policy)
+            return AdapterFreeReference(policy)
         case "host":
-            return HostedReference(policy, path)
+            return HostReference(policy, path)
         case "device":  # cannot take the policy's place
-            return ScoringModel(config, policy.parallel, path)
+            return LogProbModel(config, policy.parallel, path)
     return None
 
 
 def build_engine(
-    config: RunConfig, policy: Policy, suite: Suite | None = None, is_interrupted: Callable[[], bool] = never
+    config: RunConfig, policy: Policy, suite: BenchmarkSuite | None = None, is_interrupted: Callable[[], bool] = never
 ) -> Engine:
     """This rank's rollout engine; collective.
 
@@ -95,13 +95,13 @@ def build_engine(
 
 def longest_sequence(config: RunConfig, spec: ModelSpec) -> int:
     """Tokens of prompt and response that an engine must be ready for."""
-    new = max(config.rollout.max_new_tokens, config.evaluation.max_new_tokens or 0, config.weight_sync.probe_tokens)
+    new = max(config.rollout.max_new_tokens, config.validation.max_new_tokens or 0, config.weight_sync.probe_tokens)
     return min(max(config.data.max_prompt_tokens, PROBE_PROMPT) + new, spec.max_position_embeddings)
 
 
-def build_keeper(config: RunConfig, engine: Engine, policy: Policy) -> EngineKeeper:
+def build_supervisor(config: RunConfig, engine: Engine, policy: Policy) -> EngineSupervisor:
     """Who keeps the engines at the policy's version; collective."""
-    return EngineKeeper(
+    return EngineSupervisor(
         engine,
         policy.parallel,
         max_failures=config.rollout.max_engine_failures,
@@ -109,7 +109,7 @@ def build_keeper(config: RunConfig, engine: Engine, policy: Policy) -> EngineKee
     )
 
 
-def build_collector(config: RunConfig, inputs: Inputs, keeper: EngineKeeper, policy: Policy) -> Collector:
+def build_collector(config: RunConfig, inputs: Inputs, keeper: EngineSupervisor, policy: Policy) -> Collector:
     """Engine, reward workers and tokenizer together."""
     return Collector(
         keeper,
@@ -123,12 +123,14 @@ def build_collector(config: RunConfig, inputs: Inputs, keeper: EngineKeeper, pol
     )
 
 
-def build_sampler(config: RunConfig, inputs: Inputs, collector: Collector, parallel: ParallelContext) -> Sampler:
+def build_rollout_source(
+    config: RunConfig, inputs: Inputs, collector: Collector, parallel: ParallelContext
+) -> RolloutSource:
     """Where training sequences come from."""
     if config.rollout.source == "demonstrations":
-        return DemonstrationSampler(config.rollout, inputs.curriculum, inputs.tokenizer)
+        return DemonstrationSource(config.rollout, inputs.curriculum, inputs.tokenizer)
     if config.rollout.replay_path is not None:
-        return ReplaySampler(Path(config.rollout.replay_path), parallel)
+        return ReplaySource(Path(config.rollout.replay_path), parallel)
     params = SamplingParams(
         temperature=config.rollout.temperature,
         top_p=config.rollout.top_p,
@@ -136,7 +138,7 @@ def build_sampler(config: RunConfig, inputs: Inputs, collector: Collector, paral
         max_new_tokens=config.rollout.max_new_tokens,
         stop_token_ids=_stop_token_ids(config, inputs.tokenizer),
     )
-    return EngineSampler(
+    return PolicySource(
         config.rollout,
         inputs.curriculum,
         collector,
@@ -144,24 +146,24 @@ def build_sampler(config: RunConfig, inputs: Inputs, collector: Collector, paral
         dialogue=inputs.dialogue,
         seed=config.run.seed,
         num_steps=config.run.num_steps,
-        num_updates=config.batching.num_updates,
+        num_mini_batches=config.batching.num_mini_batches,
     )
 
 
-def build_evaluator(config: RunConfig, inputs: Inputs, collector: Collector) -> Evaluator | None:
+def build_validator(config: RunConfig, inputs: Inputs, collector: Collector) -> Validator | None:
     """Held-out evaluation; None without held-out prompts."""
-    if inputs.evaluation is None:
+    if inputs.validation is None:
         return None
     params = SamplingParams(
-        temperature=config.evaluation.temperature,
+        temperature=config.validation.temperature,
         top_p=1.0,
         top_k=0,
-        max_new_tokens=config.evaluation.max_new_tokens or config.rollout.max_new_tokens,
+        max_new_tokens=config.validation.max_new_tokens or config.rollout.max_new_tokens,
         stop_token_ids=_stop_token_ids(config, inputs.tokenizer),
     )
-    return Evaluator(
+    return Validator(
         collector,
-        inputs.evaluation.prompts[: config.evaluation.num_prompts],
+        inputs.validation.prompts[: config.validation.num_prompts],
         params,
         dialogue=inputs.dialogue,
         seed=config.run.seed,
@@ -169,14 +171,16 @@ def build_evaluator(config: RunConfig, inputs: Inputs, collector: Collector) -> 
     )
 
 
-def build_examiner(
-    config: RunConfig, inputs: Inputs, keeper: EngineKeeper, policy: Policy, note: Callable[[str], None]
-) -> Examiner | None:
+def build_benchmark_evaluator(
+    config: RunConfig, inputs: Inputs, keeper: EngineSupervisor, policy: Policy, note: Callable[[str], None]
+) -> BenchmarkEvaluator | None:
     """Benchmarks during the run; None without a suite."""
     if inputs.suite is None:
         return None
     positions = policy.spec.max_position_embeddings
-    return Examiner(inputs.suite, keeper, config, inputs.tokenizer, policy.parallel, note, positions=positions)
+    return BenchmarkEvaluator(
+        inputs.suite, keeper, config, inputs.tokenizer, policy.parallel, note, positions=positions
+    )
 
 
 def _stop_token_ids(config: RunConfig, tokenizer: Any) -> tuple[int, ...]:

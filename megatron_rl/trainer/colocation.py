@@ -9,7 +9,7 @@ from megatron_rl.errors import Interrupted
 from megatron_rl.metrics.metric import Reduction
 from megatron_rl.metrics.timing import Stopwatch
 from megatron_rl.rollout.engines.base import Engine
-from megatron_rl.trainer.context import Course
+from megatron_rl.trainer.context import Trainer
 from megatron_rl.trainer.models import RunModels
 from megatron_rl.types import ParallelContext, TrainState
 
@@ -27,7 +27,7 @@ def room_for_engine(models: RunModels, engine: Engine | None, config: RunConfig,
     try:
         yield
     except Interrupted:
-        if engine is not None and config.rollout.sleep:
+        if engine is not None and config.rollout.sleep_engine:
             with raise_together(models.policy.parallel):
                 engine.sleep()
         raise
@@ -40,8 +40,8 @@ def room_for_engine(models: RunModels, engine: Engine | None, config: RunConfig,
 
 @contextmanager
 def awake(engine: Engine, config: RunConfig, parallel: ParallelContext) -> Iterator[None]:
-    """The engine with its cache, for as long as rollout.sleep lets it."""
-    if not config.rollout.sleep:
+    """The engine with its cache, for as long as rollout.sleep_engine lets it."""
+    if not config.rollout.sleep_engine:
         yield
         return
     with raise_together(parallel):
@@ -52,10 +52,10 @@ def awake(engine: Engine, config: RunConfig, parallel: ParallelContext) -> Itera
 
 
 @contextmanager
-def policy_in_engine(course: Course, state: TrainState, watch: Stopwatch) -> Iterator[dict[str, Reduction]]:
+def policy_in_engine(course: Trainer, state: TrainState, watch: Stopwatch) -> Iterator[dict[str, Reduction]]:
     """The engine with the policy of a step, for something else than the next step; gives metrics of the push."""
     sampler, models, config, keeper, log = course.sampler, course.models, course.config, course.keeper, course.log
-    sampler.settle(version=state.step)
+    sampler.drain(version=state.step)
     with room_for_engine(models, keeper.engine, config, watch):
         pushed = keeper.push(version=state.step)
         with awake(keeper.engine, config, models.policy.parallel):

@@ -23,7 +23,7 @@ def dry_run(config: RunConfig, resume: str, *, show: bool) -> None:
     if not show:
         return
     print(dump_config(config), end="")
-    held_out = len(inputs.evaluation.prompts) if inputs.evaluation else 0
+    held_out = len(inputs.validation.prompts) if inputs.validation else 0
     print(
         f"# ok: {world_size} ranks, {len(inputs.train.prompts)} training prompts "
         f"({inputs.train.num_overlong} over-long dropped), {held_out} held-out prompts, "

@@ -21,7 +21,7 @@ from megatron_rl.types import ParallelContext, RolloutGroup, TrainBatch
 
 def teaching(groups: Sequence[RolloutGroup], config: AlgorithmSection) -> Sequence[RolloutGroup]:
     """The groups that are to teach, in which only those responses have loss that are to."""
-    if config.keep_most_spread < 1:
+    if config.top_std_fraction < 1:
         groups = most_spread(groups, config.num_kept(len(groups)))
     if config.mask_truncated:
         groups = without_truncated(groups)
@@ -116,7 +116,7 @@ def handed_over(
         parallel: layout of the first batch.
     """
     mine = {index: row for index, row in zip(source.global_index, rows, strict=True) if index >= 0}
-    told = gather_objects(mine if parallel.speaks_for_sequences else {}, parallel)
+    told = gather_objects(mine if parallel.is_model_parallel_main else {}, parallel)
     known = {index: row for part in told for index, row in part.items()}
     return [
         known[index] if index >= 0 else torch.zeros(sequence.token_ids.numel())

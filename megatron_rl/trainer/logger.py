@@ -15,12 +15,12 @@ from megatron_rl.metrics.metric import Metrics, merge, results
 from megatron_rl.metrics.sinks import JsonlSink, Sink, TensorboardSink, WandbSink
 from megatron_rl.models.flops import peak_tflops
 from megatron_rl.rollout.serialization import step_file, write_groups
-from megatron_rl.rollout.source import Collected
+from megatron_rl.rollout.source import RolloutBatch
 from megatron_rl.run_folder import RunFolder
 from megatron_rl.types import ParallelContext, RolloutGroup, TrainState
 
 
-class RunLog:
+class RunLogger:
     """Reduces over ranks; the first rank writes."""
 
     def __init__(
@@ -72,7 +72,7 @@ class RunLog:
         first = samples[0]
         self._console.sample(first.step, first.prompt, first.response, first.reward)
 
-    def collected(self, step: int, collected: Collected) -> None:
+    def collected(self, step: int, collected: RolloutBatch) -> None:
         """Keep the rollouts of a step, when it is their turn, and tell what happened to them; collective.
 
         Raises:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from megatron_rl.algorithms.importance import build_correction, needs_old_logprobs
-from megatron_rl.batching.selection import num_teaching
+from megatron_rl.batching.selection import num_trained_rollouts
 from megatron_rl.config import RunConfig
 from megatron_rl.distributed.signals import StopRequest
 from megatron_rl.errors import Interrupted
@@ -12,20 +12,20 @@ from megatron_rl.metrics.metric import Mean, Metrics, Reduction
 from megatron_rl.metrics.timing import Stopwatch
 from megatron_rl.trainer.advantages import adapt_kl, add_advantages, kl_reward_coef
 from megatron_rl.trainer.colocation import awake, room_for_engine
-from megatron_rl.trainer.context import Course
+from megatron_rl.trainer.context import Trainer
 from megatron_rl.trainer.experience import add_returns, plan, score, teaching, value
-from megatron_rl.trainer.memory_tracker import Ledger
+from megatron_rl.trainer.memory_tracker import MemoryTracker
 from megatron_rl.trainer.metrics import rollout_metrics, staleness_metrics
 from megatron_rl.trainer.models import RunModels
 from megatron_rl.trainer.periodic import conclude, refill_engine, saved_if_engines_die
 from megatron_rl.trainer.profiler import profiled
-from megatron_rl.trainer.rollout_correction import check_drift, correct
+from megatron_rl.trainer.rollout_correction import check_logprob_mismatch, correct_rollout
 from megatron_rl.trainer.state import advance
 from megatron_rl.types import ParallelContext, RolloutGroup, TrainBatch, TrainState
 
 
 def train(
-    course: Course,
+    course: Trainer,
     state: TrainState,
     unlogged: Metrics | None,
     parallel: ParallelContext,
@@ -37,7 +37,7 @@ def train(
         unlogged: what is known of the state's step, if a stop came before its metrics were complete.
     """
     config, log = course.config, course.log
-    ledger = Ledger(course.models, course.keeper.engine)
+    ledger = MemoryTracker(course.models, course.keeper.engine)
     num_carried = 0  # prompts of a step that was cut short
     try:
         if state.step == 0 or unlogged is not None:
@@ -60,12 +60,12 @@ def train(
         path = course.checkpoints.save(state, course.models, in_flight, unlogged, again=num_carried > 0, exports=False)
         course.checkpoints.finish()
         log.note(f"stopped as asked after step {state.step}; saved {path}. Start the same command again to go on.")
-        return stop.is_to_start_again()
+        return stop.should_requeue()
     return False
 
 
 def take_step(
-    course: Course, ledger: Ledger, state: TrainState, watch: Stopwatch, parallel: ParallelContext
+    course: Trainer, ledger: MemoryTracker, state: TrainState, watch: Stopwatch, parallel: ParallelContext
 ) -> tuple[TrainState, dict[str, Reduction], bool]:
     """Sample and learn: the state after the step, what is known of it, and whether there was anything to learn."""
     config, models, sampler, keeper, log = course.config, course.models, course.sampler, course.keeper, course.log
@@ -74,14 +74,14 @@ def take_step(
     with profiled(config.profiling, log.profile_folder, step, parallel):
         with saved_if_engines_die(course.checkpoints, state, models, sampler):
             with watch.span("gen"):
-                sampler.settle(version=state.step)
+                sampler.drain(version=state.step)
             with room_for_engine(models, keeper.engine, config, watch):
                 if sampler.uses_engine:
                     with watch.span("update_weights"):
                         metrics |= keeper.push(version=state.step)
-                    ledger.look("push")
+                    ledger.record("push")
                 with watch.span("gen"), awake(keeper.engine, config, parallel):
-                    ledger.look("generation")
+                    ledger.record("generation")
                     collected = sampler.collect(step, state.num_prompts_consumed)
         if course.judge is not None:
             with watch.span("reward_model"):
@@ -89,16 +89,16 @@ def take_step(
             metrics |= judged
         batch = None
         if not config.run.rollout_only:
-            batch, state, learnt = learn(collected.groups, config, state, models, watch, graded=sampler.is_graded)
+            batch, state, learnt = learn(collected.groups, config, state, models, watch, graded=sampler.has_rewards)
             metrics |= learnt
-        ledger.look("update")
-        if sampler.is_graded and batch is not None:
-            check_drift(metrics, config.rollout, parallel, log.note)
-    metrics |= rollout_metrics(collected, batch, models.policy.spec, graded=sampler.is_graded, parallel=parallel)
-    if sampler.is_graded and parallel.is_main:
+        ledger.record("update")
+        if sampler.has_rewards and batch is not None:
+            check_logprob_mismatch(metrics, config.rollout, parallel, log.note)
+    metrics |= rollout_metrics(collected, batch, models.policy.spec, graded=sampler.has_rewards, parallel=parallel)
+    if sampler.has_rewards and parallel.is_main:
         metrics |= staleness_metrics(collected.groups, version=step - 1)
     log.collected(step, collected)
-    if course.evaluator is None and sampler.is_graded and step % config.metrics.log_every == 0:
+    if course.evaluator is None and sampler.has_rewards and step % config.metrics.log_every == 0:
         log.show(step, collected.groups[0])
     if step == 1:
         log.note(ledger.table())
@@ -126,7 +126,7 @@ def learn(
     """
     policy, critic, parallel = models.policy, models.critic, models.policy.parallel
     groups = teaching(groups, config.algorithm)
-    metrics: dict[str, Reduction] = {"batch/num_teaching": Mean(num_teaching(groups))}
+    metrics: dict[str, Reduction] = {"batch/num_trained_rollouts": Mean(num_trained_rollouts(groups))}
     batch = plan(groups, config, parallel)
     if not batch.updates:
         return batch, state, metrics
@@ -138,7 +138,7 @@ def learn(
         coef = kl_reward_coef(state, config.algorithm)
         batch, credited = add_advantages(batch, config.algorithm, parallel, kl_coef=coef)
         state = adapt_kl(state, batch, config.algorithm, parallel, coef)
-        batch, corrected = correct(batch, correction)
+        batch, corrected = correct_rollout(batch, correction)
         metrics |= credited | corrected
         if critic is not None and judged is not None:
             with watch.span("update_critic"):

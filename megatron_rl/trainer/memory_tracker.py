@@ -13,7 +13,7 @@ from megatron_rl.trainer.models import RunModels
 Phase = Literal["push", "generation", "update"]
 
 
-class Ledger:
+class MemoryTracker:
     """Looks at the holders once in each phase of a step."""
 
     def __init__(self, models: RunModels, engine: Engine) -> None:
@@ -21,7 +21,7 @@ class Ledger:
         self._engine = engine
         self._seen: dict[Phase, dict[str, int]] = {}
 
-    def look(self, phase: Phase) -> None:
+    def record(self, phase: Phase) -> None:
         """Note what is held now."""
         models = {
             f"{name}_{part}": size

@@ -9,12 +9,12 @@ from megatron_rl.batching.sequences import flatten_groups
 from megatron_rl.metrics.metric import Mean, Reduction, Sum, mean_max_min, mean_of
 from megatron_rl.models import ModelSpec
 from megatron_rl.models.flops import forward_flops
-from megatron_rl.rollout.source import Collected
+from megatron_rl.rollout.source import RolloutBatch
 from megatron_rl.types import ParallelContext, RolloutGroup, TrainBatch, UpdatePlan
 
 
 def rollout_metrics(
-    collected: Collected, batch: TrainBatch | None, spec: ModelSpec, *, graded: bool, parallel: ParallelContext
+    collected: RolloutBatch, batch: TrainBatch | None, spec: ModelSpec, *, graded: bool, parallel: ParallelContext
 ) -> dict[str, Reduction]:
     """Metrics of the step's rollouts, which every rank knows and the first one counts."""
     groups = collected.groups

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from megatron_rl.checkpointing.export import Export, value_export
 from megatron_rl.mcore.critic import Critic
 from megatron_rl.mcore.learner import Learner
+from megatron_rl.mcore.logprob_model import LogProbModel
 from megatron_rl.mcore.lora import LoraAdapters
 from megatron_rl.mcore.policy import Policy
-from megatron_rl.mcore.reference import BaseReference, HostedReference
+from megatron_rl.mcore.reference import AdapterFreeReference, HostReference
 from megatron_rl.mcore.reward_model import RewardModel
-from megatron_rl.mcore.scoring import ScoringModel
 
-Reference = HostedReference | ScoringModel | BaseReference
+Reference = HostReference | LogProbModel | AdapterFreeReference
 
 
 @dataclass(frozen=True)

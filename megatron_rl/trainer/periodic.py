@@ -4,24 +4,24 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
-from megatron_rl.checkpointing.manager import Checkpoints
+from megatron_rl.checkpointing.manager import CheckpointManager
 from megatron_rl.distributed.collectives import raise_together
 from megatron_rl.errors import EngineDied
-from megatron_rl.evaluation.in_training import Examiner
-from megatron_rl.evaluation.validation import Evaluator, Sample
-from megatron_rl.mcore.reference import BaseReference
+from megatron_rl.evaluation.in_training import BenchmarkEvaluator
+from megatron_rl.evaluation.validation import Sample, Validator
+from megatron_rl.mcore.reference import AdapterFreeReference
 from megatron_rl.metrics.metric import Metrics, Reduction, merge
 from megatron_rl.metrics.timing import Stopwatch
-from megatron_rl.rollout.source import Sampler
+from megatron_rl.rollout.source import RolloutSource
 from megatron_rl.trainer.colocation import InEngine, policy_in_engine
-from megatron_rl.trainer.context import Course
-from megatron_rl.trainer.logger import RunLog
+from megatron_rl.trainer.context import Trainer
+from megatron_rl.trainer.logger import RunLogger
 from megatron_rl.trainer.models import Reference, RunModels
 from megatron_rl.trainer.state import is_due
 from megatron_rl.types import ParallelContext, TrainState
 
 
-def refill_engine(course: Course, state: TrainState) -> None:
+def refill_engine(course: Trainer, state: TrainState) -> None:
     """After a resume, give the engine the weights that an evaluation had given it before the stop.
 
     What such a push measures belongs to the step that was evaluated, whose metrics are logged, and not to the next.
@@ -34,7 +34,7 @@ def refill_engine(course: Course, state: TrainState) -> None:
 
 
 def conclude(
-    course: Course, state: TrainState, metrics: Metrics, watch: Stopwatch, *, is_learnt: bool = True
+    course: Trainer, state: TrainState, metrics: Metrics, watch: Stopwatch, *, is_learnt: bool = True
 ) -> TrainState:
     """Evaluate, save and log what is due after a step, also after none; the state with the reference that was kept."""
     config, models, checkpoints, step = course.config, course.models, course.checkpoints, state.step
@@ -68,17 +68,17 @@ def conclude(
 def load_reference(reference: Reference | None, path: str | None, parallel: ParallelContext) -> None:
     """Give the reference the weights of an earlier step's policy, if one took its place."""
     if reference is not None and path is not None:
-        assert not isinstance(reference, BaseReference), "a reference that never changes"
+        assert not isinstance(reference, AdapterFreeReference), "a reference that never changes"
         with raise_together(parallel):
             reference.load(path)
 
 
 @contextmanager
 def saved_if_engines_die(
-    checkpoints: Checkpoints,
+    checkpoints: CheckpointManager,
     state: TrainState,
     models: RunModels,
-    sampler: Sampler,
+    sampler: RolloutSource,
     unlogged: Metrics | None = None,
 ) -> Iterator[None]:
     """Leave a checkpoint behind when engines died too often to go on."""
@@ -91,18 +91,20 @@ def saved_if_engines_die(
 
 
 def evaluate(
-    evaluator: Evaluator, in_engine: InEngine, log: RunLog, state: TrainState, watch: Stopwatch
+    evaluator: Validator, in_engine: InEngine, log: RunLogger, state: TrainState, watch: Stopwatch
 ) -> tuple[dict[str, Reduction], Sequence[Sample]]:
     """Held-out metrics, counted once, and some responses."""
     with watch.span("testing"), in_engine(state, watch) as pushed:
         metrics, samples = evaluator.evaluate(state.step)
-    headline = {name.removeprefix("eval/"): metrics[name].result() for name in evaluator.headline}
+    headline = {name.removeprefix("val/"): metrics[name].result() for name in evaluator.headline}
     shown = [f"{name} {value:.4g}" for name, value in headline.items()]
     log.note(f"held out, step {state.step}: {', '.join(shown)}")
     return pushed | metrics, samples
 
 
-def examine(examiner: Examiner, in_engine: InEngine, state: TrainState, watch: Stopwatch) -> dict[str, Reduction]:
+def examine(
+    examiner: BenchmarkEvaluator, in_engine: InEngine, state: TrainState, watch: Stopwatch
+) -> dict[str, Reduction]:
     """Metrics of the benchmarks, on the first rank."""
     with watch.span("benchmarks"), in_engine(state, watch):
         return examiner.examine(state.step)

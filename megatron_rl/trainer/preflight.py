@@ -17,7 +17,7 @@ from megatron_rl.data.templates import load_tokenizer
 from megatron_rl.distributed.collectives import raise_together
 from megatron_rl.environments import build_environment
 from megatron_rl.errors import ConfigError, DataError
-from megatron_rl.evaluation.in_training import read_suite
+from megatron_rl.evaluation.in_training import read_benchmark_suite
 from megatron_rl.mcore.model.config import transformer_config
 from megatron_rl.mcore.model.gpt_model import check_weights
 from megatron_rl.mcore.model.precision import Implementation, choose_implementation
@@ -28,7 +28,7 @@ from megatron_rl.models import ModelSpec, read_model_spec
 from megatron_rl.models.engine_shards import check_engine_size
 from megatron_rl.models.lora import ATTENTION_TARGETS, adapted_matrices, lora_table
 from megatron_rl.rewards.registry import build_grader
-from megatron_rl.rollout.multi_turn import Dialogue
+from megatron_rl.rollout.multi_turn import MultiTurn
 from megatron_rl.types import ParallelContext
 from megatron_rl.weights.layout import hf_shapes
 from megatron_rl.weights.peft_files import PeftReader
@@ -46,7 +46,7 @@ class Inputs:
         spec = read_model_spec(config.model.path)
         implementation = choose_implementation(config)
         check_optimizer(config)
-        self.dialogue = build_dialogue(config.rollout)
+        self.dialogue = build_multi_turn(config.rollout)
         if config.moe.routing_replay and spec.moe is None:
             raise ConfigError(f"moe.routing_replay=true: {spec.family} has no experts. Set it to false.")
         if config.profiling.memory_snapshot and not torch.cuda.is_available():
@@ -71,9 +71,9 @@ class Inputs:
                 )
         _check_lora(config.lora, spec, config.parallel.tensor_parallel_size)
         if config.algorithm.uses_critic:
-            _check_value_model(config.of_critic(), config.model.path, implementation, "critic.path")
+            _check_value_model(config.for_critic(), config.model.path, implementation, "critic.path")
         if config.reward.model is not None:
-            own = config.of_reward_model(config.reward.model.path)
+            own = config.for_reward_model(config.reward.model.path)
             _check_value_model(own, config.model.path, implementation, "reward.model.path")
             check_scores(own.model.path)
         for functions in reward_functions(config).values():
@@ -89,13 +89,13 @@ class Inputs:
         self.tokenizer = load_tokenizer(config.model.path)
         self.train: PromptSet = load_prompts(config.data.train, config.data, self.tokenizer)
         self.curriculum = build_curriculum(config, self.train)
-        self.evaluation: PromptSet | None = None
-        if config.data.evaluation is not None:
-            self.evaluation = load_prompts(config.data.evaluation, config.data, self.tokenizer)
-        for prompts in (self.train, self.evaluation):
+        self.validation: PromptSet | None = None
+        if config.data.validation is not None:
+            self.validation = load_prompts(config.data.validation, config.data, self.tokenizer)
+        for prompts in (self.train, self.validation):
             if prompts is not None:
                 _check_fits(prompts, spec, config)
-        self.suite = read_suite(config, self.tokenizer)
+        self.suite = read_benchmark_suite(config, self.tokenizer)
         if self.suite is not None:
             self.suite.longest(spec.max_position_embeddings)  # before anything is built
 
@@ -153,7 +153,7 @@ def _check_value_model(config: RunConfig, policy: str, implementation: Implement
 
 def _check_fits(prompts: PromptSet, spec: ModelSpec, config: RunConfig) -> None:
     longest = max(prompt.token_ids.numel() for prompt in prompts.prompts)
-    new = max(config.rollout.max_new_tokens, config.evaluation.max_new_tokens or 0)
+    new = max(config.rollout.max_new_tokens, config.validation.max_new_tokens or 0)
     if longest + new > spec.max_position_embeddings:
         raise ConfigError(
             f"the longest prompt has {longest} tokens; with rollout.max_new_tokens={new} that is more than the model's "
@@ -173,12 +173,12 @@ def read_inputs(config: RunConfig, parallel: ParallelContext) -> Inputs:
         return Inputs(config, parallel.world_size)
 
 
-def build_dialogue(config: RolloutSection) -> Dialogue | None:
+def build_multi_turn(config: RolloutSection) -> MultiTurn | None:
     """With whom the policy speaks; None without an environment."""
     if config.environment is None:
         return None
     environment = build_environment(config.environment, config.environment_options)
-    return Dialogue(environment=environment, max_turns=config.max_turns, template=config.turn_template)
+    return MultiTurn(environment=environment, max_turns=config.max_turns, template=config.turn_template)
 
 
 def build_curriculum(config: RunConfig, prompts: PromptSet) -> Curriculum:
@@ -188,4 +188,4 @@ def build_curriculum(config: RunConfig, prompts: PromptSet) -> Curriculum:
 
 def reward_functions(config: RunConfig) -> dict[str, Sequence[RewardFunctionSection]]:
     """The named sets of reward functions."""
-    return {"train": config.reward.functions, "evaluation": config.evaluation.functions or config.reward.functions}
+    return {"train": config.reward.functions, "validation": config.validation.functions or config.reward.functions}

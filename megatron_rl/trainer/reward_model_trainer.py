@@ -7,13 +7,13 @@ from dataclasses import replace
 import torch
 
 from megatron_rl.algorithms.losses import binary_loss, pairwise_loss
-from megatron_rl.batching.reward_model import judged_sequence
-from megatron_rl.checkpointing.manager import Checkpoints
+from megatron_rl.batching.reward_model import labelled_sequence
+from megatron_rl.checkpointing.manager import CheckpointManager
 from megatron_rl.checkpointing.resume import check_resumable
 from megatron_rl.config import dump_config
 from megatron_rl.config.reward_training import RewardTrainingConfig, validate_reward_training
 from megatron_rl.data.order import Order
-from megatron_rl.data.reward_model_data import Example, JudgedSet, load_judged
+from megatron_rl.data.reward_model_data import Example, RewardDataset, load_reward_dataset
 from megatron_rl.data.templates import load_tokenizer
 from megatron_rl.distributed.collectives import raise_together
 from megatron_rl.distributed.signals import StopRequest
@@ -29,7 +29,7 @@ from megatron_rl.metrics.metric import Mean, Reduction, merge
 from megatron_rl.metrics.timing import Stopwatch
 from megatron_rl.models import read_model_spec
 from megatron_rl.run_folder import RunFolder
-from megatron_rl.trainer.logger import RunLog, build_log
+from megatron_rl.trainer.logger import RunLogger, build_log
 from megatron_rl.trainer.models import RewardTrainingModels
 from megatron_rl.trainer.state import fresh_state, is_due
 from megatron_rl.types import ParallelContext, TrainSequence, TrainState
@@ -54,14 +54,14 @@ class RewardInputs:
                 f"{spec.max_position_embeddings} positions. Lower it."
             )
         tokenizer = load_tokenizer(config.model.path)
-        self.train = load_judged(config.data.train, config.data, tokenizer)
-        self.evaluation: JudgedSet | None = None
-        if config.data.evaluation is not None:
-            self.evaluation = load_judged(config.data.evaluation, config.data, tokenizer)
+        self.train = load_reward_dataset(config.data.train, config.data, tokenizer)
+        self.validation: RewardDataset | None = None
+        if config.data.validation is not None:
+            self.validation = load_reward_dataset(config.data.validation, config.data, tokenizer)
 
     def describe(self) -> str:
         """How many examples there are."""
-        held_out = self.evaluation or JudgedSet(examples=[], num_overlong=0)
+        held_out = self.validation or RewardDataset(examples=[], num_overlong=0)
         return ", ".join(
             f"{len(found.examples)} {name} examples ({found.num_overlong} over-long and {found.num_unreadable} "
             "unreadable ones dropped)"
@@ -111,7 +111,7 @@ def run_in(config: RewardTrainingConfig, resume: str, parallel: ParallelContext)
         inputs = RewardInputs(config, parallel.world_size)
         folder = RunFolder(config.run.output_dir)
         folder.check_writable()
-    checkpoints = Checkpoints(folder, config, parallel)
+    checkpoints = CheckpointManager(folder, config, parallel)
     checkpoint, damages = checkpoints.find(resume)
     model = RewardModel(config.as_run(), parallel)
     models = RewardTrainingModels(model, Learner(model, num_steps=config.run.num_steps))
@@ -120,7 +120,7 @@ def run_in(config: RewardTrainingConfig, resume: str, parallel: ParallelContext)
         if parallel.is_main:
             folder.create(config)
         console, sinks = build_log(config, folder, state, parallel)
-    with closing(RunLog(console, sinks, folder, parallel, None, keep_rollouts_every=0)) as log:
+    with closing(RunLogger(console, sinks, folder, parallel, None, keep_rollouts_every=0)) as log:
         for note in damages:
             log.note(note)
         resumed = f", resumed from {checkpoint.name}" if checkpoint else ""
@@ -137,8 +137,8 @@ def train(
     state: TrainState,
     models: RewardTrainingModels,
     inputs: RewardInputs,
-    checkpoints: Checkpoints,
-    log: RunLog,
+    checkpoints: CheckpointManager,
+    log: RunLogger,
     stop: StopRequest,
 ) -> bool:
     """Step after step until the last, or until a signal asks to stop; whether to start again, as of ``loop.run``."""
@@ -146,7 +146,7 @@ def train(
     read = reads_pairwise_loss(model.parallel.groups.cp) if config.data.schema == "pairwise" else reads_binary_loss
     order = Order(inputs.train.examples, shuffle=config.data.shuffle, seed=config.run.seed)
     if state.step == 0:
-        log.step(0, evaluate(inputs.evaluation, model, log, 0))
+        log.step(0, evaluate(inputs.validation, model, log, 0))
     while state.step < config.run.num_steps and not stop.agreed():
         watch, step = Stopwatch(), state.step + 1
         examples = order.take(state.num_prompts_consumed, config.data.num_examples_per_step)
@@ -159,9 +159,9 @@ def train(
             num_prompts_consumed=state.num_prompts_consumed + len(examples),
             num_updates=state.num_updates + 1,
         )
-        if is_due(config.evaluation.every, step, config.run.num_steps):
+        if is_due(config.validation.every, step, config.run.num_steps):
             with watch.span("testing"):
-                metrics = merge([metrics, evaluate(inputs.evaluation, model, log, step)])
+                metrics = merge([metrics, evaluate(inputs.validation, model, log, step)])
         checkpoints.finish_if_written()
         if is_due(config.checkpoint.every, step, config.run.num_steps):
             with watch.span("save_checkpoint"):
@@ -172,23 +172,23 @@ def train(
         path = checkpoints.save(state, models, exports=False)
         checkpoints.finish()
         log.note(f"stopped as asked after step {state.step}; saved {path}. Start the same command again to go on.")
-        return stop.is_to_start_again()
+        return stop.should_requeue()
     return False
 
 
 def as_sequences(example: Example) -> list[TrainSequence]:
     """What the model reads of an example."""
-    return [judged_sequence(judged.token_ids, judged.ends, judged.labels) for judged in example]
+    return [labelled_sequence(judged.token_ids, judged.ends, judged.labels) for judged in example]
 
 
-def evaluate(held_out: JudgedSet | None, model: RewardModel, log: RunLog, step: int) -> dict[str, Reduction]:
-    """``eval/…`` metrics, counted once; empty without held-out examples; collective."""
+def evaluate(held_out: RewardDataset | None, model: RewardModel, log: RunLogger, step: int) -> dict[str, Reduction]:
+    """``val/…`` metrics, counted once; empty without held-out examples; collective."""
     if held_out is None:
         return {}
     judged = [one for example in held_out.examples for one in example]
-    scores = model.scores([judged_sequence(one.token_ids, one.ends) for one in judged])
+    scores = model.scores([labelled_sequence(one.token_ids, one.ends) for one in judged])
     metrics = held_out_metrics(held_out.examples, scores)
-    shown = ", ".join(f"{name.removeprefix('eval/')} {metric.result():.4g}" for name, metric in metrics.items())
+    shown = ", ".join(f"{name.removeprefix('val/')} {metric.result():.4g}" for name, metric in metrics.items())
     log.note(f"held out, step {step}: {shown}")
     return dict(metrics) if model.parallel.is_main else {}
 
@@ -203,18 +203,18 @@ def held_out_metrics(examples: Sequence[Example], scores: Sequence[torch.Tensor]
         chosen, rejected = torch.cat(list(scores)).unflatten(0, (-1, 2)).unbind(1)
         margins = torch.tensor([pair[0].labels[0] for pair in examples])
         return {
-            "eval/accuracy": _mean((chosen > rejected).float()),
-            "eval/loss": _mean(pairwise_loss(chosen, rejected, margins)),
+            "val/accuracy": _mean((chosen > rejected).float()),
+            "val/loss": _mean(pairwise_loss(chosen, rejected, margins)),
         }
     found = torch.cat(list(scores))
     labels = torch.tensor([label for (judged,) in examples for label in judged.labels])
     is_right = labels > 0.5
     agreed = ((found > 0) == is_right).float()
     return {
-        "eval/accuracy": _mean(agreed),
-        "eval/accuracy_of_right": _mean(agreed[is_right]),
-        "eval/accuracy_of_wrong": _mean(agreed[~is_right]),
-        "eval/loss": _mean(binary_loss(found, labels)),
+        "val/accuracy": _mean(agreed),
+        "val/accuracy_of_right": _mean(agreed[is_right]),
+        "val/accuracy_of_wrong": _mean(agreed[~is_right]),
+        "val/loss": _mean(binary_loss(found, labels)),
     }
 
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from megatron_rl.algorithms.reasoning_steps import aggregated, step_ends
-from megatron_rl.batching.reward_model import judged_sequence
+from megatron_rl.batching.reward_model import labelled_sequence
 from megatron_rl.config.reward import RewardModelSection
 from megatron_rl.errors import RewardError
 from megatron_rl.mcore.reward_model import RewardModel
 from megatron_rl.metrics.metric import Reduction, mean_max_min
-from megatron_rl.rollout.source import Collected
+from megatron_rl.rollout.source import RolloutBatch
 from megatron_rl.types import Rollout
 
 PART = "reward_model"
@@ -47,7 +47,7 @@ class StepFinder:
         return self._texts[token_id]
 
 
-class Judge:
+class RewardModelScorer:
     """Adds a reward model's scores to what rules have found."""
 
     def __init__(self, model: RewardModel, config: RewardModelSection, finder: StepFinder) -> None:
@@ -55,7 +55,7 @@ class Judge:
         self._config = config
         self._finder = finder
 
-    def __call__(self, collected: Collected) -> tuple[Collected, dict[str, Reduction]]:
+    def __call__(self, collected: RolloutBatch) -> tuple[RolloutBatch, dict[str, Reduction]]:
         """The step with scores in its rewards, and ``reward_model/…`` metrics; collective.
 
         Rollouts whose reward failed, and empty ones, stay as they are.
@@ -90,7 +90,7 @@ class Judge:
         Raises:
             RewardError: one is not finite.
         """
-        sequences = [judged_sequence(rollout.token_ids.tolist(), places) for rollout, places in asked]
+        sequences = [labelled_sequence(rollout.token_ids.tolist(), places) for rollout, places in asked]
         activation: Callable[[Tensor], Tensor] = (
             torch.sigmoid if self._config.activation == "sigmoid" else torch.Tensor.float
         )

@@ -14,7 +14,7 @@ from megatron_rl.metrics.metric import Largest, Mean, Reduction, merge
 from megatron_rl.types import ParallelContext, TrainBatch
 
 
-def correct(batch: TrainBatch, correction: RolloutCorrection) -> tuple[TrainBatch, dict[str, Reduction]]:
+def correct_rollout(batch: TrainBatch, correction: RolloutCorrection) -> tuple[TrainBatch, dict[str, Reduction]]:
     """Weigh and reject whole responses.
 
     A rejected response has weight 0 in the whole loss, KL and entropy as well. Its tokens still count where the loss
@@ -50,7 +50,7 @@ def correct(batch: TrainBatch, correction: RolloutCorrection) -> tuple[TrainBatc
     return replace(batch, sequences=sequences), {name: Mean(value, len(counted)) for name, value in sums.items()}
 
 
-def check_drift(
+def check_logprob_mismatch(
     metrics: Mapping[str, Reduction], config: RolloutSection, parallel: ParallelContext, note: Callable[[str], None]
 ) -> None:
     """Warn above one difference and stop above another; collective.

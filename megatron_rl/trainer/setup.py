@@ -2,28 +2,28 @@
 
 from contextlib import closing
 
-from megatron_rl.checkpointing.manager import Checkpoints
+from megatron_rl.checkpointing.manager import CheckpointManager
 from megatron_rl.config import RunConfig, validate
 from megatron_rl.distributed.collectives import raise_together
 from megatron_rl.distributed.heartbeat import Heartbeat, seconds_until_stuck
 from megatron_rl.distributed.signals import StopRequest
 from megatron_rl.mcore.runtime.parallel import describe_layout, init_parallel, launcher_world, leave_world
 from megatron_rl.metrics.timing import Stopwatch
-from megatron_rl.planning.this_machine import forecast
+from megatron_rl.planning.this_machine import plan_on_this_machine
 from megatron_rl.run_folder import RunFolder
 from megatron_rl.trainer.build import (
+    build_benchmark_evaluator,
     build_collector,
     build_engine,
-    build_evaluator,
-    build_examiner,
-    build_judge,
-    build_keeper,
     build_models,
-    build_sampler,
+    build_reward_model_scorer,
+    build_rollout_source,
+    build_supervisor,
+    build_validator,
 )
 from megatron_rl.trainer.colocation import room_for_engine
-from megatron_rl.trainer.context import Course
-from megatron_rl.trainer.logger import RunLog, build_log, device_peak
+from megatron_rl.trainer.context import Trainer
+from megatron_rl.trainer.logger import RunLogger, build_log, device_peak
 from megatron_rl.trainer.loop import train
 from megatron_rl.trainer.periodic import load_reference
 from megatron_rl.trainer.preflight import Inputs, read_inputs
@@ -54,7 +54,7 @@ def run(config: RunConfig, resume: str) -> bool:
 def run_in(config: RunConfig, resume: str, parallel: ParallelContext) -> bool:
     """``run`` in a world that is joined already."""
     # so early that what is asked while models are built is heard
-    stop = StopRequest(parallel, before_end_s=config.run.stop_before_end_s)
+    stop = StopRequest(parallel, before_end_s=config.run.stop_margin_s)
     with closing(Heartbeat(parallel, stuck_s=seconds_until_stuck(config))) as heartbeat:
         return prepare_and_train(config, resume, parallel, stop, heartbeat)
 
@@ -67,8 +67,8 @@ def prepare_and_train(
     folder = RunFolder(config.run.output_dir)
     with raise_together(parallel):
         folder.check_writable()
-    planned = forecast(config, parallel)
-    checkpoints = Checkpoints(folder, config, parallel)
+    planned = plan_on_this_machine(config, parallel)
+    checkpoints = CheckpointManager(folder, config, parallel)
     checkpoint, damages = checkpoints.find(resume)
 
     heartbeat.enter("build models")
@@ -82,27 +82,27 @@ def prepare_and_train(
     heartbeat.enter("start the engine")
     with room_for_engine(models, None, config, Stopwatch()):
         engine = build_engine(config, policy, inputs.suite, is_interrupted)
-        if config.rollout.sleep:
+        if config.rollout.sleep_engine:
             with raise_together(parallel):
                 engine.sleep()
     heartbeat.enter("restore")
     state = checkpoints.restore(checkpoint, models) if checkpoint else fresh_state(parallel)
     load_reference(models.reference, checkpoints.reference_of(state), parallel)
-    keeper = build_keeper(config, engine, policy)
+    keeper = build_supervisor(config, engine, policy)
     with raise_together(parallel):
         collector = build_collector(config, inputs, keeper, policy)
     with closing(engine), closing(collector):
         with raise_together(parallel):
-            sampler = build_sampler(config, inputs, collector, parallel)
+            sampler = build_rollout_source(config, inputs, collector, parallel)
             sampler.resume(checkpoints.in_flight(checkpoint) if checkpoint else ())
             unlogged = checkpoints.unlogged(checkpoint) if checkpoint else None
-        evaluator = build_evaluator(config, inputs, collector)
+        evaluator = build_validator(config, inputs, collector)
         with raise_together(parallel):
             if parallel.is_main:
                 folder.create(config)
             console, sinks = build_log(config, folder, state, parallel, unlogged=unlogged is not None)
         with closing(
-            RunLog(
+            RunLogger(
                 console,
                 sinks,
                 folder,
@@ -116,9 +116,9 @@ def prepare_and_train(
                     [*damages, planned, describe(config, inputs, parallel, checkpoint.name if checkpoint else None)]
                 )
             )
-            judge = build_judge(config, inputs, models)
-            examiner = build_examiner(config, inputs, keeper, policy, log.note)
-            course = Course(config, models, sampler, judge, evaluator, examiner, keeper, checkpoints, log, heartbeat)
+            judge = build_reward_model_scorer(config, inputs, models)
+            examiner = build_benchmark_evaluator(config, inputs, keeper, policy, log.note)
+            course = Trainer(config, models, sampler, judge, evaluator, examiner, keeper, checkpoints, log, heartbeat)
             return train(course, state, unlogged, parallel, stop)
 
 
@@ -131,10 +131,11 @@ def describe(config: RunConfig, inputs: Inputs, parallel: ParallelContext, resum
         f"{config.run.name}: {config.model.path} in {config.model.dtype}, "
         f"{describe_layout(parallel)} on {parallel.device.type}, "
         f"{config.run.num_steps} steps" + (f", resumed from {resumed}" if resumed else ""),
-        f"each step: {rollout.num_prompts_per_step} prompts x {group} = {sequences} sequences; each optimizer update: "
-        f"{sequences // batching.num_updates} sequences; {batching.num_updates * batching.num_epochs} updates per step",
+        f"each step: {rollout.num_prompts_per_step} prompts x {group} = {sequences} sequences; mini-batches of "
+        f"{sequences // batching.num_mini_batches} sequences; "
+        f"{batching.num_mini_batches * batching.num_epochs} optimizer updates",
     ]
-    held_out = inputs.evaluation.num_overlong if inputs.evaluation else 0
+    held_out = inputs.validation.num_overlong if inputs.validation else 0
     if inputs.train.num_overlong or held_out:
         lines.append(
             f"dropped as longer than data.max_prompt_tokens={config.data.max_prompt_tokens}: "

@@ -4,11 +4,11 @@ import uuid
 from dataclasses import replace
 
 from megatron_rl.distributed.collectives import gather_objects
-from megatron_rl.rollout.source import Collected
+from megatron_rl.rollout.source import RolloutBatch
 from megatron_rl.types import ParallelContext, TrainState
 
 
-def advance(state: TrainState, collected: Collected) -> TrainState:
+def advance(state: TrainState, collected: RolloutBatch) -> TrainState:
     """The state after a step."""
     return replace(
         state,

@@ -16,14 +16,14 @@ from megatron_rl.batching.sequences import bare_sequence
 from megatron_rl.config.schema import RunConfig
 from megatron_rl.distributed.collectives import any_rank, gather_objects, raise_together
 from megatron_rl.errors import WeightSyncError
+from megatron_rl.mcore.logprob_model import LogProbModel
 from megatron_rl.mcore.model.gpt_model import place_of
 from megatron_rl.mcore.policy import Policy
-from megatron_rl.mcore.scoring import ScoringModel
 from megatron_rl.metrics.metric import Max, Mean, Reduction
 from megatron_rl.models import layout_table
 from megatron_rl.models.engine_shards import engine_boxes
 from megatron_rl.rollout.engines.base import Engine, Request
-from megatron_rl.rollout.sampling import sample_seed
+from megatron_rl.rollout.engines.sampling import sample_seed
 from megatron_rl.types import SamplingParams, TrainSequence
 from megatron_rl.weight_sync.host_memory import Meeting, meet_neighbours
 from megatron_rl.weight_sync.plan import ReshardPlan, plan_reshard
@@ -73,7 +73,7 @@ class WeightSync:
             return self._push(version)
 
     def _push(self, version: int) -> dict[str, Reduction]:
-        if self._config.rollout.sleep:
+        if self._config.rollout.sleep_engine:
             with raise_together(self._parallel):
                 self._engine.wake("weights")
         settings = self._config.weight_sync
@@ -98,7 +98,7 @@ class WeightSync:
         del shards
         metrics = self._report(traffic, seconds)
         if settings.probe_tokens:
-            if self._config.rollout.sleep:
+            if self._config.rollout.sleep_engine:
                 with raise_together(self._parallel):
                     self._engine.wake("kv_cache")
             metrics |= self._probe(version)
@@ -190,7 +190,7 @@ class WeightSync:
         return torch_dtype(self._config.model.dtype).itemsize
 
 
-def policy_logprobs(policy: ScoringModel, pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+def policy_logprobs(policy: LogProbModel, pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
     """Log-probabilities [R] float32 of every response by the policy; collective.
 
     Args:

@@ -17,7 +17,7 @@ from torch.distributed import distributed_c10d
 
 from megatron_rl.algorithms.importance import build_correction
 from megatron_rl.batching.batch import given_batch
-from megatron_rl.batching.reward_model import judged_sequence
+from megatron_rl.batching.reward_model import labelled_sequence
 from megatron_rl.config import RunConfig
 from megatron_rl.config.parallel import ParallelSection
 from megatron_rl.config.reward_training import RewardTrainingConfig
@@ -25,13 +25,13 @@ from megatron_rl.distributed.collectives import gather_objects
 from megatron_rl.errors import WeightSyncError
 from megatron_rl.mcore.checkpoint import begin_save, complete_save, load_learner, save_learner
 from megatron_rl.mcore.critic import Critic
+from megatron_rl.mcore.logprob_model import LogProbModel
 from megatron_rl.mcore.model.gpt_model import PolicyModel, place_of
 from megatron_rl.mcore.policy import Policy
-from megatron_rl.mcore.reference import HostedReference
+from megatron_rl.mcore.reference import HostReference
 from megatron_rl.mcore.reward_model import RewardModel
 from megatron_rl.mcore.runtime import event_loop, patches
 from megatron_rl.mcore.runtime.parallel import split_again, split_world
-from megatron_rl.mcore.scoring import ScoringModel
 from megatron_rl.metrics.metric import merge, results
 from megatron_rl.metrics.timing import Stopwatch
 from megatron_rl.models import layout_table
@@ -39,15 +39,15 @@ from megatron_rl.models.engine_shards import engine_boxes
 from megatron_rl.rollout.collector import Job
 from megatron_rl.rollout.engines.base import Request
 from megatron_rl.rollout.engines.embedded import EmbeddedEngine
+from megatron_rl.rollout.engines.sampling import sample_seed
 from megatron_rl.rollout.load_balancing import share
 from megatron_rl.rollout.partial import begin_group
-from megatron_rl.rollout.sampling import sample_seed
 from megatron_rl.trainer import reward_model_trainer as reward_training
 from megatron_rl.trainer.advantages import add_advantages
-from megatron_rl.trainer.build import build_collector, build_engine, build_keeper
+from megatron_rl.trainer.build import build_collector, build_engine, build_supervisor
 from megatron_rl.trainer.experience import plan, score
 from megatron_rl.trainer.preflight import read_inputs
-from megatron_rl.trainer.rollout_correction import correct
+from megatron_rl.trainer.rollout_correction import correct_rollout
 from megatron_rl.trainer.setup import run_in
 from megatron_rl.types import (
     Completion,
@@ -118,7 +118,7 @@ def logits(config: RunConfig, checkpoint: str | None = None) -> torch.Tensor | N
         checkpoint: folder from which Megatron itself reads the weights.
     """
     parallel = world(config)
-    scorer = ScoringModel(config, parallel, config.model.path)
+    scorer = LogProbModel(config, parallel, config.model.path)
     if checkpoint is not None:
         for parameter in scorer.parameters.values():
             parameter.data.fill_(float("nan"))
@@ -151,7 +151,7 @@ def logits(config: RunConfig, checkpoint: str | None = None) -> torch.Tensor | N
     return torch.cat([row[:length] for row, length in zip(whole, lengths, strict=True)])
 
 
-def _sharded(scorer: ScoringModel, **metadata: bool) -> dict[str, Any]:
+def _sharded(scorer: LogProbModel, **metadata: bool) -> dict[str, Any]:
     """What Megatron-LM saves and loads of a model."""
     names = [f"model{place}" for place in range(len(scorer.chunks))] if len(scorer.chunks) > 1 else ["model"]
     return {
@@ -167,7 +167,7 @@ def save_as_megatron_lm(config: RunConfig, folder: str, **metadata: bool) -> Non
         metadata: of ``sharded_state_dict``, which choose how layers, experts and gates are stored.
     """
     parallel = world(config)
-    scorer = ScoringModel(config, parallel, config.model.path)
+    scorer = LogProbModel(config, parallel, config.model.path)
     target = Path(folder) / "iter_0000010"
     if parallel.is_main:
         target.mkdir(parents=True)
@@ -186,7 +186,7 @@ def _random_state(parallel: ParallelContext) -> ShardedObject:
 def held(config: RunConfig) -> tuple[list[str], Place]:
     """This rank's parameters and its place."""
     parallel = world(config)
-    return list(ScoringModel(config, parallel, config.model.path).parameters), place_of(parallel)
+    return list(LogProbModel(config, parallel, config.model.path).parameters), place_of(parallel)
 
 
 def transferred(
@@ -194,7 +194,7 @@ def transferred(
 ) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
     """What a planned transfer brings to this rank, and the bytes: received, sent, planned, least, peak."""
     parallel = world(config)
-    scorer = ScoringModel(config, parallel, config.model.path)
+    scorer = LogProbModel(config, parallel, config.model.path)
     table = layout_table(scorer.spec, parallel.tp_size)
     shapes = hf_shapes(table)
     held = gather_objects((list(scorer.parameters), place_of(parallel)), parallel)
@@ -270,7 +270,7 @@ def collected_despite_deaths(config: RunConfig) -> tuple[list[list[int]], list[l
     parallel = world(config)
     policy = Policy(config, parallel)
     engine: Any = Dying(build_engine(config, policy), config.rollout.engine, deaths=0)
-    keeper = build_keeper(config, engine, policy)
+    keeper = build_supervisor(config, engine, policy)
     collector = build_collector(config, read_inputs(config, parallel), keeper, policy)
     greedy = config.rollout.engine == "sglang"  # no seeds for each sample
     params = SamplingParams(
@@ -349,7 +349,7 @@ def faulty_push(config: RunConfig, fault: str) -> str | None:
 
 def exported(config: RunConfig) -> dict[str, torch.Tensor]:
     """The weights as the export gives them back."""
-    return {name: tensor.clone() for name, tensor in ScoringModel(config, world(config), config.model.path).export()}
+    return {name: tensor.clone() for name, tensor in LogProbModel(config, world(config), config.model.path).export()}
 
 
 def train_reward_model(config: RewardTrainingConfig, resume: str = "auto") -> None:
@@ -360,7 +360,7 @@ def train_reward_model(config: RewardTrainingConfig, resume: str = "auto") -> No
 def reward_scores(config: RewardTrainingConfig, asked: list[tuple[list[int], list[int]]]) -> list[torch.Tensor]:
     """Scores of tokens at some of their places."""
     model = RewardModel(config.as_run(), world(config))
-    return model.scores([judged_sequence(tokens, places) for tokens, places in asked])
+    return model.scores([labelled_sequence(tokens, places) for tokens, places in asked])
 
 
 def choose_best(config: RewardTrainingConfig, arguments: list[str]) -> str:
@@ -413,7 +413,7 @@ def some_updates(config: RunConfig, engine: dict[int, torch.Tensor] | None = Non
     rows = policy.logprobs(once)
     if engine is not None:
         correction = build_correction(config.algorithm)
-        once, corrected = correct(score(once, policy, None, Stopwatch(), needs_old=True), correction)
+        once, corrected = correct_rollout(score(once, policy, None, Stopwatch(), needs_old=True), correction)
         corrections = results(merge(gather_objects(corrected, parallel)))
     batch = replace(once, updates=[*once.updates, *once.updates])  # several, so that ratios are taken
     losses, norms, balance = [], [], []
@@ -446,7 +446,7 @@ def credited(config: RunConfig, rewards: list[float]) -> tuple[dict[int, torch.T
 def replayed(config: RunConfig) -> tuple[dict[int, torch.Tensor], float]:
     """Log-probabilities with made-up routes, by place in the step, and how far those without are."""
     parallel = world(config)
-    policy = ScoringModel(config, parallel, config.model.path)
+    policy = LogProbModel(config, parallel, config.model.path)
     moe = policy.spec.moe
     assert moe is not None
     found = []
@@ -501,8 +501,8 @@ def reference_in_place(config: RunConfig, path: str) -> tuple[bool, float, bool]
     policy, batch = Policy(config, parallel), batch_of()
     policy.update(batch)
     before, weights = policy.logprobs(batch), [p.detach().clone() for p in policy.parameters.values()]
-    hosted = HostedReference(policy, path).logprobs(batch)
-    alone = ScoringModel(config, parallel, path).logprobs(batch)
+    hosted = HostReference(policy, path).logprobs(batch)
+    alone = LogProbModel(config, parallel, path).logprobs(batch)
     same = all(torch.equal(a, b) for a, b in zip(hosted, alone, strict=True))
     distance = max(float((a - b).abs().max()) for a, b in zip(hosted, before, strict=True))
     back = all(torch.equal(a, b) for a, b in zip(weights, policy.parameters.values(), strict=True))
@@ -708,7 +708,7 @@ def scored(config: RunConfig) -> dict[int, torch.Tensor]:
 def valued(config: RunConfig) -> dict[int, torch.Tensor]:
     """What a critic expects before each token of the toy sequences, as it begins."""
     parallel = world(config)
-    own = config.of_critic()
+    own = config.for_critic()
     critic = Critic(own, split_again(own.parallel, parallel))
     batch = shared_out(sequences(LENGTHS), own, critic.parallel)
     return {i: row for i, row in zip(batch.global_index, critic.values(batch), strict=True) if i >= 0}

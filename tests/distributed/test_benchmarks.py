@@ -41,8 +41,8 @@ def test_the_policy_is_examined_on_schedule(
 ) -> None:
     folder = tmp_path / "run"
     config = toy_config(
-        tmp_path, toy_model("qwen2"), f"run.output_dir={folder}", "run.num_steps=3", f"evaluation.suite={suite}",
-        "evaluation.suite_every=2", "checkpoint.save_hf=true", "optimizer.lr=1e-2",
+        tmp_path, toy_model("qwen2"), f"run.output_dir={folder}", "run.num_steps=3", f"benchmarks.suite={suite}",
+        "benchmarks.every=2", "checkpoint.save_hf=true", "optimizer.lr=1e-2",
     )  # fmt: skip
     gangs(world_size).call(cases.run_training, config=config)
     found = {row["step"]: row for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())}
@@ -81,11 +81,11 @@ def test_the_policy_is_examined_on_schedule(
 def test_a_suite_that_cannot_be_answered_stops_before_the_first_step(
     suite: Path, toy_model: Callable[..., Path], tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigError, match=r"evaluation\.suite_every=2.*evaluation\.suite beside it"):
-        toy_config(tmp_path, toy_model("qwen2"), "evaluation.suite_every=2")
+    with pytest.raises(ConfigError, match=r"benchmarks\.every=2.*benchmarks\.suite beside it"):
+        toy_config(tmp_path, toy_model("qwen2"), "benchmarks.every=2")
     (tmp_path / "choices.jsonl").write_text(
         json.dumps({"question": "1" * 600, "choices": ["1", "2"], "answer": 0}) + "\n"
     )
-    config = toy_config(tmp_path, toy_model("qwen2"), f"evaluation.suite={suite}")
+    config = toy_config(tmp_path, toy_model("qwen2"), f"benchmarks.suite={suite}")
     with pytest.raises(DataError, match=r"question 0 of task choice has 6\d\d tokens"):
         Inputs(config, 1)

@@ -47,7 +47,7 @@ SPLITS = [
 LAYOUTS = ["1:", "2:", "4:", "2:tp2", "2:pp2", "2:cp2", "4:tp2 cp2", "4:cp2"]
 
 
-COMMON = "batching.num_updates=1 algorithm.kl_coef=0 algorithm.entropy_coef=0 algorithm.constant_length=8"
+COMMON = "batching.num_mini_batches=1 algorithm.kl_coef=0 algorithm.entropy_coef=0 algorithm.constant_length=8"
 
 
 @pytest.fixture(scope="module")

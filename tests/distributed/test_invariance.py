@@ -18,7 +18,7 @@ COMPARED = (
     "actor/entropy",
     "actor/grad_norm",
     "critic/score/mean",
-    "eval/score",
+    "val/score",
 )
 SPLITS = {
     "1-rank": (1, []),
@@ -102,7 +102,7 @@ def test_corrections_of_an_engine_that_agrees_change_nothing(
     for name, corrections in (("plain", ()), ("corrected", CORRECTIONS)):
         folder = tmp_path / name
         folder.mkdir()
-        config = toy_config(folder, toy_model("qwen2", tied=True), "batching.num_updates=1", *corrections)
+        config = toy_config(folder, toy_model("qwen2", tied=True), "batching.num_mini_batches=1", *corrections)
         gangs(2).call(cases.run_training, config=config)
         found[name] = rows(folder / "run")
     assert len(found["corrected"]) == 4
@@ -155,7 +155,7 @@ def test_resume_repeats_bit_for_bit(
     assert [row["step"] for row in rows(fork / "run")] == [21]
     divergence = {row["step"]: row["actor/kl_loss"] for row in rows(whole / "run") if row["step"]}
     assert divergence[4] < divergence[3]  # the policy after step 3 is the reference
-    assert rows(parts / "run")[-1]["eval/score"] == rows(whole / "run")[-1]["eval/score"]
+    assert rows(parts / "run")[-1]["val/score"] == rows(whole / "run")[-1]["val/score"]
 
 
 def test_a_rank_without_tokens_takes_part(

@@ -93,7 +93,7 @@ def outcome(
     folder: Path,
     engine: dict[int, torch.Tensor] | None = None,
 ) -> list[cases.Outcome]:
-    config = toy_config(folder, model, "batching.num_updates=1", *keys(text))
+    config = toy_config(folder, model, "batching.num_mini_batches=1", *keys(text))
     return gangs(world_size).call(cases.some_updates, config=config, engine=engine)
 
 
@@ -233,7 +233,7 @@ def test_returns_are_whitened_over_all_ranks(
     together = torch.cat(returns)
     size, text = layout.split(":")
     overrides = keys("algorithm.advantage=reinforce algorithm.kl_reward_coef=0.1 algorithm.whiten_advantages=true")
-    config = toy_config(tmp_path, toy_model("qwen2", tied=True), "batching.num_updates=1", *overrides, *keys(text))
+    config = toy_config(tmp_path, toy_model("qwen2", tied=True), "batching.num_mini_batches=1", *overrides, *keys(text))
     found: dict[int, torch.Tensor] = {}
     for rows, metrics in gangs(int(size)).call(cases.credited, config=config, rewards=rewards):
         found |= rows
@@ -256,7 +256,7 @@ def test_routes_are_replayed(
 
     def replay(layout: str) -> dict[int, torch.Tensor]:
         size, text = layout.split(":")
-        config = toy_config(tmp_path, model, "batching.num_updates=1", *keys(text))
+        config = toy_config(tmp_path, model, "batching.num_mini_batches=1", *keys(text))
         together: dict[int, torch.Tensor] = {}
         for rows, apart in gangs(int(size)).call(cases.replayed, config=config):
             together |= rows

@@ -22,7 +22,7 @@ from tests.toys import IN_PARTS, sequences, toy_config, without
 
 # Adam's usual epsilon makes whole steps of gradients that are rounding noise, which no two layouts share
 LORA = (
-    *("lora.rank=4", "lora.alpha=8", "optimizer.lr=0.02", "batching.num_updates=1"),
+    *("lora.rank=4", "lora.alpha=8", "optimizer.lr=0.02", "batching.num_mini_batches=1"),
     *("algorithm.kl_coef=0", "optimizer.adam_eps=1e-4"),
 )
 LAYOUTS = [
@@ -61,7 +61,7 @@ def test_only_adapters_learn(alone: cases.Adapted, gangs: Callable[[int], Gang],
     base = load_file(model / "model.safetensors")
     changed = {name for name, x in alone.merged.items() if not torch.equal(x, base[name])}
     assert changed == {name for name in base if "_proj.weight" in name}
-    (whole,) = gangs(1).call(cases.adapted, config=toy_config(tmp_path, model, "batching.num_updates=1"))
+    (whole,) = gangs(1).call(cases.adapted, config=toy_config(tmp_path, model, "batching.num_mini_batches=1"))
     assert whole.frozen_changed
     assert alone.bytes_learning < 0.3 * whole.bytes_learning
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification
 from megatron_rl.config.load import load_as
 from megatron_rl.config.reward_training import RewardTrainingConfig
 from megatron_rl.data.generated.hasty_chain import HastyChain, solve
-from megatron_rl.data.reward_model_data import load_judged
+from megatron_rl.data.reward_model_data import load_reward_dataset
 from megatron_rl.data.templates import load_tokenizer
 from megatron_rl.models.toy import make_model, make_tokenizer
 from megatron_rl.rollout.serialization import read_rollouts, step_file, write_lines
@@ -29,7 +29,7 @@ model: {{path: {model}, dtype: fp32}}
 data:
   schema: stepwise
   train: {{kind: task, path: hasty_chain, options: {{num_rows: 64}}}}
-  evaluation: {{kind: task, path: hasty_chain, split: test, limit: 24}}
+  validation: {{kind: task, path: hasty_chain, split: test, limit: 24}}
   max_tokens: 64
   num_examples_per_step: 10
 batching: {{max_tokens_per_micro_batch: 200}}
@@ -94,7 +94,7 @@ def test_same_numbers_for_every_layout(
     found = trained(gangs, world_size, tmp_path, deep, f"data.schema={schema}", *keys(layout))
     for mine, wanted in zip(found, one_rank[schema], strict=True):
         for name in wanted:
-            if name.startswith(("eval/", *COMPARED)):
+            if name.startswith(("val/", *COMPARED)):
                 assert mine[name] == pytest.approx(wanted[name], rel=1e-4, abs=1e-5), (mine["step"], name)
 
 
@@ -102,7 +102,7 @@ def test_the_loss_is_the_mean_over_pairs_and_over_steps(one_rank: dict[str, list
     # a value head that was not there is 0, and so is every score
     for found in one_rank.values():
         assert found[1]["reward_model/loss"] == pytest.approx(torch.tensor(2.0).log().item(), abs=1e-6)
-        assert found[0]["eval/loss"] == pytest.approx(torch.tensor(2.0).log().item(), abs=1e-6)
+        assert found[0]["val/loss"] == pytest.approx(torch.tensor(2.0).log().item(), abs=1e-6)
         assert found[3]["reward_model/loss"] != found[1]["reward_model/loss"]
 
 
@@ -124,8 +124,10 @@ def test_what_is_saved_is_a_classification_model(gangs: Callable[[int], Gang], d
     folder = tmp_path / "judge/checkpoints/step_000003/hf"
     theirs = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
     config = judge_config(tmp_path, folder, *keys("tp2 sp"))
-    assert config.data.evaluation is not None
-    judged = [one for (one,) in load_judged(config.data.evaluation, config.data, load_tokenizer(str(folder))).examples]
+    assert config.data.validation is not None
+    judged = [
+        one for (one,) in load_reward_dataset(config.data.validation, config.data, load_tokenizer(str(folder))).examples
+    ]
     asked = [(list(one.token_ids), list(one.ends)) for one in judged]
     for found in gangs(2).call(cases.reward_scores, config=config, asked=asked):
         for scores, (tokens, places) in zip(found, asked, strict=True):
@@ -144,12 +146,12 @@ def process_model(gangs: Callable[[int], Gang], tmp_path_factory: pytest.TempPat
     make_tokenizer().save_pretrained(folder / "init")
     found = trained(
         gangs, 2, folder, folder / "init", "run.num_steps=120", "data.num_examples_per_step=64",
-        "data.train.options={num_rows: 8000}", "data.evaluation.limit=null", "optimizer.lr=3e-3",
+        "data.train.options={num_rows: 8000}", "data.validation.limit=null", "optimizer.lr=3e-3",
         "optimizer.lr_warmup_updates=20", "optimizer.adam_beta2=0.98", "batching.max_tokens_per_micro_batch=4096",
     )  # fmt: skip
-    assert found[0]["eval/accuracy"] < 0.7
-    assert found[-1]["eval/accuracy"] > 0.9
-    assert found[-1]["eval/accuracy_of_wrong"] > 0.9
+    assert found[0]["val/accuracy"] < 0.7
+    assert found[-1]["val/accuracy"] > 0.9
+    assert found[-1]["val/accuracy_of_wrong"] > 0.9
     return folder / "judge/checkpoints/step_000120/hf"
 
 
@@ -203,7 +205,7 @@ def test_a_model_rewards_the_same_under_every_layout_and_steps_where_they_end(
     process_model: Path, gangs: Callable[[int], Gang], tmp_path: Path
 ) -> None:
     overrides = (
-        "data.train={kind: task, path: hasty_chain, limit: 64}", "data.evaluation=null", "data.max_prompt_tokens=16",
+        "data.train={kind: task, path: hasty_chain, limit: 64}", "data.validation=null", "data.max_prompt_tokens=16",
         "rollout.max_new_tokens=24", "reward.functions=[{name: format}]", f"reward.model.path={process_model}",
         "reward.model.weight=0.5", "reward.model.step_separator='1'", "reward.model.aggregation=each",
         "reward.model.activation=sigmoid", "algorithm.advantage=process", "metrics.keep_rollouts_every=1",

@@ -22,8 +22,13 @@ from tests.toys import IN_PARTS, toy_config, without
 from tools.analysis import inspect_rollouts
 from tools.data import curate_by_pass_rate
 
-PARTIAL = ("rollout.partial=true", "rollout.max_staleness=2", "rollout.over_sampling=2", "rollout.max_new_tokens=24")
-LONG = ("data.max_prompt_tokens=8", "batching.num_updates=1", "run.num_steps=6", "metrics.keep_rollouts_every=1")
+PARTIAL = (
+    "rollout.partial_rollout=true",
+    "rollout.max_staleness=2",
+    "rollout.over_sampling=2",
+    "rollout.max_new_tokens=24",
+)
+LONG = ("data.max_prompt_tokens=8", "batching.num_mini_batches=1", "run.num_steps=6", "metrics.keep_rollouts_every=1")
 
 
 @pytest.fixture
@@ -89,7 +94,7 @@ def test_too_old_samples_begin_anew(run: Callable[..., Path]) -> None:
 
 def test_without_partial_the_rest_is_given_up_and_counted(run: Callable[..., Path]) -> None:
     found = rows(run(1, *LONG, "rollout.over_sampling=2", "rollout.max_num_sequences=8"))
-    assert sum(row["rollout/given_up"] for row in found) > 0
+    assert sum(row["rollout/aborted"] for row in found) > 0
     assert {row["rollout/carried_over"] for row in found} == {0}
     assert {row["rollout/staleness/max"] for row in found} == {0}
 
@@ -97,7 +102,7 @@ def test_without_partial_the_rest_is_given_up_and_counted(run: Callable[..., Pat
 def test_groups_without_spread_are_replaced(run: Callable[..., Path]) -> None:
     flips = ("reward.functions=[{name: coin_flip, options: {probability: 0.1}}]", "rollout.dynamic_sampling=true")
     found = rows(run(2, *LONG, *flips))
-    assert sum(row["rollout/replaced_without_spread"] for row in found) > 0
+    assert sum(row["rollout/zero_std/replaced"] for row in found) > 0
     assert {row["rollout/zero_std/count"] for row in found} == {0}
     assert max(row["rollout/rounds"] for row in found) > 1
 
@@ -110,7 +115,7 @@ def test_a_step_is_filled_when_no_round_brings_spread(run: Callable[..., Path]) 
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_the_next_step_is_sampled_while_the_policy_learns(world_size: int, run: Callable[..., Path]) -> None:
-    options = ("rollout.asynchronous=true", "rollout.max_staleness=1", "evaluation.every=2")
+    options = ("rollout.async_rollout=true", "rollout.max_staleness=1", "validation.every=2")
     found = rows(run(world_size, *LONG, *options))
     assert [row["rollout/staleness/mean"] for row in found] == [0, 1, 1, 1, 1, 1]
     assert [row["rollout/staleness/max"] for row in found] == [0, 1, 1, 1, 1, 1]
@@ -136,11 +141,11 @@ def test_a_conversation_is_learnt_from_where_the_policy_spoke(run: Callable[...,
 def test_turns_have_advantages_of_their_own(advantage: str, run: Callable[..., Path]) -> None:
     options = ("rollout.environment=guess_number", "rollout.max_turns=3", "rollout.max_new_tokens=48")
     critic = ("critic.parallel.pipeline_parallel_size=2", "algorithm.turn_gamma=0.9") if "gae" in advantage else ()
-    chosen = (f"algorithm.advantage={advantage}", "algorithm.keep_most_spread=0.5")
+    chosen = (f"algorithm.advantage={advantage}", "algorithm.top_std_fraction=0.5")
     folder = run(2, *LONG, *options, *critic, *chosen, "reward.functions=[]")
     found = rows(folder)
     assert len(found) == 6
-    assert {row["batch/num_teaching"] for row in found} == {8}, "half of the groups"
+    assert {row["batch/num_trained_rollouts"] for row in found} == {8}, "half of the groups"
     assert all(row["critic/advantages/max"] > row["critic/advantages/min"] for row in found)
     assert ("critic/vf_loss" in found[-1]) == (advantage != "process")
 
@@ -160,7 +165,7 @@ def test_a_teacher_is_approached_without_rewards(run: Callable[..., Path], toy_m
         "algorithm.loss=policy_gradient",
         "algorithm.kl_coef=0",
         "algorithm.entropy_coef=0",
-        "data.evaluation=null",
+        "data.validation=null",
     )
     found = rows(run(2, *LONG, *options, *plain, "run.num_steps=12", "optimizer.lr=3e-3"))
     divergence = [row["critic/kl"] for row in found]
@@ -173,7 +178,7 @@ def test_a_step_in_which_nothing_is_accepted_changes_nothing(run: Callable[..., 
     never = "reward.functions=[{name: coin_flip, options: {probability: 0.0}}]"
     folder = run(2, *LONG, *options, never, "run.num_steps=2")
     found = rows(folder)
-    assert [row["batch/num_teaching"] for row in found] == [0, 0]
+    assert [row["batch/num_trained_rollouts"] for row in found] == [0, 0]
     assert not any("actor/loss" in row for row in found)
     base = load_file(Path(read_yaml(folder / "config.yaml")["model"]["path"]) / "model.safetensors")
     saved = load_file(folder / "checkpoints/step_000002/hf/model.safetensors")
@@ -190,7 +195,7 @@ CURRICULUM = (
 
 
 def test_a_curriculum_survives_a_resume(run: Callable[..., Path]) -> None:
-    options = (*LONG, *CURRICULUM, "rollout.max_new_tokens=24", "evaluation.functions=[{name: coin_flip}]")
+    options = (*LONG, *CURRICULUM, "rollout.max_new_tokens=24", "validation.functions=[{name: coin_flip}]")
     whole = run(1, *options, name="whole")
     for num_steps in ("3", "6"):  # the stage that begins with step 3 goes on
         parts = run(1, *options, f"run.num_steps={num_steps}", name="parts")
@@ -250,8 +255,8 @@ def test_recorded_rollouts_teach_the_same_again(run: Callable[..., Path], capsys
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("rollout.partial=true", "rollout.max_staleness=0.*at least 1 with rollout.partial=true"),
-        ("rollout.asynchronous=true", "rollout.max_staleness=0.*at least 1 with rollout.asynchronous=true"),
+        ("rollout.partial_rollout=true", "rollout.max_staleness=0.*at least 1 with rollout.partial_rollout=true"),
+        ("rollout.async_rollout=true", "rollout.max_staleness=0.*at least 1 with rollout.async_rollout=true"),
         ("rollout.over_sampling=0.5", "rollout.over_sampling=0.5.*1 or more"),
         ("rollout.turn_template=abc", r"rollout.turn_template='abc'.*\{observation\}"),
         ("rollout.source=replay", "rollout.replay_path=None.*belong together"),
@@ -268,9 +273,9 @@ def test_contradictions_are_refused(
 def test_fifty_steps_leave_nothing_behind(run: Callable[..., Path]) -> None:
     options = (
         "run.num_steps=50",
-        "rollout.sleep=true",
+        "rollout.sleep_engine=true",
         "memory.offload=[params,grads,optimizer]",
-        "evaluation.every=10",
+        "validation.every=10",
     )
     found = rows(run(1, *LONG, *options, "metrics.keep_rollouts_every=0"))
     for phase, asleep, awake in (

@@ -141,10 +141,10 @@ class TestRefusals:
         ("overrides", "message"),
         [
             (["rollout.group_sise=4"], "Did you mean rollout.group_size"),
-            (["batching.num_updates=3"], "do not divide by batching.num_updates=3"),
+            (["batching.num_mini_batches=3"], "do not divide by batching.num_mini_batches=3"),
             (
                 ["rollout.group_size=1"],
-                "algorithm.advantage=group compares samples of one prompt",
+                "algorithm.advantage=grpo compares samples of one prompt",
             ),
             (["parallel.tensor_parallel_size=2"], "world size 1 does not divide"),
             (["parallel.context_parallel_size=2"], "x parallel.context_parallel_size=2 = 2"),
@@ -236,7 +236,7 @@ def test_resume_refuses_another_config_and_never_refuses_a_used_folder(
     assert "optimizer.lr: 0.001 in the checkpoint, 0.5 now" in error
     assert "holds a run already" in refused(capsys, start(config, "--resume", "never"))
     # what may differ: length, evaluation, checkpoints, micro-batches
-    assert start(config, "run.num_steps=2", "batching.micro_batch_size=1", "evaluation.num_prompts=4") == 0
+    assert start(config, "run.num_steps=2", "batching.micro_batch_size=1", "validation.num_prompts=4") == 0
     assert (tmp_path / "run/checkpoints/latest").read_text() == "step_000002"
     assert start(config, "run.num_steps=3", "--resume", str(tmp_path / "run/checkpoints/step_000001")) == 0
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rl.distributed.heartbeat import Beat, Heard, describe
-from megatron_rl.distributed.signals import START_AGAIN, deadline
+from megatron_rl.distributed.heartbeat import Beat, ObservedBeat, describe
+from megatron_rl.distributed.signals import EXIT_REQUEUE, deadline
 from tests.e2e.test_torchrun import command, rows, untimed
 from tests.limits import LIMIT_S
 from tests.toys import write_config
@@ -24,7 +24,7 @@ LONG = (
     "data.max_prompt_tokens=8",
     "run.num_steps=3",
     "checkpoint.every=1",
-    "evaluation.every=1",
+    "validation.every=1",
 )
 PLAIN = ("metrics.console=plain",)
 
@@ -95,7 +95,7 @@ def test_a_signal_in_generation_or_evaluation_loses_nothing(config: Path, tmp_pa
         time.sleep(wait)
         os.kill(ranks_of(process)[0], signal.SIGUSR1)
         printed, _ = process.communicate(timeout=LIMIT_S)
-        assert f"exitcode  : {START_AGAIN}" in printed, printed
+        assert f"exitcode  : {EXIT_REQUEUE}" in printed, printed
     done = begin(config, *overrides, f"run.output_dir={cut}")
     printed, _ = done.communicate(timeout=LIMIT_S)
     assert done.returncode == 0, printed
@@ -104,7 +104,7 @@ def test_a_signal_in_generation_or_evaluation_loses_nothing(config: Path, tmp_pa
 
 def test_a_resume_gives_the_engine_what_it_had_outside_of_any_step(config: Path, tmp_path: Path) -> None:
     """An evaluation has pushed a step's weights already: what measures that push is not the next step's."""
-    overrides = (*LONG, "evaluation.every=2", "evaluation.max_new_tokens=8")
+    overrides = (*LONG, "validation.every=2", "validation.max_new_tokens=8")
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     done = begin(config, *overrides, f"run.output_dir={whole}", world_size=1)
     printed, _ = done.communicate(timeout=LIMIT_S)
@@ -132,14 +132,14 @@ def test_signals_without_end_do_not_change_the_status(config: Path) -> None:
                 os.kill(pid, signal.SIGUSR1)
         time.sleep(0.001)
     printed, _ = process.communicate(timeout=LIMIT_S)
-    assert f"exitcode  : {START_AGAIN}" in printed, printed
+    assert f"exitcode  : {EXIT_REQUEUE}" in printed, printed
     assert "SIGUSR1" not in printed
 
 
 def test_unlogged_metrics_of_a_step_come_with_the_checkpoint(config: Path, tmp_path: Path) -> None:
     """Stopped in the evaluation after a step, whose metrics are known in part."""
     run = tmp_path / "run"
-    overrides = (*LONG, "evaluation.max_new_tokens=480", "rollout.max_new_tokens=8", "checkpoint.save_hf=true")
+    overrides = (*LONG, "validation.max_new_tokens=480", "rollout.max_new_tokens=8", "checkpoint.save_hf=true")
     process = begin(config, *overrides, world_size=1)
     wait_for(lambda: lines_of(run) == 2, process)
     wait_for(lambda: "step_000002" not in os.listdir(run / "checkpoints"), process)
@@ -156,7 +156,7 @@ def test_unlogged_metrics_of_a_step_come_with_the_checkpoint(config: Path, tmp_p
     printed, _ = again.communicate(timeout=LIMIT_S)
     assert again.returncode == 0, printed
     assert [row["step"] for row in rows(run)] == [0, 1, 2, 3]
-    assert all("eval/score" in row for row in rows(run))
+    assert all("val/score" in row for row in rows(run))
     assert all("actor/grad_norm" in row for row in rows(run)[1:])
     assert all((run / f"checkpoints/step_{step:06d}/hf/config.json").exists() for step in (2, 3))
 
@@ -165,12 +165,12 @@ def test_a_run_stops_before_the_end_of_its_job(config: Path, tmp_path: Path) -> 
     """By itself: the end of the job is further away than this test waits."""
     told, end = int(time.time()) + 20, int(time.time()) + 20 + LIMIT_S
     process = begin(
-        config, "run.num_steps=100000", f"run.stop_before_end_s={end - told}",
+        config, "run.num_steps=100000", f"run.stop_margin_s={end - told}",
         world_size=1, SLURM_JOB_END_TIME=str(end),
     )  # fmt: skip
     printed, _ = process.communicate(timeout=LIMIT_S)
     assert time.time() >= told
-    assert f"exitcode  : {START_AGAIN}" in printed, printed
+    assert f"exitcode  : {EXIT_REQUEUE}" in printed, printed
     assert "stopped as asked after step" in printed
     assert (tmp_path / "run/checkpoints/latest").exists()
 
@@ -184,7 +184,7 @@ def test_deadlines(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_rank_that_hangs_is_named_and_the_run_ends(config: Path, tmp_path: Path) -> None:
-    process = begin(config, "run.num_steps=100000", "run.stuck_after_s=30")
+    process = begin(config, "run.num_steps=100000", "run.hang_timeout_s=30")
     wait_for(lambda: lines_of(tmp_path / "run") > 3, process)
     first, second = ranks_of(process)
     by_rank = {int(environment(pid)["RANK"]): pid for pid in (first, second)}
@@ -208,7 +208,9 @@ def test_a_rank_that_hangs_is_named_and_the_run_ends(config: Path, tmp_path: Pat
 
 def test_a_rank_whose_work_never_ends_is_named_with_its_stack(config: Path) -> None:
     """Its process lives: only that nobody comes any further shows it."""
-    process = begin(config, "run.stuck_after_s=30", "algorithm.advantage=tests.own_advantages:hangs_on_the_second_rank")
+    process = begin(
+        config, "run.hang_timeout_s=30", "algorithm.advantage=tests.own_advantages:hangs_on_the_second_rank"
+    )
     printed, _ = process.communicate(timeout=LIMIT_S)
     assert process.returncode != 0
     told = printed.split("Those that others wait for first:")[1].splitlines()
@@ -231,7 +233,7 @@ def wait_for_end(process: subprocess.Popen[str]) -> None:
         time.sleep(0.2)
 
 
-def heard(rank: int, host: str, phase: str, idle_s: float, at_s: float, *, is_over: bool = False) -> Heard:
+def heard(rank: int, host: str, phase: str, idle_s: float, at_s: float, *, is_over: bool = False) -> ObservedBeat:
     num_phases = {"gen": 4, "update_actor": 5}[phase]
     beat = Beat(
         rank=rank,
@@ -244,7 +246,7 @@ def heard(rank: int, host: str, phase: str, idle_s: float, at_s: float, *, is_ov
         idle_s=idle_s,
         is_over=is_over,
     )
-    return Heard(beat, at_s)
+    return ObservedBeat(beat, at_s)
 
 
 def test_who_is_where_is_said_by_who_others_wait_for() -> None:

@@ -91,7 +91,7 @@ def test_four_ranks_equal_one(
     done = start(4, write_config(tmp_path, toy_model("qwen2")), *split)
     assert done.returncode == 0, done.stderr[-3000:]
     for one, four in zip(one_rank, rows(tmp_path / "run"), strict=True):
-        for name in ("actor/loss", "actor/grad_norm", "critic/score/mean", "eval/score"):
+        for name in ("actor/loss", "actor/grad_norm", "critic/score/mean", "val/score"):
             assert (name in one) == (name in four)
             if name in one:
                 assert four[name] == pytest.approx(one[name], rel=0, abs=1e-5)

@@ -10,7 +10,7 @@ import torch
 from megatron_rl.errors import EngineDied
 from megatron_rl.models import read_model_spec
 from megatron_rl.rollout.engines.base import EnginePlace, EngineSetup, Finished, Request
-from megatron_rl.rollout.sampling import sample_seed
+from megatron_rl.rollout.engines.sampling import sample_seed
 from megatron_rl.types import Completion, SamplingParams
 from tests.toys import VOCAB
 

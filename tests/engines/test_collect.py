@@ -23,10 +23,10 @@ from megatron_rl.metrics.metric import Reduction
 from megatron_rl.rewards.pool import RewardPool
 from megatron_rl.rollout.collector import Collector, CollectorLimits, Job
 from megatron_rl.rollout.engines.base import Engine
-from megatron_rl.rollout.engines.supervisor import EngineKeeper
-from megatron_rl.rollout.multi_turn import Dialogue
-from megatron_rl.rollout.partial import GroupWork, Unfinished, begin_group
-from megatron_rl.rollout.sampling import sample_seed
+from megatron_rl.rollout.engines.sampling import sample_seed
+from megatron_rl.rollout.engines.supervisor import EngineSupervisor
+from megatron_rl.rollout.multi_turn import MultiTurn
+from megatron_rl.rollout.partial import PartialGroup, PartialRollout, begin_group
 from megatron_rl.rollout.serialization import group_from_json, group_to_json, read_lines, write_lines
 from megatron_rl.types import ParallelContext, Prompt, Rollout
 from tests.engines.contract import SIZES, Dying, kill, params
@@ -49,7 +49,7 @@ def collector_of(engine_of: EngineOf, folder: Path) -> Iterator[Callable[..., Co
 
     def get(engine: Engine | None = None, max_failures: int = 3) -> Collector:
         chosen = engine_of(folder) if engine is None else engine
-        keeper = EngineKeeper(
+        keeper = EngineSupervisor(
             chosen, alone(), max_failures=max_failures, push=lambda version: loaded(chosen, folder, version)
         )
         collector = Collector(
@@ -93,7 +93,7 @@ def alone() -> ParallelContext:
     )
 
 
-def groups(count: int = 6, samples: int = 3) -> list[GroupWork]:
+def groups(count: int = 6, samples: int = 3) -> list[PartialGroup]:
     generator = torch.Generator().manual_seed(0)
     return [
         begin_group(
@@ -109,12 +109,12 @@ def groups(count: int = 6, samples: int = 3) -> list[GroupWork]:
     ]
 
 
-def job(work: Sequence[GroupWork], name: str = "job", **changes: Any) -> Job:
+def job(work: Sequence[PartialGroup], name: str = "job", **changes: Any) -> Job:
     fields = {"params": ENDLESS, "schedule": "dynamic", "functions": "train", "version": 3, **changes}
     return Job(name=name, work=work, **fields)
 
 
-def finished(work: Sequence[GroupWork]) -> list[Rollout]:
+def finished(work: Sequence[PartialGroup]) -> list[Rollout]:
     assert all(group.is_complete for group in work)
     return [sample for group in work for sample in group.samples if isinstance(sample, Rollout)]
 
@@ -140,11 +140,11 @@ def test_samples_cut_short_are_gone_on_with_where_they_were(
     greedy = replace(ENDLESS, temperature=0.0)
     collector = collector_of()
     whole = finished(collector.collect(job(groups(), "whole", params=greedy)))
-    work: Sequence[GroupWork] = groups()
+    work: Sequence[PartialGroup] = groups()
     for version, lengths in ((3, 10), (4, 20), (5, 24)):
         engine_of(folder).load_weights(weights(folder), version)  # the same weights under another name
         work = collector.collect(job(work, f"part {version}", params=greedy, max_tokens_now=10))
-        sampled = [s.num_sampled if isinstance(s, Unfinished) else 24 for group in work for s in group.samples]
+        sampled = [s.num_sampled if isinstance(s, PartialRollout) else 24 for group in work for s in group.samples]
         assert set(sampled) == {lengths}
     for rollout, wanted in zip(finished(work), whole, strict=True):
         assert rollout.token_ids.tolist() == wanted.token_ids.tolist()
@@ -162,7 +162,7 @@ def test_the_rest_is_given_up_once_enough_groups_are_complete(
     collector = collector_of(engine_of(folder, max_num_sequences=9))
     work = collector.collect(job(groups(count=12), params=stops, enough=5))
     complete = [group for group in work if group.is_complete]
-    begun = [s for group in work for s in group.samples if isinstance(s, Unfinished) and s.parts]
+    begun = [s for group in work for s in group.samples if isinstance(s, PartialRollout) and s.parts]
     assert 5 <= len(complete) < 12
     assert begun, "what was in work is given back as far as it came"
     assert all(part.finish_reason == "abort" for sample in begun for part in sample.parts[-1:])
@@ -204,7 +204,7 @@ def test_conversations_go_in_and_out_as_tokens(
     budget: int | None, collector_of: Callable[..., Collector], folder: Path
 ) -> None:
     collector, work = collector_of(), groups()
-    changes = {"params": TURNS, "dialogue": Dialogue(environment=Echo(), max_turns=8, template="={observation}+")}
+    changes = {"params": TURNS, "dialogue": MultiTurn(environment=Echo(), max_turns=8, template="={observation}+")}
     for round_ in range(40):
         work = collector.collect(job(work, f"round {round_}", max_tokens_now=budget, **changes))
         if all(group.is_complete for group in work):
@@ -226,7 +226,7 @@ def test_conversations_go_in_and_out_as_tokens(
 
 
 def test_a_conversation_ends_at_its_turns_or_tokens(collector_of: Callable[..., Collector]) -> None:
-    collector, dialogue = collector_of(), Dialogue(environment=Echo(), max_turns=2, template=".{observation}.")
+    collector, dialogue = collector_of(), MultiTurn(environment=Echo(), max_turns=2, template=".{observation}.")
     rollouts = finished(collector.collect(job(groups(), params=TURNS, dialogue=dialogue)))
     assert {rollout.finish_reason for rollout in rollouts} == {"length"}
     short = params(stop_token_ids=TURNS.stop_token_ids, max_new_tokens=4)
@@ -237,7 +237,7 @@ def test_a_conversation_ends_at_its_turns_or_tokens(collector_of: Callable[..., 
 def test_an_environment_that_raises_fails_its_samples(collector_of: Callable[..., Collector]) -> None:
     collector = collector_of()
     collector._limits = replace(collector._limits, reward_failure_fraction=1.0)
-    broken = Dialogue(environment=Broken(), max_turns=2, template="{observation}")
+    broken = MultiTurn(environment=Broken(), max_turns=2, template="{observation}")
     rollouts = finished(collector.collect(job(groups(), params=TURNS, dialogue=broken)))
     assert {rollout.status for rollout in rollouts} == {"environment_error"}
     assert "no such thing" in rollouts[0].failure
@@ -266,12 +266,12 @@ def test_an_engine_that_died_between_jobs_is_started_before_the_next(
 ) -> None:
     engine = engine_of(folder, max_num_sequences=6)
     collector = collector_of(engine, max_failures=1)
-    collector.keeper.revive()
+    collector.keeper.restart_dead()
     assert (engine.version, collector.keeper.num_failures) == (3, 0)
     if engine_name != "sglang":  # the others end with the process
         return
     kill(engine, engine_name)
-    collector.keeper.revive()
+    collector.keeper.restart_dead()
     assert (engine.version, collector.keeper.num_failures) == (-1, 1)
     engine.load_weights(weights(folder), 3)
     finished(collector.collect(job(groups(count=2), "after")))
@@ -321,8 +321,8 @@ def test_what_is_carried_over_is_written_and_read_exactly(
     assert again[0].prompt.text == prompt.text
     assert not again[0].is_complete
     assert again[1].is_complete
-    assert all(isinstance(s, Unfinished) and s.num_sampled == 7 for s in again[0].samples)
-    assert again[0].fresh_enough(4).samples[0] == Unfinished(seed=1)
+    assert all(isinstance(s, PartialRollout) and s.num_sampled == 7 for s in again[0].samples)
+    assert again[0].fresh_enough(4).samples[0] == PartialRollout(seed=1)
     assert again[0].fresh_enough(3) == again[0]
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from megatron_rl.rollout.engines.embedded import EmbeddedEngine
-from megatron_rl.rollout.sampling import choose, sample_seed, uniforms
+from megatron_rl.rollout.engines.sampling import choose, sample_seed, uniforms
 from tests.engines.contract import collect, params, requests, setup_of
 
 

@@ -13,7 +13,7 @@ from megatron_rl.mcore.model.attention import group_by_length
 from megatron_rl.mcore.model.precision import FP8_NEEDS, choose_implementation
 from megatron_rl.mcore.model.varlen import variable_length_kernel
 from megatron_rl.mcore.policy import Policy
-from megatron_rl.mcore.reference import HostedReference
+from megatron_rl.mcore.reference import HostReference
 from megatron_rl.mcore.runtime.parallel import init_parallel, leave_world
 from megatron_rl.types import ParallelContext, TrainBatch
 from tests.toys import sequences, toy_config, write_model
@@ -166,7 +166,7 @@ def test_a_hosted_reference_costs_no_device_memory(policy: Callable[..., Policy]
     before = scores(learner)
     torch.cuda.synchronize()
     allocated = torch.cuda.memory_allocated()
-    reference = HostedReference(learner, str(model))
+    reference = HostReference(learner, str(model))
     assert torch.cuda.memory_allocated() == allocated
     norm(learner)
     changed = scores(learner)

@@ -26,7 +26,7 @@ STEPS = (
 LONG = (
     "rollout.max_new_tokens=3000",
     "rollout.temperature=0.2",
-    "evaluation.max_new_tokens=8",
+    "validation.max_new_tokens=8",
     "run.num_steps=3",
     "checkpoint.every=1",
 )
@@ -133,7 +133,7 @@ def test_told_in_the_middle_of_generation(submit: Submit, toy_model: Callable[..
 def test_a_job_whose_time_is_up_goes_on_in_the_next(submit: Submit) -> None:
     """Told by Slurm, and by the clock alone."""
     # Slurm may tell up to a minute before that
-    ways = {"told": ("--signal=B:USR1@60", ()), "clock": ("--signal=B:USR1@0", ("run.stop_before_end_s=90",))}
+    ways = {"told": ("--signal=B:USR1@60", ()), "clock": ("--signal=B:USR1@0", ("run.stop_margin_s=90",))}
     jobs = [
         submit(
             "grpo_7b.sh", *STEPS, *arguments, "run.num_steps=100000", name=name,
@@ -265,7 +265,7 @@ def test_a_beginning_that_is_said_is_that_of_the_first_attempt(submit: Submit) -
 def test_a_rank_that_hangs_is_named_with_the_stacks_of_all(submit: Submit) -> None:
     """Slurm kills what is left of a step when a rank has ended."""
     job = submit(
-        "grpo_7b.sh", "metrics.console=plain", "run.stuck_after_s=60",
+        "grpo_7b.sh", "metrics.console=plain", "run.hang_timeout_s=60",
         "algorithm.advantage=tests.own_advantages:hangs_on_the_second_rank",
         options=("--ntasks-per-node=1",), name="hangs", MEGATRON_RL_MAX_RESTARTS="0",
     )  # fmt: skip

@@ -12,7 +12,7 @@ from megatron_rl.algorithms.advantages import (
     AdvantageFunction,
     AdvantageSettings,
     count_zero_variance_groups,
-    group_advantages,
+    grpo_advantages,
     kl_penalty_to_go,
     leave_one_out_advantages,
     pass_at_k_advantages,
@@ -21,7 +21,7 @@ from megatron_rl.algorithms.advantages import (
 )
 from megatron_rl.algorithms.kl import k1, k2, k3
 from megatron_rl.algorithms.loss_weights import Aggregation, sequence_loss_weights
-from megatron_rl.algorithms.losses import Clip, LossInputs, cispo_loss, clipped_loss, gspo_loss, policy_gradient_loss
+from megatron_rl.algorithms.losses import Clip, LossInputs, cispo_loss, gspo_loss, policy_gradient_loss, ppo_clip_loss
 from megatron_rl.algorithms.objective import build_objective
 from megatron_rl.config.algorithm import AlgorithmSection
 from megatron_rl.errors import ConfigError
@@ -46,7 +46,7 @@ def mean_of_response(values: Tensor) -> Tensor:
 
 def given(logprobs: Tensor, old: Tensor | None = None, advantages: Tensor | None = None) -> LossInputs:
     """The four responses, with GRPO's advantages unless others are given."""
-    own = group_advantages(REWARDS, GROUP, AdvantageSettings()).repeat_interleave(LENGTHS)
+    own = grpo_advantages(REWARDS, GROUP, AdvantageSettings()).repeat_interleave(LENGTHS)
     return LossInputs(
         logprobs=logprobs,
         old_logprobs=flat(OLD) if old is None else old,
@@ -57,7 +57,7 @@ def given(logprobs: Tensor, old: Tensor | None = None, advantages: Tensor | None
 
 def loss_of(aggregation: Aggregation, *, std: bool = True, constant_length: int = 8, **algorithm: float | str) -> float:
     """sum(weight * token loss) / number of tokens, as the trainer forms it."""
-    advantages = group_advantages(REWARDS, GROUP, AdvantageSettings(normalize_by_std=std)).repeat_interleave(LENGTHS)
+    advantages = grpo_advantages(REWARDS, GROUP, AdvantageSettings(normalize_by_std=std)).repeat_interleave(LENGTHS)
     ones = torch.ones(10, dtype=torch.float64)
     objective = build_objective(AlgorithmSection(**algorithm))  # type: ignore[arg-type]
     terms = objective(given(flat(NEW), advantages=advantages), flat(REF), ones, 0 * ones)
@@ -70,35 +70,35 @@ def loss_of(aggregation: Aggregation, *, std: bool = True, constant_length: int 
     [(True, [0.863479, -0.954372, -0.772587, 0.863479]), (False, [0.475, -0.525, -0.425, 0.475])],
 )
 def test_group_advantages(std: bool, wanted: list[float]) -> None:
-    found = group_advantages(REWARDS, GROUP, AdvantageSettings(normalize_by_std=std))
+    found = grpo_advantages(REWARDS, GROUP, AdvantageSettings(normalize_by_std=std))
     assert found.tolist() == pytest.approx(wanted, abs=1e-6)
 
 
 @pytest.mark.parametrize(("epsilon", "wanted"), [(1e-4, 0.865875), (1e-6, 0.866024), (1e-8, 0.866025)])
 def test_std_epsilon_of_trl_verl_and_oat(epsilon: float, wanted: float) -> None:
-    found = group_advantages(torch.tensor([1.0, 0, 0, 1]).double(), GROUP, AdvantageSettings(epsilon=epsilon))
+    found = grpo_advantages(torch.tensor([1.0, 0, 0, 1]).double(), GROUP, AdvantageSettings(epsilon=epsilon))
     assert found.tolist() == pytest.approx([wanted, -wanted, -wanted, wanted], abs=1e-6)
 
 
 def test_equal_rewards_give_no_advantage_and_are_counted() -> None:
     rewards = torch.tensor([1.0, 1, 1, 0, 1, 0.5])
     groups = torch.tensor([0, 0, 0, 1, 1, 1])
-    assert group_advantages(rewards, groups, AdvantageSettings())[:3].tolist() == [0, 0, 0]
+    assert grpo_advantages(rewards, groups, AdvantageSettings())[:3].tolist() == [0, 0, 0]
     assert count_zero_variance_groups(rewards, groups) == 1
 
 
 def test_failed_rewards_neither_count_nor_learn() -> None:
     rewards = torch.tensor([1.0, float("nan"), 0.0, float("nan"), 1.0, 5.0])
     groups = torch.tensor([0, 0, 0, 1, 1, 2])
-    for function in (group_advantages, leave_one_out_advantages, pass_at_k_advantages, reward_advantages):
+    for function in (grpo_advantages, leave_one_out_advantages, pass_at_k_advantages, reward_advantages):
         found = function(rewards, groups, MEAN_ONLY)
         assert [found[i] for i in (1, 3)] == [0, 0]
-    assert group_advantages(rewards, groups, MEAN_ONLY).tolist() == [0.5, 0, -0.5, 0, 0, 0]
+    assert grpo_advantages(rewards, groups, MEAN_ONLY).tolist() == [0.5, 0, -0.5, 0, 0, 0]
     assert leave_one_out_advantages(rewards, groups, MEAN_ONLY).tolist() == [1, 0, -1, 0, 0, 0]
     assert count_zero_variance_groups(rewards, groups) == 2
 
 
-@pytest.mark.parametrize("function", [group_advantages, leave_one_out_advantages, pass_at_k_advantages])
+@pytest.mark.parametrize("function", [grpo_advantages, leave_one_out_advantages, pass_at_k_advantages])
 def test_order_of_sequences_does_not_matter(function: AdvantageFunction) -> None:
     rewards, groups = torch.rand(12, dtype=torch.float64).round(decimals=1).round(), torch.arange(12) % 3
     order, settings = torch.randperm(12), AdvantageSettings(pass_k=2)
@@ -151,7 +151,7 @@ def test_gspo_by_token_is_gspo_by_response(bounds: tuple[float, float]) -> None:
     found = (weights * gspo_loss(tokens, Clip(low=low, high=high)).loss).sum() / 10
     rows = (logprobs - flat(OLD)).split(LENGTHS.tolist())
     wanted = torch.zeros((), dtype=torch.float64)
-    for row, advantage in zip(rows, group_advantages(REWARDS, GROUP, AdvantageSettings()), strict=True):
+    for row, advantage in zip(rows, grpo_advantages(REWARDS, GROUP, AdvantageSettings()), strict=True):
         ratio = row.mean().exp()
         wanted = wanted - torch.minimum(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage) / 4
     assert found.item() == pytest.approx(wanted.item(), abs=1e-12)
@@ -166,8 +166,8 @@ SIGNS = torch.tensor([2.0] * 5 + [-2.0] * 5, dtype=torch.float64)
     ("loss", "clip", "slopes", "is_clipped"),
     [
         # the gradient of -loss, as a factor of ratio x advantage or, where the ratio is no part of it, of the advantage
-        (clipped_loss, Clip(high=0.3), [1, 1, 1, 0, 0, 0, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1, 0, 0, 0, 0]),
-        (clipped_loss, Clip(dual=3.0), [1, 1, 1, 0, 0, 0, 1, 1, 1, 0], [0, 0, 0, 1, 1, 1, 0, 0, 0, 1]),
+        (ppo_clip_loss, Clip(high=0.3), [1, 1, 1, 0, 0, 0, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1, 0, 0, 0, 0]),
+        (ppo_clip_loss, Clip(dual=3.0), [1, 1, 1, 0, 0, 0, 1, 1, 1, 0], [0, 0, 0, 1, 1, 1, 0, 0, 0, 1]),
         (cispo_loss, Clip(high=0.3), [1, 1, 1, 1.3 / 1.5, 1.3 / 4] * 2, [0, 0, 0, 1, 1] * 2),
         (policy_gradient_loss, Clip(), [float(1 / r) for r in RATIOS], [0] * 10),
     ],
@@ -185,7 +185,7 @@ def test_where_gradients_flow(
 
 def test_dual_clip_is_two_sided_clipping() -> None:
     """min(min(ratio, delta) A, clip(ratio) A), as TRL and INTELLECT-2 write it."""
-    found = clipped_loss(given(RATIOS.log(), torch.zeros_like(RATIOS), SIGNS), Clip(dual=3.0)).loss
+    found = ppo_clip_loss(given(RATIOS.log(), torch.zeros_like(RATIOS), SIGNS), Clip(dual=3.0)).loss
     wanted = -torch.minimum(RATIOS.clamp(max=3.0) * SIGNS, RATIOS.clamp(0.8, 1.2) * SIGNS)
     torch.testing.assert_close(found, wanted)
 

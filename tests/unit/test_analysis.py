@@ -12,10 +12,10 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from megatron_rl.analysis.behaviour import Said, behaviour, by_label
+from megatron_rl.analysis.behaviour import ResponseRecord, behaviour, by_label
 from megatron_rl.analysis.behaviour_page import render_behaviour
 from megatron_rl.analysis.reflection import ANSWERING, POOLS, REFLECTION, category_of, keywords_in
-from megatron_rl.analysis.responses import read_all_said
+from megatron_rl.analysis.responses import read_responses
 from megatron_rl.config.evaluation import load_evaluation
 from megatron_rl.errors import ConfigError, DataError
 from megatron_rl.reporting.stats import pass_at_k
@@ -29,8 +29,8 @@ from tools.analysis import analyze_responses
 ROOT = Path(__file__).parents[2]
 
 
-def said(place: int, sample: int, response: str, **changes: Any) -> Said:
-    one = Said(
+def said(place: int, sample: int, response: str, **changes: Any) -> ResponseRecord:
+    one = ResponseRecord(
         label="4", key=str(place), question=f"question {place}", response=response, is_right=False, num_tokens=10,
         is_truncated=False, has_answer=True,
     )  # fmt: skip
@@ -111,26 +111,26 @@ def rollouts(folder: Path) -> Path:
 
 
 def test_a_run_is_read_by_step(tmp_path: Path) -> None:
-    found = by_label(read_all_said([rollouts(tmp_path)], min_reward=1.0, answer_shown_by=None))
+    found = by_label(read_responses([rollouts(tmp_path)], min_reward=1.0, answer_shown_by=None))
     assert [one.label for one in found] == ["1", "2", "3"]
     assert [one.rates["accuracy"] for one in found] == [0.25, 0.5, 0.75]
     assert [one.rates["answered"] for one in found] == [0.25, 0.5, 0.75]
     assert [one.rates["reflection/simplerl_zoo"] for one in found] == [0.75, 0.5, 0.25]
     assert [one.rates["response_length"] for one in found] == [2, 3, 4]
-    page = render_behaviour("x", found, read_all_said([tmp_path], min_reward=1.0, answer_shown_by=None))
+    page = render_behaviour("x", found, read_responses([tmp_path], min_reward=1.0, answer_shown_by=None))
     assert page.count("<svg") == 5
     assert "wait, no" in page
     with pytest.raises(DataError, match="has no step_"):
-        read_all_said([tmp_path / "nothing"], min_reward=1.0, answer_shown_by=None)
+        read_responses([tmp_path / "nothing"], min_reward=1.0, answer_shown_by=None)
 
 
 def test_several_runs_are_told_apart(tmp_path: Path) -> None:
     paths = [rollouts(tmp_path / name) for name in ("one/run", "two/run", "other")]
-    found = by_label(read_all_said(paths, min_reward=1.0, answer_shown_by=None))
+    found = by_label(read_responses(paths, min_reward=1.0, answer_shown_by=None))
     names = ["one/run", "two/run", f"{tmp_path.name}/other"]
     assert [one.title for one in found] == [f"{name} {step}" for name in names for step in (1, 2, 3)]
     assert [one.num_questions for one in found] == [4] * 9
-    named = by_label(read_all_said(paths[1:], min_reward=1.0, answer_shown_by=None))
+    named = by_label(read_responses(paths[1:], min_reward=1.0, answer_shown_by=None))
     assert [one.title for one in named] == [f"{name} {step}" for name in ("run", "other") for step in (1, 2, 3)]
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.nn.functional import logsigmoid
 
-from megatron_rl.algorithms.advantages import AdvantageSettings, group_advantages
-from megatron_rl.algorithms.losses import Clip, LossInputs, clipped_loss
+from megatron_rl.algorithms.advantages import AdvantageSettings, grpo_advantages
+from megatron_rl.algorithms.losses import Clip, LossInputs, ppo_clip_loss
 
 SURE, CHANCE = 0.1, 0.25
 
@@ -21,7 +21,7 @@ def expected_advantage_of_the_better_arm(group_size: int, *, normalize_by_std: b
         probability = math.comb(half, wins) * CHANCE**wins * (1 - CHANCE) ** (half - wins)
         rewards = torch.tensor([1.0] * wins + [0.0] * (half - wins) + [SURE] * half, dtype=torch.float64)
         settings = AdvantageSettings(normalize_by_std=normalize_by_std)
-        found = group_advantages(rewards, torch.zeros(group_size, dtype=torch.int64), settings)
+        found = grpo_advantages(rewards, torch.zeros(group_size, dtype=torch.int64), settings)
         total += probability * float(found[:half].mean())
     return total
 
@@ -41,11 +41,11 @@ def learnt(group_size: int, seed: int, *, normalize_by_std: bool) -> float:
         tokens = LossInputs(
             logprobs=logprobs,
             old_logprobs=logprobs.detach(),
-            advantages=group_advantages(rewards, groups, settings),
+            advantages=grpo_advantages(rewards, groups, settings),
             mean_of_response=lambda values: values,
         )
         optimizer.zero_grad()
-        clipped_loss(tokens, Clip()).loss.mean().backward()
+        ppo_clip_loss(tokens, Clip()).loss.mean().backward()
         optimizer.step()
     return float(torch.sigmoid(logit.detach()))
 

@@ -12,7 +12,7 @@ from megatron_rl.batching.align import align, unalign
 from megatron_rl.batching.batch import plan_batch
 from megatron_rl.batching.context_parallel import context_indices, restore_order
 from megatron_rl.batching.pack import balance, micro_batches
-from megatron_rl.batching.selection import accepted, num_teaching, without_truncated
+from megatron_rl.batching.selection import accepted, num_trained_rollouts, without_truncated
 from megatron_rl.config.batching import BatchingSection
 from megatron_rl.errors import DataError
 from megatron_rl.types import Prompt, Rollout, RolloutGroup
@@ -77,7 +77,7 @@ def test_packed_micro_batches_are_even_and_few() -> None:
 
 def test_plan_covers_every_sequence_once_over_the_ranks() -> None:
     groups = [group(0, [3, 9, 1]), group(1, [2, 2, 30]), group(2, [5, 5, 5]), group(3, [1, 1, 1])]
-    config = BatchingSection(num_updates=2, max_tokens_per_micro_batch=40, micro_batch_size=2)
+    config = BatchingSection(num_mini_batches=2, max_tokens_per_micro_batch=40, micro_batch_size=2)
     seen: Counter[int] = Counter()
     counts = []
     for rank in range(4):
@@ -109,7 +109,7 @@ def chosen(texts: list[str], rewards: list[float], **options: Any) -> list[int]:
     settings: dict[str, Any] = {"min_reward": 1.0, "max_per_prompt": None, "unique": False, **options}
     found = accepted([replace(given, rollouts=rollouts)], **settings)
     places = [place for place, rollout in enumerate(found[0].rollouts) if rollout.loss_mask.any()]
-    assert num_teaching(found) == len(places)
+    assert num_trained_rollouts(found) == len(places)
     assert all(rollouts[place].reward >= settings["min_reward"] for place in places)
     return places
 

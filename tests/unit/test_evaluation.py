@@ -16,10 +16,10 @@ from megatron_rl.config.schema import ModelSection
 from megatron_rl.errors import ConfigError, DataError, RewardError
 from megatron_rl.evaluation.answers import Answer, AnswerFile, by_question, read_answers
 from megatron_rl.evaluation.backends import behind
-from megatron_rl.evaluation.benchmark import Exam
+from megatron_rl.evaluation.benchmark import Benchmark
 from megatron_rl.evaluation.compare import compared, read_all_finished
 from megatron_rl.evaluation.folder import EvalFolder, read_results
-from megatron_rl.evaluation.generation import Asked, Response, cut
+from megatron_rl.evaluation.generation import RenderedQuestion, Response, cut
 from megatron_rl.evaluation.grading import Grading
 from megatron_rl.evaluation.majority_vote import majority
 from megatron_rl.evaluation.questions import Question, filled, read_questions
@@ -236,7 +236,7 @@ def test_scripted_responses_come_to_what_they_should(
         for sample in range(4):
             text = (right if is_right(number, sample) else wrong)(number)
             text = text.replace("{right}", f"Answer: {question.row.get('letter')}")
-            asked = Asked(question=question, prompt=question.text, token_ids=[1])
+            asked = RenderedQuestion(question=question, prompt=question.text, token_ids=[1])
             response = Response(
                 asked=asked, sample=sample, seed=0, text=text, num_tokens=10 + sample, finish_reason="stop"
             )
@@ -312,7 +312,7 @@ def test_another_grader_changes_a_tasks_score(grade: Callable[[TaskConfig], Grad
         graded = replace(task, scorer=replace(task.scorer, name=name))
         grading, verdicts = grade(graded), []
         for question, (given, _, _) in zip(read_questions(graded), DISAGREEMENTS, strict=True):
-            asked = Asked(question=question, prompt="", token_ids=[1])
+            asked = RenderedQuestion(question=question, prompt="", token_ids=[1])
             said = Response(asked=asked, sample=0, seed=0, text=boxed(given), num_tokens=1, finish_reason="stop")
             verdicts.append(grading.finish(graded, said, grading.begin(graded, said)).right)
         assert verdicts == [wanted[column] == "1" for *_, wanted in DISAGREEMENTS]
@@ -406,10 +406,10 @@ def test_a_line_cut_in_two_is_sampled_again(tmp_path: Path) -> None:
 def test_an_answer_counts_for_what_was_asked_and_graded(tmp_path: Path) -> None:
     task = fixture_task("math500", tmp_path)
     first, second = (Question(index=0, text="?", answers=[gold], group=None) for gold in ("1", "2"))
-    asked = [Asked(question=one, prompt="?", token_ids=[1]) for one in (first, second)]
+    asked = [RenderedQuestion(question=one, prompt="?", token_ids=[1]) for one in (first, second)]
     assert asked[0].digest != asked[1].digest
     file = AnswerFile(tmp_path / "answers/math500.0.jsonl")
-    exam = Exam(replace(task, sampling=replace(task.sampling, num_samples=2)), [first], [asked[0]], [])
+    exam = Benchmark(replace(task, sampling=replace(task.sampling, num_samples=2)), [first], [asked[0]], [])
     for sample, digest, status in ((0, asked[0].digest, "ok"), (1, asked[1].digest, "ok")):
         file.write(replace(answer_of(0, sample, asked=digest), task="math500", status=status))
     ((_, samples),) = missing(exam, 0, read_answers(tmp_path / "answers"), 0, 1)
@@ -516,7 +516,7 @@ def finished_run(folder: Path, rights: list[bool], *, prompt: str = "{problem}")
     questions = read_questions(task)
     result = task_result(task, by_question(answers), {}, {q.index: q.group for q in questions}, ["a note"])
     found = out.finish(config, [task], [result], model="mark", versions={"torch": "2"})
-    asked = [Asked(question=question, prompt=f"<s>{question.text}", token_ids=[1]) for question in questions]
+    asked = [RenderedQuestion(question=question, prompt=f"<s>{question.text}", token_ids=[1]) for question in questions]
     page = render(found, {task.name: asked}, {task.name: by_question(answers)})
     assert page.count("<svg") == 2, "by length and by level"
     assert "&lt;s&gt;" in page, "what a model says is text and no HTML"

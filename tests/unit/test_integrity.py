@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rl.checkpointing.integrity import SEALS, check_seals, seal_files, write_seals
+from megatron_rl.checkpointing.integrity import DIGESTS, digest_files, verify_files, write_digests
 from megatron_rl.errors import CheckpointError
 
 
@@ -13,13 +13,13 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "policy").mkdir()
     for name in ("policy/a", "policy/b", "trainer.json"):
         (tmp_path / name).write_text(name * 3)
-    write_seals(tmp_path, seal_files(tmp_path, ["policy/a", "policy/b", "trainer.json"]))
+    write_digests(tmp_path, digest_files(tmp_path, ["policy/a", "policy/b", "trainer.json"]))
     return tmp_path
 
 
 def check(folder: Path, *, hashes: bool = True) -> None:
     for share in range(2):
-        check_seals(folder, share=share, shares=2, hashes=hashes)
+        verify_files(folder, share=share, shares=2, hashes=hashes)
 
 
 def test_an_untouched_folder_passes(folder: Path) -> None:
@@ -47,8 +47,8 @@ def test_a_changed_byte_is_found(name: str, folder: Path) -> None:
 
 @pytest.mark.parametrize("damage", [None, "{"])
 def test_a_folder_without_readable_seals_is_incomplete(damage: str | None, folder: Path) -> None:
-    (folder / SEALS).unlink()
+    (folder / DIGESTS).unlink()
     if damage:
-        (folder / SEALS).write_text(damage)
+        (folder / DIGESTS).write_text(damage)
     with pytest.raises(CheckpointError, match="incomplete"):
         check(folder)

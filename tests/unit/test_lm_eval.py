@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM
 from megatron_rl.config.evaluation import GradingSection, LikelihoodSection, TaskConfig, load_evaluation
 from megatron_rl.config.load import load_as
 from megatron_rl.data.templates import load_tokenizer
-from megatron_rl.evaluation.generation import Asked, Response, as_asked, choose, cut
+from megatron_rl.evaluation.generation import RenderedQuestion, Response, choose, cut, render_questions
 from megatron_rl.evaluation.grading import Grading
 from megatron_rl.evaluation.questions import Question, read_questions
 from megatron_rl.rollout.engines.embedded import EmbeddedEngine
@@ -80,7 +80,8 @@ def our_verdicts(
             question = Question(index=index, text="", answers=[answer], group=None, row=row)
             said, is_cut = cut(text, task.sampling.stop)
             response = Response(
-                asked=Asked(question=question, prompt="", token_ids=[1]), sample=0, seed=0, text=said, num_tokens=1,
+                asked=RenderedQuestion(question=question, prompt="", token_ids=[1]), sample=0, seed=0, text=said,
+                num_tokens=1,
                 finish_reason="stop" if is_cut else "length",
             )  # fmt: skip
             pending.append((response, grading.begin(task, response)))
@@ -238,7 +239,7 @@ def test_mmlu_by_likelihood(of: str, toy_model: Callable[..., Path]) -> None:
     tokenizer = load_tokenizer(str(folder))
     engine = EmbeddedEngine(setup_of(folder))
     engine.load_weights(iter(load_file(folder / "model.safetensors").items()), version=0)
-    wanted = [(asked, [(0, 0)]) for asked in as_asked(task, questions, tokenizer)]
+    wanted = [(asked, [(0, 0)]) for asked in render_questions(task, questions, tokenizer)]
 
     shown = ["A", "B", "C", "D"] if of == "letters" else None
     harness = HFLM(pretrained=AutoModelForCausalLM.from_pretrained(folder), tokenizer=tokenizer, batch_size=16)

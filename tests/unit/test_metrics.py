@@ -62,7 +62,7 @@ def test_a_report_escapes_what_a_model_wrote_and_says_what_there_is(tmp_path: Pa
     assert conclude(config) == "no report: nothing has been measured yet"
     run = tmp_path / "run"
     run.mkdir()
-    rows = [{"step": 0, "eval/right": 0.25}, {"step": 1, "critic/score/mean": 0.1}, {"step": 2, "eval/right": 0.75}]
+    rows = [{"step": 0, "val/right": 0.25}, {"step": 1, "critic/score/mean": 0.1}, {"step": 2, "val/right": 0.75}]
     (run / "metrics.jsonl").write_text(json.dumps(rows[0]) + "\n")
     assert conclude(config).splitlines()[0] == "held-out right: 25.0% before"
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

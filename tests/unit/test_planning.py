@@ -49,7 +49,7 @@ def test_production_recipes_fit_on_their_hardware_and_not_on_half_of_it(recipe: 
     check_fits(plan)
     half = make_plan(config, replace(hardware, device_gb=hardware.device_gb / 2), world_size)
     assert half.lacks
-    with pytest.raises(ConfigError, match=r"does not fit on .* Change: .*=.*if_too_large=warn"):
+    with pytest.raises(ConfigError, match=r"does not fit on .* Change: .*=.*on_overcommit=warn"):
         check_fits(half)
 
 
@@ -123,7 +123,7 @@ def test_what_saves_memory_saves_it_in_the_plan() -> None:
     assert offloaded.total("generation") < usual.memory.total("generation")
     assert offloaded.total("update") == in_update
     assert sum(offloaded.host.values()) > sum(usual.memory.host.values())
-    assert plan_7b("rollout.sleep=false").lacks
+    assert plan_7b("rollout.sleep_engine=false").lacks
     lora = plan_7b("lora.rank=16", "lora.quantize=nf4").memory.phases["update"]
     assert lora["policy grads"] < 0.05 * usual.memory.phases["update"]["policy grads"]
     assert lora["policy params"] < 0.5 * usual.memory.phases["update"]["policy params"]

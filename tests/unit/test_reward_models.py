@@ -15,13 +15,13 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_rl.algorithms.losses import binary_loss, pairwise_loss
 from megatron_rl.algorithms.reasoning_steps import aggregated, step_ends, step_label, step_spans
-from megatron_rl.batching.reward_model import judged_sequence, share_out
+from megatron_rl.batching.reward_model import labelled_sequence, share_out
 from megatron_rl.config.batching import BatchingSection
 from megatron_rl.config.data import RowsSection
-from megatron_rl.config.reward_training import JudgedDataSection
+from megatron_rl.config.reward_training import RewardDataSection
 from megatron_rl.curation.process_labels import Prefix, asked_row, beginnings, different, graded_rests, labelled
 from megatron_rl.data.generated.hasty_chain import HastyChain, right_steps
-from megatron_rl.data.reward_model_data import JudgedSet, load_judged
+from megatron_rl.data.reward_model_data import RewardDataset, load_reward_dataset
 from megatron_rl.data.templates import load_tokenizer
 from megatron_rl.errors import DataError
 from megatron_rl.evaluation.majority_vote import best, last_match, majority
@@ -164,14 +164,14 @@ def test_one_right_end_is_enough_for_a_hard_label() -> None:
 
 
 @pytest.fixture
-def load(toy_model: Callable[..., Path], tmp_path: Path) -> Callable[..., JudgedSet]:
-    def loaded(schema: Any, *found: dict[str, Any], template: str | None = None, **fields: Any) -> JudgedSet:
+def load(toy_model: Callable[..., Path], tmp_path: Path) -> Callable[..., RewardDataset]:
+    def loaded(schema: Any, *found: dict[str, Any], template: str | None = None, **fields: Any) -> RewardDataset:
         path = tmp_path / "rows.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in found))
         tokenizer = load_tokenizer(str(toy_model()))
         tokenizer.chat_template = template
         rows = RowsSection(kind="jsonl", path=str(path))
-        return load_judged(rows, JudgedDataSection(schema=schema, train=rows, **fields), tokenizer)
+        return load_reward_dataset(rows, RewardDataSection(schema=schema, train=rows, **fields), tokenizer)
 
     return loaded
 
@@ -180,7 +180,9 @@ def text(tokens: Any, toy_model: Callable[..., Path]) -> str:
     return load_tokenizer(str(toy_model())).decode(tokens)
 
 
-def test_steps_are_judged_at_their_last_token(load: Callable[..., JudgedSet], toy_model: Callable[..., Path]) -> None:
+def test_steps_are_judged_at_their_last_token(
+    load: Callable[..., RewardDataset], toy_model: Callable[..., Path]
+) -> None:
     row = {"prompt": "1+1+1=", "completions": ["1+1=2", "2+1=4"], "labels": [True, False]}
     (judged,) = load("stepwise", row).examples[0]
     assert text(judged.token_ids, toy_model) == "1+1+1=1+1=2\n2+1=4<eos>"
@@ -188,7 +190,7 @@ def test_steps_are_judged_at_their_last_token(load: Callable[..., JudgedSet], to
     assert judged.labels == [1.0, 0.0]
 
 
-def test_math_shepherd_is_read_as_published(load: Callable[..., JudgedSet], toy_model: Callable[..., Path]) -> None:
+def test_math_shepherd_is_read_as_published(load: Callable[..., RewardDataset], toy_model: Callable[..., Path]) -> None:
     marked = "two and one? step 1: 2+1=3 {}\nstep 2: the answer is: 3 {}"
     row = {"input": marked.format("ки", "ки"), "label": marked.format("+", "-"), "task": "gsm8k"}
     (judged,) = load("math_shepherd", row).examples[0]
@@ -202,7 +204,9 @@ def test_math_shepherd_is_read_as_published(load: Callable[..., JudgedSet], toy_
     assert (len(found.examples), found.num_unreadable, found.num_overlong) == (1, 2, 0)
 
 
-def test_pairs_come_as_texts_and_as_messages(load: Callable[..., JudgedSet], toy_model: Callable[..., Path]) -> None:
+def test_pairs_come_as_texts_and_as_messages(
+    load: Callable[..., RewardDataset], toy_model: Callable[..., Path]
+) -> None:
     plain = {"prompt": "a?", "chosen": "yes", "rejected": "no", "margin": 2}
     chosen, rejected = load("pairwise", plain).examples[0]
     assert (text(chosen.token_ids, toy_model), text(rejected.token_ids, toy_model)) == ("a?yes<eos>", "a?no<eos>")
@@ -235,12 +239,12 @@ def test_pairs_come_as_texts_and_as_messages(load: Callable[..., JudgedSet], toy
         ("pointwise", {"prompt": "a", "completion": "b" * 50, "label": 1}, "1 are longer than data.max_tokens=20"),
     ],
 )
-def test_bad_rows_are_named(schema: str, row: dict[str, Any], message: str, load: Callable[..., JudgedSet]) -> None:
+def test_bad_rows_are_named(schema: str, row: dict[str, Any], message: str, load: Callable[..., RewardDataset]) -> None:
     with pytest.raises(DataError, match=re.escape(message)):
         load(schema, row, max_tokens=20)
 
 
-def test_long_rows_are_dropped_and_counted(load: Callable[..., JudgedSet]) -> None:
+def test_long_rows_are_dropped_and_counted(load: Callable[..., RewardDataset]) -> None:
     # with prompt and end token two more
     rows = [{"prompt": "a", "completion": "b" * length, "label": 1} for length in (3, 30, 18, 19)]
     found = load("pointwise", *rows, max_tokens=20)
@@ -267,7 +271,7 @@ def said(tokens: list[int]) -> Rollout:
 
 
 def test_a_token_is_judged_by_what_has_read_it() -> None:
-    sequence = judged_sequence([5, 6, 7], [0, 2], [1.0, 0.5])
+    sequence = labelled_sequence([5, 6, 7], [0, 2], [1.0, 0.5])
     assert sequence.token_ids.tolist() == [5, 6, 7, 7]
     assert sequence.loss_mask.tolist() == [False, True, False, True]
     assert sequence.returns.tolist() == [0.0, 1.0, 0.0, 0.5]

@@ -21,7 +21,7 @@ from megatron_rl.config.rollout import RolloutSection
 from megatron_rl.errors import TrainingDiverged
 from megatron_rl.mcore.policy_loss import PolicyLoss
 from megatron_rl.metrics.metric import Reduction, merge, results
-from megatron_rl.trainer.rollout_correction import check_drift, correct
+from megatron_rl.trainer.rollout_correction import check_logprob_mismatch, correct_rollout
 from megatron_rl.types import ParallelContext, TrainBatch
 
 # log(trainer / engine) of the tokens of four responses; the last has none
@@ -49,7 +49,7 @@ def batch_of(log_ratios: Sequence[Sequence[float]]) -> TrainBatch:
 
 def corrected(correction: RolloutCorrection, log_ratios: Sequence[Sequence[float]] = LOG_RATIOS) -> Any:
     """Of every response its one weight of the policy loss and its one weight of the whole loss; and the metrics."""
-    batch, metrics = correct(batch_of(log_ratios), correction)
+    batch, metrics = correct_rollout(batch_of(log_ratios), correction)
     pairs = []
     for sequence in batch.sequences:
         weights = set(sequence.rollout_weights.tolist())
@@ -158,7 +158,7 @@ ALL = [
 @pytest.mark.parametrize("fields", ALL, ids=str)
 def test_an_engine_that_agrees_changes_nothing(fields: dict[str, Any]) -> None:
     batch = batch_of([[0.0] * len(row) for row in LOG_RATIOS])
-    found, metrics = correct(batch, build_correction(section(**fields)))
+    found, metrics = correct_rollout(batch, build_correction(section(**fields)))
     assert metrics["rollout_corr/rejected"].result() == 0
     for one, before in zip(found.sequences, batch.sequences, strict=True):
         assert torch.equal(one.loss_weights, before.loss_weights)
@@ -168,7 +168,7 @@ def test_an_engine_that_agrees_changes_nothing(fields: dict[str, Any]) -> None:
 def test_nothing_is_done_without_need() -> None:
     for fields in ({}, {"rollout_is": "token_mask"}):
         batch = batch_of(LOG_RATIOS)
-        found, metrics = correct(batch, build_correction(section(**fields)))
+        found, metrics = correct_rollout(batch, build_correction(section(**fields)))
         assert found is batch
         assert metrics == {}
 
@@ -219,7 +219,7 @@ def by_hand() -> tuple[float, list[list[float]]]:
 @pytest.mark.parametrize("split", [[[0, 1, 2, 3, 4]], [[4, 1], [3, 0, 2]], [[0], [1], [2], [3], [4]]], ids=str)
 def test_loss_and_gradient_are_the_same_for_every_split(split: list[list[int]], packed: bool, cp_size: int) -> None:
     correction = build_correction(BOTH)
-    batch, _ = correct(batch_of(SPLIT), correction)
+    batch, _ = correct_rollout(batch_of(SPLIT), correction)
     rows, sequences = [], []
     for place, sequence in enumerate(batch.sequences):
         current = sequence.old_logprobs.clone()
@@ -284,7 +284,7 @@ def test_a_warning_names_the_worst_tokens() -> None:
     """A response's token number n is its sequence's number n after two of the prompt, and has the id of its place."""
     metrics = found_by([[0, 1], [2, 3]], LOG_RATIOS)
     alone, notes = cast(ParallelContext, SimpleNamespace(world_size=1, host_group=None)), []
-    check_drift(metrics, RolloutSection(), alone, notes.append)
+    check_logprob_mismatch(metrics, RolloutSection(), alone, notes.append)
     (note,) = notes
     assert note.endswith(
         "Most apart: token 2 at position 2: trainer -0.300, engine -1.500; "
@@ -292,7 +292,7 @@ def test_a_warning_names_the_worst_tokens() -> None:
         "token 2 at position 2: trainer -2.000, engine -1.500."
     )
     with pytest.raises(TrainingDiverged, match=r"Most apart: token 2 at position 2: trainer -0\.300"):
-        check_drift(metrics, RolloutSection(drift_limit=0.2), alone, notes.append)
-    check_drift(metrics, RolloutSection(drift_warning=None), alone, notes.append)
-    check_drift({}, RolloutSection(), alone, notes.append)
+        check_logprob_mismatch(metrics, RolloutSection(drift_limit=0.2), alone, notes.append)
+    check_logprob_mismatch(metrics, RolloutSection(drift_warning=None), alone, notes.append)
+    check_logprob_mismatch({}, RolloutSection(), alone, notes.append)
     assert len(notes) == 1

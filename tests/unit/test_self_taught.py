@@ -81,7 +81,8 @@ def test_rounds_begin_with_the_base_model_and_keep_only_what_verifies(
     command = [
         sys.executable, "tools/data/star.py", "--sample", str(config), "--learn", str(config), "--output",
         str(tmp_path / "star"), "--rounds", "2", "--num-ranks", "1", "--hint", "{answer}?{prompt}", "--min-reward",
-        "0.6", "data.train.limit=8", "algorithm.kl_coef=0", "batching.num_updates=1", "rollout.num_prompts_per_step=2",
+        "0.6", "data.train.limit=8", "algorithm.kl_coef=0", "batching.num_mini_batches=1",
+        "rollout.num_prompts_per_step=2",
     ]  # fmt: skip
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT)}

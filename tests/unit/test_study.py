@@ -27,16 +27,16 @@ def test_table_of_the_steps_that_all_runs_have() -> None:
 
 
 def test_page_has_every_run() -> None:
-    page = render_study("a study", "eval/exact_match", CURVES)
+    page = render_study("a study", "val/exact_match", CURVES)
     assert page.count("<svg") == 1
     assert "A &amp; B" in page
 
 
 def test_a_metric_that_was_not_measured_is_named_with_those_that_were() -> None:
-    rows = [{"step": 0, "eval/exact_match": 0.5}, {"step": 1, "eval/exact_match": None}]
-    assert curve_of(rows, "eval/exact_match") == {0: 0.5}
-    with pytest.raises(DataError, match=r"no row has eval/f1\. Metrics like it: eval/exact_match"):
-        curve_of(rows, "eval/f1")
+    rows = [{"step": 0, "val/exact_match": 0.5}, {"step": 1, "val/exact_match": None}]
+    assert curve_of(rows, "val/exact_match") == {0: 0.5}
+    with pytest.raises(DataError, match=r"no row has val/f1\. Metrics like it: val/exact_match"):
+        curve_of(rows, "val/f1")
 
 
 def test_the_tool_makes_the_runs_and_compares_them(toy_model, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

@@ -1,4 +1,6 @@
-"""Run a study, several configurations over several seeds: python tools/analysis/ablate.py configs/ablations/quickstart.yaml.
+"""Run a study, several configurations over several seeds.
+
+    python tools/analysis/ablate.py configs/ablations/quickstart.yaml
 
 Prints the mean of its metric with the standard deviation between seeds, and writes a page with the curves of the runs
 that were asked for. Runs that are finished are not made again; what was interrupted goes on where it was.

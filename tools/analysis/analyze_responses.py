@@ -1,4 +1,6 @@
-"""How responses behave: python tools/analysis/analyze_responses.py FOLDER [FOLDER …] --output DIR [--judge-model NAME …].
+"""Measure how responses behave: reflection, length, repetition.
+
+    python tools/analysis/analyze_responses.py FOLDER [FOLDER …] --output DIR [--judge-model NAME …]
 
 Each folder is a run (metrics.keep_rollouts_every=N; a column for each step), or the run.output_dir of an evaluation (a
 column for each task, with template and temperature where the suite names some). Writes DIR/behaviour.json and
@@ -15,7 +17,7 @@ from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 
-from megatron_rl.analysis.behaviour import Said, by_label
+from megatron_rl.analysis.behaviour import ResponseRecord, by_label
 from megatron_rl.analysis.behaviour_page import render_behaviour
 from megatron_rl.analysis.reflection import ANSWERING, REFLECTION
 from megatron_rl.errors import MegatronRLError
@@ -45,9 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if asked.judge_url is not None and asked.judge_engine is not None:
         parser.error("--judge-url and --judge-engine exclude each other")
     try:
-        from megatron_rl.analysis.responses import read_all_said
+        from megatron_rl.analysis.responses import read_responses
 
-        said = read_all_said(asked.folders, min_reward=asked.min_reward, answer_shown_by=asked.answer_shown_by)
+        said = read_responses(asked.folders, min_reward=asked.min_reward, answer_shown_by=asked.answer_shown_by)
         if asked.judge_model is not None:
             said = judged(said, asked)
         found = by_label(said)
@@ -61,14 +63,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def judged(said: Sequence[Said], asked: argparse.Namespace) -> list[Said]:
+def judged(said: Sequence[ResponseRecord], asked: argparse.Namespace) -> list[ResponseRecord]:
     """The responses with what the judge says of each."""
-    from megatron_rl.analysis.llm_judge import Judge
+    from megatron_rl.analysis.llm_judge import LLMJudge
     from megatron_rl.config.evaluation import EvalConfig, EvalEngineSection, EvalRunSection
     from megatron_rl.config.parallel import ParallelSection
     from megatron_rl.config.schema import ModelSection
     from megatron_rl.data.templates import load_tokenizer
-    from megatron_rl.evaluation.backend_setup import start_answerer
+    from megatron_rl.evaluation.backend_setup import start_backend
     from megatron_rl.mcore.runtime.parallel import init_parallel, leave_world
     from megatron_rl.weights.open import find_model_folder
 
@@ -80,12 +82,12 @@ def judged(said: Sequence[Said], asked: argparse.Namespace) -> list[Said]:
     )
     described = None if asked.judge_engine is None else str(find_model_folder(Path(asked.judge_model)))
     tokenizer = None if described is None else load_tokenizer(described)
-    judge = Judge(asked.output / "judged.jsonl", asked.judge_model)
+    judge = LLMJudge(asked.output / "judged.jsonl", asked.judge_model)
     wanted = [judge.asked(said, VERDICTS[name], tokenizer) for name in asked.verdicts]
     found = list(said)
     try:
         parallel = init_parallel(ParallelSection())
-        with closing(start_answerer(config, described, wanted, tokenizer, parallel)) as answerer:
+        with closing(start_backend(config, described, wanted, tokenizer, parallel)) as answerer:
             for name, (task, questions) in zip(asked.verdicts, wanted, strict=True):
                 judge.ask(task, questions, answerer, lambda text: print(text, flush=True))
                 found = judge.judged(found, name, VERDICTS[name])

@@ -13,7 +13,7 @@ from megatron_rl.reporting.study import Curve, curve_of, curve_table, markdown
 
 ROOT = Path(__file__).resolve().parents[2]
 
-METRIC = "eval/exact_match"
+METRIC = "val/exact_match"
 ENVIRONMENTS = {"embedded": ".venv", "vllm": ".venv-vllm", "sglang": ".venv-sglang"}
 # as many parameters as the quickstart's model, in heads that the engines' CPU kernels take
 HEADS = ("--num-attention-heads", "2", "--num-key-value-heads", "1")

@@ -15,7 +15,7 @@ from megatron_rl.reporting.study import curve_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
-METRIC = "eval/exact_match"
+METRIC = "val/exact_match"
 LEARNT, NOT_LEARNT = 0.85, 0.10
 """Held-out accuracy that GRPO must exceed; gain that the control must stay below."""
 

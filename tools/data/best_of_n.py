@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from megatron_rl.algorithms.reasoning_steps import AGGREGATIONS, Aggregation, aggregated
-from megatron_rl.batching.reward_model import judged_sequence
+from megatron_rl.batching.reward_model import labelled_sequence
 from megatron_rl.config.load import load_as
 from megatron_rl.config.reward_training import RewardTrainingConfig, validate_reward_training
 from megatron_rl.data.templates import load_tokenizer
@@ -81,7 +81,9 @@ def choose(asked: argparse.Namespace, config: RewardTrainingConfig, parallel: Pa
     lines = [line for group in groups for line in group]
     rollouts = [rollout_from_json(line) for line in lines]
     places = [finder.judged_places(one, config.data.step_separator if of_steps else None) for one in rollouts]
-    rows = model.scores([judged_sequence(one.token_ids.tolist(), at) for one, at in zip(rollouts, places, strict=True)])
+    rows = model.scores(
+        [labelled_sequence(one.token_ids.tolist(), at) for one, at in zip(rollouts, places, strict=True)]
+    )
     for line, row in zip(lines, rows, strict=True):
         line["scores"] = (torch.sigmoid(row) if of_steps else row).tolist()
     if not parallel.is_main:

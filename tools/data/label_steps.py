@@ -1,4 +1,6 @@
-"""Label the steps of recorded solutions: python tools/data/label_steps.py --sample CONFIG --rollouts DIR --output FILE …
+"""Label the steps of recorded solutions.
+
+    python tools/data/label_steps.py --sample CONFIG --rollouts DIR --output FILE …
 
 From the end of every step the rest is sampled several times and graded (Math-Shepherd, arXiv 2312.08935). Writes rows
 of prompt, completions and labels, which python -m megatron_rl.train_reward_model reads with data.schema=stepwise and

@@ -18,7 +18,7 @@ from megatron_rl.metrics.sinks import read_rows
 from megatron_rl.rewards.registry import build_grader
 from megatron_rl.rollout.serialization import step_file, write_lines
 
-METRIC = "eval/score"
+METRIC = "val/score"
 
 
 def main() -> None:

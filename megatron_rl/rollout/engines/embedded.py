@@ -20,8 +20,8 @@ from megatron_rl.rollout.engines.base import (
     check_continuations,
 )
 from megatron_rl.rollout.engines.decoder import Decoder, KVCache
+from megatron_rl.rollout.engines.sampling import choose, uniforms
 from megatron_rl.rollout.engines.storages import Storages
-from megatron_rl.rollout.sampling import choose, uniforms
 from megatron_rl.types import Completion, FinishReason, SamplingParams
 
 # Finished rows are dropped from the batch when they are at least this share of it.

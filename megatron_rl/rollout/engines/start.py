@@ -6,9 +6,9 @@ from typing import Literal
 from megatron_rl.distributed.collectives import gather_objects
 from megatron_rl.rollout.engines.base import Engine, EngineSetup
 from megatron_rl.rollout.engines.embedded import EmbeddedEngine
+from megatron_rl.rollout.engines.sampling import sample_seed
 from megatron_rl.rollout.engines.sglang import SglangEngine
 from megatron_rl.rollout.engines.vllm import VllmEngine
-from megatron_rl.rollout.sampling import sample_seed
 from megatron_rl.types import ParallelContext
 
 EngineName = Literal["embedded", "vllm", "sglang"]

@@ -9,7 +9,7 @@ from megatron_rl.rollout.engines.base import Engine
 from megatron_rl.types import ParallelContext
 
 
-class EngineKeeper:
+class EngineSupervisor:
     """Starts engines again that died, as often as a run allows."""
 
     def __init__(
@@ -47,12 +47,12 @@ class EngineKeeper:
             try:
                 return dict(self._push(version))
             except EngineDied as error:  # all ranks raise it together, also those whose engine lives
-                if not self.revive():
+                if not self.restart_dead():
                     raise EngineDied(
                         f"{error} It cannot be started again: none of the engines says that it died."
                     ) from error
 
-    def revive(self) -> bool:
+    def restart_dead(self) -> bool:
         """Start engines again that died since they were last used; they have no weights then. Collective.
 
         Returns:

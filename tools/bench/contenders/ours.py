@@ -18,9 +18,9 @@ from megatron_rl.config.load import load_config
 from megatron_rl.mcore.policy import Policy
 from megatron_rl.mcore.runtime.parallel import init_parallel
 from megatron_rl.metrics.timing import Stopwatch
-from megatron_rl.rollout.source import Collected
+from megatron_rl.rollout.source import RolloutBatch
 from megatron_rl.trainer.advantages import add_advantages
-from megatron_rl.trainer.build import build_collector, build_engine, build_keeper, build_sampler
+from megatron_rl.trainer.build import build_collector, build_engine, build_rollout_source, build_supervisor
 from megatron_rl.trainer.experience import plan, score
 from megatron_rl.trainer.metrics import rollout_metrics
 from megatron_rl.trainer.preflight import read_inputs
@@ -63,13 +63,13 @@ class OurLoop:
         inputs = read_inputs(self.config, self.parallel)
         self.policy = Policy(self.config, self.parallel)
         engine = build_engine(self.config, self.policy)
-        self._keeper = build_keeper(self.config, engine, self.policy)
+        self._keeper = build_supervisor(self.config, engine, self.policy)
         collector = build_collector(self.config, inputs, self._keeper, self.policy)
-        self._sampler = build_sampler(self.config, inputs, collector, self.parallel)
+        self._sampler = build_rollout_source(self.config, inputs, collector, self.parallel)
         self._steps = 0
         self._prompts = 0
 
-    def rollouts(self, clock: Clock) -> tuple[Collected, TrainBatch]:
+    def rollouts(self, clock: Clock) -> tuple[RolloutBatch, TrainBatch]:
         """Sampled, graded and scored: ready for the update."""
         with clock.phase("push"):
             self._keeper.push(version=self._steps)

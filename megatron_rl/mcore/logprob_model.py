@@ -17,7 +17,7 @@ LossOfLogprobs = Callable[[MicroBatch, Tensor, Tensor], tuple[Tensor, Tensor, An
 Log-probabilities and entropies are [number of true entries of the loss mask], in its order."""
 
 
-class ScoringModel(ShardedModel):
+class LogProbModel(ShardedModel):
     """A language model that gives log-probabilities and its weights; as it stands, a frozen one."""
 
     def logprobs(self, batch: TrainBatch, *, replay_routing: bool = False) -> list[Tensor]:
