@@ -1,4 +1,4 @@
-"""Share the sequences of a step out over updates, data-parallel ranks and micro-batches."""
+"""Split the sequences of a step into updates, data-parallel shares and micro-batches."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -8,11 +8,38 @@ import torch
 from megatron_rl.algorithms.loss_weights import Aggregation, sequence_loss_weights
 from megatron_rl.batching.pack import balance, imbalance, micro_batches
 from megatron_rl.batching.sequences import bare_sequence, earned, flatten_groups, to_sequence
+from megatron_rl.config import RunConfig
 from megatron_rl.config.batching import BatchingSection
 from megatron_rl.errors import DataError
-from megatron_rl.types import RolloutGroup, TrainBatch, TrainSequence, UpdatePlan
+from megatron_rl.types import ParallelContext, RolloutGroup, TrainBatch, TrainSequence, UpdatePlan
 
 FILLER = -1
+
+
+def make_batch(groups: Sequence[RolloutGroup], config: RunConfig, parallel: ParallelContext) -> TrainBatch:
+    """This rank's share of a step's groups, split into updates and micro-batches for one layout.
+
+    Args:
+        groups: all groups of the step, the same on every rank and in the same order.
+        parallel: layout of the model that reads the batch.
+
+    Raises:
+        DataError: an update has no token with loss.
+    """
+    # the context-parallel ranks share a micro-batch
+    tokens = config.batching.max_tokens_per_micro_batch * parallel.cp_size
+    return plan_batch(
+        groups,
+        replace(config.batching, max_tokens_per_micro_batch=tokens),
+        dp_rank=parallel.dp_rank,
+        dp_size=parallel.dp_size,
+        aggregation=config.algorithm.aggregation,
+        constant_length=config.algorithm.constant_length or config.rollout.max_new_tokens,
+        # the interleaved schedule visits chunks in rounds of one micro-batch for each stage
+        multiple_of=parallel.pp_size if parallel.vp_size > 1 else 1,
+        # rejection sampling may accept nothing
+        leave_out_empty=config.algorithm.accept_min_reward is not None,
+    )
 
 
 def plan_batch(

@@ -1,4 +1,7 @@
-"""Which responses of a step teach: the others keep their tokens and rewards, and lose their loss mask."""
+"""Select the groups and responses of a step that the policy is trained on.
+
+Responses that are left out keep their tokens and rewards and lose their loss mask.
+"""
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
@@ -6,7 +9,24 @@ from statistics import pstdev
 
 import torch
 
+from megatron_rl.config.algorithm import AlgorithmSection
 from megatron_rl.types import Rollout, RolloutGroup
+
+
+def select_groups(groups: Sequence[RolloutGroup], config: AlgorithmSection) -> Sequence[RolloutGroup]:
+    """Apply the filters of the configuration: reward std, truncation, rejection sampling."""
+    if config.top_std_fraction < 1:
+        groups = top_std_groups(groups, config.num_kept(len(groups)))
+    if config.mask_truncated:
+        groups = without_truncated(groups)
+    if config.accept_min_reward is not None:
+        groups = accepted(
+            groups,
+            min_reward=config.accept_min_reward,
+            max_per_prompt=config.accept_max_per_prompt,
+            unique=config.accept_unique,
+        )
+    return groups
 
 
 def without_truncated(groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
@@ -33,8 +53,8 @@ def accepted(
     return [_only(group, _chosen(group.rollouts, min_reward, max_per_prompt, unique)) for group in groups]
 
 
-def most_spread(groups: Sequence[RolloutGroup], count: int) -> list[RolloutGroup]:
-    """So many groups, whose valid rewards have the largest standard deviations, in their order.
+def top_std_groups(groups: Sequence[RolloutGroup], count: int) -> list[RolloutGroup]:
+    """Keep the `count` groups with the highest reward std, in original order.
 
     Source: StarPO-S, RAGEN, arXiv 2504.20073 section 4.2.
     """

@@ -14,17 +14,15 @@ references/step_000400/                Hugging Face folder of the policy that be
 """
 
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial as partial_of
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from megatron_rl.checkpointing.export import LearningModels
+from megatron_rl.checkpointing.export import Exporter, LearningModels
 from megatron_rl.checkpointing.folder import (
     IN_FLIGHT,
     UNLOGGED,
@@ -41,6 +39,7 @@ from megatron_rl.checkpointing.integrity import (
     verify_files,
     write_digests,
 )
+from megatron_rl.checkpointing.references import ReferenceStore
 from megatron_rl.checkpointing.resume import check_resumable, flatten_plain, read_trainer
 from megatron_rl.config import RunConfig
 from megatron_rl.config.reward_training import RewardTrainingConfig
@@ -48,16 +47,11 @@ from megatron_rl.distributed.collectives import any_rank, barrier, gather_object
 from megatron_rl.errors import CheckpointError
 from megatron_rl.mcore.async_save import PendingSave
 from megatron_rl.mcore.checkpoint import begin_save, complete_save, load_learner, save_learner
-from megatron_rl.mcore.lora import LoraAdapters
-from megatron_rl.mcore.policy import Policy
-from megatron_rl.mcore.sharded_model import ShardedModel
 from megatron_rl.metrics.metric import Metrics, Reduction, from_plain, merge, to_plain
 from megatron_rl.rollout.partial import PartialGroup
 from megatron_rl.rollout.serialization import group_from_json, group_to_json, read_lines, write_lines
 from megatron_rl.run_folder import LATEST, RunFolder, write_atomically
 from megatron_rl.types import ParallelContext, TrainState
-from megatron_rl.weights.hf_files import write_hf_folder
-from megatron_rl.weights.peft_files import write_peft_folder
 
 
 class CheckpointManager:
@@ -66,12 +60,12 @@ class CheckpointManager:
     def __init__(self, folder: RunFolder, config: RunConfig | RewardTrainingConfig, parallel: ParallelContext) -> None:
         self._run_folder = folder
         self._folder = folder.checkpoints
-        self._references = folder.references
         self._config = config
         self._parallel = parallel
+        self._exporter = Exporter(parallel)
+        self.references = ReferenceStore(folder.references, self._exporter)
         self._last: Path | None = None  # begun or restored last
         self._is_again = False  # the one before it was of the same state
-        self._reference: str | None = None  # which the next checkpoint will name
         self._pending: tuple[dict[str, PendingSave], Path, Path] | None = None  # by the part of the checkpoint
 
     def save(
@@ -102,7 +96,7 @@ class CheckpointManager:
         final = self._folder / f"step_{state.step:06d}"
         if self._last == final and not again:
             if self._config.checkpoint.save_hf and exports:
-                self._add_exports(models, final)
+                self._exporter.add_missing(models, final)
             return final
         partial = final.with_name(final.name + ".partial")
         with raise_together(self._parallel), checkpoint_errors(final):
@@ -111,10 +105,9 @@ class CheckpointManager:
                 for part in ("rng", *models.learners):
                     (partial / part).mkdir(parents=True)
         if self._config.checkpoint.save_hf and exports:
-            for name, (model, config) in models.exports.items():
-                self._export(model, partial / name, config)
+            self._exporter.write_all(models, partial)
         if models.adapters is not None:
-            self._export_adapters(models.adapters, partial / "adapter")
+            self._exporter.write_adapters(models.adapters, partial / "adapter", self._config.model.path)
         known = None if unlogged is None else to_plain(merge(gather_objects(dict(unlogged), self._parallel)))
         with raise_together(self._parallel), checkpoint_errors(final):
             torch.save(random_state(), partial / "rng" / f"rank_{self._parallel.rank}.pt")
@@ -235,7 +228,7 @@ class CheckpointManager:
         state = TrainState(**trainer["state"])
         with raise_together(self._parallel), checkpoint_errors(path):
             if self._parallel.is_main:
-                self._fetch_reference(state, path)
+                self.references.fetch(state, path)
         for part, learner in models.learners.items():
             load_learner(learner, path / part)
         saved = path / "rng" / f"rank_{self._parallel.rank}.pt"
@@ -244,25 +237,6 @@ class CheckpointManager:
         barrier(self._parallel)
         self._last = path
         return state
-
-    def _fetch_reference(self, state: TrainState, path: Path) -> None:
-        """Copy the reference that goes with a checkpoint of another run.
-
-        Raises:
-            CheckpointError: it is not there any more.
-        """
-        if state.reference is None or (self._references / state.reference).exists():
-            return
-        source = path.resolve().parents[1] / self._references.name / state.reference
-        if not source.is_dir():
-            raise CheckpointError(
-                f"{path} was learning against the reference {source}, which is gone. Put it back, or resume from a "
-                "later checkpoint."
-            )
-        partial = self._references / f"{state.reference}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(source, partial)
-        os.replace(partial, self._references / state.reference)
 
     def in_flight(self, path: Path) -> list[PartialGroup]:
         """The samples that a checkpoint carries over.
@@ -280,73 +254,6 @@ class CheckpointManager:
             return None
         return from_plain(json.loads(file.read_text())) if self._parallel.is_main else {}
 
-    def keep_as_reference(self, state: TrainState, policy: Policy) -> TrainState:
-        """Write the policy as the reference of the steps to come; collective.
-
-        Returns:
-            the state with its name.
-
-        Raises:
-            CheckpointError: on every rank, when it cannot be written.
-        """
-        name = f"step_{state.step:06d}"
-        self._export_whole(policy, self._references / name)
-        self._reference = name
-        return replace(state, reference=name)
-
-    def reference_of(self, state: TrainState) -> str | None:
-        """Path of the policy that is the reference of a state; None: that of the configuration."""
-        return None if state.reference is None else str(self._references / state.reference)
-
-    def _add_exports(self, models: LearningModels, folder: Path) -> None:
-        """Write those that a checkpoint was saved without; collective."""
-        there = [name for name in models.exports if (folder / name).exists()]
-        for name in sorted(set(models.exports).difference(gather_objects(there, self._parallel)[0])):
-            model, config = models.exports[name]
-            self._export_whole(model, folder / name, config)
-
-    def _export_whole(self, model: ShardedModel, final: Path, config: Mapping[str, Any] | None = None) -> None:
-        """``_export``, under its name only when complete; collective."""
-        partial = final.with_name(final.name + ".partial")
-        with raise_together(self._parallel), checkpoint_errors(final):
-            if self._parallel.is_main:
-                shutil.rmtree(partial, ignore_errors=True)
-                partial.parent.mkdir(parents=True, exist_ok=True)
-        self._export(model, partial, config)
-        with raise_together(self._parallel), checkpoint_errors(final):
-            if self._parallel.is_main:
-                replace_folder(partial, final)
-
-    def _export(self, model: ShardedModel, folder: Path, config: Mapping[str, Any] | None = None) -> None:
-        """Write a Hugging Face folder, with another config.json than the model's own if it is given; collective."""
-        with raise_together(self._parallel), checkpoint_errors(folder):
-            if not model.is_in_first_replica:
-                return
-            tensors = model.export()
-            try:
-                if self._parallel.is_main:
-                    write_hf_folder(folder, tensors, like=model.config.model.path, config=config)
-            finally:
-                for _ in tensors:  # the export is collective: every rank of the replica goes through all of it
-                    pass
-
-    def _export_adapters(self, adapters: LoraAdapters, folder: Path) -> None:
-        """Write a PEFT folder; collective."""
-        config = adapters.config
-        with raise_together(self._parallel), checkpoint_errors(folder):
-            if not adapters.is_in_first_replica:
-                return
-            tensors = [(name, tensor.clone()) for name, tensor in adapters.export()]
-            if self._parallel.is_main:
-                write_peft_folder(
-                    folder,
-                    tensors,
-                    base=self._config.model.path,
-                    rank=config.rank,
-                    alpha=config.alpha,
-                    targets=config.targets,
-                )
-
     def _remove_old(self) -> None:
         """Keep the checkpoints written last, whatever their step: a run may have been resumed from an earlier one."""
         written = [path for path in self._folder.glob("step_*[0-9]") if (path / "trainer.json").exists()]
@@ -354,13 +261,10 @@ class CheckpointManager:
         kept = written[-self._config.checkpoint.keep_last :]
         for path in written[: -len(kept)]:
             shutil.rmtree(path)
-        needed = {self._reference, *map(_reference_of, kept)}
-        for path in self._references.glob("step_*[0-9]"):
-            if path.name not in needed:
-                shutil.rmtree(path)
+        self.references.remove_unused(map(reference_name, kept))
 
 
-def _reference_of(path: Path) -> str | None:
+def reference_name(path: Path) -> str | None:
     """What a checkpoint was learning against; None: the configuration's, or the checkpoint is damaged."""
     try:
         return TrainState(**read_trainer(path)["state"]).reference

@@ -9,8 +9,8 @@ from megatron_rl.config.data import DataSection, RowsSection, SourceSection
 from megatron_rl.config.optimizer import OptimizerSection
 from megatron_rl.config.parallel import ParallelSection
 from megatron_rl.config.performance import MemorySection, PrecisionSection
-from megatron_rl.config.rollout import RolloutSection
 from megatron_rl.config.periodic import CheckpointSection, MetricsSection
+from megatron_rl.config.rollout import RolloutSection
 from megatron_rl.config.schema import (
     ModelSection,
     RunConfig,

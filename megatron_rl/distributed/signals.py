@@ -36,7 +36,7 @@ class StopRequest:
         for number in (*REQUESTS, signal.SIGINT):
             signal.signal(number, self._ask)
 
-    def agreed(self) -> bool:
+    def requested(self) -> bool:
         """True on every rank once one was asked; collective."""
         return any_rank(self._is_asked(), self._parallel)
 
@@ -44,7 +44,7 @@ class StopRequest:
         """Whether it was a scheduler that asked; collective."""
         return any_rank(bool(self._asked & self._of_schedulers) or self._is_late(), self._parallel)
 
-    def is_known(self) -> bool:
+    def poll(self) -> bool:
         """Whether any rank was asked, as far as this one knows; for the middle of a phase, where others do not meet."""
         if self._is_asked():
             if not self._told_others:

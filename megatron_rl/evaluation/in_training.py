@@ -87,7 +87,7 @@ class BenchmarkEvaluator:
             max_requests=config.rollout.max_num_sequences,
         )
 
-    def examine(self, step: int) -> dict[str, Reduction]:
+    def evaluate(self, step: int) -> dict[str, Reduction]:
         """``benchmark/TASK/…`` metrics on the first rank, with answers and reports in benchmarks/step_N; collective.
 
         The engines have the policy of the step.

@@ -48,7 +48,7 @@ class Validator:
         self._seed = seed
         self._num_samples = num_samples
 
-    def evaluate(self, step: int) -> tuple[dict[str, Reduction], list[Sample]]:
+    def validate(self, step: int) -> tuple[dict[str, Reduction], list[Sample]]:
         """``val/…`` metrics, the same on every rank, and the first few responses; collective.
 
         A response whose reward failed counts as 0 here and in ``val/failures``.

@@ -1,5 +1,6 @@
 """A plan: whether a configuration fits on a machine, how long a step takes, and what to change."""
 
+import os
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -224,7 +225,7 @@ def with_known_models(config: RunConfig, shapes: Path) -> RunConfig:
         there = shapes / Path(path).name
         if Path(path).exists() or not there.exists():
             return path
-        print(f"{path} is not there; planning with {there}", file=sys.stderr)
+        print(f"{path} is not there; planning with {os.path.relpath(there)}", file=sys.stderr)
         return str(there)
 
     changed = replace(config, model=replace(config.model, path=known(config.model.path)))

@@ -1,4 +1,4 @@
-"""The rewards of a step, shared out over the tokens of a batch as advantages."""
+"""Rewards of a step to advantages of every token."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -26,19 +26,20 @@ from megatron_rl.metrics.metric import Mean, Reduction, explained_variance, mean
 from megatron_rl.types import ParallelContext, TrainBatch, TrainSequence, TrainState
 
 
-def add_advantages(
-    batch: TrainBatch, config: AlgorithmSection, parallel: ParallelContext, *, kl_coef: float
+def compute_advantages(
+    batch: TrainBatch, config: AlgorithmSection, parallel: ParallelContext, state: TrainState
 ) -> tuple[TrainBatch, dict[str, Reduction]]:
-    """Give every token its advantage, and what the critic is to expect; collective if they are whitened.
+    """Add ``advantages``, and with a critic ``returns``; collective if advantages are whitened.
 
     Args:
-        batch: with values if there is a critic, and with the log-probabilities of trainer and reference if the reward
-            has a KL penalty.
-        kl_coef: weight of that penalty.
+        batch: with values if there is a critic, and with old and reference log-probabilities if the reward has a KL
+            penalty.
+        state: has the current coefficient of that penalty, where it is adaptive.
 
     Returns:
         the batch, and metrics over tokens, the same on the ranks that share them.
     """
+    kl_coef = kl_reward_coef(state, config)
     metrics: dict[str, Reduction] = {}
     if config.advantage == "distillation":
         rows = [distillation_advantages(s.old_logprobs, s.ref_logprobs, s.loss_mask).float() for s in batch.sequences]
@@ -149,17 +150,21 @@ def _whitened(rows: Sequence[Tensor], sequences: Sequence[TrainSequence], parall
 
 
 def kl_reward_coef(state: TrainState, config: AlgorithmSection) -> float:
-    """Weight of the KL penalty in the reward as it is now."""
+    """Current coefficient of the KL penalty in the reward."""
     return config.kl_reward_coef if state.kl_reward_coef is None else state.kl_reward_coef
 
 
-def adapt_kl(
-    state: TrainState, batch: TrainBatch, config: AlgorithmSection, parallel: ParallelContext, coef: float
+def update_kl_coef(
+    state: TrainState, batch: TrainBatch, config: AlgorithmSection, parallel: ParallelContext
 ) -> TrainState:
-    """The state with the weight of that penalty for the next step."""
+    """Adapt that coefficient for the next step, if ``algorithm.kl_reward_target`` is set; collective then.
+
+    Source: Ziegler et al., arXiv 1909.08593 section 2.2.
+    """
     if config.kl_reward_target is None:
         return state
     kl, count = kl_of_responses(batch.sequences, parallel)
+    coef = kl_reward_coef(state, config)
     return replace(
         state, kl_reward_coef=adapted_coef(coef, kl, config.kl_reward_target, count, config.kl_reward_horizon)
     )

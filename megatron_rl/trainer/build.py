@@ -23,8 +23,9 @@ from megatron_rl.rollout.engines.supervisor import EngineSupervisor
 from megatron_rl.rollout.policy_source import PolicySource
 from megatron_rl.rollout.replay_source import ReplaySource
 from megatron_rl.rollout.source import DemonstrationSource, RolloutSource
+from megatron_rl.trainer.inputs import Inputs
 from megatron_rl.trainer.models import Reference, RunModels
-from megatron_rl.trainer.preflight import Inputs, reward_functions
+from megatron_rl.trainer.preflight import reward_functions
 from megatron_rl.trainer.reward_scores import RewardModelScorer, StepFinder
 from megatron_rl.types import ParallelContext, SamplingParams
 from megatron_rl.weight_sync import WeightSync
@@ -143,7 +144,7 @@ def build_rollout_source(
         inputs.curriculum,
         collector,
         params,
-        dialogue=inputs.dialogue,
+        dialogue=inputs.multi_turn,
         seed=config.run.seed,
         num_steps=config.run.num_steps,
         num_mini_batches=config.batching.num_mini_batches,
@@ -165,7 +166,7 @@ def build_validator(config: RunConfig, inputs: Inputs, collector: Collector) -> 
         collector,
         inputs.validation.prompts[: config.validation.num_prompts],
         params,
-        dialogue=inputs.dialogue,
+        dialogue=inputs.multi_turn,
         seed=config.run.seed,
         num_samples=config.metrics.num_samples,
     )
@@ -175,11 +176,11 @@ def build_benchmark_evaluator(
     config: RunConfig, inputs: Inputs, keeper: EngineSupervisor, policy: Policy, note: Callable[[str], None]
 ) -> BenchmarkEvaluator | None:
     """Benchmarks during the run; None without a suite."""
-    if inputs.suite is None:
+    if inputs.benchmarks is None:
         return None
     positions = policy.spec.max_position_embeddings
     return BenchmarkEvaluator(
-        inputs.suite, keeper, config, inputs.tokenizer, policy.parallel, note, positions=positions
+        inputs.benchmarks, keeper, config, inputs.tokenizer, policy.parallel, note, positions=positions
     )
 
 

@@ -7,58 +7,64 @@ from megatron_rl.config import RunConfig
 from megatron_rl.distributed.collectives import raise_together
 from megatron_rl.errors import Interrupted
 from megatron_rl.metrics.metric import Reduction
-from megatron_rl.metrics.timing import Stopwatch
-from megatron_rl.rollout.engines.base import Engine
-from megatron_rl.trainer.context import Trainer
+from megatron_rl.trainer.context import Step, Trainer
 from megatron_rl.trainer.models import RunModels
-from megatron_rl.types import ParallelContext, TrainState
-
-InEngine = Callable[[TrainState, Stopwatch], AbstractContextManager[dict[str, Reduction]]]
-"""``policy_in_engine`` of a run."""
+from megatron_rl.types import TrainState
 
 
 @contextmanager
-def room_for_engine(models: RunModels, engine: Engine | None, config: RunConfig, watch: Stopwatch) -> Iterator[None]:
-    """Lend the memory of memory.offload to the engine, which gives its own up where the run is interrupted."""
-    if config.memory.offload:
-        with watch.span("offload"):
-            for learner in models.learners.values():
-                learner.to_host()
-    try:
-        yield
-    except Interrupted:
-        if engine is not None and config.rollout.sleep_engine:
-            with raise_together(models.policy.parallel):
-                engine.sleep()
-        raise
-    finally:
-        if config.memory.offload:
-            with watch.span("onload"):
-                for learner in models.learners.values():
-                    learner.to_device()
-
-
-@contextmanager
-def awake(engine: Engine, config: RunConfig, parallel: ParallelContext) -> Iterator[None]:
-    """The engine with its cache, for as long as rollout.sleep_engine lets it."""
-    if not config.rollout.sleep_engine:
+def models_offloaded(
+    models: RunModels, config: RunConfig, timer: Callable[[str], AbstractContextManager[None]]
+) -> Iterator[None]:
+    """Keep the parts of ``memory.offload`` in host memory during the body."""
+    if not config.memory.offload:
         yield
         return
-    with raise_together(parallel):
+    with timer("offload"):
+        for learner in models.learners.values():
+            learner.to_host()
+    try:
+        yield
+    finally:
+        with timer("onload"):
+            for learner in models.learners.values():
+                learner.to_device()
+
+
+@contextmanager
+def trainer_offloaded(trainer: Trainer, step: Step) -> Iterator[None]:
+    """Offload the trainer during the body; an engine that is interrupted meanwhile sleeps before it comes back."""
+    with models_offloaded(trainer.models, trainer.config, step.timer):
+        try:
+            yield
+        except Interrupted:
+            if trainer.config.rollout.sleep_engine:
+                with raise_together(trainer.parallel):
+                    trainer.engines.engine.sleep()
+            raise
+
+
+@contextmanager
+def engine_awake(trainer: Trainer) -> Iterator[None]:
+    """Give the engine its KV cache during the body, where ``rollout.sleep_engine`` takes it away otherwise."""
+    if not trainer.config.rollout.sleep_engine:
+        yield
+        return
+    engine = trainer.engines.engine
+    with raise_together(trainer.parallel):
         engine.wake("kv_cache")
     yield
-    with raise_together(parallel):
+    with raise_together(trainer.parallel):
         engine.sleep()
 
 
 @contextmanager
-def policy_in_engine(course: Trainer, state: TrainState, watch: Stopwatch) -> Iterator[dict[str, Reduction]]:
-    """The engine with the policy of a step, for something else than the next step; gives metrics of the push."""
-    sampler, models, config, keeper, log = course.sampler, course.models, course.config, course.keeper, course.log
-    sampler.drain(version=state.step)
-    with room_for_engine(models, keeper.engine, config, watch):
-        pushed = keeper.push(version=state.step)
-        with awake(keeper.engine, config, models.policy.parallel):
+def policy_in_engine(trainer: Trainer, state: TrainState, step: Step) -> Iterator[dict[str, Reduction]]:
+    """Push the policy of ``state`` for an evaluation in the body; yields the metrics of the push."""
+    trainer.rollouts.drain(version=state.step)
+    with trainer_offloaded(trainer, step):
+        pushed = trainer.engines.push(version=state.step)
+        with engine_awake(trainer):
             yield pushed
-    for note in keeper.take_notes():
-        log.note(note)
+    for note in trainer.engines.take_notes():
+        trainer.log.note(note)

@@ -4,7 +4,7 @@ from megatron_rl.checkpointing.resume import check_resumable
 from megatron_rl.config import RunConfig, dump_config
 from megatron_rl.mcore.runtime.parallel import launcher_world
 from megatron_rl.run_folder import RunFolder
-from megatron_rl.trainer.preflight import Inputs
+from megatron_rl.trainer.inputs import load_inputs
 
 
 def dry_run(config: RunConfig, resume: str, *, show: bool) -> None:
@@ -14,7 +14,7 @@ def dry_run(config: RunConfig, resume: str, *, show: bool) -> None:
         MegatronRLError: what a start would raise.
     """
     _, world_size, _ = launcher_world()
-    inputs = Inputs(config, world_size)
+    inputs = load_inputs(config, world_size)
     folder = RunFolder(config.run.output_dir)
     folder.check_writable()
     checkpoint = folder.find_resume(resume)

@@ -17,7 +17,7 @@ from megatron_rl.models.flops import peak_tflops
 from megatron_rl.rollout.serialization import step_file, write_groups
 from megatron_rl.rollout.source import RolloutBatch
 from megatron_rl.run_folder import RunFolder
-from megatron_rl.types import ParallelContext, RolloutGroup, TrainState
+from megatron_rl.types import ParallelContext, TrainState
 
 
 class RunLogger:
@@ -31,11 +31,14 @@ class RunLogger:
         parallel: ParallelContext,
         peak_tflops: float | None,
         *,
-        keep_rollouts_every: int,
+        keep_rollouts_every: int = 0,
+        show_rollout_every: int = 0,
     ) -> None:
         """
         Args:
-            keep_rollouts_every: steps of which one has its rollouts written; 0: none has.
+            peak_tflops: of one rank's device, for ``perf/mfu/actor``; None: unknown.
+            keep_rollouts_every: steps between those whose rollouts are written to files; 0: none are.
+            show_rollout_every: steps between those of which one rollout is printed; 0: none is.
         """
         self._console = console
         self._sinks = sinks
@@ -43,6 +46,7 @@ class RunLogger:
         self._parallel = parallel
         self._peak_tflops = peak_tflops
         self._keep_rollouts_every = keep_rollouts_every
+        self._show_rollout_every = show_rollout_every
         self.profile_folder = folder.path / "profile"
 
     def note(self, text: str) -> None:
@@ -72,24 +76,22 @@ class RunLogger:
         first = samples[0]
         self._console.sample(first.step, first.prompt, first.response, first.reward)
 
-    def collected(self, step: int, collected: RolloutBatch) -> None:
-        """Keep the rollouts of a step, when it is their turn, and tell what happened to them; collective.
+    def rollouts(self, step: int, rollouts: RolloutBatch) -> None:
+        """Print the notes of a step's rollouts; keep and show rollouts where it is their turn; collective.
 
         Raises:
             DataError: on every rank, when they cannot be written.
         """
-        for note in collected.notes:
+        for note in rollouts.notes:
             self.note(f"step {step}: {note}")
-        if self._keep_rollouts_every == 0 or step % self._keep_rollouts_every:
-            return
-        with raise_together(self._parallel):
-            if self._parallel.is_main:
-                write_groups(step_file(self._folder.rollouts, step), step, collected.groups)
-
-    def show(self, step: int, group: RolloutGroup) -> None:
-        """Show a training rollout, for runs that have no held-out ones to show."""
-        rollout = group.rollouts[0]
-        self._console.sample(step, group.prompt.text, rollout.text, rollout.reward)
+        if self._keep_rollouts_every and step % self._keep_rollouts_every == 0:
+            with raise_together(self._parallel):
+                if self._parallel.is_main:
+                    write_groups(step_file(self._folder.rollouts, step), step, rollouts.groups)
+        if self._show_rollout_every and step % self._show_rollout_every == 0:
+            group = rollouts.groups[0]
+            rollout = group.rollouts[0]
+            self._console.sample(step, group.prompt.text, rollout.text, rollout.reward)
 
     def close(self) -> None:
         """Finish the console and flush every sink."""

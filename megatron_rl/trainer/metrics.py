@@ -1,4 +1,4 @@
-"""What is measured of a step's rollouts and of the update that they were made into."""
+"""Metrics of a step's rollouts and of the batch that they became."""
 
 from collections.abc import Sequence
 
@@ -14,22 +14,34 @@ from megatron_rl.types import ParallelContext, RolloutGroup, TrainBatch, UpdateP
 
 
 def rollout_metrics(
-    collected: RolloutBatch, batch: TrainBatch | None, spec: ModelSpec, *, graded: bool, parallel: ParallelContext
+    rollouts: RolloutBatch, version: int, *, has_rewards: bool, parallel: ParallelContext
 ) -> dict[str, Reduction]:
-    """Metrics of the step's rollouts, which every rank knows and the first one counts."""
-    groups = collected.groups
-    metrics: dict[str, Reduction] = {name: Mean(value) for name, value in collected.counts.items()}
+    """Metrics of a step's rollouts; every rank knows them, the first one counts them.
+
+    Args:
+        version: of the policy that is about to be updated.
+    """
     if not parallel.is_main:
         return {}
+    groups = rollouts.groups
+    metrics: dict[str, Reduction] = {name: Mean(value) for name, value in rollouts.counts.items()}
     metrics |= length_metrics(groups)
-    if batch is not None:
-        metrics["perf/actor_tflop"] = Mean(sum(update_flops(spec, update) for update in batch.updates) / 1e12)
-        metrics |= mean_max_min("batch/imbalance", [update.imbalance for update in batch.updates])
-        metrics["batch/num_micro_batches"] = Mean(sum(len(update.micro_batches) for update in batch.updates))
-    if graded:
+    if has_rewards:
         _, rewards, group_of = flatten_groups(groups)
         metrics |= reward_metrics(groups, rewards, group_of)
+        metrics |= staleness_metrics(groups, version)
     return metrics
+
+
+def batch_metrics(batch: TrainBatch, spec: ModelSpec, parallel: ParallelContext) -> dict[str, Reduction]:
+    """Cost and balance of the updates of a batch; counted by the first rank."""
+    if not parallel.is_main:
+        return {}
+    return {
+        "perf/actor_tflop": Mean(sum(update_flops(spec, update) for update in batch.updates) / 1e12),
+        **mean_max_min("batch/imbalance", [update.imbalance for update in batch.updates]),
+        "batch/num_micro_batches": Mean(sum(len(update.micro_batches) for update in batch.updates)),
+    }
 
 
 def update_flops(spec: ModelSpec, update: UpdatePlan) -> float:

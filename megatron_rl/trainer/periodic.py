@@ -2,109 +2,109 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 
-from megatron_rl.checkpointing.manager import CheckpointManager
 from megatron_rl.distributed.collectives import raise_together
-from megatron_rl.errors import EngineDied
-from megatron_rl.evaluation.in_training import BenchmarkEvaluator
+from megatron_rl.errors import EngineDied, Interrupted
 from megatron_rl.evaluation.validation import Sample, Validator
 from megatron_rl.mcore.reference import AdapterFreeReference
-from megatron_rl.metrics.metric import Metrics, Reduction, merge
-from megatron_rl.metrics.timing import Stopwatch
-from megatron_rl.rollout.source import RolloutSource
-from megatron_rl.trainer.colocation import InEngine, policy_in_engine
-from megatron_rl.trainer.context import Trainer
-from megatron_rl.trainer.logger import RunLogger
-from megatron_rl.trainer.models import Reference, RunModels
-from megatron_rl.trainer.state import is_due
+from megatron_rl.metrics.metric import Metrics
+from megatron_rl.trainer.colocation import policy_in_engine
+from megatron_rl.trainer.context import Step, Trainer
+from megatron_rl.trainer.models import Reference
+from megatron_rl.trainer.state import consume, is_due
 from megatron_rl.types import ParallelContext, TrainState
 
 
-def refill_engine(course: Trainer, state: TrainState) -> None:
-    """After a resume, give the engine the weights that an evaluation had given it before the stop.
-
-    What such a push measures belongs to the step that was evaluated, whose metrics are logged, and not to the next.
-    """
-    if course.sampler.uses_engine and (course.evaluator_after(state.step) or course.examiner_after(state.step)):
-        watch = Stopwatch(course.heartbeat.enter)
-        engines_may_die = saved_if_engines_die(course.checkpoints, state, course.models, course.sampler)
-        with watch.span("update_weights"), engines_may_die, policy_in_engine(course, state, watch):
-            pass
-
-
-def conclude(
-    course: Trainer, state: TrainState, metrics: Metrics, watch: Stopwatch, *, is_learnt: bool = True
-) -> TrainState:
-    """Evaluate, save and log what is due after a step, also after none; the state with the reference that was kept."""
-    config, models, checkpoints, step = course.config, course.models, course.checkpoints, state.step
-    metrics = dict(metrics)
+def evaluate_if_due(trainer: Trainer, state: TrainState, step: Step) -> None:
+    """Run validation and benchmarks if they are due after this step (including step 0)."""
     samples: Sequence[Sample] = []
-    in_engine = partial(policy_in_engine, course)
-    with saved_if_engines_die(checkpoints, state, models, course.sampler, metrics if step else None):
-        if evaluator := course.evaluator_after(step):
-            held_out, samples = evaluate(evaluator, in_engine, course.log, state, watch)
-            metrics = merge([metrics, held_out])
-        if examiner := course.examiner_after(step):
-            metrics |= examine(examiner, in_engine, state, watch)
-    course.log.samples(samples)
-    if step == 0:
-        course.log.step(0, metrics)
+    with checkpoint_if_stopped(trainer, state, step.metrics_with_timings() if state.step else None):
+        if trainer.validator is not None and is_validation_due(trainer, state.step):
+            samples = validate(trainer, trainer.validator, state, step)
+        if trainer.benchmarks is not None and are_benchmarks_due(trainer, state.step):
+            with step.timer("benchmarks"), policy_in_engine(trainer, state, step):
+                step.log(trainer.benchmarks.evaluate(state.step))
+    trainer.log.samples(samples)  # once, also where the benchmarks are interrupted and all of it is repeated
+
+
+def validate(trainer: Trainer, validator: Validator, state: TrainState, step: Step) -> Sequence[Sample]:
+    """Generate and grade the held-out prompts; a few samples."""
+    with step.timer("testing"), policy_in_engine(trainer, state, step) as pushed:
+        metrics, samples = validator.validate(state.step)
+    step.merge(pushed | metrics)
+    headline = [f"{name.removeprefix('val/')} {metrics[name].result():.4g}" for name in validator.headline]
+    trainer.log.note(f"held out, step {state.step}: {', '.join(headline)}")
+    return samples
+
+
+def is_validation_due(trainer: Trainer, step: int) -> bool:
+    """Whether ``data.validation`` is evaluated after this step."""
+    return step == 0 or is_due(trainer.config.validation.every, step, trainer.config.run.num_steps)
+
+
+def are_benchmarks_due(trainer: Trainer, step: int) -> bool:
+    """Whether ``benchmarks.suite`` runs after this step."""
+    return step == 0 or is_due(trainer.config.benchmarks.every, step, trainer.config.run.num_steps)
+
+
+def reset_reference_if_due(trainer: Trainer, state: TrainState, step: Step) -> TrainState:
+    """Make the current policy the reference every ``algorithm.reference_reset_every`` steps."""
+    every = trainer.config.algorithm.reference_reset_every
+    if not every or state.step % every:
         return state
-    checkpoints.finish_if_written()
-    every = config.algorithm.reference_reset_every
-    if every and step % every == 0:
-        with watch.span("reset_reference"):
-            state = checkpoints.keep_as_reference(state, models.policy)
-            load_reference(models.reference, checkpoints.reference_of(state), models.policy.parallel)
-    if is_learnt and is_due(config.checkpoint.every, step, config.run.num_steps):
-        with watch.span("save_checkpoint"):
-            checkpoints.save(state, models, course.sampler.in_flight())
-    # after a resume the metrics have the seconds of before
-    course.log.step(step, merge([metrics, watch.metrics()]))
+    with step.timer("reset_reference"):
+        state = trainer.checkpoints.references.keep(state, trainer.models.policy)
+        load_reference(trainer.models.reference, trainer.checkpoints.references.path_of(state), trainer.parallel)
     return state
 
 
 def load_reference(reference: Reference | None, path: str | None, parallel: ParallelContext) -> None:
-    """Give the reference the weights of an earlier step's policy, if one took its place."""
+    """Load the weights of an earlier policy into the reference, if the run has replaced it."""
     if reference is not None and path is not None:
-        assert not isinstance(reference, AdapterFreeReference), "a reference that never changes"
+        assert not isinstance(reference, AdapterFreeReference), "validate rejects resets of this reference"
         with raise_together(parallel):
             reference.load(path)
 
 
+def save_if_due(trainer: Trainer, state: TrainState, step: Step) -> None:
+    """Save a checkpoint every ``checkpoint.every`` steps and after the last; runs that only sample have none."""
+    run = trainer.config.run
+    trainer.checkpoints.finish_if_written()  # one that was written in the background
+    if not run.rollout_only and is_due(trainer.config.checkpoint.every, state.step, run.num_steps):
+        with step.timer("save_checkpoint"):
+            trainer.checkpoints.save(state, trainer.models, trainer.rollouts.in_flight())
+
+
 @contextmanager
-def saved_if_engines_die(
-    checkpoints: CheckpointManager,
-    state: TrainState,
-    models: RunModels,
-    sampler: RolloutSource,
-    unlogged: Metrics | None = None,
-) -> Iterator[None]:
-    """Leave a checkpoint behind when engines died too often to go on."""
+def checkpoint_if_stopped(trainer: Trainer, state: TrainState, unlogged: Metrics | None = None) -> Iterator[None]:
+    """Save a checkpoint of ``state`` if the body is interrupted or its engines die too often.
+
+    Args:
+        unlogged: metrics of the state's step that have not been logged yet; None if they have.
+
+    Raises:
+        Interrupted, EngineDied: as the body does, after the checkpoint is complete.
+    """
     try:
         yield
     except EngineDied:
-        checkpoints.save(state, models, sampler.in_flight(), unlogged, exports=False)
-        checkpoints.finish()
+        save_and_finish(trainer, state, unlogged)
+        raise
+    except Interrupted as interruption:
+        num_prompts = interruption.num_prompts  # of a step that was cut short, whose samples are carried over
+        save_on_stop(trainer, consume(state, num_prompts), unlogged, again=num_prompts > 0)
         raise
 
 
-def evaluate(
-    evaluator: Validator, in_engine: InEngine, log: RunLogger, state: TrainState, watch: Stopwatch
-) -> tuple[dict[str, Reduction], Sequence[Sample]]:
-    """Held-out metrics, counted once, and some responses."""
-    with watch.span("testing"), in_engine(state, watch) as pushed:
-        metrics, samples = evaluator.evaluate(state.step)
-    headline = {name.removeprefix("val/"): metrics[name].result() for name in evaluator.headline}
-    shown = [f"{name} {value:.4g}" for name, value in headline.items()]
-    log.note(f"held out, step {state.step}: {', '.join(shown)}")
-    return pushed | metrics, samples
+def save_on_stop(trainer: Trainer, state: TrainState, unlogged: Metrics | None = None, *, again: bool = False) -> None:
+    """Save without exports, as time is short, and tell the user how to continue."""
+    path = save_and_finish(trainer, state, unlogged, again=again)
+    trainer.log.note(f"stopped as asked after step {state.step}; saved {path}. Start the same command again to go on.")
 
 
-def examine(
-    examiner: BenchmarkEvaluator, in_engine: InEngine, state: TrainState, watch: Stopwatch
-) -> dict[str, Reduction]:
-    """Metrics of the benchmarks, on the first rank."""
-    with watch.span("benchmarks"), in_engine(state, watch):
-        return examiner.examine(state.step)
+def save_and_finish(trainer: Trainer, state: TrainState, unlogged: Metrics | None, *, again: bool = False) -> str:
+    """Save without exports and wait until the checkpoint is complete; its path."""
+    in_flight = trainer.rollouts.in_flight()
+    path = trainer.checkpoints.save(state, trainer.models, in_flight, unlogged, again=again, exports=False)
+    trainer.checkpoints.finish()
+    return str(path)

@@ -31,7 +31,7 @@ from megatron_rl.models import read_model_spec
 from megatron_rl.run_folder import RunFolder
 from megatron_rl.trainer.logger import RunLogger, build_log
 from megatron_rl.trainer.models import RewardTrainingModels
-from megatron_rl.trainer.state import fresh_state, is_due
+from megatron_rl.trainer.state import initial_state, is_due
 from megatron_rl.types import ParallelContext, TrainSequence, TrainState
 
 
@@ -115,12 +115,12 @@ def run_in(config: RewardTrainingConfig, resume: str, parallel: ParallelContext)
     checkpoint, damages = checkpoints.find(resume)
     model = RewardModel(config.as_run(), parallel)
     models = RewardTrainingModels(model, Learner(model, num_steps=config.run.num_steps))
-    state = checkpoints.restore(checkpoint, models) if checkpoint else fresh_state(parallel)
+    state = checkpoints.restore(checkpoint, models) if checkpoint else initial_state(parallel)
     with raise_together(parallel):
         if parallel.is_main:
             folder.create(config)
         console, sinks = build_log(config, folder, state, parallel)
-    with closing(RunLogger(console, sinks, folder, parallel, None, keep_rollouts_every=0)) as log:
+    with closing(RunLogger(console, sinks, folder, parallel, None)) as log:
         for note in damages:
             log.note(note)
         resumed = f", resumed from {checkpoint.name}" if checkpoint else ""
@@ -141,13 +141,13 @@ def train(
     log: RunLogger,
     stop: StopRequest,
 ) -> bool:
-    """Step after step until the last, or until a signal asks to stop; whether to start again, as of ``loop.run``."""
+    """Step after step until the last, or until a signal asks to stop; whether to start again, as of ``setup.run``."""
     model = models.reward_model
     read = reads_pairwise_loss(model.parallel.groups.cp) if config.data.schema == "pairwise" else reads_binary_loss
     order = Order(inputs.train.examples, shuffle=config.data.shuffle, seed=config.run.seed)
     if state.step == 0:
         log.step(0, evaluate(inputs.validation, model, log, 0))
-    while state.step < config.run.num_steps and not stop.agreed():
+    while state.step < config.run.num_steps and not stop.requested():
         watch, step = Stopwatch(), state.step + 1
         examples = order.take(state.num_prompts_consumed, config.data.num_examples_per_step)
         with watch.span("update_reward_model"), models.learner.several_updates():

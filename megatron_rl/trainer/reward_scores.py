@@ -55,7 +55,7 @@ class RewardModelScorer:
         self._config = config
         self._finder = finder
 
-    def __call__(self, collected: RolloutBatch) -> tuple[RolloutBatch, dict[str, Reduction]]:
+    def add_scores(self, rollouts: RolloutBatch) -> tuple[RolloutBatch, dict[str, Reduction]]:
         """The step with scores in its rewards, and ``reward_model/…`` metrics; collective.
 
         Rollouts whose reward failed, and empty ones, stay as they are.
@@ -63,8 +63,8 @@ class RewardModelScorer:
         Raises:
             RewardError: on every rank, when a score is not finite.
         """
-        places = [[self._places(rollout) for rollout in group.rollouts] for group in collected.groups]
-        both = list(zip(collected.groups, places, strict=True))
+        places = [[self._places(rollout) for rollout in group.rollouts] for group in rollouts.groups]
+        both = list(zip(rollouts.groups, places, strict=True))
         asked = [(one, at) for group, row in both for one, at in zip(group.rollouts, row, strict=True) if at]
         scores = iter(self.scores(asked))
         groups = [
@@ -82,7 +82,7 @@ class RewardModelScorer:
         if self._model.parallel.is_main and parts:
             metrics |= mean_max_min("reward_model/score", parts)
             metrics |= mean_max_min("reward_model/num_judged", [float(len(places)) for _, places in asked])
-        return replace(collected, groups=groups), metrics
+        return replace(rollouts, groups=groups), metrics
 
     def scores(self, asked: Sequence[tuple[Rollout, Sequence[int]]]) -> list[list[float]]:
         """Of each rollout its scores at some tokens, after the activation; collective.

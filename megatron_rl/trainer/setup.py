@@ -1,15 +1,18 @@
 """Lifecycle of a run: join the world, build, restore, train, stop."""
 
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 
 from megatron_rl.checkpointing.manager import CheckpointManager
 from megatron_rl.config import RunConfig, validate
 from megatron_rl.distributed.collectives import raise_together
 from megatron_rl.distributed.heartbeat import Heartbeat, seconds_until_stuck
 from megatron_rl.distributed.signals import StopRequest
+from megatron_rl.errors import Interrupted
 from megatron_rl.mcore.runtime.parallel import describe_layout, init_parallel, launcher_world, leave_world
-from megatron_rl.metrics.timing import Stopwatch
+from megatron_rl.metrics.metric import Metrics
 from megatron_rl.planning.this_machine import plan_on_this_machine
+from megatron_rl.rollout.engines.base import Engine
 from megatron_rl.run_folder import RunFolder
 from megatron_rl.trainer.build import (
     build_benchmark_evaluator,
@@ -21,24 +24,32 @@ from megatron_rl.trainer.build import (
     build_supervisor,
     build_validator,
 )
-from megatron_rl.trainer.colocation import room_for_engine
-from megatron_rl.trainer.context import Trainer
+from megatron_rl.trainer.colocation import models_offloaded, policy_in_engine
+from megatron_rl.trainer.context import Step, Trainer
+from megatron_rl.trainer.inputs import Inputs, read_inputs
 from megatron_rl.trainer.logger import RunLogger, build_log, device_peak
-from megatron_rl.trainer.loop import train
-from megatron_rl.trainer.periodic import load_reference
-from megatron_rl.trainer.preflight import Inputs, read_inputs
-from megatron_rl.trainer.state import fresh_state
-from megatron_rl.types import ParallelContext
+from megatron_rl.trainer.loop import finish_step, train
+from megatron_rl.trainer.memory_tracker import MemoryTracker
+from megatron_rl.trainer.models import RunModels
+from megatron_rl.trainer.periodic import (
+    are_benchmarks_due,
+    checkpoint_if_stopped,
+    is_validation_due,
+    load_reference,
+    save_on_stop,
+)
+from megatron_rl.trainer.state import initial_state
+from megatron_rl.types import ParallelContext, TrainState
 
 
 def run(config: RunConfig, resume: str) -> bool:
-    """Train by reinforcement or on demonstrations, from the beginning or a checkpoint.
+    """Train by reinforcement learning or on demonstrations, from the beginning or from a checkpoint.
 
     Args:
         resume: "auto", "never" or the path of a checkpoint.
 
     Returns:
-        whether a scheduler has interrupted it, so that it is to be started again.
+        Whether a scheduler has interrupted the run, so that it should be requeued.
 
     Raises:
         MegatronRLError: on every rank; what is wrong and what to change.
@@ -46,84 +57,143 @@ def run(config: RunConfig, resume: str) -> bool:
     _, world_size, _ = launcher_world()
     validate(config, world_size)
     try:
-        return run_in(config, resume, init_parallel(config.parallel))
+        return run_in_world(config, resume, init_parallel(config.parallel))
     finally:
         leave_world()
 
 
-def run_in(config: RunConfig, resume: str, parallel: ParallelContext) -> bool:
-    """``run`` in a world that is joined already."""
-    # so early that what is asked while models are built is heard
-    stop = StopRequest(parallel, before_end_s=config.run.stop_margin_s)
-    with closing(Heartbeat(parallel, stuck_s=seconds_until_stuck(config))) as heartbeat:
-        return prepare_and_train(config, resume, parallel, stop, heartbeat)
+def run_in_world(config: RunConfig, resume: str, parallel: ParallelContext) -> bool:
+    """``run`` for a rank that has joined the world already."""
+    stop = StopRequest(parallel, before_end_s=config.run.stop_margin_s)  # first: hears signals while models are built
+    with (
+        closing(Heartbeat(parallel, stuck_s=seconds_until_stuck(config))) as heartbeat,
+        open_trainer(config, resume, parallel, stop, heartbeat) as (trainer, state, unlogged),
+    ):
+        try:
+            state = train(trainer, resume_step(trainer, state, unlogged))
+        except Interrupted:
+            return stop.should_requeue()
+        trainer.checkpoints.finish()
+        if state.step < config.run.num_steps:
+            save_on_stop(trainer, state)
+            return stop.should_requeue()
+        return False
 
 
-def prepare_and_train(
+def resume_step(trainer: Trainer, state: TrainState, unlogged: Metrics | None) -> TrainState:
+    """Finish what a stop has left open of the step that the state has reached."""
+    if state.step and unlogged is not None:
+        return finish_step(trainer, state, trainer.new_step(state.step, unlogged))
+    if 0 < state.step < trainer.config.run.num_steps and not trainer.stop.requested():
+        push_as_before_stop(trainer, state)
+    return state
+
+
+def push_as_before_stop(trainer: Trainer, state: TrainState) -> None:
+    """Push the weights that an evaluation had pushed before the stop, so that metrics stay bit-equal.
+
+    The metrics of such a push belong to the step that was evaluated, which has been logged, and not to the next.
+    """
+    was_pushed = (trainer.validator is not None and is_validation_due(trainer, state.step)) or (
+        trainer.benchmarks is not None and are_benchmarks_due(trainer, state.step)
+    )
+    if trainer.rollouts.uses_engine and was_pushed:
+        step = trainer.new_step(state.step)
+        with (
+            checkpoint_if_stopped(trainer, state),
+            step.timer("update_weights"),
+            policy_in_engine(trainer, state, step),
+        ):
+            pass
+
+
+@contextmanager
+def open_trainer(
     config: RunConfig, resume: str, parallel: ParallelContext, stop: StopRequest, heartbeat: Heartbeat
-) -> bool:
-    """``run`` with somebody who listens and somebody who watches."""
+) -> Iterator[tuple[Trainer, TrainState, Metrics | None]]:
+    """Build a run and restore its checkpoint; closes engine, reward workers and log at the end.
+
+    Yields:
+        The trainer, the state to continue from, and the metrics of the state's step if a stop came before they were
+        logged.
+    """
     inputs = read_inputs(config, parallel)
     folder = RunFolder(config.run.output_dir)
     with raise_together(parallel):
         folder.check_writable()
-    planned = plan_on_this_machine(config, parallel)
+    plan = plan_on_this_machine(config, parallel)
     checkpoints = CheckpointManager(folder, config, parallel)
     checkpoint, damages = checkpoints.find(resume)
 
     heartbeat.enter("build models")
     models = build_models(config, parallel)
-    policy = models.policy
-
-    def is_interrupted() -> bool:
-        heartbeat.progress()  # an engine that asks is at work
-        return stop.is_known()
-
     heartbeat.enter("start the engine")
-    with room_for_engine(models, None, config, Stopwatch()):
-        engine = build_engine(config, policy, inputs.suite, is_interrupted)
-        if config.rollout.sleep_engine:
-            with raise_together(parallel):
-                engine.sleep()
+    engine = start_colocated_engine(config, inputs, models, stop, heartbeat)
     heartbeat.enter("restore")
-    state = checkpoints.restore(checkpoint, models) if checkpoint else fresh_state(parallel)
-    load_reference(models.reference, checkpoints.reference_of(state), parallel)
-    keeper = build_supervisor(config, engine, policy)
+    state = checkpoints.restore(checkpoint, models) if checkpoint else initial_state(parallel)
+    load_reference(models.reference, checkpoints.references.path_of(state), parallel)
+    engines = build_supervisor(config, engine, models.policy)
     with raise_together(parallel):
-        collector = build_collector(config, inputs, keeper, policy)
+        collector = build_collector(config, inputs, engines, models.policy)
     with closing(engine), closing(collector):
         with raise_together(parallel):
-            sampler = build_rollout_source(config, inputs, collector, parallel)
-            sampler.resume(checkpoints.in_flight(checkpoint) if checkpoint else ())
+            rollouts = build_rollout_source(config, inputs, collector, parallel)
+            rollouts.resume(checkpoints.in_flight(checkpoint) if checkpoint else ())
             unlogged = checkpoints.unlogged(checkpoint) if checkpoint else None
-        evaluator = build_validator(config, inputs, collector)
+        validator = build_validator(config, inputs, collector)
         with raise_together(parallel):
             if parallel.is_main:
                 folder.create(config)
             console, sinks = build_log(config, folder, state, parallel, unlogged=unlogged is not None)
-        with closing(
-            RunLogger(
-                console,
-                sinks,
-                folder,
-                parallel,
-                device_peak(config, parallel),
-                keep_rollouts_every=config.metrics.keep_rollouts_every,
+        logger = RunLogger(
+            console,
+            sinks,
+            folder,
+            parallel,
+            device_peak(config, parallel),
+            keep_rollouts_every=config.metrics.keep_rollouts_every,
+            # without validation there are no held-out samples to show
+            show_rollout_every=config.metrics.log_every if validator is None and rollouts.has_rewards else 0,
+        )
+        with closing(logger) as log:
+            resumed = checkpoint.name if checkpoint else None
+            log.note("\n".join([*damages, plan, describe(config, inputs, parallel, resumed)]))
+            trainer = Trainer(
+                config=config,
+                models=models,
+                engines=engines,
+                rollouts=rollouts,
+                reward_model=build_reward_model_scorer(config, inputs, models),
+                validator=validator,
+                benchmarks=build_benchmark_evaluator(config, inputs, engines, models.policy, log.note),
+                checkpoints=checkpoints,
+                log=log,
+                memory=MemoryTracker(models, engine),
+                heartbeat=heartbeat,
+                stop=stop,
             )
-        ) as log:
-            log.note(
-                "\n".join(
-                    [*damages, planned, describe(config, inputs, parallel, checkpoint.name if checkpoint else None)]
-                )
-            )
-            judge = build_reward_model_scorer(config, inputs, models)
-            examiner = build_benchmark_evaluator(config, inputs, keeper, policy, log.note)
-            course = Trainer(config, models, sampler, judge, evaluator, examiner, keeper, checkpoints, log, heartbeat)
-            return train(course, state, unlogged, parallel, stop)
+            yield trainer, state, unlogged
+
+
+def start_colocated_engine(
+    config: RunConfig, inputs: Inputs, models: RunModels, stop: StopRequest, heartbeat: Heartbeat
+) -> Engine:
+    """Start this rank's engine in the memory that the offloaded trainer leaves free; collective."""
+
+    def is_interrupted() -> bool:
+        heartbeat.progress()  # an engine that asks is at work
+        return stop.poll()
+
+    with models_offloaded(models, config, Step(0, heartbeat.enter).timer):
+        engine = build_engine(config, models.policy, inputs.benchmarks, is_interrupted)
+        if config.rollout.sleep_engine:
+            with raise_together(models.policy.parallel):
+                engine.sleep()
+    return engine
 
 
 def describe(config: RunConfig, inputs: Inputs, parallel: ParallelContext, resumed: str | None) -> str:
-    """What is about to happen, in a few lines."""
+    """Summary of the run for the console, in a few lines."""
     rollout, batching = config.rollout, config.batching
     group = rollout.group_size if rollout.source != "demonstrations" else 1
     sequences = rollout.num_prompts_per_step * group

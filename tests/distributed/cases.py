@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from megatron_rl.algorithms.importance import build_correction
-from megatron_rl.batching.batch import given_batch
+from megatron_rl.batching.batch import given_batch, make_batch
 from megatron_rl.batching.reward_model import labelled_sequence
 from megatron_rl.config import RunConfig
 from megatron_rl.config.parallel import ParallelSection
@@ -33,7 +33,6 @@ from megatron_rl.mcore.reward_model import RewardModel
 from megatron_rl.mcore.runtime import event_loop, patches
 from megatron_rl.mcore.runtime.parallel import split_again, split_world
 from megatron_rl.metrics.metric import merge, results
-from megatron_rl.metrics.timing import Stopwatch
 from megatron_rl.models import layout_table
 from megatron_rl.models.engine_shards import engine_boxes
 from megatron_rl.rollout.collector import Job
@@ -43,12 +42,12 @@ from megatron_rl.rollout.engines.sampling import sample_seed
 from megatron_rl.rollout.load_balancing import share
 from megatron_rl.rollout.partial import begin_group
 from megatron_rl.trainer import reward_model_trainer as reward_training
-from megatron_rl.trainer.advantages import add_advantages
+from megatron_rl.trainer.advantages import compute_advantages
 from megatron_rl.trainer.build import build_collector, build_engine, build_supervisor
-from megatron_rl.trainer.experience import plan, score
-from megatron_rl.trainer.preflight import read_inputs
+from megatron_rl.trainer.experience import compute_old_logprobs
+from megatron_rl.trainer.inputs import read_inputs
 from megatron_rl.trainer.rollout_correction import correct_rollout
-from megatron_rl.trainer.setup import run_in
+from megatron_rl.trainer.setup import run_in_world
 from megatron_rl.types import (
     Completion,
     ParallelContext,
@@ -58,6 +57,7 @@ from megatron_rl.types import (
     SamplingParams,
     TrainBatch,
     TrainSequence,
+    TrainState,
 )
 from megatron_rl.weight_sync import WeightSync
 from megatron_rl.weight_sync.host_memory import Meeting
@@ -372,7 +372,7 @@ def choose_best(config: RewardTrainingConfig, arguments: list[str]) -> str:
 
 def run_training(config: RunConfig, resume: str = "auto") -> None:
     """The whole loop."""
-    run_in(config, resume, world(config))
+    run_in_world(config, resume, world(config))
 
 
 def batch_of(*micro_batches: list[int]) -> TrainBatch:
@@ -413,7 +413,7 @@ def some_updates(config: RunConfig, engine: dict[int, torch.Tensor] | None = Non
     rows = policy.logprobs(once)
     if engine is not None:
         correction = build_correction(config.algorithm)
-        once, corrected = correct_rollout(score(once, policy, None, Stopwatch(), needs_old=True), correction)
+        once, corrected = correct_rollout(compute_old_logprobs(once, policy), correction)
         corrections = results(merge(gather_objects(corrected, parallel)))
     batch = replace(once, updates=[*once.updates, *once.updates])  # several, so that ratios are taken
     losses, norms, balance = [], [], []
@@ -438,7 +438,7 @@ def credited(config: RunConfig, rewards: list[float]) -> tuple[dict[int, torch.T
     """Advantages of every token, by place in the step, and the metrics."""
     parallel = world(config)
     batch = replace(shared_out(sequences(LENGTHS), config, parallel), rewards=torch.tensor(rewards))
-    batch, metrics = add_advantages(batch, config.algorithm, parallel, kl_coef=config.algorithm.kl_reward_coef)
+    batch, metrics = compute_advantages(batch, config.algorithm, parallel, TrainState())
     rows = {i: s.advantages[s.loss_mask] for i, s in zip(batch.global_index, batch.sequences, strict=True) if i >= 0}
     return rows, results(merge(gather_objects(metrics, parallel)))
 
@@ -529,7 +529,7 @@ def shared_out(found: list[TrainSequence], config: RunConfig, parallel: Parallel
         for s in found
     ]
     prompt = Prompt(prompt_id="0", token_ids=found[0].token_ids[:3], text="", answer=None)
-    batch = plan([RolloutGroup(index=0, prompt=prompt, rollouts=rollouts)], config, parallel)
+    batch = make_batch([RolloutGroup(index=0, prompt=prompt, rollouts=rollouts)], config, parallel)
     known = [
         replace(
             s, advantages=found[i].advantages, old_logprobs=found[i].old_logprobs, ref_logprobs=found[i].ref_logprobs

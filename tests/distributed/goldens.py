@@ -9,13 +9,13 @@ from torch import Tensor
 from megatron_rl.algorithms.importance import build_correction
 from megatron_rl.algorithms.objective import build_objective
 from megatron_rl.batching.align import align
+from megatron_rl.batching.batch import make_batch
 from megatron_rl.batching.context_parallel import context_share
 from megatron_rl.config import RunConfig
 from megatron_rl.distributed.collectives import gather_objects
 from megatron_rl.mcore.policy_loss import PolicyLoss
-from megatron_rl.trainer.advantages import add_advantages
-from megatron_rl.trainer.experience import plan
-from megatron_rl.types import Prompt, Rollout, RolloutGroup, TrainSequence
+from megatron_rl.trainer.advantages import compute_advantages
+from megatron_rl.types import Prompt, Rollout, RolloutGroup, TrainSequence, TrainState
 from tests.distributed.cases import world
 
 REWARDS = (1.0, 0.0, 0.1, 1.0)
@@ -70,7 +70,7 @@ def estimated(config: RunConfig) -> list[float]:
     )
     silent = [replace(rollout(place), status="reward_error", reward=float("nan")) for place in range(3)]
     prompt = Prompt(prompt_id="0", token_ids=torch.arange(PROMPT), text="", answer=None)
-    batch = plan([RolloutGroup(index=0, prompt=prompt, rollouts=[*silent, valued])], config, parallel)
+    batch = make_batch([RolloutGroup(index=0, prompt=prompt, rollouts=[*silent, valued])], config, parallel)
     values, kls = torch.zeros(length, dtype=torch.float64), torch.zeros(length, dtype=torch.float64)
     values[valued.loss_mask] = torch.arange(1, sum(mask) + 1, dtype=torch.float64) / 10
     if config.algorithm.kl_reward_coef:
@@ -81,9 +81,7 @@ def estimated(config: RunConfig) -> list[float]:
         else sequence
         for sequence, index in zip(batch.sequences, batch.global_index, strict=True)
     ]
-    batch, _ = add_advantages(
-        replace(batch, sequences=sequences), config.algorithm, parallel, kl_coef=config.algorithm.kl_reward_coef
-    )
+    batch, _ = compute_advantages(replace(batch, sequences=sequences), config.algorithm, parallel, TrainState())
     mine = [
         sequence.advantages[sequence.loss_mask].tolist()
         for sequence, index in zip(batch.sequences, batch.global_index, strict=True)
@@ -104,13 +102,13 @@ def loss_of(config: RunConfig) -> float:
     parallel = world(config)
     prompt = Prompt(prompt_id="0", token_ids=torch.arange(PROMPT), text="", answer=None)
     group = RolloutGroup(index=0, prompt=prompt, rollouts=[rollout(place) for place in range(4)])
-    batch = plan([group], config, parallel)
+    batch = make_batch([group], config, parallel)
     sequences = [
         with_rows(sequence, index) if index >= 0 else sequence
         for sequence, index in zip(batch.sequences, batch.global_index, strict=True)
     ]
-    batch, _ = add_advantages(
-        replace(batch, sequences=sequences, rewards=batch.rewards.double()), config.algorithm, parallel, kl_coef=0.0
+    batch, _ = compute_advantages(
+        replace(batch, sequences=sequences, rewards=batch.rewards.double()), config.algorithm, parallel, TrainState()
     )
     loss = PolicyLoss(
         build_objective(config.algorithm),

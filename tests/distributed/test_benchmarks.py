@@ -11,7 +11,7 @@ import pytest
 from megatron_rl.errors import ConfigError, DataError
 from megatron_rl.evaluation.answers import read_answers
 from megatron_rl.evaluation.compare import read_all_finished
-from megatron_rl.trainer.preflight import Inputs
+from megatron_rl.trainer.inputs import load_inputs
 from tests.distributed import cases
 from tests.gang import Gang
 from tests.toys import toy_config, write_choice_task
@@ -88,4 +88,4 @@ def test_a_suite_that_cannot_be_answered_stops_before_the_first_step(
     )
     config = toy_config(tmp_path, toy_model("qwen2"), f"benchmarks.suite={suite}")
     with pytest.raises(DataError, match=r"question 0 of task choice has 6\d\d tokens"):
-        Inputs(config, 1)
+        load_inputs(config, 1)

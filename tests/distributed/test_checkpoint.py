@@ -103,7 +103,7 @@ from megatron_rl.mcore import patches
 {sabotage}
 import megatron_rl.mcore.optimizer as optimizer
 optimizer.create_adam_state = patches.create_adam_state
-from megatron_rl.mcore.parallel import init_parallel
+from megatron_rl.mcore.runtime.parallel import init_parallel
 import tests.distributed.cases as cases
 from tests.toys import toy_config
 if __name__ == "__main__":

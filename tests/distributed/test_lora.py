@@ -13,7 +13,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoModelForCausalLM
 
 from megatron_rl.errors import ConfigError, ConversionError
-from megatron_rl.trainer.preflight import Inputs
+from megatron_rl.trainer.inputs import load_inputs
 from tests.distributed import cases
 from tests.distributed.test_invariance import rows
 from tests.distributed.test_layouts import OVERLAP, keys
@@ -167,7 +167,7 @@ def test_contradictions_are_refused(
     family: str, overrides: list[str], message: str, toy_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        Inputs(toy_config(tmp_path, toy_model(family, tied=False), *overrides), 1)
+        load_inputs(toy_config(tmp_path, toy_model(family, tied=False), *overrides), 1)
 
 
 QUANTIZED = [(2, "tp2 sp"), (2, "pp2 memory.recompute=full"), (2, "cp2"), (4, "tp2 memory.offload=[params]")]
@@ -244,10 +244,10 @@ def test_other_adapters_are_refused(
         (["lora.rank=4", "lora.alpha=8", "lora.targets=[q_proj]"], "56 matrices, expected 8.*Set lora.targets"),
     ):
         with pytest.raises(ConversionError, match=message):
-            Inputs(toy_config(tmp_path, model, *overrides, f"lora.path={path}"), 1)
+            load_inputs(toy_config(tmp_path, model, *overrides, f"lora.path={path}"), 1)
     (path / "adapter_model.safetensors").write_bytes(b"no")
     with pytest.raises(ConversionError, match="cannot be read"):
-        Inputs(toy_config(tmp_path, model, *LORA, f"lora.path={path}"), 1)
+        load_inputs(toy_config(tmp_path, model, *LORA, f"lora.path={path}"), 1)
 
 
 def test_adapters_beside_split_experts_are_saved(

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from megatron_rl.config.load import read_yaml
 from megatron_rl.errors import ConfigError, DataError
 from megatron_rl.rollout.serialization import read_rollouts, rollout_from_json
-from megatron_rl.trainer.preflight import Inputs
+from megatron_rl.trainer.inputs import load_inputs
 from tests.distributed import cases
 from tests.gang import Gang
 from tests.toys import IN_PARTS, toy_config, without
@@ -232,7 +232,7 @@ def test_a_curriculum_that_cannot_be_is_refused(
     stages: str, message: str, toy_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     with pytest.raises((ConfigError, DataError), match=message):
-        Inputs(toy_config(tmp_path, toy_model("qwen2"), *CURRICULUM[:3], f"data.curriculum={stages}"), 1)
+        load_inputs(toy_config(tmp_path, toy_model("qwen2"), *CURRICULUM[:3], f"data.curriculum={stages}"), 1)
 
 
 def test_recorded_rollouts_teach_the_same_again(run: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
@@ -267,7 +267,7 @@ def test_contradictions_are_refused(
     override: str, message: str, toy_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        Inputs(toy_config(tmp_path, toy_model("qwen2"), override), 1)
+        load_inputs(toy_config(tmp_path, toy_model("qwen2"), override), 1)
 
 
 def test_fifty_steps_leave_nothing_behind(run: Callable[..., Path]) -> None:

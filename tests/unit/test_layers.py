@@ -6,79 +6,37 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "megatron_rl"
-BASE = {"errors", "types", "config", "plugins"}
-# room -> rooms it may import besides itself
+BASE = {"errors", "types", "config"}
+# room -> rooms it may import besides itself; a room is a folder or module at the top of the package
 ALLOWED = {
     "errors": set(),
     "types": set(),
     "config": {"errors"},
-    "plugins": {"errors"},
-    "algorithms": BASE,
-    "rewards": BASE | {"sandbox"},
-    "sandbox": {"errors"},
-    "tasks": BASE,
-    "data": BASE | {"tasks", "rewards"},
-    "metrics": BASE,
-    "batching": BASE | {"algorithms"},
-    "models": {"errors", "types", "weights"},
-    "weights": {"errors", "types"},
-    "collective": {"errors", "types"},
-    "cpu_linear": set(),
-    "environments": BASE,
-    "rollout": BASE
-    | {"data", "rewards", "environments", "metrics", "algorithms", "models", "weights", "collective", "cpu_linear"},
-    "mcore": BASE | {"algorithms", "batching", "metrics", "models", "weights", "collective", "cpu_linear"},
-    "weight_sync": BASE | {"mcore", "models", "weights", "rollout", "batching", "metrics", "collective"},
-    "analysis": BASE | {"rollout", "data", "tasks", "rewards", "metrics", "run_folder"},
-    "evaluation": BASE
-    | {
-        "rollout",
-        "data",
-        "tasks",
-        "rewards",
-        "models",
-        "weights",
-        "collective",
-        "run_folder",
-        "analysis",
-        "conversion",
-    },
-    "curation": BASE | {"data", "analysis", "evaluation", "rollout"},
-    "planning": BASE | {"models", "weights", "algorithms"},
+    "cli": {"errors"},
     "run_folder": {"errors", "config"},
-    "integrity": {"errors"},
-    "conversion": {"errors", "models", "weights", "collective"},
+    "sandbox": {"errors"},
+    "metrics": {"errors"},
+    "weights": {"errors", "types"},
+    "models": {"errors", "types", "weights"},
+    "distributed": BASE,
+    "algorithms": BASE,
+    "batching": BASE | {"algorithms"},
+    "rewards": BASE | {"sandbox"},
+    "data": BASE | {"rewards"},
+    "environments": BASE,
+    "rollout": BASE | {"data", "rewards", "environments", "metrics", "models", "weights", "distributed"},
+    "mcore": BASE | {"algorithms", "batching", "metrics", "models", "weights", "distributed"},
+    "weight_sync": BASE | {"mcore", "models", "weights", "rollout", "batching", "metrics", "distributed"},
+    "planning": BASE | {"models", "weights", "algorithms", "distributed"},
+    "conversion": {"errors", "models", "weights", "distributed"},
+    "checkpointing": BASE | {"mcore", "models", "weights", "rollout", "metrics", "distributed", "run_folder"},
+    "reporting": BASE | {"metrics", "run_folder"},
+    "evaluation": BASE
+    | {"rollout", "data", "rewards", "models", "weights", "metrics", "distributed", "run_folder", "reporting"},
+    "analysis": BASE | {"rollout", "evaluation", "reporting"},
+    "curation": BASE | {"algorithms", "cli", "data", "rewards", "rollout", "evaluation", "reporting"},
 }
-EVERYTHING = {
-    "continuation",
-    "examiner",
-    "fallback",
-    "forecast",
-    "heartbeat",
-    "learning",
-    "ledger",
-    "run_models",
-    "valuation",
-    "correction",
-    "credit",
-    "doctor",
-    "drift",
-    "profiling",
-    "loop",
-    "build",
-    "train",
-    "evaluate",
-    "command",
-    "cadence",
-    "judging",
-    "reward_training",
-    "train_reward_model",
-    "checkpoints",
-    "run_log",
-    "dry_run",
-    "step_metrics",
-    "stop",
-}
+EVERYTHING = {"train", "evaluate", "train_reward_model", "trainer", "doctor"}
 ONLY_IN = {
     "megatron": {"mcore"},
     "transformer_engine": {"mcore"},
@@ -90,7 +48,8 @@ ONLY_IN = {
     "omegaconf": {"config"},
     "math_verify": {"rewards"},
 }
-NO_TORCH = {"config", "errors", "plugins", "rewards", "sandbox", "tasks", "run_folder", "integrity"}
+# rooms, and parts of rooms, that import no torch: they run in processes that start often
+NO_TORCH = ("errors", "config", "cli", "run_folder", "sandbox", "rewards", "data/generated")
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 
@@ -112,13 +71,13 @@ def imports_of(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_imports_keep_the_layers(path: Path) -> None:
-    room = room_of(path)
+    room, inside = room_of(path), str(path.relative_to(PACKAGE))
     for name in imports_of(path):
         top, *rest = name.split(".")
         if top == "megatron_rl" and rest and room not in EVERYTHING and room != "__init__":
             assert rest[0] in ALLOWED[room] | {room}, f"{room} imports {name}"
         assert top not in ONLY_IN or room in ONLY_IN[top], f"{room} imports {name}"
-        assert not (top == "torch" and room in NO_TORCH), f"{room} imports torch"
+        assert not (top == "torch" and inside.startswith(NO_TORCH)), f"{inside} imports torch"
         assert not name.startswith("megatron.training"), f"{path} imports megatron.training"
 
 
@@ -128,4 +87,22 @@ def test_the_table_knows_every_room() -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_files_stay_small(path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= 500
+    assert len(path.read_text().splitlines()) <= 450
+
+
+def test_no_room_imports_itself_through_others() -> None:
+    """The table has no circle: every room can be put behind all that it imports."""
+    order: list[str] = []
+    rest = dict(ALLOWED)
+    while rest:
+        free = [room for room, wanted in rest.items() if wanted <= set(order)]
+        assert free, f"a circle among {sorted(rest)}"
+        order += free
+        rest = {room: wanted for room, wanted in rest.items() if room not in free}
+
+
+def test_the_house_is_small_at_the_top() -> None:
+    assert len(list(PACKAGE.glob("*.py"))) <= 8
+    lengths = sorted(len(path.read_text().splitlines()) for path in FILES)
+    assert lengths[len(lengths) // 2] < 130
+    assert len((PACKAGE / "trainer/loop.py").read_text().splitlines()) <= 150

@@ -75,7 +75,7 @@ from pathlib import Path
 from types import SimpleNamespace
 import torch
 import megatron_rl.mcore
-from megatron_rl.mcore.logprobs import linear_logprobs
+from megatron_rl.mcore.model.logprobs import linear_logprobs
 from megatron_rl.models.logit_chunks import default_chunk_tokens
 def peak():
     lines = Path("/proc/self/status").read_text().splitlines()  # resource counts what the parent had

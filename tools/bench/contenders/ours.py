@@ -13,18 +13,18 @@ import yaml
 from contenders.worker import Clock, serve
 from contenders.workload import BETAS, CLIP_GRAD, STD_EPSILON, Workload
 from megatron_rl.algorithms.importance import build_correction, needs_old_logprobs
+from megatron_rl.batching.batch import make_batch
 from megatron_rl.config import RunConfig
 from megatron_rl.config.load import load_config
 from megatron_rl.mcore.policy import Policy
 from megatron_rl.mcore.runtime.parallel import init_parallel
-from megatron_rl.metrics.timing import Stopwatch
 from megatron_rl.rollout.source import RolloutBatch
-from megatron_rl.trainer.advantages import add_advantages
+from megatron_rl.trainer.advantages import compute_advantages
 from megatron_rl.trainer.build import build_collector, build_engine, build_rollout_source, build_supervisor
-from megatron_rl.trainer.experience import plan, score
-from megatron_rl.trainer.metrics import rollout_metrics
-from megatron_rl.trainer.preflight import read_inputs
-from megatron_rl.types import TrainBatch
+from megatron_rl.trainer.experience import compute_old_logprobs
+from megatron_rl.trainer.inputs import read_inputs
+from megatron_rl.trainer.metrics import batch_metrics, rollout_metrics
+from megatron_rl.types import TrainBatch, TrainState
 
 
 def configuration(workload: Workload) -> RunConfig:
@@ -75,11 +75,12 @@ class OurLoop:
             self._keeper.push(version=self._steps)
         with clock.phase("generation"):
             collected = self._sampler.collect(self._steps + 1, self._prompts)
-        batch = plan(collected.groups, self.config, self.parallel)
+        batch = make_batch(collected.groups, self.config, self.parallel)
         correction = build_correction(self.config.algorithm)
         needs_old = needs_old_logprobs(self.config.algorithm, correction, num_updates=len(batch.updates))
-        batch = score(batch, self.policy, None, Stopwatch(), needs_old=needs_old)
-        batch, _ = add_advantages(batch, self.config.algorithm, self.parallel, kl_coef=0.0)
+        if needs_old:
+            batch = compute_old_logprobs(batch, self.policy)
+        batch, _ = compute_advantages(batch, self.config.algorithm, self.parallel, TrainState())
         self._steps += 1
         self._prompts += collected.num_prompts
         return collected, batch
@@ -91,7 +92,8 @@ class OurLoop:
             self.policy.logprobs(batch)
         with clock.phase("update"):
             metrics = self.policy.update(batch)
-        metrics |= rollout_metrics(collected, batch, self.policy.spec, graded=True, parallel=self.parallel)
+        metrics |= rollout_metrics(collected, self._steps, has_rewards=True, parallel=self.parallel)
+        metrics |= batch_metrics(batch, self.policy.spec, self.parallel)
         rollouts = [rollout for group in collected.groups for rollout in group.rollouts]
         return {
             "sequences": len(rollouts),
