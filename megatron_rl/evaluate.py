@@ -1,27 +1,27 @@
 """Evaluate: python -m megatron_rl.evaluate --config FILE [key=value …], alone or under torchrun.
 
-Nothing heavy is imported at the top: grading workers import the main module again.
+Heavy imports are inside ``main``, because every grading worker imports the main module again.
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
 
-from megatron_rl.cli import reported
+from megatron_rl.cli import report_errors
 
-# ranks wait for those that still answer, and for the first one to report
-PATIENCE_MINUTES = 7 * 24 * 60
+# ranks that have finished wait in a collective for those that still generate, and for the first one to write the report
+COLLECTIVE_TIMEOUT_MINUTES = 7 * 24 * 60
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run; the exit status."""
+    """Run the command and return its exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m megatron_rl.evaluate", description="Put the questions of benchmarks to a model."
+        prog="python -m megatron_rl.evaluate", description="Evaluate a model on a suite of benchmarks."
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of a suite, as in configs/eval")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as engine.name=vllm")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for instance engine.name=vllm")
     parsed = parser.parse_intermixed_args(arguments)
-    with reported() as command:
+    with report_errors() as command:
         from megatron_rl.config.evaluation import load_evaluation
 
         config, tasks = load_evaluation(parsed.config, parsed.overrides)
@@ -35,7 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(text, flush=True)
 
         try:
-            results = evaluate(config, tasks, init_parallel(ParallelSection(timeout_minutes=PATIENCE_MINUTES)), note)
+            results = evaluate(
+                config, tasks, init_parallel(ParallelSection(timeout_minutes=COLLECTIVE_TIMEOUT_MINUTES)), note
+            )
         finally:
             leave_world()
         if command.is_main:

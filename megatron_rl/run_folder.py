@@ -1,4 +1,4 @@
-"""The folder of a run: what is in it, and whether a start resumes, begins or is refused."""
+"""The folder of a run: its files, and the checkpoint that a start resumes from."""
 
 import json
 import os
@@ -15,7 +15,7 @@ LATEST = "latest"
 
 
 class RunFolder:
-    """Names of the files of a run."""
+    """Paths of the files of a run."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -29,10 +29,10 @@ class RunFolder:
         self.references = self.path / "references"
 
     def check_writable(self) -> None:
-        """Refuse early, before anything is built and without creating anything.
+        """Check that the folder can be created and written, without creating anything.
 
         Raises:
-            ConfigError: the folder could not be created or written.
+            ConfigError: it cannot.
         """
         ancestor = self.path
         while not ancestor.exists() and ancestor != ancestor.parent:
@@ -43,7 +43,7 @@ class RunFolder:
             )
 
     def create(self, config: RunConfig | RewardTrainingConfig) -> None:
-        """Make the folder and write the resolved configuration.
+        """Create the folder and write the resolved configuration.
 
         Raises:
             ConfigError: the folder cannot be written.
@@ -57,22 +57,22 @@ class RunFolder:
             ) from error
 
     def find_resume(self, resume: str) -> Path | None:
-        """The checkpoint to continue from; None to begin.
+        """Return the checkpoint to resume from; None: start a new run.
 
         Args:
-            resume: "auto": the latest of this folder, if any; "never": begin, and refuse a folder
-                that holds a run already; otherwise the path of a checkpoint or of a run folder.
+            resume: "auto": the latest checkpoint in this folder, if any; "never": start a new run; otherwise the path
+                of a checkpoint or of a run folder.
 
         Raises:
-            ConfigError: "never" on a used folder.
-            CheckpointError: nothing to resume at the path.
+            ConfigError: "never", and the folder holds a run already.
+            CheckpointError: there is no checkpoint at the path.
         """
         if resume == "auto":
             return latest_checkpoint(self.checkpoints)
         if resume == "never":
             if self.metrics.exists() or latest_checkpoint(self.checkpoints) is not None:
                 raise ConfigError(
-                    f"run.output_dir={self.path} holds a run already and --resume never was given. "
+                    f"run.output_dir={self.path} holds a run already, and --resume is never. "
                     "Choose another run.output_dir, or --resume auto."
                 )
             return None
@@ -85,20 +85,20 @@ class RunFolder:
         return found
 
     def append_samples(self, samples: Iterable[Any]) -> None:
-        """Add evaluated samples (dataclasses) for the report."""
+        """Append validation samples (dataclasses) to the samples file, for the report."""
         with self.samples.open("a", encoding="utf-8") as file:
             for sample in samples:
                 file.write(json.dumps(asdict(sample)) + "\n")
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """What the pointer names, be it there or not."""
+    """Return the checkpoint that the file ``latest`` names, whether it exists or not; None without that file."""
     pointer = folder / LATEST
     return folder / pointer.read_text().strip() if pointer.exists() else None
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace a file so that it is either the old or the new one, never half of it."""
+    """Replace a file atomically: a reader sees the old or the new content, never a part."""
     partial = path.with_name(path.name + ".partial")
     with partial.open("w", encoding="utf-8") as file:
         file.write(text)

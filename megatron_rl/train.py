@@ -1,20 +1,20 @@
 """Train: python -m megatron_rl.train --config FILE [key=value …], alone or under torchrun.
 
-Nothing heavy is imported at the top: reward workers import the main module again.
+Heavy imports are inside ``main``, because every reward worker imports the main module again.
 """
 
 import sys
 from collections.abc import Sequence
 
-from megatron_rl.cli import parse_arguments, reported
+from megatron_rl.cli import parse_arguments, report_errors
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run; the exit status."""
+    """Run the command and return its exit status."""
     parsed = parse_arguments(
         arguments, "python -m megatron_rl.train", "Reinforcement learning (or fine-tuning) of a language model."
     )
-    with reported() as command:
+    with report_errors() as command:
         from megatron_rl.config import load_config
 
         config = load_config(parsed.config, parsed.overrides)
@@ -30,9 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             command.status = EXIT_REQUEUE
         ignore_stop_signals()
         if command.is_main:
-            from megatron_rl.reporting.run_report import conclude
+            from megatron_rl.reporting.run_report import write_report
 
-            print(conclude(config), flush=True)  # also after a stop: what there is so far
+            print(write_report(config), flush=True)  # after a stop as well: a report of the run so far
     return command.status
 
 

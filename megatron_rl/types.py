@@ -1,7 +1,7 @@
-"""The records that pass between rooms.
+"""The records that packages of this project exchange.
 
-G: siblings of one prompt. R: response tokens. L: tokens of one sequence (prompt and response).
-T: tokens of a micro-batch. S: sequences of a micro-batch. N: sequences of a whole step.
+Shapes: G: samples (siblings) of one prompt. P: prompt tokens. R: response tokens. L: tokens of one sequence (prompt and
+response). T: tokens of a micro-batch. S: sequences of a micro-batch. N: sequences of a whole step.
 Stored arrays are token-aligned: index t describes token_ids[t]; only batching/align.py shifts.
 """
 
@@ -18,7 +18,7 @@ RolloutStatus = Literal["ok", "reward_error", "reward_timeout", "environment_err
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How an engine samples."""
+    """Sampling parameters of an engine."""
 
     temperature: float
     top_p: float
@@ -26,83 +26,87 @@ class SamplingParams:
     max_new_tokens: int
     stop_token_ids: tuple[int, ...]
     logprobs: bool = True
-    """Log-probabilities of the sampled tokens are wanted; without them they may come as NaN."""
+    """Whether to return the log-probabilities of the sampled tokens; if False they may be NaN."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """One question, tokenised, with what is needed to grade an answer to it."""
+    """One tokenised prompt, with the data that is needed to grade a response to it."""
 
     prompt_id: str
     token_ids: Tensor
     """[P] int64."""
     text: str
     answer: str | None
+    """The reference answer; None if there is none."""
     demonstration: str | None = None
+    """The response to imitate in supervised fine-tuning; None if there is none."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:
-    """What an engine returns for one sample."""
+    """The response that an engine returns for one sample."""
 
     token_ids: Tensor
-    """[R] int64, the stop token included when there is one."""
+    """[R] int64, including the stop token if there is one."""
     logprobs: Tensor
-    """[R] float32, of the distribution really sampled."""
+    """[R] float32, under the distribution that was sampled from."""
     finish_reason: FinishReason
     policy_version: int
     routing: Tensor | None = None
-    """[P + R, layers, experts per token] int16: the experts that each token of prompt and response went to; None
-    unless asked for."""
+    """[P + R, layers, experts per token] int16, the experts of each token of prompt and response; None unless
+    requested."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout:
-    """One graded sample."""
+    """One graded response with its prompt."""
 
     token_ids: Tensor
     """[L] int64."""
     loss_mask: Tensor
-    """[L] bool, True where the policy sampled the token."""
+    """[L] bool, True at tokens that the policy sampled."""
     rollout_logprobs: Tensor
-    """[L] float32, 0 outside the mask."""
+    """[L] float32, the engine's log-probabilities; 0 outside the mask."""
     text: str
     """The response as text, without special tokens."""
     finish_reason: FinishReason
     policy_versions: Tensor
-    """[L] int32, of the policy that sampled each token; -1 outside the mask."""
+    """[L] int32, version of the policy that sampled each token; -1 outside the mask."""
     seed: int
-    """Of its sampling."""
+    """Random seed of the sampling."""
     reward: float
-    """Weighted sum; NaN unless status is "ok"."""
+    """Total reward, the weighted sum of the parts; NaN unless status is "ok"."""
     reward_parts: Mapping[str, float]
+    """Name of a reward function -> its value."""
     status: RolloutStatus
     failure: str
-    """Why the reward failed; empty when it did not."""
+    """Why the reward failed; empty if it did not."""
     step_rewards: Mapping[int, float] = field(default_factory=dict)
-    """Parts of the reward by the token, index in the sequence, at whose turn's end they were earned; the rest came with
-    the last token."""
+    """Index of a token in the sequence -> part of the reward that is earned there, at the end of a turn or reasoning
+    step; the rest of the reward is earned at the last token."""
     routing: Tensor | None = None
-    """[L, layers, experts per token] int16, as the engine routed; None unless asked for."""
+    """[L, layers, experts per token] int16, the experts that the engine used; None unless requested."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutGroup:
-    """The siblings of one prompt."""
+    """The rollouts of one prompt."""
 
     index: int
-    """Place of the prompt in the step, the same for every split over engines."""
+    """Index of the prompt in the step; does not depend on how prompts are distributed over engines."""
     prompt: Prompt
     rollouts: Sequence[Rollout]
     """[G]"""
     baseline: float = 0.0
-    """Taken from the rewards before they are compared: the reward of a greedy response, where one was asked for."""
+    """Subtracted from the rewards before advantages are computed: the reward of a greedy response with
+    ``rollout.greedy_baseline``, else 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSequence:
-    """One sequence as the policy learns from it; all tensors are [L]."""
+    """One training sequence; all tensors are [L] unless noted."""
 
     token_ids: Tensor
     """int64."""
@@ -113,21 +117,22 @@ class TrainSequence:
     advantages: Tensor
     """float32."""
     loss_weights: Tensor
-    """float32; their meaning is in algorithms/loss_weights.py."""
+    """float32, weights of the token losses (see algorithms/loss_weights.py)."""
     rollout_weights: Tensor
-    """float32, of the policy loss alone, as the response's importance weight; ones where responses are not weighed."""
+    """float32, importance weight of the response, a factor of the policy loss only; 1 without rollout correction of
+    responses."""
     old_logprobs: Tensor
-    """float32, by the trainer before the update."""
+    """float32, the trainer's log-probabilities before the update."""
     ref_logprobs: Tensor
-    """float32, by the reference model; zeros without one."""
+    """float32, log-probabilities under the reference model; zeros without one."""
     rewards: Tensor
     """float32, at the tokens that earned them."""
     values: Tensor
-    """float32, what the critic expected before each token; zeros without one."""
+    """float32, the critic's values before each token; zeros without a critic."""
     returns: Tensor
-    """float32, what it is to expect; zeros without one."""
+    """float32, the critic's targets; zeros without a critic."""
     routing: Tensor | None = None
-    """[L, layers, experts per token] int16, to be repeated; None: the policy routes as it likes."""
+    """[L, layers, experts per token] int16, the experts to use (routing replay); None: the router decides."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,17 +140,17 @@ class UpdatePlan:
     """One optimizer update of this rank."""
 
     micro_batches: Sequence[Sequence[int]]
-    """Indices into TrainBatch.sequences; as many micro-batches on every data-parallel rank."""
+    """Indices into TrainBatch.sequences; every data-parallel rank has the same number of micro-batches."""
     num_tokens: int
-    """Tokens with loss in this update, over all ranks."""
+    """Number of tokens with loss in this update, over all ranks."""
     num_sequences: int
-    """Sequences with loss in this update, over all ranks."""
+    """Number of sequences with loss in this update, over all ranks."""
     num_processed_tokens: int
-    """All tokens of the update's sequences, prompts included, over all ranks."""
+    """Number of all tokens of the update's sequences, including prompts, over all ranks."""
     sum_squared_lengths: int
-    """Of the update's sequences, over all ranks: what attention costs."""
+    """Sum of the squared lengths of the update's sequences, over all ranks; proportional to the cost of attention."""
     imbalance: float
-    """Tokens of the data-parallel rank with the most, divided by the mean."""
+    """Largest number of tokens on a data-parallel rank, divided by the mean."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,24 +159,25 @@ class TrainBatch:
 
     sequences: Sequence[TrainSequence]
     updates: Sequence[UpdatePlan]
-    """In order; several for mini-batches and epochs."""
+    """Optimizer updates in order, one per mini-batch and epoch."""
     global_index: Sequence[int]
-    """Place of each local sequence among the N of the step; -1 for a filler without loss."""
+    """Index of each local sequence among the N of the step; -1 for a filler sequence without loss."""
     rewards: Tensor
-    """[N] float32, all sequences of the step; NaN where the reward failed."""
+    """[N] float32, rewards of all sequences of the step; NaN where the reward failed."""
     groups: Tensor
-    """[N] int64, the group of each."""
+    """[N] int64, the group of each sequence."""
     baselines: Tensor
-    """[N] float32, taken from the rewards before they are compared; NaN where the baseline's reward failed."""
+    """[N] float32, subtracted from the rewards before advantages are computed; NaN where the baseline's reward
+    failed."""
     step_rewards: Sequence[Mapping[int, float]]
-    """[N], of each its reward by the tokens that earned it."""
+    """[N], for each sequence, index of a token -> reward that is earned there."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
-    """What one forward pass reads: packed [1, T] or padded [S, L] rows, already aligned to predict.
+    """Inputs of one forward pass, packed [1, T] or padded [S, L], shifted to predictions.
 
-    Position t holds what concerns token t + 1, the one that it predicts.
+    Labels, masks and values per token at position t are those of token t + 1, which the position predicts.
     """
 
     tokens: Tensor
@@ -179,9 +185,9 @@ class MicroBatch:
     labels: Tensor
     """int64, the next token."""
     position_ids: Tensor
-    """int64, from 0 in each sequence."""
+    """int64, starting at 0 in each sequence."""
     real: Tensor
-    """bool, False where nothing but padding stands."""
+    """bool, False at padding."""
     loss_mask: Tensor
     """bool."""
     loss_weights: Tensor
@@ -201,76 +207,82 @@ class MicroBatch:
     returns: Tensor
     """float32."""
     sequence: Tensor
-    """int64, the place of the position's sequence in the micro-batch."""
+    """int64, index in the micro-batch of the sequence of each position."""
     cu_seqlens: tuple[int, ...] | None
-    """Starts of the packed sequences and the end, [S + 1]; None when padded."""
+    """Start of each packed sequence and the end of the last, [S + 1]; None if padded."""
     lengths: tuple[int, ...]
-    """Tokens of each real sequence, [S]."""
+    """Number of tokens of each sequence, without padding, [S]."""
     routing: Tensor | None = None
-    """[1, T, layers, experts per token] or [S, L, …] int64, of the token at the position itself."""
+    """[1, T, layers, experts per token] or [S, L, …] int64, experts of the token at the position itself."""
 
     def map_tensors(self, function: Callable[[Tensor], Tensor]) -> "MicroBatch":
-        """The same micro-batch with every tensor replaced by what the function makes of it."""
+        """Return the micro-batch with the function applied to every tensor."""
         changed: dict[str, Any] = {n: function(v) if isinstance(v, Tensor) else v for n, v in vars(self).items()}
         return MicroBatch(**changed)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelContext:
-    """Where this rank stands; passed explicitly."""
+    """Ranks, sizes and process groups of this process in the parallel layout; passed explicitly, never global."""
 
     rank: int
     world_size: int
     local_rank: int
     device: torch.device
     dp_rank: int
-    """Place among the ranks that see different sequences."""
+    """Data-parallel rank: index among the ranks that process different sequences."""
     dp_size: int
     tp_rank: int
     tp_size: int
     pp_rank: int
     pp_size: int
     vp_size: int
-    """Model chunks on each pipeline rank."""
+    """Number of model chunks on each pipeline rank."""
     cp_rank: int
     cp_size: int
     ep_rank: int
     ep_size: int
     etp_rank: int
-    """Place among the ranks that share an expert's matrices."""
+    """Expert-tensor-parallel rank: index among the ranks that an expert's matrices are split over."""
     etp_size: int
     groups: Any
     """Megatron's ProcessGroupCollection."""
     host_group: Any
-    """gloo group of the whole world, for host tensors and objects."""
+    """gloo group of all ranks, for host tensors and objects."""
     store: Any
-    """torch.distributed store shared by the world."""
+    """torch.distributed store shared by all ranks."""
     record: Any
-    """What Megatron itself remembers of the groups; for mcore.parallel.in_layout."""
+    """Megatron's own global state of the groups; for mcore.runtime.parallel.in_layout."""
 
     @property
     def is_last_stage(self) -> bool:
+        """Whether this rank has the last pipeline stage."""
         return self.pp_rank == self.pp_size - 1
 
     @property
     def is_model_parallel_main(self) -> bool:
-        """Of the ranks that share the same sequences one speaks for all."""
+        """Whether this rank represents the ranks that process the same sequences (TP, PP and CP rank 0)."""
         return self.tp_rank == self.pp_rank == self.cp_rank == 0
 
     @property
     def is_main(self) -> bool:
+        """Whether this is the first rank of the world."""
         return self.rank == 0
 
 
 @dataclass(frozen=True)
 class TrainState:
-    """Where a run stands; saved beside the weights."""
+    """Progress of a run; saved in every checkpoint."""
 
     step: int = 0
+    """Number of finished steps."""
     num_prompts_consumed: int = 0
+    """Number of prompts taken from the training data."""
     num_updates: int = 0
+    """Number of optimizer updates of the policy."""
     wandb_id: str | None = None
+    """Weights & Biases run id; None without one."""
     kl_reward_coef: float | None = None
-    """Weight of the KL penalty in the reward where it is adapted; None: that of the configuration."""
+    """Current coefficient of the adaptive KL penalty in the reward; None: that of the configuration."""
     reference: str | None = None
-    """Folder of the reference model among the run's; None: that of the configuration."""
+    """Name of the reference model's folder in references/ of the run folder; None: that of the configuration."""

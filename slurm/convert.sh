@@ -10,7 +10,7 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=logs/slurm/%x-%j.out
-# Checkpoints: sbatch slurm/convert.sh hf_to_megatron --input HF_DIR --output DIR --verify   (slurm/README.md)
+# Convert checkpoints: sbatch slurm/convert.sh hf_to_megatron --input HF_DIR --output DIR --verify   (slurm/README.md)
 [[ -n ${SLURM_JOB_ID:-} && ${ENVIRONMENT:-} == BATCH ]] || cd "$(dirname "$0")/.." || exit 1
 [[ -f slurm/common.sh ]] || { echo "submit from the root of the repository, not from $PWD" >&2 && exit 2; }
 source slurm/common.sh

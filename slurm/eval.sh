@@ -11,7 +11,7 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=logs/slurm/%x-%j.out
-# Benchmarks: sbatch slurm/eval.sh model.path=DIR [key=value …]   (slurm/README.md)
+# Run a suite of benchmarks: sbatch slurm/eval.sh model.path=DIR [key=value …]   (slurm/README.md)
 [[ -n ${SLURM_JOB_ID:-} && ${ENVIRONMENT:-} == BATCH ]] || cd "$(dirname "$0")/.." || exit 1
 [[ -f slurm/common.sh ]] || { echo "submit from the root of the repository, not from $PWD" >&2 && exit 2; }
 source slurm/common.sh

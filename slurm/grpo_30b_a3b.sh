@@ -11,7 +11,7 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=logs/slurm/%x-%j.out
-# GRPO of a mixture of experts of 30B, 3B of them active: sbatch slurm/grpo_30b_a3b.sh [key=value …]   (slurm/README.md)
+# GRPO of a 30B mixture of experts with 3B active parameters: sbatch slurm/grpo_30b_a3b.sh [key=value …]   (slurm/README.md)
 [[ -n ${SLURM_JOB_ID:-} && ${ENVIRONMENT:-} == BATCH ]] || cd "$(dirname "$0")/.." || exit 1
 [[ -f slurm/common.sh ]] || { echo "submit from the root of the repository, not from $PWD" >&2 && exit 2; }
 source slurm/common.sh

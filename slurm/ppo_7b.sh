@@ -11,7 +11,7 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=logs/slurm/%x-%j.out
-# PPO of a 7B or 8B model with a critic of its size: sbatch slurm/ppo_7b.sh [key=value …]   (slurm/README.md)
+# PPO of a 7B or 8B model with a critic of the same size: sbatch slurm/ppo_7b.sh [key=value …]   (slurm/README.md)
 [[ -n ${SLURM_JOB_ID:-} && ${ENVIRONMENT:-} == BATCH ]] || cd "$(dirname "$0")/.." || exit 1
 [[ -f slurm/common.sh ]] || { echo "submit from the root of the repository, not from $PWD" >&2 && exit 2; }
 source slurm/common.sh

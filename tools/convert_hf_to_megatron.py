@@ -1,9 +1,9 @@
-"""Hugging Face folder -> Megatron distributed checkpoint, loadable under any layout.
+"""Convert a Hugging Face folder to a Megatron distributed checkpoint, which loads under any layout.
 
 python tools/convert_hf_to_megatron.py --input HF_DIR --output DIR [--verify]
-torchrun --nproc-per-node 4 tools/convert_hf_to_megatron.py …      shares the work
+torchrun --nproc-per-node 4 tools/convert_hf_to_megatron.py …      # several processes share the work
 
-An interrupted conversion is resumed by the same command. docs/conversion.md has the rest.
+The same command resumes an interrupted conversion. See docs/conversion.md.
 """
 
 import sys
@@ -20,17 +20,17 @@ from megatron_rl.weights.megatron_files import MegatronReader
 
 
 def main() -> None:
-    """The command line."""
+    """Command-line entry point."""
     parser = common_parser("Convert a Hugging Face folder to a Megatron distributed checkpoint.")
-    arguments = parser.parse_args()
-    source, target, dtype = Path(arguments.input), Path(arguments.output), DTYPES[arguments.dtype]
+    args = parser.parse_args()
+    source, target, dtype = Path(args.input), Path(args.output), DTYPES[args.dtype]
 
     def convert(ranks: Ranks) -> None:
-        convert_to_megatron(source, target, dtype=dtype, workers=arguments.workers, ranks=ranks)
-        if arguments.verify:
+        convert_to_megatron(source, target, dtype=dtype, workers=args.workers, ranks=ranks)
+        if args.verify:
             written = MegatronReader(target, layout_table(read_model_spec(target), 1))
             recorded = read_record(target)
-            verify(HFReader(source), written, recorded, dtype=dtype, workers=arguments.workers, ranks=ranks)
+            verify(HFReader(source), written, recorded, dtype=dtype, workers=args.workers, ranks=ranks)
 
     sys.exit(run(convert, target))
 

@@ -1,11 +1,11 @@
-"""Megatron distributed checkpoint -> complete Hugging Face folder.
+"""Convert a Megatron distributed checkpoint to a complete Hugging Face folder.
 
 python tools/convert_megatron_to_hf.py --input DIR --output HF_DIR [--config HF_DIR] [--verify]
-torchrun --nproc-per-node 4 tools/convert_megatron_to_hf.py …      shares the work
+torchrun --nproc-per-node 4 tools/convert_megatron_to_hf.py …      # several processes share the work
 
-The input is a folder that convert_hf_to_megatron.py wrote, a checkpoint of a training run
-(runs/NAME/checkpoints/step_N), or one that Megatron-LM saved with --ckpt-format torch_dist.
-An interrupted conversion is resumed by the same command. docs/conversion.md has the rest.
+The input is an output of convert_hf_to_megatron.py, a checkpoint of a training run (runs/NAME/checkpoints/step_N), or a
+checkpoint that Megatron-LM saved with --ckpt-format torch_dist.
+The same command resumes an interrupted conversion. See docs/conversion.md.
 """
 
 import sys
@@ -23,31 +23,33 @@ from megatron_rl.weights.open import find_model_folder
 
 
 def main() -> None:
-    """The command line."""
+    """Command-line entry point."""
     parser = common_parser("Convert a Megatron distributed checkpoint to a Hugging Face folder.")
     parser.add_argument(
         "--config",
         help="folder with config.json, tokenizer and chat template (default: the input, or the run's model)",
     )
-    parser.add_argument("--max-shard-size", type=parse_bytes, default="5GB", help="of a file (default: 5GB)")
-    arguments = parser.parse_args()
-    source, target, dtype = Path(arguments.input), Path(arguments.output), DTYPES[arguments.dtype]
+    parser.add_argument(
+        "--max-shard-size", type=parse_bytes, default="5GB", help="largest safetensors file (default: 5GB)"
+    )
+    args = parser.parse_args()
+    source, target, dtype = Path(args.input), Path(args.output), DTYPES[args.dtype]
 
     def convert(ranks: Ranks) -> None:
-        like = Path(arguments.config) if arguments.config else find_model_folder(source)
+        like = Path(args.config) if args.config else find_model_folder(source)
         convert_to_hf(
             source,
             target,
             like=like,
             dtype=dtype,
-            max_shard_bytes=arguments.max_shard_size,
-            workers=arguments.workers,
+            max_shard_bytes=args.max_shard_size,
+            workers=args.workers,
             ranks=ranks,
         )
-        if arguments.verify:
+        if args.verify:
             read = MegatronReader(source, layout_table(read_model_spec(like), 1))
             recorded = read_record(target)
-            verify(read, HFReader(target), recorded, dtype=dtype, workers=arguments.workers, ranks=ranks)
+            verify(read, HFReader(target), recorded, dtype=dtype, workers=args.workers, ranks=ranks)
 
     sys.exit(run(convert, target))
 

@@ -1,7 +1,7 @@
-"""What is in a checkpoint, in one screen: python tools/inspect_checkpoint.py FOLDER.
+"""Summarize a checkpoint on one screen: python tools/inspect_checkpoint.py FOLDER.
 
-FOLDER holds Hugging Face safetensors or a Megatron distributed checkpoint: one that the conversion wrote, one
-of a training run (checkpoints/step_…), or one of Megatron-LM.
+FOLDER holds Hugging Face safetensors or a Megatron distributed checkpoint, written by the conversion, a training run
+(checkpoints/step_…) or Megatron-LM.
 """
 
 import argparse
@@ -43,17 +43,17 @@ OWN_LAYOUT = {
 
 
 def inspect(folder: Path) -> Facts:
-    """What there is to know, by title.
+    """Summary of a checkpoint: title of a line -> its text.
 
     Raises:
         ConversionError: the folder holds no checkpoint, or a damaged one.
     """
-    found = find_distributed_checkpoint(folder)
-    return describe_megatron(folder, found) if found else describe_hf(folder)
+    distributed = find_distributed_checkpoint(folder)
+    return describe_megatron(folder, distributed) if distributed else describe_hf(folder)
 
 
 def describe_hf(folder: Path) -> Facts:
-    """Of a Hugging Face folder."""
+    """Summary of a Hugging Face folder."""
     reader = HFReader(folder)
     tensors = [(reader.shape(name), reader.dtype(name)) for name in sorted(reader.names())]
     files = sorted(path.name for path in folder.glob("*.safetensors"))
@@ -70,9 +70,14 @@ def describe_hf(folder: Path) -> Facts:
     }
 
 
-def describe_megatron(folder: Path, found: Path) -> Facts:
-    """Of a distributed checkpoint."""
-    entries = read_metadata(found).state_dict_metadata
+def describe_megatron(folder: Path, distributed: Path) -> Facts:
+    """Summary of a Megatron distributed checkpoint.
+
+    Args:
+        folder: as given by the user.
+        distributed: folder of the tensor files, in or equal to ``folder``.
+    """
+    entries = read_metadata(distributed).state_dict_metadata
     tensors = {key: entry for key, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
     weights = [entry for key, entry in tensors.items() if not NO_WEIGHTS.match(key)]
     states = [entry for key, entry in tensors.items() if "optimizer" in key.split(".")]
@@ -80,27 +85,27 @@ def describe_megatron(folder: Path, found: Path) -> Facts:
     try:
         like = find_model_folder(folder)
     except ConversionError:
-        model = {"family": "unknown: no config.json here; the conversion takes one with --config"}
+        model = {"family": "unknown: no config.json here; give the conversion one with --config"}
         stored = count((tuple(entry.size), entry.properties.dtype) for entry in weights)
     else:
         model = describe_model(like)
         reader = MegatronReader(folder, layout_table(read_model_spec(like), 1))
         stored = count((reader.shape(name), reader.dtype(name)) for name in reader.names())
-    held = sum(num_bytes(tuple(entry.size), entry.properties.dtype) for entry in states)
+    state_bytes = sum(num_bytes(tuple(entry.size), entry.properties.dtype) for entry in states)
     return {
         "kind": "Megatron distributed checkpoint (torch_dist), loadable under any layout",
         **model,
         **stored,
-        "optimizer": f"{len(states)} tensors, {readable(held)}" if states else "none",
+        "optimizer": f"{len(states)} tensors, {readable(state_bytes)}" if states else "none",
         "other objects": str(objects),
-        "files": f"{len(list(found.glob('*.distcp')))} of tensors, {size_on_disk(found)}, in {found}",
-        **describe_run(folder, found),
+        "files": f"{len(list(distributed.glob('*.distcp')))} of tensors, {size_on_disk(distributed)}, in {distributed}",
+        **describe_run(folder, distributed),
         **describe_conversion(folder),
     }
 
 
 def describe_model(folder: Path) -> Facts:
-    """What config.json says."""
+    """Summary of config.json."""
     spec = read_model_spec(folder)
     facts = {
         "family": spec.family,
@@ -119,18 +124,18 @@ def describe_model(folder: Path) -> Facts:
 
 
 def switches(spec: ModelSpec) -> str:
-    """Of the attention."""
+    """The attention's optional features, as the end of a line."""
     window = spec.sliding_window
-    given = {
+    features = {
         "biases": spec.qkv_bias,
         "norms of queries and keys": spec.qk_norm,
         f"window of {window.size} from layer {window.first_layer}" if window else "": window is not None,
     }
-    return "".join(f", {name}" for name, there in given.items() if there)
+    return "".join(f", {name}" for name, present in features.items() if present)
 
 
 def count(tensors: Iterable[tuple[tuple[int, ...], torch.dtype]]) -> Facts:
-    """Parameters and bytes by type."""
+    """Number of parameters, and bytes by dtype."""
     elements: Counter[torch.dtype] = Counter()
     number = 0
     for shape, dtype in tensors:
@@ -143,62 +148,62 @@ def count(tensors: Iterable[tuple[tuple[int, ...], torch.dtype]]) -> Facts:
 
 
 def size_on_disk(folder: Path) -> str:
-    """Of all its files."""
+    """Total size of all files in a folder."""
     return readable(sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()))
 
 
 def readable(num_bytes: int) -> str:
-    """In GB, MB or kB."""
+    """A number of bytes in GB, MB or kB."""
     unit, name = next(((unit, name) for unit, name in ((1e9, "GB"), (1e6, "MB")) if num_bytes >= unit), (1e3, "kB"))
     return f"{num_bytes / unit:.2f} {name}"
 
 
-def describe_run(folder: Path, found: Path) -> Facts:
-    """The step, and the layout under which it was saved."""
-    for trainer in (folder / "trainer.json", found.parent / "trainer.json"):
+def describe_run(folder: Path, distributed: Path) -> Facts:
+    """Step and layout of the run that saved the checkpoint, as far as it recorded them."""
+    for trainer in (folder / "trainer.json", distributed.parent / "trainer.json"):
         if trainer.exists():
             content = json.loads(trainer.read_text())
             return {"step": str(content["state"]["step"]), "saved under": layout(content["config"], OWN_LAYOUT)}
-    common = read_common(found)
+    common = read_common(distributed)
     facts = {"step": str(common["iteration"])} if "iteration" in common else {}
     arguments = common.get("args")
     return facts | ({"saved under": layout(vars(arguments), LAYOUT_ARGUMENTS)} if arguments else {})
 
 
-def read_common(found: Path) -> dict[str, Any]:
-    """What Megatron-LM keeps beside the tensors; empty where it cannot be read without running its code."""
+def read_common(distributed: Path) -> dict[str, Any]:
+    """Content of Megatron-LM's common.pt; empty if it cannot be read without executing pickled code."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            content: dict[str, Any] = torch.load(found / "common.pt", map_location="cpu", weights_only=True)
+            content: dict[str, Any] = torch.load(distributed / "common.pt", map_location="cpu", weights_only=True)
         return content
     except (OSError, pickle.UnpicklingError, RuntimeError):
         return {}
 
 
 def layout(values: Mapping[str, Any], names: Mapping[str, str]) -> str:
-    """Parallel sizes above 1."""
+    """Parallel sizes above 1, such as ``TP2 PP4``."""
     sizes = {short: values.get(name) for name, short in names.items()}
     return " ".join(f"{short}{size}" for short, size in sizes.items() if size and size > 1) or "no model parallelism"
 
 
 def describe_conversion(folder: Path) -> Facts:
-    """Whether the tensors' checksums are recorded."""
+    """Number of recorded checksums, if the conversion wrote the folder."""
     if not (folder / RECORD).exists():
         return {}
     return {"converted": f"checksums of {len(read_record(folder))} tensors in {RECORD}"}
 
 
 def main() -> int:
-    """The command line."""
-    parser = argparse.ArgumentParser(description="Show what is in a checkpoint.")
+    """Command-line entry point."""
+    parser = argparse.ArgumentParser(description="Summarize a checkpoint.")
     parser.add_argument("folder", type=Path, help="Hugging Face folder or Megatron checkpoint")
-    arguments = parser.parse_args()
+    args = parser.parse_args()
     try:
-        facts = inspect(arguments.folder)
+        facts = inspect(args.folder)
     except MegatronRLError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(arguments.folder)
+    print(args.folder)
     for title, text in facts.items():
         print(f"  {title:14}{text}")
     return 0

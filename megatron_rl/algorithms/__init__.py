@@ -1,1 +1,1 @@
-"""Pure functions of reinforcement learning: they see whole sequences and know no ranks."""
+"""Pure functions of reinforcement learning; they take whole sequences and do not depend on ranks."""

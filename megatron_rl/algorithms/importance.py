@@ -1,12 +1,12 @@
-"""Corrections for samples that another distribution gave: the engine's, not the trainer's.
+"""Rollout correction: importance weights and rejection for samples of the engine's distribution.
 
-Engine and trainer compute the same weights with other kernels and precisions, so the policy gradient is slightly
-off-policy even in the first update. The ratio of the trainer's probability before the update to the engine's weighs
-the policy loss, token by token or response by response; truncated or masked, so that its variance stays bounded. A
-response whose ratios are too far out can be rejected altogether.
+Engine and trainer compute with the same weights but different kernels and precisions, so the policy gradient is
+slightly off-policy even in the first update. The policy loss is multiplied by the ratio of the trainer's probability
+before the update to the engine's, per token or per response; the ratio is truncated or masked, so that its variance
+stays bounded. Responses with extreme ratios can be rejected.
 
-The ratio of a response needs all of its tokens, and the ranks of context parallelism share those out. So everything
-about responses is computed on whole sequences, before there are micro-batches, and travels with them as data.
+The ratio of a response needs all of its tokens, which context parallelism splits over ranks. Corrections of responses
+are therefore computed on whole sequences, before micro-batches are made, and are stored in the batch.
 """
 
 from collections.abc import Callable
@@ -19,29 +19,29 @@ from megatron_rl.config.algorithm import AlgorithmSection
 
 
 def truncated(ratio: Tensor, low: float, high: float) -> Tensor:
-    """min(ratio, high): biased where it cuts, never larger. Source: Yao et al., 2025 (TIS); Ionides, 2008.
+    """min(ratio, high): truncated importance sampling, biased above ``high``; ``low`` is not used.
 
-    Shapes: any. ``low`` is not used.
+    Shapes: any. Source: Yao et al., 2025 (TIS); Ionides, 2008.
     """
     return ratio.clamp(max=high)
 
 
 def masked(ratio: Tensor, low: float, high: float) -> Tensor:
-    """The ratio where it lies in [low, high], else 0: outliers do not teach. Source: IcePop, 2025. Shapes: any."""
+    """The ratio if it is in [low, high], else 0, so that outliers have no loss. Shapes: any. Source: IcePop, 2025."""
     return torch.where((ratio >= low) & (ratio <= high), ratio, torch.zeros_like(ratio))
 
 
 def token_ratio(old_logprobs: Tensor, rollout_logprobs: Tensor) -> Tensor:
-    """Trainer's probability / engine's of every token, without gradient. Shapes: any, equal."""
+    """Ratio of trainer to engine probability of every token, without gradient. Shapes: any, equal."""
     return (old_logprobs - rollout_logprobs).detach().exp()
 
 
 def sequence_ratio(old_logprobs: Tensor, rollout_logprobs: Tensor) -> Tensor:
-    """Trainer's probability / engine's of a whole response: the product of its tokens' ratios.
+    """Ratio of trainer to engine probability of a whole response: the product of its token ratios.
 
     Args:
-        old_logprobs: [R], of the response's tokens.
-        rollout_logprobs: [R].
+        old_logprobs: [R], the trainer's, of the tokens of the response.
+        rollout_logprobs: [R], the engine's.
 
     Returns:
         [] float64; 1 for an empty response.
@@ -52,9 +52,9 @@ def sequence_ratio(old_logprobs: Tensor, rollout_logprobs: Tensor) -> Tensor:
 
 
 def geometric_ratio(old_logprobs: Tensor, rollout_logprobs: Tensor) -> Tensor:
-    """The geometric mean of a response's token ratios, so that long responses are not outliers by length alone.
+    """Geometric mean of the token ratios of a response, so that long responses are not outliers by length alone.
 
-    Shapes and source as of ``sequence_ratio``.
+    Shapes and source as in ``sequence_ratio``.
     """
     return ((old_logprobs - rollout_logprobs).double().sum() / max(1, old_logprobs.numel())).exp()
 
@@ -68,49 +68,57 @@ RESPONSE_RATIOS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class ResponseCorrection:
-    """What its ratios make of one response."""
+    """Importance weight of one response, and whether it is rejected."""
 
     weight: float
-    """Of every token's policy loss; 1 where responses are not weighed."""
+    """Factor of the policy loss of every token; 1 unless the level is sequence."""
     is_changed: bool
-    """The weight is not the ratio."""
+    """Whether the weight was truncated or masked, so that it differs from the ratio."""
     is_vetoed: bool
-    """A single token is impossible enough to reject the response."""
+    """Whether the response is rejected because the ratio of a single token is below the veto threshold."""
     is_rejected: bool
-    """For any reason."""
+    """Whether the response is rejected for any reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutCorrection:
-    """Weights of tokens or of responses, and which responses are rejected."""
+    """Settings of the rollout correction, and its computation for tokens and responses."""
 
     level: str
-    """none, token or sequence: whose ratio is a weight."""
+    """none, token or sequence: whose ratio is the weight."""
     bound: str
-    """truncate or mask."""
+    """truncate or mask: how weights are bounded."""
     low: float
+    """Smallest weight that mask keeps."""
     high: float
+    """Largest weight."""
     rejection: str
-    """none, sequence or geometric: by which ratio responses are rejected."""
+    """none, sequence or geometric: the ratio by which responses are rejected."""
     rejection_low: float
+    """Smallest ratio that is accepted."""
     rejection_high: float
+    """Largest ratio that is accepted."""
     veto: float | None
+    """Responses with a token ratio below this are rejected; None: no veto."""
 
     @property
-    def needs_responses(self) -> bool:
-        """Whole responses must have been scored; weights of tokens are found while their loss is taken."""
+    def needs_whole_responses(self) -> bool:
+        """Whether log-probabilities of whole responses are needed before the update.
+
+        Weights of tokens are computed together with their loss and do not need them.
+        """
         return self.level == "sequence" or self.rejection != "none" or self.veto is not None
 
     def token_weights(self, old_logprobs: Tensor, rollout_logprobs: Tensor) -> Tensor:
-        """Weights of the tokens' policy losses, without gradient. Shapes: any, equal."""
+        """Weights of the policy loss of each token, without gradient. Shapes: any, equal."""
         return BOUNDS[self.bound](token_ratio(old_logprobs, rollout_logprobs), self.low, self.high)
 
-    def of_response(self, old_logprobs: Tensor, rollout_logprobs: Tensor) -> ResponseCorrection:
-        """What becomes of a response, all of it.
+    def correct_response(self, old_logprobs: Tensor, rollout_logprobs: Tensor) -> ResponseCorrection:
+        """Compute the weight of a whole response and whether it is rejected.
 
         Args:
-            old_logprobs: [R] the trainer's before the update, of the tokens with loss.
-            rollout_logprobs: [R] the engine's.
+            old_logprobs: [R], the trainer's before the update, of the tokens with loss.
+            rollout_logprobs: [R], the engine's.
         """
         weight, is_changed = 1.0, False
         if self.level == "sequence":
@@ -128,7 +136,7 @@ class RolloutCorrection:
 
 
 def build_correction(config: AlgorithmSection) -> RolloutCorrection:
-    """The correction of a configuration."""
+    """Return the rollout correction of a configuration."""
     level, _, bound = config.rollout_is.partition("_")
     low, high = config.rollout_rejection_low, config.rollout_rejection_high
     return RolloutCorrection(
@@ -144,10 +152,15 @@ def build_correction(config: AlgorithmSection) -> RolloutCorrection:
 
 
 def needs_old_logprobs(config: AlgorithmSection, correction: RolloutCorrection, *, num_updates: int) -> bool:
-    """Whether anything asks for the trainer's log-probabilities before the updates of a step.
+    """Whether the trainer's log-probabilities must be computed before the updates of a step.
 
-    A single update finds its own: the weights are still those that would be asked. For what whole responses and
-    returns are made of it is too late.
+    With a single update the loss can use its own log-probabilities, because the weights have not changed yet. Rollout
+    correction of responses, the KL penalty and distillation need them earlier.
+
+    Args:
+        config: algorithm section of the run.
+        correction: rollout correction of the run.
+        num_updates: optimizer updates in the step.
     """
-    compared = config.kl_reward_coef > 0 or config.advantage == "distillation"
-    return num_updates > 1 or correction.needs_responses or compared
+    used_in_advantages = config.kl_reward_coef > 0 or config.advantage == "distillation"
+    return num_updates > 1 or correction.needs_whole_responses or used_in_advantages

@@ -22,13 +22,15 @@ def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 
 def adapted_coef(coef: float, kl: float, target: float, num_responses: int, horizon: int) -> float:
-    """The weight of a KL penalty, changed towards a divergence.
+    """Return the coefficient of a KL penalty after one step of the adaptive KL controller.
 
     Args:
-        kl: of the responses that the weight was used for, in nats a response.
-        target: where it should be.
-        num_responses: of those.
-        horizon: responses after which a divergence of 1.2 times the target or more has changed the weight by 20 %.
+        coef: current coefficient.
+        kl: mean KL divergence of the step's responses, in nats per response.
+        target: target of the KL divergence, in nats per response.
+        num_responses: number of the step's responses.
+        horizon: responses after which a KL divergence of 1.2 times the target or more has raised the coefficient by
+            20 %.
 
     Source: arXiv 1909.08593 section 2.2.
     """

@@ -1,4 +1,4 @@
-"""Losses of policies, critics and reward models, value by value; how they are averaged is decided elsewhere."""
+"""Unreduced losses of policies, critics and reward models; loss_weights.py decides how they are averaged."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,37 +10,37 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class LossInputs:
-    """Values of tokens, all of one shape."""
+    """Inputs of a policy loss: values per token, all of the same shape."""
 
     logprobs: Tensor
-    """Current log-probabilities; gradients flow to them."""
+    """Current log-probabilities, with gradient."""
     old_logprobs: Tensor
-    """Before the update, no gradient."""
+    """Log-probabilities before the update, without gradient."""
     advantages: Tensor
     mean_of_response: Callable[[Tensor], Tensor]
-    """Values of tokens -> for each token their mean over its whole response, without gradient."""
+    """Function of values per token: for each token, the mean over its whole response, without gradient."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Clip:
-    """Bounds of the ratio of the current to the old probability."""
+    """Clip range of the ratio of current to old probability."""
 
     low: float = 0.2
-    """Below 1 - low it counts as that, where the advantage is negative."""
+    """Where the advantage is negative, ratios below 1 - low are clipped to it."""
     high: float = 0.2
-    """Above 1 + high it counts as that, where the advantage is positive."""
+    """Where the advantage is positive, ratios above 1 + high are clipped to it."""
     dual: float | None = None
-    """Above this it counts as this, where the advantage is negative; None: unbounded."""
+    """Where the advantage is negative, ratios above this are clipped to it (dual clip); None: no upper bound."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenLoss:
-    """The loss of every token and what is worth knowing about it."""
+    """The loss of every token, and where it was clipped."""
 
     loss: Tensor
-    """Any shape; gradients flow to the log-probabilities."""
+    """Any shape; has the gradient to the log-probabilities."""
     clipped: Tensor
-    """Same shape, bool: the clip took the gradient away, or bounded its weight."""
+    """Same shape, bool; True where clipping removed the gradient or bounded its weight."""
 
 
 LossFunction = Callable[[LossInputs, Clip], TokenLoss]
@@ -49,30 +49,31 @@ LossFunction = Callable[[LossInputs, Clip], TokenLoss]
 def ppo_clip_loss(tokens: LossInputs, clip: Clip) -> TokenLoss:
     """-min(ratio A, clip(ratio, 1 - low, 1 + high) A), and for A < 0 at most -dual A.
 
-    Source: PPO, arXiv 1707.06347 eq. 7; separate bounds from DAPO, arXiv 2503.14476 eq. 10; the second bound from
-    dual-clip PPO, arXiv 1912.09729 eq. 5, which TRL and INTELLECT-2 write as two-sided clipping with delta.
+    Source: PPO, arXiv 1707.06347 eq. 7; separate bounds from DAPO, arXiv 2503.14476 eq. 10; the dual clip from
+    arXiv 1912.09729 eq. 5, which TRL and INTELLECT-2 call two-sided clipping with delta.
     """
     return _surrogate((tokens.logprobs - tokens.old_logprobs).exp(), tokens.advantages, clip)
 
 
 def gspo_loss(tokens: LossInputs, clip: Clip) -> TokenLoss:
-    """The clipped loss with the geometric mean of a response's ratios in place of each token's.
+    """The clipped surrogate with the geometric mean of a response's token ratios in place of each token's ratio.
 
-    Written for tokens: the ratio's value is the response's, its gradient the token's own. Averaged over sequences
-    (aggregation: sequence_mean) that is GSPO in value and gradient, as all tokens of a response have one advantage;
-    where they differ it is GSPO-token.
+    The ratio of a token has the value of its response's ratio and the gradient of its own. With aggregation
+    sequence_mean this equals GSPO in value and gradient if all tokens of a response have the same advantage, and
+    GSPO-token otherwise.
 
-    Source: GSPO, arXiv 2507.18071 eq. 5 to 7 and 13 to 17. Its bounds are 3e-4 and 4e-4.
+    Source: GSPO, arXiv 2507.18071 eq. 5 to 7 and 13 to 17. Its clip range is 3e-4 and 4e-4.
     """
     log_ratio = tokens.logprobs - tokens.old_logprobs
-    own = tokens.logprobs - tokens.logprobs.detach()
-    return _surrogate((tokens.mean_of_response(log_ratio.detach()) + own).exp(), tokens.advantages, clip)
+    zero_with_gradient = tokens.logprobs - tokens.logprobs.detach()
+    ratio = (tokens.mean_of_response(log_ratio.detach()) + zero_with_gradient).exp()
+    return _surrogate(ratio, tokens.advantages, clip)
 
 
 def cispo_loss(tokens: LossInputs, clip: Clip) -> TokenLoss:
-    """-min(ratio, 1 + high) A log p(token), without gradient through the ratio: no token loses its gradient.
+    """-min(ratio, 1 + high) A log p(token), without gradient through the ratio; every token keeps its gradient.
 
-    Source: MiniMax-M1, arXiv 2506.13585 eq. 4 and 5, without their lower bound, which they do not use either.
+    Source: MiniMax-M1, arXiv 2506.13585 eq. 4 and 5, without the lower bound, which the paper does not use either.
     """
     ratio = (tokens.logprobs - tokens.old_logprobs).detach().exp()
     bound = 1 + clip.high
@@ -80,39 +81,39 @@ def cispo_loss(tokens: LossInputs, clip: Clip) -> TokenLoss:
 
 
 def policy_gradient_loss(tokens: LossInputs, clip: Clip) -> TokenLoss:
-    """-A log p(token): REINFORCE; old log-probabilities and bounds have no effect. Source: Williams, 1992."""
-    return TokenLoss(loss=-tokens.advantages * tokens.logprobs, clipped=_none(tokens))
+    """-A log p(token), REINFORCE; old log-probabilities and ``clip`` are not used. Source: Williams, 1992."""
+    return TokenLoss(loss=-tokens.advantages * tokens.logprobs, clipped=_never(tokens))
 
 
 def nll_loss(tokens: LossInputs, clip: Clip) -> TokenLoss:
-    """-log p(token): supervised fine-tuning; nothing else has an effect."""
-    return TokenLoss(loss=-tokens.logprobs, clipped=_none(tokens))
+    """-log p(token), for supervised fine-tuning; the other inputs are not used."""
+    return TokenLoss(loss=-tokens.logprobs, clipped=_never(tokens))
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float | None) -> TokenLoss:
-    """Half the squared error of a critic; with a clip the larger one of it and that of the value kept near the old one.
+    """Half the squared error of a critic; with clipping, the larger of the errors of the value and the clipped value.
 
     Args:
-        values: [K], gradients flow to them.
-        old_values: [K], before the update.
-        returns: [K].
-        clip: how far a value may go from the old one before its gradient ends; None: as far as it likes.
+        values: [K], with gradient.
+        old_values: [K], values before the update.
+        returns: [K], the targets.
+        clip: range around the old value to which a value is clipped; None: no clipping.
 
     Source: PPO's reference implementation (openai/baselines ppo2), as in InstructGPT's and verl's critics.
     """
-    free = (values - returns).square() / 2
+    unclipped = (values - returns).square() / 2
     if clip is None:
-        return TokenLoss(loss=free, clipped=torch.zeros_like(free, dtype=torch.bool))
-    bounded = (old_values + (values - old_values).clamp(-clip, clip) - returns).square() / 2
-    return TokenLoss(loss=torch.maximum(free, bounded), clipped=bounded > free)
+        return TokenLoss(loss=unclipped, clipped=torch.zeros_like(unclipped, dtype=torch.bool))
+    clipped = (old_values + (values - old_values).clamp(-clip, clip) - returns).square() / 2
+    return TokenLoss(loss=torch.maximum(unclipped, clipped), clipped=clipped > unclipped)
 
 
 def pairwise_loss(chosen: Tensor, rejected: Tensor, margins: Tensor) -> Tensor:
-    """-log sigmoid(chosen - rejected - margin): what a reward model learns from comparisons.
+    """-log sigmoid(chosen - rejected - margin), the loss of a reward model on pairs of responses.
 
     Args:
-        chosen, rejected: [K] scores, gradients flow to them.
-        margins: [K], by how much the chosen one has to be better; 0 where nothing is known.
+        chosen, rejected: [K] scores, with gradient.
+        margins: [K], the margin by which the chosen score should be higher; 0 where none is given.
 
     Source: Bradley-Terry as in InstructGPT, arXiv 2203.02155 eq. 1; the margin from Llama 2, arXiv 2307.09288 eq. 2.
     """
@@ -120,11 +121,11 @@ def pairwise_loss(chosen: Tensor, rejected: Tensor, margins: Tensor) -> Tensor:
 
 
 def binary_loss(scores: Tensor, labels: Tensor) -> Tensor:
-    """Binary cross-entropy of scores as logits: what a reward model learns from judged responses, or judged steps.
+    """Binary cross-entropy of scores as logits, the loss of a reward model on labelled responses or steps.
 
     Args:
-        scores: [K], gradients flow to them.
-        labels: [K] from 0 to 1; in between where only the share of right continuations is known.
+        scores: [K], with gradient.
+        labels: [K], from 0 to 1; values in between are fractions of correct continuations.
 
     Source: Math-Shepherd, arXiv 2312.08935 eq. 1 (responses) and 2 (steps), averaged over them.
     """
@@ -141,15 +142,15 @@ LOSSES: dict[str, LossFunction] = {
 
 
 def _surrogate(ratio: Tensor, advantages: Tensor, clip: Clip) -> TokenLoss:
-    free = ratio * advantages
+    unclipped = ratio * advantages
     bounded = ratio.clamp(1 - clip.low, 1 + clip.high) * advantages
-    kept = torch.minimum(free, bounded)
-    clipped = bounded < free
+    objective = torch.minimum(unclipped, bounded)
+    clipped = bounded < unclipped
     if clip.dual is not None:
         lowest = torch.where(advantages < 0, clip.dual * advantages, -torch.inf)
-        kept, clipped = torch.maximum(kept, lowest), clipped | (lowest > kept)
-    return TokenLoss(loss=-kept, clipped=clipped)
+        objective, clipped = torch.maximum(objective, lowest), clipped | (lowest > objective)
+    return TokenLoss(loss=-objective, clipped=clipped)
 
 
-def _none(tokens: LossInputs) -> Tensor:
+def _never(tokens: LossInputs) -> Tensor:
     return torch.zeros_like(tokens.logprobs, dtype=torch.bool)

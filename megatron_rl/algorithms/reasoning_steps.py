@@ -1,4 +1,4 @@
-"""Steps of a solution: where they end, what they are worth, and what they make of the whole."""
+"""Reasoning steps of a response: where they end, their labels, and the aggregation of their scores."""
 
 import math
 from bisect import bisect_right
@@ -19,54 +19,54 @@ AGGREGATIONS: dict[Aggregation, Callable[[Sequence[float]], float]] = {
 
 
 def aggregated(scores: Sequence[float], how: Aggregation) -> float:
-    """The score of a solution from those of its steps, at least one."""
+    """Aggregate the scores of the steps of a response, at least one, to the score of the response."""
     return AGGREGATIONS[how](scores)
 
 
 def step_spans(text: str, separator: str) -> list[tuple[int, int]]:
-    """Begin and end of each step of a text, the separator behind it included.
+    """Start and end index of each step of a text, including the separator after the step.
 
-    Blank stretches between separators are no steps of their own: they belong to the step before. Where all is blank
-    there is no step.
+    Blank text between separators belongs to the previous step. A blank text has no steps.
     """
     spans: list[tuple[int, int]] = []
-    start = place = 0
-    while place < len(text):
-        found = text.find(separator, place)
-        last, end = (len(text), len(text)) if found < 0 else (found, found + len(separator))
-        if text[place:last].strip():
+    start = position = 0
+    while position < len(text):
+        found = text.find(separator, position)
+        content_end, end = (len(text), len(text)) if found < 0 else (found, found + len(separator))
+        if text[position:content_end].strip():
             spans.append((start, end))
             start = end
         elif spans:
             spans[-1] = (spans[-1][0], end)
             start = end
-        place = end
+        position = end
     return spans
 
 
 def step_ends(texts: Sequence[str], separator: str) -> list[int]:
-    """Tokens that end a step: of each step the one in which its text ends, and the last one of all.
+    """Indices of the tokens that end a step: the token in which each step's text ends, and the last token of all.
 
     Args:
-        texts: of each token of the response, special ones empty.
+        texts: text of each token of the response; empty for special tokens.
+        separator: text between steps.
 
     Returns:
-        places in ``texts``, ascending; empty without tokens.
+        Indices in ``texts``, ascending; empty if there are no tokens.
     """
     if not texts:
         return []
-    ends_of_tokens = list(accumulate(map(len, texts)))
+    token_ends = list(accumulate(map(len, texts)))
     spans = step_spans("".join(texts), separator)
-    ends = [bisect_right(ends_of_tokens, end - 1) for _, end in spans[:-1]]
+    ends = [bisect_right(token_ends, end - 1) for _, end in spans[:-1]]
     return list(dict.fromkeys([*ends, len(texts) - 1]))
 
 
 def step_label(graded: Sequence[bool], *, soft: bool) -> float:
-    """What a step is worth by whether continuations after it end right.
+    """Label of a step, from the outcomes of continuations that start after it.
 
     Args:
-        graded: of each continuation, at least one.
-        soft: the share that is right; otherwise 1 when one of them is.
+        graded: whether each continuation is correct, at least one.
+        soft: True: the fraction of correct continuations; False: 1 if any is correct, else 0.
 
     Source: Math-Shepherd, arXiv 2312.08935 eq. 3 (hard) and 4 (soft).
     """

@@ -1,1 +1,1 @@
-"""What a run taught: reports from its files."""
+"""Analysis of the responses that a run or an evaluation recorded."""

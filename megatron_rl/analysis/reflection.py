@@ -1,7 +1,7 @@
-"""Whether responses reflect on themselves: by keywords, and by what a judge says of them. Pure functions.
+"""Detection of self-reflection in responses, by keywords and by an LLM judge. Pure functions.
 
-Sources: the keywords of understand-r1-zero (arXiv 2503.20783) and of SimpleRL-Zoo (arXiv 2503.18892); the judge's
-categories are those of the former.
+Sources: keywords: understand-r1-zero (arXiv 2503.20783) and SimpleRL-Zoo (arXiv 2503.18892); categories of the LLM
+judge: understand-r1-zero.
 """
 
 import re
@@ -19,12 +19,12 @@ POOLS: Mapping[str, Sequence[str]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class JudgeRubric:
-    """What a judge is asked, and what its answers mean."""
+    """Prompt of an LLM judge and the categories that it can assign."""
 
     prompt: str
-    """With {question} and {response}."""
+    """Template with {question} and {response}."""
     categories: Mapping[int, str]
-    """The number that it says -> name."""
+    """Number in the judge's response -> name of the category."""
     max_new_tokens: int = 300
 
 
@@ -52,16 +52,17 @@ ANSWERING = JudgeRubric(
 
 
 def keywords_in(response: str, pool: str) -> list[str]:
-    """Those of a pool that stand at the beginning of a word, in the pool's order; case does not count.
+    """Return the keywords of a pool that occur at the beginning of a word, in the pool's order; case-insensitive.
 
     Args:
+        response: text to search.
         pool: a name in POOLS.
     """
     return [word for word in POOLS[pool] if re.search(rf"(?<!\w){re.escape(word)}", response, re.IGNORECASE)]
 
 
-def category_of(said: str, verdict: JudgeRubric) -> int | None:
-    """What a judge decided: the last number behind "Category"; None when it said none that there is."""
-    found = re.findall(r"category\W{0,4}(\d+)", said, re.IGNORECASE)
+def category_of(judge_response: str, rubric: JudgeRubric) -> int | None:
+    """Return the last number after "Category" in a judge's response; None if it is missing or not in the rubric."""
+    found = re.findall(r"category\W{0,4}(\d+)", judge_response, re.IGNORECASE)
     category = int(found[-1]) if found else None
-    return category if category in verdict.categories else None
+    return category if category in rubric.categories else None

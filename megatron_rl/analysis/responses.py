@@ -1,4 +1,4 @@
-"""Responses that were saved, of an evaluation or of a training run, for analysis."""
+"""Reading the responses of evaluations and training runs from disk."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -12,15 +12,16 @@ from megatron_rl.rollout.serialization import each_rollout
 
 
 def read_responses(paths: Sequence[Path], *, min_reward: float, answer_shown_by: str | None) -> list[ResponseRecord]:
-    """All responses of some folders, each with its folder as source where there are several.
+    """Read all responses of several folders; ``source`` is the folder's name if there is more than one.
 
     Args:
-        paths: each ``run.output_dir`` of an evaluation or of a run, or ``rollouts/`` of the latter.
-        min_reward: total reward of a right response of a run.
-        answer_shown_by: regular expression whose first group is a response's answer, of a run; None: \\boxed{}.
+        paths: each the ``run.output_dir`` of an evaluation or a training run, or a run's ``rollouts/``.
+        min_reward: total reward from which on a response of a training run counts as right.
+        answer_shown_by: regular expression whose first group is the answer in a response of a training run; None: the
+            content of the last \\boxed{}.
 
     Raises:
-        DataError: a folder has none.
+        DataError: a folder has no responses.
     """
     sources = [""] if len(paths) == 1 else distinct_names(paths)
     return [
@@ -50,20 +51,20 @@ def _read_folder(path: Path, min_reward: float, answer_shown_by: str | None) -> 
 
 def _of_evaluation(folder: EvalFolder) -> list[ResponseRecord]:
     questions = read_questions_of(folder)
-    found = [
+    records = [
         ResponseRecord(
             label=answer.task,
             key=f"{answer.task}/{answer.question}",
-            question=questions[place]["text"],
+            question=questions[key]["text"],
             response=answer.response,
             is_right=answer.right,
             num_tokens=answer.num_tokens,
             is_truncated=answer.finish_reason == "length",
             has_answer=answer.shown is not None,
         )
-        for place, answers in current_answers(folder).items()
+        for key, answers in current_answers(folder).items()
         for answer in answers
     ]
-    if not found:
-        raise DataError(f"{folder.path} holds no answers. Give the folder of an evaluation that has begun.")
-    return found
+    if not records:
+        raise DataError(f"{folder.path} has no graded answers. Give the folder of an evaluation that has been started.")
+    return records

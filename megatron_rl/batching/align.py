@@ -1,7 +1,7 @@
-"""Sequences to the tensors of one forward pass. The only place that shifts.
+"""Lay out sequences as the tensors of one forward pass. The only module that shifts per-token arrays.
 
 Outside this file index t describes token t. A model predicts token t + 1 at position t, so every
-per-token array moves one place to the left here, and log-probabilities move back in ``unalign``.
+per-token array moves one position to the left here, and log-probabilities move back in ``unalign``.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,11 +16,11 @@ from megatron_rl.types import MicroBatch, TrainSequence
 def align(
     sequences: Sequence[TrainSequence], *, packed: bool, multiple_of: int = 1, sequence_multiple_of: int = 1
 ) -> MicroBatch:
-    """The micro-batch of some sequences.
+    """Build the micro-batch of the given sequences.
 
     Args:
         sequences: each with at least one token.
-        packed: [1, T] one behind the other; otherwise [S, L] padded on the right.
+        packed: [1, T], one sequence after the other; otherwise [S, L], padded on the right.
         multiple_of: T (or L) is padded to a multiple of this, as sequence parallelism needs.
         sequence_multiple_of: each packed sequence is padded to a multiple of this, as context parallelism
             needs; a divisor of ``multiple_of``.
@@ -41,7 +41,7 @@ def align(
     last = starts[:-1] + torch.tensor(lengths) - 1
 
     def shifted(read: Callable[[TrainSequence], Tensor]) -> Tensor:
-        """One place to the left; nothing moves from one sequence into the one before it."""
+        """Move values one position to the left; nothing moves from one sequence into the previous one."""
         moved = F.pad(lay_out([read(sequence) for sequence in sequences])[:, 1:], (0, 1))
         if packed:
             moved[0, last] = 0
@@ -67,7 +67,7 @@ def align(
         ref_logprobs=shifted(lambda s: s.ref_logprobs),
         values=shifted(lambda s: s.values),
         returns=shifted(lambda s: s.returns),
-        sequence=lay_out([torch.full((length,), place) for place, length in enumerate(lengths)]),
+        sequence=lay_out([torch.full((length,), index) for index, length in enumerate(lengths)]),
         cu_seqlens=cu_seqlens,
         lengths=lengths,
         routing=_lay_out_routing([sequence.routing for sequence in sequences], real),
@@ -75,26 +75,26 @@ def align(
 
 
 def _lay_out_routing(rows: Sequence[Tensor | None], real: Tensor) -> Tensor | None:
-    """[S, L, layers, k] int64 experts of every position; padding goes to the first k."""
-    known = [row for row in rows if row is not None]
-    if not known:
+    """[1, T, layers, k] or [S, L, layers, k] int64: experts of every position; padding goes to the first k experts."""
+    present = [row for row in rows if row is not None]
+    if not present:
         return None
-    assert len(known) == len(rows), f"{len(known)} of {len(rows)} sequences have routes"
-    chosen = torch.cat(known).long()  # of the real positions, in their order
-    layers, k = chosen.shape[1:]
-    whole = torch.arange(k).expand(*real.shape, layers, k).clone()
-    whole[real] = chosen
-    return whole
+    assert len(present) == len(rows), f"{len(present)} of {len(rows)} sequences have routes"
+    routes = torch.cat(present).long()  # of the real positions, in order
+    layers, k = routes.shape[1:]
+    laid_out = torch.arange(k).expand(*real.shape, layers, k).clone()
+    laid_out[real] = routes
+    return laid_out
 
 
 def unalign(values: Tensor, batch: MicroBatch) -> list[Tensor]:
-    """Per-position values of a micro-batch back to one token-aligned [L] tensor per sequence.
+    """Convert per-position values of a micro-batch to one token-aligned [L] tensor per sequence.
 
     Args:
-        values: [1, T] or [S, L], over all context-parallel ranks; position t concerns token t + 1.
+        values: [1, T] or [S, L], gathered from all context-parallel ranks; position t describes token t + 1.
 
     Returns:
-        one [L] tensor per sequence, whose first element (no position predicts it) is 0.
+        One [L] tensor per sequence; its first element is 0, because no position predicts the first token.
     """
     if batch.cu_seqlens is not None:
         assert values.shape == (1, batch.cu_seqlens[-1]), f"{tuple(values.shape)} against {batch.cu_seqlens[-1]} tokens"

@@ -7,7 +7,7 @@ import torch
 
 from megatron_rl.algorithms.loss_weights import Aggregation, sequence_loss_weights
 from megatron_rl.batching.pack import balance, imbalance, micro_batches
-from megatron_rl.batching.sequences import bare_sequence, earned, flatten_groups, to_sequence
+from megatron_rl.batching.sequences import bare_sequence, flatten_groups, rewards_by_token, to_sequence
 from megatron_rl.config import RunConfig
 from megatron_rl.config.batching import BatchingSection
 from megatron_rl.errors import DataError
@@ -35,7 +35,7 @@ def make_batch(groups: Sequence[RolloutGroup], config: RunConfig, parallel: Para
         dp_size=parallel.dp_size,
         aggregation=config.algorithm.aggregation,
         constant_length=config.algorithm.constant_length or config.rollout.max_new_tokens,
-        # the interleaved schedule visits chunks in rounds of one micro-batch for each stage
+        # the interleaved schedule processes model chunks in rounds of one micro-batch per stage
         multiple_of=parallel.pp_size if parallel.vp_size > 1 else 1,
         # rejection sampling may accept nothing
         leave_out_empty=config.algorithm.accept_min_reward is not None,
@@ -57,8 +57,8 @@ def plan_batch(
 
     Args:
         groups: all groups of the step, the same on every rank and in the same order.
-        multiple_of: what the number of micro-batches must divide by.
-        leave_out_empty: an update without a token with loss is not made, and not an error.
+        multiple_of: the number of micro-batches of an update is a multiple of this.
+        leave_out_empty: skip an update without a token with loss instead of raising.
 
     Raises:
         DataError: an update has no token with loss.
@@ -68,7 +68,7 @@ def plan_batch(
     lengths = [sequence.token_ids.numel() for sequence in sequences]
     loss_lengths = torch.tensor([int(sequence.loss_mask.sum()) for sequence in sequences])
 
-    chosen: list[TrainSequence] = []
+    own_sequences: list[TrainSequence] = []
     global_index: list[int] = []
     plans: list[UpdatePlan] = []
     per_update = len(sequences) // config.num_mini_batches
@@ -80,59 +80,59 @@ def plan_batch(
             continue
         if num_tokens == 0:
             raise DataError(
-                f"update {update} of this step has {len(members)} sequences but no token to learn from. "
-                "Every reward failed, or every response is empty or was cut (algorithm.mask_truncated); look at the "
-                "rollouts, or take more prompts or samples a step."
+                f"update {update} of this step has {len(members)} sequences but no token with loss. "
+                "Every reward failed, or every response is empty or truncated (algorithm.mask_truncated). Inspect the "
+                "rollouts, or use more prompts or samples per step."
             )
-        bins = balance([lengths[i] for i in members], dp_size)
+        shares = balance([lengths[i] for i in members], dp_size)
         batches = micro_batches(
-            [[members[i] for i in one] for one in bins],
+            [[members[i] for i in share] for share in shares],
             lengths,
             max_sequences=config.micro_batch_size,
             max_tokens=config.max_tokens_per_micro_batch,
             packed=config.packed,
             multiple_of=multiple_of,
         )
-        mine = []
+        own_micro_batches = []
         for batch in batches[dp_rank]:
-            places = []
+            indices = []
             for index in batch or [FILLER]:
                 if index == FILLER:
-                    chosen.append(filler(sequences[members[0]]))
+                    own_sequences.append(filler(sequences[members[0]]))
                 else:
-                    chosen.append(_with_weight(sequences[index], float(weights[index - members[0]])))
-                places.append(len(chosen) - 1)
+                    own_sequences.append(_with_weight(sequences[index], float(weights[index - members[0]])))
+                indices.append(len(own_sequences) - 1)
                 global_index.append(index)
-            mine.append(places)
+            own_micro_batches.append(indices)
         plans.append(
             UpdatePlan(
-                micro_batches=mine,
+                micro_batches=own_micro_batches,
                 num_tokens=num_tokens,
                 num_sequences=int((loss_lengths[members] > 0).sum()),
                 num_processed_tokens=sum(lengths[i] for i in members),
                 sum_squared_lengths=sum(lengths[i] ** 2 for i in members),
-                imbalance=imbalance([sum(lengths[members[i]] for i in one) for one in bins]),
+                imbalance=imbalance([sum(lengths[members[i]] for i in share) for share in shares]),
             )
         )
     return TrainBatch(
-        sequences=chosen,
+        sequences=own_sequences,
         updates=plans * config.num_epochs,
         global_index=global_index,
         rewards=rewards,
         groups=group_of,
         baselines=torch.tensor([group.baseline for group in groups for _ in group.rollouts]),
-        step_rewards=[earned(rollout) for rollout in rollouts],
+        step_rewards=[rewards_by_token(rollout) for rollout in rollouts],
     )
 
 
 def given_batch(
     sequences: Sequence[TrainSequence], micro_batches: Sequence[Sequence[int]], *, num_updates: int = 1
 ) -> TrainBatch:
-    """Sequences that need no planning, in given micro-batches on one data-parallel rank.
+    """A batch of the given micro-batches, without planning, for one data-parallel rank.
 
     Args:
-        micro_batches: places in ``sequences``.
-        num_updates: how often the same update is made.
+        micro_batches: indices into ``sequences``.
+        num_updates: number of times that the same update is repeated.
     """
     lengths = [sequence.token_ids.numel() for sequence in sequences]
     loss_lengths = [int(sequence.loss_mask.sum()) for sequence in sequences]
@@ -161,6 +161,6 @@ def _with_weight(sequence: TrainSequence, weight: float) -> TrainSequence:
 
 
 def filler(sequence: TrainSequence) -> TrainSequence:
-    """A short copy without loss, for a rank that has no sequence left."""
+    """The first two tokens of a sequence, without loss, to fill an empty micro-batch."""
     bare = bare_sequence(sequence.token_ids[:2], torch.zeros(2, dtype=torch.bool))
     return replace(bare, routing=None if sequence.routing is None else sequence.routing[:2])

@@ -1,4 +1,4 @@
-"""Which sequence goes to which data-parallel rank and micro-batch.
+"""Assign sequences to data-parallel ranks and micro-batches.
 
 Everything here is a pure function of the lengths, so that every rank computes the same plan.
 """
@@ -7,14 +7,14 @@ from collections.abc import Sequence
 
 
 def balance(lengths: Sequence[int], num_bins: int, *, capacity: int | None = None) -> list[list[int]]:
-    """Indices shared out over bins so that token sums are even: longest first, to the emptiest bin.
+    """Distribute indices over bins with even token sums: longest first, to the bin with the smallest sum.
 
     Args:
         lengths: tokens of every sequence.
-        capacity: most indices in a bin; None: as many as make equal counts where the number divides.
+        capacity: maximum number of indices in a bin; None: the number of indices over ``num_bins``, rounded up.
 
     Returns:
-        the indices of each bin in ascending order.
+        The indices of each bin, in ascending order.
 
     Source: Graham's longest-processing-time rule.
     """
@@ -29,7 +29,7 @@ def balance(lengths: Sequence[int], num_bins: int, *, capacity: int | None = Non
 
 
 def imbalance(sums: Sequence[int]) -> float:
-    """How much longer the fullest rank works than the mean one; 1.0 is even."""
+    """Largest token sum of a rank divided by the mean; 1.0 is even."""
     return max(sums) * len(sums) / sum(sums)
 
 
@@ -42,51 +42,53 @@ def micro_batches(
     packed: bool,
     multiple_of: int = 1,
 ) -> list[list[list[int]]]:
-    """Every rank's sequences in micro-batches within the limits, as many on each rank.
+    """Split every rank's sequences into micro-batches within the limits, the same number on each rank.
 
-    A rank with fewer sequences than that gets empty micro-batches at its end, which the caller fills
+    A rank with fewer sequences than micro-batches gets empty ones at its end, which the caller fills
     with a sequence that has no loss.
 
     Args:
-        ranks: each rank's places in ``lengths``.
+        ranks: indices into ``lengths`` of each rank.
         lengths: tokens of every sequence.
-        max_sequences: most sequences in one micro-batch; None: no limit.
-        max_tokens: most tokens in one, padding to the longest counted in unless ``packed``.
-        packed: sequences one behind the other.
-        multiple_of: what the number must divide by, as the interleaved pipeline schedule needs.
+        max_sequences: maximum number of sequences in a micro-batch; None: no limit.
+        max_tokens: maximum number of tokens in a micro-batch, including padding to the longest unless ``packed``.
+        packed: sequences are packed one after the other, without padding.
+        multiple_of: the number of micro-batches is a multiple of this, as the interleaved pipeline schedule needs.
     """
     if packed:
-        count = max(1, *(_fewest(members, lengths, max_sequences, max_tokens) for members in ranks))
+        count = max(1, *(_min_num_packs(members, lengths, max_sequences, max_tokens) for members in ranks))
         count += -count % multiple_of
-        return [_even(members, lengths, count, max_sequences) for members in ranks]
-    runs = [_runs(members, lengths, max_sequences, max_tokens) for members in ranks]
-    count = max(1, *map(len, runs))
+        return [_even_packs(members, lengths, count, max_sequences) for members in ranks]
+    batches_of_rank = [_length_sorted_batches(members, lengths, max_sequences, max_tokens) for members in ranks]
+    count = max(1, *map(len, batches_of_rank))
     count += -count % multiple_of
-    return [_split(run, count) for run in runs]
+    return [_halve_largest(batches, count) for batches in batches_of_rank]
 
 
-def _even(members: Sequence[int], lengths: Sequence[int], count: int, max_sequences: int | None) -> list[list[int]]:
-    """So many packs with even token sums, empty ones last."""
+def _even_packs(
+    members: Sequence[int], lengths: Sequence[int], count: int, max_sequences: int | None
+) -> list[list[int]]:
+    """Split into ``count`` packs with even token sums, empty ones last."""
     bins = balance([lengths[i] for i in members], count, capacity=max_sequences or max(1, len(members)))
-    return sorted(([members[i] for i in one] for one in bins), key=lambda one: (not one, one[:1]))
+    return sorted(([members[i] for i in pack] for pack in bins), key=lambda pack: (not pack, pack[:1]))
 
 
-def _fewest(members: Sequence[int], lengths: Sequence[int], max_sequences: int | None, max_tokens: int) -> int:
-    """The smallest number of even packs that keep the limits."""
+def _min_num_packs(members: Sequence[int], lengths: Sequence[int], max_sequences: int | None, max_tokens: int) -> int:
+    """Smallest number of even packs within the limits."""
     total = sum(lengths[i] for i in members)
     count = max(1, -(-total // max_tokens), -(-len(members) // (max_sequences or max(1, len(members)))))
     while any(
-        sum(lengths[i] for i in one) > max_tokens and len(one) > 1
-        for one in _even(members, lengths, count, max_sequences)
+        sum(lengths[i] for i in pack) > max_tokens and len(pack) > 1
+        for pack in _even_packs(members, lengths, count, max_sequences)
     ):
         count += 1
     return count
 
 
-def _runs(
+def _length_sorted_batches(
     members: Sequence[int], lengths: Sequence[int], max_sequences: int | None, max_tokens: int
 ) -> list[list[int]]:
-    """Sequences of similar length together, so that little is padded."""
+    """Batch sequences of similar length, to minimize padding."""
     batches: list[list[int]] = []
     for index in sorted(members, key=lambda i: (-lengths[i], i)):
         if (
@@ -99,8 +101,8 @@ def _runs(
     return batches
 
 
-def _split(batches: Sequence[Sequence[int]], count: int) -> list[list[int]]:
-    """So many micro-batches, by halving the one with the most sequences."""
+def _halve_largest(batches: Sequence[Sequence[int]], count: int) -> list[list[int]]:
+    """Make ``count`` micro-batches by repeatedly halving the one with the most sequences."""
     current = [list(batch) for batch in batches]
     while len(current) < count:
         largest = max(range(len(current)), key=lambda i: len(current[i]), default=None)

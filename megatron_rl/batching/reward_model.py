@@ -1,4 +1,4 @@
-"""Judged sequences as a model reads them, and their micro-batches."""
+"""Labelled sequences for a reward model, and their micro-batches."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,21 +12,22 @@ from megatron_rl.types import TrainSequence
 
 
 def labelled_sequence(token_ids: Sequence[int], ends: Sequence[int], labels: Sequence[float] = ()) -> TrainSequence:
-    """Tokens of which some are judged, with one more behind them.
+    """A training sequence with loss at the labelled tokens, plus one extra token at its end.
 
-    A model says at a token what it expects of the next one, so the loss mask is true behind each judged token; behind
-    the last one of all a token stands that nothing reads.
+    A model's output at position t belongs to token t + 1, so the loss mask is true at the token after each labelled
+    one. The extra token follows the last one; its content is never used.
 
     Args:
-        labels: as ``returns`` in the same places; empty: none.
+        ends: indices of the tokens that are labelled or to be scored.
+        labels: label of each of these tokens, stored in ``returns`` where the loss mask is true; empty: no labels.
     """
     tokens = torch.tensor([*token_ids, token_ids[-1]])
-    behind = torch.tensor(ends, dtype=torch.int64) + 1
+    positions = torch.tensor(ends, dtype=torch.int64) + 1
     mask = torch.zeros(tokens.numel(), dtype=torch.bool)
-    mask[behind] = True
+    mask[positions] = True
     returns = torch.zeros(tokens.numel())
     if labels:
-        returns[behind] = torch.tensor(labels)
+        returns[positions] = torch.tensor(labels)
     return replace(bare_sequence(tokens, mask), returns=returns)
 
 
@@ -38,13 +39,15 @@ def share_out(
     dp_size: int,
     multiple_of: int = 1,
 ) -> list[list[int]]:
-    """This data-parallel rank's micro-batches of examples, as many as on every other rank; some may be empty.
+    """This data-parallel rank's micro-batches, as indices of examples.
+
+    Every rank has the same number of micro-batches; some may be empty.
 
     Args:
-        lengths: tokens of each example's sequences, which stay together.
-        multiple_of: what the number of micro-batches must divide by.
+        lengths: tokens of each sequence of each example; the sequences of an example stay together.
+        multiple_of: the number of micro-batches is a multiple of this.
     """
-    sizes = [len(one) * max(one) if not config.packed else sum(one) for one in lengths]
+    sizes = [len(example) * max(example) if not config.packed else sum(example) for example in lengths]
     members = balance(sizes, dp_size)
     limit = config.micro_batch_size
     return micro_batches(

@@ -1,6 +1,6 @@
 """Select the groups and responses of a step that the policy is trained on.
 
-Responses that are left out keep their tokens and rewards and lose their loss mask.
+Responses that a filter excludes keep their tokens and rewards and lose their loss mask.
 """
 
 from collections.abc import Collection, Sequence
@@ -30,27 +30,28 @@ def select_groups(groups: Sequence[RolloutGroup], config: AlgorithmSection) -> S
 
 
 def without_truncated(groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
-    """Responses that were cut at their longest do not teach.
+    """Exclude responses that were cut at the length limit.
 
     Source: overlong filtering, DAPO, arXiv 2503.14476 section 3.4.
     """
-    return [_only(group, [rollout.finish_reason != "length" for rollout in group.rollouts]) for group in groups]
+    return [_mask_others(group, [rollout.finish_reason != "length" for rollout in group.rollouts]) for group in groups]
 
 
 def accepted(
     groups: Sequence[RolloutGroup], *, min_reward: float, max_per_prompt: int | None, unique: bool
 ) -> list[RolloutGroup]:
-    """Only responses that are good enough teach.
+    """Keep only responses with a high enough reward.
 
     Args:
-        groups: of a step.
-        min_reward: what a response needs.
-        max_per_prompt: the best so many of a prompt, the earlier ones of equal rewards; None: all.
-        unique: of responses with the same text the first.
+        groups: groups of a step.
+        min_reward: lowest reward of a response that is kept.
+        max_per_prompt: keep at most this number of the best responses of a prompt, the earlier of equal rewards; None:
+            all.
+        unique: keep only the best of responses with the same text, the first of equal rewards.
 
     Source: rejection sampling fine-tuning, arXiv 2308.01825; best-of-n of RAFT, arXiv 2304.06767.
     """
-    return [_only(group, _chosen(group.rollouts, min_reward, max_per_prompt, unique)) for group in groups]
+    return [_mask_others(group, _select(group.rollouts, min_reward, max_per_prompt, unique)) for group in groups]
 
 
 def top_std_groups(groups: Sequence[RolloutGroup], count: int) -> list[RolloutGroup]:
@@ -58,31 +59,31 @@ def top_std_groups(groups: Sequence[RolloutGroup], count: int) -> list[RolloutGr
 
     Source: StarPO-S, RAGEN, arXiv 2504.20073 section 4.2.
     """
-    kept = sorted(range(len(groups)), key=lambda index: -_spread(groups[index]))[:count]
+    kept = sorted(range(len(groups)), key=lambda index: -_reward_std(groups[index]))[:count]
     return [groups[index] for index in sorted(kept)]
 
 
-def _spread(group: RolloutGroup) -> float:
+def _reward_std(group: RolloutGroup) -> float:
     return pstdev([rollout.reward for rollout in group.rollouts if rollout.status == "ok"] or [0.0])
 
 
 def num_trained_rollouts(groups: Sequence[RolloutGroup]) -> int:
-    """Responses with loss."""
+    """Number of responses with loss."""
     return sum(_is_trained(rollout) for group in groups for rollout in group.rollouts)
 
 
-def _chosen(rollouts: Sequence[Rollout], min_reward: float, max_per_prompt: int | None, unique: bool) -> list[bool]:
+def _select(rollouts: Sequence[Rollout], min_reward: float, max_per_prompt: int | None, unique: bool) -> list[bool]:
     taken: list[int] = []
-    for place in sorted(range(len(rollouts)), key=lambda i: -_known(rollouts[i])):
-        is_known = unique and any(rollouts[other].text == rollouts[place].text for other in taken)
-        if _known(rollouts[place]) >= min_reward and not is_known:
-            taken.append(place)
+    for index in sorted(range(len(rollouts)), key=lambda i: -_reward_or_lowest(rollouts[i])):
+        is_repeated = unique and any(rollouts[other].text == rollouts[index].text for other in taken)
+        if _reward_or_lowest(rollouts[index]) >= min_reward and not is_repeated:
+            taken.append(index)
     kept: Collection[int] = taken[:max_per_prompt]
-    return [place in kept for place in range(len(rollouts))]
+    return [index in kept for index in range(len(rollouts))]
 
 
-def _known(rollout: Rollout) -> float:
-    """The reward; of a response that cannot teach anyway less than any."""
+def _reward_or_lowest(rollout: Rollout) -> float:
+    """The reward; minus infinity for a response without loss."""
     return rollout.reward if _is_trained(rollout) else float("-inf")
 
 
@@ -90,9 +91,9 @@ def _is_trained(rollout: Rollout) -> bool:
     return rollout.status == "ok" and bool(rollout.loss_mask.any())
 
 
-def _only(group: RolloutGroup, teaches: Sequence[bool]) -> RolloutGroup:
+def _mask_others(group: RolloutGroup, is_kept: Sequence[bool]) -> RolloutGroup:
     rollouts = [
-        rollout if stays else replace(rollout, loss_mask=torch.zeros_like(rollout.loss_mask))
-        for rollout, stays in zip(group.rollouts, teaches, strict=True)
+        rollout if keep else replace(rollout, loss_mask=torch.zeros_like(rollout.loss_mask))
+        for rollout, keep in zip(group.rollouts, is_kept, strict=True)
     ]
     return replace(group, rollouts=rollouts)

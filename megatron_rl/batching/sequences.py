@@ -1,4 +1,4 @@
-"""Rollout groups to training sequences, before anything is known about ranks."""
+"""Convert rollout groups to training sequences, independent of the layout of ranks."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -10,7 +10,7 @@ from megatron_rl.types import Rollout, RolloutGroup, TrainBatch, TrainSequence
 
 
 def bare_sequence(token_ids: Tensor, loss_mask: Tensor) -> TrainSequence:
-    """Tokens alone: advantages and log-probabilities are zero, all weights are 1.
+    """A sequence with tokens and mask only: advantages, log-probabilities and the like are 0, weights are 1.
 
     Args:
         token_ids: [L] int64.
@@ -33,9 +33,10 @@ def bare_sequence(token_ids: Tensor, loss_mask: Tensor) -> TrainSequence:
 
 
 def to_sequence(rollout: Rollout) -> TrainSequence:
-    """A training sequence of which only tokens, routes, rewards and the engine's log-probabilities are known.
+    """A training sequence with the tokens, routes, rewards and engine log-probabilities of a rollout.
 
-    A rollout whose reward failed keeps its tokens but loses its loss mask: it teaches nothing.
+    The other fields have the values of ``bare_sequence``. A rollout whose reward failed keeps its tokens but has no
+    loss.
     """
     mask = rollout.loss_mask if rollout.status == "ok" else torch.zeros_like(rollout.loss_mask)
     bare = bare_sequence(rollout.token_ids, mask)
@@ -43,21 +44,21 @@ def to_sequence(rollout: Rollout) -> TrainSequence:
         bare,
         rollout_logprobs=rollout.rollout_logprobs,
         routing=rollout.routing,
-        rewards=_laid_out(earned(rollout), bare.rewards),
+        rewards=_laid_out(rewards_by_token(rollout), bare.rewards),
     )
 
 
 def with_rows(batch: TrainBatch, **rows: Sequence[Tensor]) -> TrainBatch:
-    """The batch with other tensors, [L] each, in fields of its sequences."""
+    """Return the batch with fields of its sequences replaced by ``rows``, one [L] tensor per field and sequence."""
     columns = zip(batch.sequences, *rows.values(), strict=True)
-    sequences = [replace(sequence, **dict(zip(rows, found, strict=True))) for sequence, *found in columns]
+    sequences = [replace(sequence, **dict(zip(rows, values, strict=True))) for sequence, *values in columns]
     return replace(batch, sequences=sequences)
 
 
-def earned(rollout: Rollout) -> dict[int, float]:
-    """Rewards by the token that earned them: those of steps at their ends, the rest at the last one that was sampled.
+def rewards_by_token(rollout: Rollout) -> dict[int, float]:
+    """Rewards by token index: step rewards at the end of their step, the rest at the last sampled token.
 
-    Empty where the reward failed, and for demonstrations.
+    Empty if the reward failed, and for demonstrations.
     """
     sampled = (rollout.policy_versions >= 0).nonzero()
     if rollout.status != "ok" or not sampled.numel():
@@ -71,14 +72,14 @@ def earned(rollout: Rollout) -> dict[int, float]:
 
 
 def _laid_out(rewards: Mapping[int, float], zeros: Tensor) -> Tensor:
-    found = zeros.clone()
-    for place, reward in rewards.items():
-        found[place] = reward
-    return found
+    row = zeros.clone()
+    for index, reward in rewards.items():
+        row[index] = reward
+    return row
 
 
 def flatten_groups(groups: Sequence[RolloutGroup]) -> tuple[list[Rollout], torch.Tensor, torch.Tensor]:
-    """All rollouts in group order, their rewards [N] float32 and their groups [N] int64."""
+    """All rollouts in group order, their rewards [N] float32 and their group indices [N] int64."""
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     rewards = torch.tensor([rollout.reward for rollout in rollouts], dtype=torch.float32)
     indices = torch.tensor([group.index for group in groups for _ in group.rollouts], dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""Write the models that train as Hugging Face and PEFT folders."""
+"""Write the trained models as Hugging Face and PEFT folders."""
 
 import shutil
 from collections.abc import Mapping
@@ -21,30 +21,30 @@ class Export(NamedTuple):
 
     model: ShardedModel
     config: Mapping[str, Any] | None
-    """Its config.json; None: that of the folder that it was loaded from."""
+    """Content of config.json; None: that of the folder that the model was loaded from."""
 
 
-class LearningModels(Protocol):
-    """What a checkpoint needs to know about the models of a run."""
+class TrainedModels(Protocol):
+    """The models of a run that a checkpoint saves."""
 
     @property
     def learners(self) -> Mapping[str, Learner]:
-        """Models with optimizers, by the name of their part of a checkpoint."""
+        """Models with optimizers, by the name of their subfolder of a checkpoint."""
         ...
 
     @property
     def exports(self) -> Mapping[str, Export]:
-        """Models that are written for Hugging Face, by the name of their folder."""
+        """Models to write as Hugging Face folders, by the name of that folder in a checkpoint."""
         ...
 
     @property
     def adapters(self) -> LoraAdapters | None:
-        """The adapters that train in place of a model's weights, if there are any."""
+        """The LoRA adapters that are trained instead of a model's weights; None without LoRA."""
         ...
 
 
 def value_export(model: ShardedModel) -> Export:
-    """A model with a value head as a sequence classification model of one label."""
+    """Export of a model with a value head, as a sequence classification model with one label."""
     return Export(model, as_value_model(read_hf_config(model.config.model.path)))
 
 
@@ -57,12 +57,12 @@ class Exporter:
     def __init__(self, parallel: ParallelContext) -> None:
         self._parallel = parallel
 
-    def write_all(self, models: LearningModels, folder: Path) -> None:
+    def write_all(self, models: TrainedModels, folder: Path) -> None:
         """Write every export into a checkpoint that is not complete yet."""
         for name, (model, config) in models.exports.items():
             self._write(model, folder / name, config)
 
-    def add_missing(self, models: LearningModels, folder: Path) -> None:
+    def add_missing(self, models: TrainedModels, folder: Path) -> None:
         """Add the exports that a complete checkpoint was saved without."""
         existing = [name for name in models.exports if (folder / name).exists()]
         for name in sorted(set(models.exports).difference(gather_objects(existing, self._parallel)[0])):
@@ -73,7 +73,7 @@ class Exporter:
         """Write one model; the folder appears under its name only when it is complete.
 
         Args:
-            config: config.json to write; None: the model's own.
+            config: content of config.json; None: that of the folder that the model was loaded from.
         """
         partial = final.with_name(final.name + ".partial")
         with raise_together(self._parallel), checkpoint_errors(final):
@@ -94,14 +94,14 @@ class Exporter:
                 if self._parallel.is_main:
                     write_hf_folder(folder, tensors, like=model.config.model.path, config=config)
             finally:
-                for _ in tensors:  # the export is collective: every rank of the replica goes through all of it
+                for _ in tensors:  # the export is collective: every rank of the replica must iterate to its end
                     pass
 
     def write_adapters(self, adapters: LoraAdapters, folder: Path, base: str) -> None:
         """Write a PEFT folder.
 
         Args:
-            base: folder of the model that the adapters belong to.
+            base: folder of the base model of the adapters.
         """
         config = adapters.config
         with raise_together(self._parallel), checkpoint_errors(folder):

@@ -1,4 +1,4 @@
-"""Files of a checkpoint folder: atomic replacement, RNG states, error messages."""
+"""Checkpoint folders: atomic replacement, RNG states, error messages."""
 
 import os
 import shutil
@@ -11,33 +11,31 @@ import torch
 from megatron_rl.errors import CheckpointError, ConversionError
 
 IN_FLIGHT = "in_flight.jsonl"
-
-
+"""File of the partial groups that are carried over to the next step."""
 UNLOGGED = "unlogged.json"
-
-
+"""File of the metrics of the checkpoint's step, if they have not been logged yet."""
 REPLACED = ".replaced"
-"""Ends the name of a checkpoint in whose place another is put."""
+"""Suffix of an old checkpoint while a new one of the same name takes its place."""
 
 
 @contextmanager
 def checkpoint_errors(path: Path) -> Iterator[None]:
-    """Turn an OSError of the body into a CheckpointError that names the checkpoint."""
+    """Turn I/O and conversion errors of the body into a CheckpointError that names the checkpoint."""
     try:
         yield
     except CheckpointError:
         raise
     except (OSError, RuntimeError, ConversionError) as error:  # torch.save raises RuntimeError on a full disk
         raise CheckpointError(
-            f"cannot write checkpoint {path}: {error}. Earlier ones are untouched; free space and resume."
+            f"cannot write checkpoint {path}: {error}. Earlier checkpoints are intact; free disk space and resume."
         ) from error
 
 
 def replace_folder(new: Path, final: Path, *, keep: bool = False) -> None:
-    """Put a folder in the place of another, which is removed only afterwards.
+    """Rename ``new`` to ``final``; an existing ``final`` is removed only afterwards.
 
     Args:
-        keep: folders that only the other has.
+        keep: keep the subfolders that only the old ``final`` has.
     """
     old = final.with_name(final.name + REPLACED)
     shutil.rmtree(old, ignore_errors=True)
@@ -51,7 +49,7 @@ def replace_folder(new: Path, final: Path, *, keep: bool = False) -> None:
 
 
 def put_back(folder: Path) -> None:
-    """Undo a replacement in whose middle the process was killed."""
+    """Undo every ``replace_folder`` during which the process was killed."""
     for old in folder.glob(f"step_??????{REPLACED}"):
         final = old.with_name(old.name.removesuffix(REPLACED))
         if not final.exists():
@@ -59,6 +57,7 @@ def put_back(folder: Path) -> None:
 
 
 def random_state() -> dict[str, torch.Tensor]:
+    """RNG states of torch on this rank, under the keys ``cpu`` and ``cuda``."""
     state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
@@ -66,6 +65,7 @@ def random_state() -> dict[str, torch.Tensor]:
 
 
 def set_random_state(state: dict[str, torch.Tensor]) -> None:
+    """Set the RNG states that ``random_state`` returned."""
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])

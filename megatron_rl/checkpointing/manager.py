@@ -1,15 +1,16 @@
-"""Checkpoints of a run: whole or absent, the last few kept, a pointer to the latest.
+"""Save and restore the checkpoints of a run. A checkpoint is complete or absent; the last few are kept.
 
 checkpoints/step_000020/policy/        Megatron distributed checkpoint (weights, optimizer, schedule)
-checkpoints/step_000020/critic/        the same of the critic, when there is one
+checkpoints/step_000020/critic/        the same for the critic, if there is one
 checkpoints/step_000020/rng/           random state of every rank
 checkpoints/step_000020/trainer.json   step, data position, wandb id, configuration
-checkpoints/step_000020/in_flight.jsonl samples that are carried over to the next step, when there are any
-checkpoints/step_000020/integrity.json sizes and hashes of all of these
-checkpoints/step_000020/hf/            Hugging Face folder, when asked for; adapters are merged into it
-checkpoints/step_000020/hf_critic/     the same of the critic, a sequence classification model of one label
-checkpoints/step_000020/adapter/       the adapters as PEFT reads them, when there are any
-checkpoints/latest                     name of the newest
+checkpoints/step_000020/in_flight.jsonl partial groups that are carried over to the next step, if there are any
+checkpoints/step_000020/unlogged.json  metrics of the step, if they have not been logged yet
+checkpoints/step_000020/integrity.json sizes and hashes of all files above
+checkpoints/step_000020/hf/            Hugging Face folder if checkpoint.save_hf is set; adapters are merged into it
+checkpoints/step_000020/hf_critic/     the same for the critic, as a sequence classification model with one label
+checkpoints/step_000020/adapter/       PEFT folder of the LoRA adapters, if there are any
+checkpoints/latest                     name of the latest checkpoint
 references/step_000400/                Hugging Face folder of the policy that became the reference at that step
 """
 
@@ -22,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_rl.checkpointing.export import Exporter, LearningModels
+from megatron_rl.checkpointing.export import Exporter, TrainedModels
 from megatron_rl.checkpointing.folder import (
     IN_FLIGHT,
     UNLOGGED,
@@ -55,7 +56,7 @@ from megatron_rl.types import ParallelContext, TrainState
 
 
 class CheckpointManager:
-    """Saves and restores the models that learn and the trainer's state."""
+    """Saves and restores the trained models and the trainer's state."""
 
     def __init__(self, folder: RunFolder, config: RunConfig | RewardTrainingConfig, parallel: ParallelContext) -> None:
         self._run_folder = folder
@@ -64,33 +65,36 @@ class CheckpointManager:
         self._parallel = parallel
         self._exporter = Exporter(parallel)
         self.references = ReferenceStore(folder.references, self._exporter)
-        self._last: Path | None = None  # begun or restored last
-        self._is_again = False  # the one before it was of the same state
-        self._pending: tuple[dict[str, PendingSave], Path, Path] | None = None  # by the part of the checkpoint
+        self._last: Path | None = None  # the checkpoint that was begun or restored last
+        self._is_resave = False  # the checkpoint before it was of the same step
+        # saves by subfolder, partial folder and final folder of the checkpoint that is being written
+        self._pending: tuple[dict[str, PendingSave], Path, Path] | None = None
 
     def save(
         self,
         state: TrainState,
-        models: LearningModels,
+        models: TrainedModels,
         in_flight: Sequence[PartialGroup] = (),
         unlogged: Metrics | None = None,
         *,
         again: bool = False,
         exports: bool = True,
     ) -> Path:
-        """Begin a checkpoint, unless it is the last one already; it appears under its name only when complete.
+        """Begin a checkpoint unless the last one is of the same step; it gets its final name only when complete.
 
         Collective. With checkpoint.in_background the files are written while training goes on, and
         ``finish_if_written`` or ``finish`` completes the folder.
 
         Args:
-            unlogged: what is known of the state's step so far, where its metrics have not been written.
-            again: also when the last one is of the same step; there is more to carry over by now.
-            exports: with what checkpoint.save_hf asks for. Without, where time is short, those that the last one has
-                stay if it is of the same state; a later save of it adds them, or tools/convert_megatron_to_hf.py does.
+            in_flight: partial groups to carry over to the next step.
+            unlogged: metrics of the state's step so far, if they have not been logged yet.
+            again: save even if the last checkpoint is of the same step, because there is more to carry over by now.
+            exports: write the exports that checkpoint.save_hf requests. If False, because time is short, the exports of
+                the last checkpoint stay if it is of the same step; a later save of the same step, or
+                tools/convert_megatron_to_hf.py, adds missing ones.
 
         Raises:
-            CheckpointError: on every rank, when it cannot be written; earlier checkpoints stay.
+            CheckpointError: on every rank, if it cannot be written; earlier checkpoints stay.
         """
         self.finish()
         final = self._folder / f"step_{state.step:06d}"
@@ -108,7 +112,7 @@ class CheckpointManager:
             self._exporter.write_all(models, partial)
         if models.adapters is not None:
             self._exporter.write_adapters(models.adapters, partial / "adapter", self._config.model.path)
-        known = None if unlogged is None else to_plain(merge(gather_objects(dict(unlogged), self._parallel)))
+        plain_metrics = None if unlogged is None else to_plain(merge(gather_objects(dict(unlogged), self._parallel)))
         with raise_together(self._parallel), checkpoint_errors(final):
             torch.save(random_state(), partial / "rng" / f"rank_{self._parallel.rank}.pt")
             if self._parallel.is_main:
@@ -120,12 +124,12 @@ class CheckpointManager:
                 write_atomically(partial / "trainer.json", json.dumps(trainer, indent=2))
                 if in_flight:
                     write_lines(partial / IN_FLIGHT, [group_to_json(group) for group in in_flight])
-                if known is not None:
-                    write_atomically(partial / UNLOGGED, json.dumps(known))
-        self._is_again, self._last = self._last == final, final
+                if plain_metrics is not None:
+                    write_atomically(partial / UNLOGGED, json.dumps(plain_metrics))
+        self._is_resave, self._last = self._last == final, final
         if self._config.checkpoint.in_background:
             pending = {
-                part: begin_save(learner, partial / part, then=partial_of(self._seal_own, partial, part))
+                part: begin_save(learner, partial / part, on_written=partial_of(self._digest_own_files, partial, part))
                 for part, learner in models.learners.items()
             }
             self._pending = (pending, partial, final)
@@ -136,10 +140,10 @@ class CheckpointManager:
         return final
 
     def finish_if_written(self) -> None:
-        """Complete a checkpoint that every rank has written; collective.
+        """Complete the pending checkpoint if every rank has written its files; collective.
 
         Raises:
-            CheckpointError: on every rank, when it could not be written.
+            CheckpointError: on every rank, if it could not be written.
         """
         if self._pending is not None and not any_rank(
             not all(pending.written for pending in self._pending[0].values()), self._parallel
@@ -147,62 +151,67 @@ class CheckpointManager:
             self.finish()
 
     def finish(self) -> None:
-        """Wait for a checkpoint that is being written and complete it; collective.
+        """Wait for the pending checkpoint, if there is one, and complete it; collective.
 
         Raises:
-            CheckpointError: on every rank, when it could not be written.
+            CheckpointError: on every rank, if it could not be written.
         """
         if self._pending is None:
             return
         (pending, partial, final), self._pending = self._pending, None
         with raise_together(self._parallel), checkpoint_errors(final):
-            seals = {name: seal for one in pending.values() for name, seal in one.wait().items()}
-        for part, one in pending.items():
-            complete_save(one, partial / part)
-        self._complete(partial, final, list(pending), seals)
+            digests = {name: digest for save in pending.values() for name, digest in save.wait().items()}
+        for part, save in pending.items():
+            complete_save(save, partial / part)
+        self._complete(partial, final, list(pending), digests)
 
-    def _seal_own(self, partial: Path, part: str) -> dict[str, FileDigest]:
-        """Seals of the files that this rank wrote into a part."""
+    def _digest_own_files(self, partial: Path, part: str) -> dict[str, FileDigest]:
+        """Digests of the files that this rank wrote into a subfolder."""
         pattern = f"__{self._parallel.rank}_*"
         return digest_files(partial, [f"{part}/{path.name}" for path in (partial / part).glob(pattern)])
 
     def _complete(
-        self, partial: Path, final: Path, parts: Sequence[str], seals: Mapping[str, FileDigest] | None = None
+        self, partial: Path, final: Path, parts: Sequence[str], digests: Mapping[str, FileDigest] | None = None
     ) -> None:
-        """Seal what is not sealed yet and give the folder its name.
+        """Add the missing digests and give the folder its final name; collective.
 
         Args:
-            parts: Megatron's folders.
-            seals: of what this rank wrote into them; None: not made yet.
+            parts: names of the subfolders that Megatron wrote.
+            digests: digests of the files that this rank wrote into them; None: not computed yet.
         """
         with raise_together(self._parallel), checkpoint_errors(final):
-            if seals is None:
-                seals = {name: seal for part in parts for name, seal in self._seal_own(partial, part).items()}
-            seals = {**seals, **digest_files(partial, [f"rng/rank_{self._parallel.rank}.pt"])}
-        everyone = gather_objects(seals, self._parallel)
+            if digests is None:
+                digests = {
+                    name: digest for part in parts for name, digest in self._digest_own_files(partial, part).items()
+                }
+            digests = {**digests, **digest_files(partial, [f"rng/rank_{self._parallel.rank}.pt"])}
+        gathered = gather_objects(digests, self._parallel)
         with raise_together(self._parallel), checkpoint_errors(final):
             if self._parallel.is_main:
-                sealed = {name: seal for part in everyone for name, seal in part.items()}
+                all_digests = {name: digest for part in gathered for name, digest in part.items()}
                 shared = [f"{part}/{path.name}" for part in parts for path in (partial / part).iterdir()]
                 kept = [name for name in ("trainer.json", IN_FLIGHT, UNLOGGED) if (partial / name).exists()]
-                rest = [name for name in [*shared, *kept] if name not in sealed]
-                write_digests(partial, {**sealed, **digest_files(partial, rest)})
-                replace_folder(partial, final, keep=self._is_again)
+                rest = [name for name in [*shared, *kept] if name not in all_digests]
+                write_digests(partial, {**all_digests, **digest_files(partial, rest)})
+                replace_folder(partial, final, keep=self._is_resave)
                 write_atomically(self._folder / LATEST, final.name)
                 self._remove_old()
 
     def find(self, resume: str) -> tuple[Path | None, list[str]]:
-        """The checkpoint that a start goes on from, whose files are sound, and notes about damaged ones; collective.
+        """Find the checkpoint to resume from, verify it, and note damaged ones; collective.
 
         Args:
-            resume: as of ``RunFolder.find_resume``; only with "auto" an earlier one takes a damaged one's place.
+            resume: as in ``RunFolder.find_resume``; only "auto" falls back to an earlier checkpoint if one is damaged.
+
+        Returns:
+            The checkpoint, None for a new run; and notes about damaged later checkpoints.
 
         Raises:
-            CheckpointError, ConfigError: on every rank; none is sound, or as of ``RunFolder.find_resume``.
+            CheckpointError, ConfigError: on every rank; no checkpoint is valid, or as in ``RunFolder.find_resume``.
         """
         found: Path | None = None
         with raise_together(self._parallel):
-            if self._parallel.is_main:  # others may not see yet what was written last
+            if self._parallel.is_main:  # other ranks may not see the latest files yet
                 with checkpoint_errors(self._folder):
                     put_back(self._folder)
                 found = self._run_folder.find_resume(resume)
@@ -216,12 +225,12 @@ class CheckpointManager:
             verify_files(path, share=self._parallel.rank, shares=self._parallel.world_size, hashes=hashes)
         return path, []
 
-    def restore(self, path: Path, models: LearningModels) -> TrainState:
-        """Continue from a checkpoint that ``find`` has found, under this run's layout; collective.
+    def restore(self, path: Path, models: TrainedModels) -> TrainState:
+        """Load a checkpoint that ``find`` returned into this run's layout; collective.
 
         Raises:
             CheckpointError: the checkpoint cannot be read.
-            ConfigError: it belongs to a run that learns differently.
+            ConfigError: a key differs that changes the training result.
         """
         with raise_together(self._parallel):
             trainer = check_resumable(path, self._config)
@@ -239,23 +248,23 @@ class CheckpointManager:
         return state
 
     def in_flight(self, path: Path) -> list[PartialGroup]:
-        """The samples that a checkpoint carries over.
+        """The partial groups that a checkpoint carries over to the next step.
 
         Raises:
-            DataError: they cannot be read.
+            DataError: the file cannot be read.
         """
         file = path / IN_FLIGHT
         return [group_from_json(line) for line in read_lines(file)] if file.exists() else []
 
     def unlogged(self, path: Path) -> dict[str, Reduction] | None:
-        """Metrics of a checkpoint's step that have not been written, on the first rank; None: they have been."""
+        """Metrics of a checkpoint's step, on the first rank, empty on the others; None if they have been logged."""
         file = path / UNLOGGED
         if not file.exists():
             return None
         return from_plain(json.loads(file.read_text())) if self._parallel.is_main else {}
 
     def _remove_old(self) -> None:
-        """Keep the checkpoints written last, whatever their step: a run may have been resumed from an earlier one."""
+        """Keep the checkpoints written last, not those of the highest steps: a run may resume from an earlier step."""
         written = [path for path in self._folder.glob("step_*[0-9]") if (path / "trainer.json").exists()]
         written.sort(key=lambda path: (path / "trainer.json").stat().st_mtime_ns)
         kept = written[-self._config.checkpoint.keep_last :]
@@ -265,7 +274,7 @@ class CheckpointManager:
 
 
 def reference_name(path: Path) -> str | None:
-    """What a checkpoint was learning against; None: the configuration's, or the checkpoint is damaged."""
+    """Name of a checkpoint's reference model; None: the configuration's, or the checkpoint is damaged."""
     try:
         return TrainState(**read_trainer(path)["state"]).reference
     except CheckpointError:

@@ -1,4 +1,4 @@
-"""The reference models that a run keeps when it replaces its reference by an earlier policy."""
+"""Reference models that a run stores when it resets its reference to the current policy."""
 
 import os
 import shutil
@@ -13,21 +13,21 @@ from megatron_rl.types import TrainState
 
 
 class ReferenceStore:
-    """references/step_N: Hugging Face folders of the policies that became the reference."""
+    """The folder references/step_N: Hugging Face folders of the policies that became the reference at step N."""
 
     def __init__(self, folder: Path, exporter: Exporter) -> None:
         self._folder = folder
         self._exporter = exporter
-        self._latest: str | None = None  # the next checkpoint will name it
+        self._latest: str | None = None  # not yet named by a checkpoint
 
     def keep(self, state: TrainState, policy: Policy) -> TrainState:
-        """Write the policy as the reference of the steps to come; collective.
+        """Write the policy as the reference of the following steps; collective.
 
         Returns:
-            the state with its name.
+            The state with the name of the new reference.
 
         Raises:
-            CheckpointError: on every rank, when it cannot be written.
+            CheckpointError: on every rank, if the reference cannot be written.
         """
         name = f"step_{state.step:06d}"
         self._exporter.write(policy, self._folder / name)
@@ -35,22 +35,22 @@ class ReferenceStore:
         return replace(state, reference=name)
 
     def path_of(self, state: TrainState) -> str | None:
-        """Folder of the reference of a state; None: that of the configuration."""
+        """Folder of a state's reference; None: the reference of the configuration."""
         return None if state.reference is None else str(self._folder / state.reference)
 
     def fetch(self, state: TrainState, checkpoint: Path) -> None:
-        """Copy the reference that belongs to a checkpoint of another run.
+        """Copy the reference of a checkpoint of another run into this run.
 
         Raises:
-            CheckpointError: it no longer exists.
+            CheckpointError: the reference no longer exists.
         """
         if state.reference is None or (self._folder / state.reference).exists():
             return
         source = checkpoint.resolve().parents[1] / self._folder.name / state.reference
         if not source.is_dir():
             raise CheckpointError(
-                f"{checkpoint} was trained against the reference {source}, which is gone. Put it back, or resume from "
-                "a later checkpoint."
+                f"{checkpoint} was trained against the reference {source}, which no longer exists. Restore it, or "
+                "resume from a later checkpoint."
             )
         partial = self._folder / f"{state.reference}.partial"
         shutil.rmtree(partial, ignore_errors=True)

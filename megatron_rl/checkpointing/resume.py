@@ -1,4 +1,4 @@
-"""Whether a run may go on from a checkpoint: nothing that changes what is learnt may differ."""
+"""Check that a run may resume from a checkpoint: no key that changes the training result may differ."""
 
 import json
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from megatron_rl.config.load import defaults, flatten
 from megatron_rl.config.reward_training import RewardTrainingConfig
 from megatron_rl.errors import CheckpointError, ConfigError
 
-# What may differ between a run and its continuation: nothing that changes what is learnt.
+# Keys, or prefixes of keys, that may differ between a run and its continuation: none changes the training result.
 FREE_KEYS = (
     "run.name",
     "run.output_dir",
@@ -43,16 +43,16 @@ FREE_KEYS = (
 )
 
 
-# Within those, what decides how the optimizer's states are laid out.
+# Exceptions from FREE_KEYS that must not differ, because they decide the layout of the optimizer's states.
 BOUND_KEYS = ("parallel.distributed_optimizer", "critic.parallel.distributed_optimizer")
 
 
 def check_resumable(path: Path, config: RunConfig | RewardTrainingConfig) -> dict[str, Any]:
-    """The trainer state of a checkpoint that this configuration may go on from.
+    """Check that a configuration may resume from a checkpoint; return the content of its trainer.json.
 
     Raises:
-        CheckpointError: it cannot be read.
-        ConfigError: it belongs to a run that learns differently.
+        CheckpointError: trainer.json cannot be read.
+        ConfigError: a key differs that changes the training result.
     """
     trainer = read_trainer(path)
     check_same_run(trainer["config"], flatten_plain(config), path)
@@ -61,17 +61,17 @@ def check_resumable(path: Path, config: RunConfig | RewardTrainingConfig) -> dic
 
 
 def check_schedule(saved: Mapping[str, Any], current: Mapping[str, Any], path: Path) -> None:
-    """Refuse another number of steps where the learning rate decays to the end of the run.
+    """Reject a different number of steps if the learning rate decays to the end of the run.
 
     Raises:
-        ConfigError: with what to set.
+        ConfigError: run.num_steps differs.
     """
-    bound = any(
+    decays_to_end = any(
         current[f"{section}.lr_decay_style"] != "constant" and current[f"{section}.lr_decay_updates"] is None
         for section in ("optimizer", "critic.optimizer")
         if f"{section}.lr_decay_style" in current
     )
-    if bound and saved["run.num_steps"] != current["run.num_steps"]:
+    if decays_to_end and saved["run.num_steps"] != current["run.num_steps"]:
         raise ConfigError(
             f"cannot resume {path} with run.num_steps={current['run.num_steps']} instead of "
             f"{saved['run.num_steps']}: the learning rate decays to the end of the run. "
@@ -80,12 +80,12 @@ def check_schedule(saved: Mapping[str, Any], current: Mapping[str, Any], path: P
 
 
 def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any], path: Path) -> None:
-    """Refuse a continuation that would learn something else.
+    """Reject a continuation that would change the training result.
 
-    Keys that did not exist when the checkpoint was written had their defaults.
+    Keys that did not exist when the checkpoint was written count as having their defaults.
 
     Raises:
-        ConfigError: naming the keys that differ.
+        ConfigError: keys differ; the message names them.
     """
     saved = _with_critic_layout({**{key: value for key, value in defaults().items() if key in current}, **saved})
     current = _with_critic_layout(current)
@@ -102,23 +102,23 @@ def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any], path: P
 
 
 def _with_critic_layout(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """A critic without a layout of its own has the policy's."""
-    own = {key: flat.get(key.removeprefix("critic."), None) for key in BOUND_KEYS if key not in flat}
-    return {**flat, **own}
+    """Fill in the policy's layout for a critic without a layout of its own."""
+    filled_in = {key: flat.get(key.removeprefix("critic."), None) for key in BOUND_KEYS if key not in flat}
+    return {**flat, **filled_in}
 
 
 def flatten_plain(config: RunConfig | RewardTrainingConfig) -> dict[str, Any]:
-    """The configuration as JSON would give it back."""
+    """The flat configuration, with values as they are after a round trip through JSON."""
     flat = json.loads(json.dumps(flatten(config), default=lambda section: vars(section)))
     assert isinstance(flat, dict)
     return flat
 
 
 def read_trainer(path: Path) -> dict[str, Any]:
-    """What a checkpoint holds of the trainer.
+    """The content of a checkpoint's trainer.json: state, configuration and world size.
 
     Raises:
-        CheckpointError: it cannot be read.
+        CheckpointError: the file cannot be read.
     """
     try:
         return json.loads((path / "trainer.json").read_text())

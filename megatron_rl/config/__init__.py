@@ -1,4 +1,4 @@
-"""Configuration: dataclass schema, YAML files with a base chain, overrides, checks."""
+"""Configuration: dataclass schema, YAML files with a chain of bases, key=value overrides, checks."""
 
 from megatron_rl.config.load import dump_config, load_config
 from megatron_rl.config.schema import RunConfig

@@ -1,4 +1,4 @@
-"""How rewards become advantages, a loss and its regularisation."""
+"""Configuration of advantages, policy loss, KL regularisation and rollout correction."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,96 +8,123 @@ from megatron_rl.config.checks import positive, require
 
 @dataclass(frozen=True, kw_only=True)
 class AlgorithmSection:
-    """Advantages, loss and regularisation."""
+    """Advantage estimator, policy loss, KL regularisation and rollout correction."""
 
     advantage: str = "grpo"
-    """grpo: reward minus the group's mean (GRPO); rloo: minus the siblings' mean; reinforce: the reward itself;
-    pass_at_k: by the chance that one of pass_k samples is right; process: rewards of steps among those of the group's
-    steps, summed from each token on; distillation: how much likelier reference_path finds each token; or
-    package.module:symbol. With a critic (PPO): gae: over tokens; turn_gae: over the turns of a conversation;
-    bi_level_gae: over turns, and over the tokens of each."""
+    """Advantage estimator (verl's adv_estimator). grpo: reward minus the mean of its group; rloo: reward minus the mean
+    of the other samples of its group; reinforce: the reward; pass_at_k: contribution to the probability that one of
+    pass_k samples is correct; process: rewards of reasoning steps, normalised over the steps of the group and summed
+    from each token on; distillation: log-probability of each token under the teacher (reference_path) minus the
+    policy's; or package.module:symbol. With a critic (PPO): gae: GAE over tokens; turn_gae: GAE over the turns of a
+    conversation; bi_level_gae: GAE over turns, then over the tokens of each turn."""
     gamma: float = 1.0
-    """Discount of what is earned a token later, with a critic."""
+    """Discount factor per token; for advantage=gae and bi_level_gae."""
     gae_lambda: float = 1.0
-    """Discount of what the critic misjudges a token later."""
+    """GAE lambda per token (verl's lam); for advantage=gae and bi_level_gae."""
     turn_gamma: float = 1.0
-    """Discount of what is earned a turn later, for turn_gae and bi_level_gae."""
+    """Discount factor per turn of a conversation (RAGEN's high_level_gamma); for advantage=turn_gae and
+    bi_level_gae."""
     turn_gae_lambda: float = 1.0
-    """Discount of what the critic misjudges a turn later."""
+    """GAE lambda per turn of a conversation; for advantage=turn_gae and bi_level_gae."""
     normalize_by_std: bool = True
-    """Divide group advantages by the group's standard deviation (off in Dr. GRPO)."""
+    """Divide the advantages of advantage=grpo and process by the standard deviation of their group (verl's
+    norm_adv_by_std_in_grpo, TRL's scale_rewards); false in Dr. GRPO."""
     std_epsilon: float = 1e-4
-    """Added to that standard deviation."""
+    """Epsilon added to the standard deviation by which normalize_by_std divides."""
     pass_k: int = 4
-    """Samples of which one has to be right, a total reward of 1 or more, for advantage=pass_at_k."""
+    """k of advantage=pass_at_k, in samples; a sample counts as correct if its total reward is 1 or more."""
     whiten_advantages: bool = False
-    """Bring the advantages of all tokens of a step to mean 0 and variance 1 (REINFORCE++)."""
+    """Normalise the advantages of all tokens of a step to mean 0 and variance 1 (REINFORCE++; slime's
+    normalize_advantages)."""
     kl_reward_coef: float = 0.0
-    """Weight of the KL divergence (k1) to the reference that is taken from every token's reward; 0: none."""
+    """Coefficient of the KL penalty in the reward: the k1 estimate of the KL divergence to the reference model is
+    subtracted from every token's reward (verl's use_kl_in_reward); 0: no penalty."""
     kl_reward_target: float | None = None
-    """KL divergence per response, in nats, to which that weight is adapted from step to step; null: it stays."""
+    """Target of the adaptive KL controller: KL divergence per response, in nats, towards which kl_reward_coef is
+    adapted after every step (verl's target_kl); null: kl_reward_coef is constant."""
     kl_reward_horizon: int = 10_000
-    """Responses after which a divergence of 1.2 times the target or more has changed that weight by 20 %."""
+    """Horizon of the adaptive KL controller, in responses: after this many, a KL divergence of 1.2 times
+    kl_reward_target or more has raised kl_reward_coef by 20 % (verl's horizon)."""
     mask_truncated: bool = False
-    """Leave responses out of the loss that were cut: at rollout.max_new_tokens, at the longest sequence, or at the last
-    turn of a conversation (overlong filtering). Their rewards still count in their group."""
+    """Exclude truncated responses from the loss: those cut at rollout.max_new_tokens, at the maximum sequence length or
+    at the last turn of a conversation (overlong filtering; TRL's mask_truncated_completions). Their rewards still count
+    in the statistics of their group."""
     top_std_fraction: float = 1.0
-    """Learn only from this share of a step's groups, those whose rewards have the largest standard deviation
-    (StarPO-S: 0.25)."""
+    """Fraction of a step's groups to train on: those with the highest reward standard deviation (RAGEN's
+    rollout_filter_ratio; 0.25 in StarPO-S); 1: all groups."""
     accept_min_reward: float | None = None
-    """Learn only from responses with at least this total reward (rejection sampling, with loss=nll); null: from all."""
+    """Train only on responses with at least this total reward (rejection sampling, with loss=nll); null: train on
+    all."""
     accept_max_per_prompt: int | None = None
-    """The best so many of those of a prompt; null: all of them."""
+    """Largest number of responses to one prompt that accept_min_reward accepts, the highest rewards first; null: no
+    limit."""
     accept_unique: bool = True
-    """Of those with the same text only one."""
+    """With accept_min_reward: of several accepted responses to a prompt with the same text, train on one only."""
     loss: str = "ppo_clip"
-    """ppo_clip: the PPO/GRPO surrogate; gspo: that with the response's ratio; cispo: clipped weights and all gradients;
-    policy_gradient: REINFORCE; nll: supervised fine-tuning; or package.module:symbol."""
+    """Policy loss (verl's loss_mode). ppo_clip: clipped surrogate of PPO and GRPO; gspo: clipped surrogate with
+    sequence-level ratios; cispo: clipped importance weights, with gradients for all tokens; policy_gradient: REINFORCE,
+    no ratio; nll: supervised fine-tuning; or package.module:symbol."""
     clip_ratio_low: float = 0.2
-    """The ratio is clipped below 1 - clip_ratio_low."""
+    """Lower clip range: the ratio of current to old probability is clipped at 1 - clip_ratio_low (verl's clip_ratio,
+    TRL's epsilon)."""
     clip_ratio_high: float = 0.2
-    """The ratio is clipped above 1 + clip_ratio_high (0.28 in DAPO)."""
+    """Upper clip range: the ratio of current to old probability is clipped at 1 + clip_ratio_high (TRL's epsilon_high;
+    0.28 in DAPO)."""
     clip_ratio_dual: float | None = None
-    """The ratio is clipped above this where the advantage is negative (verl's clip_ratio_c, TRL's delta); null: not."""
+    """Dual clip: upper bound of the ratio where the advantage is negative (verl's clip_ratio_c, TRL's delta); null: no
+    bound."""
     aggregation: Literal["token_mean", "sequence_mean", "constant_length"] = "token_mean"
-    """token_mean (DAPO), sequence_mean (GRPO paper), constant_length (Dr. GRPO)."""
+    """How token losses are averaged (verl's loss_agg_mode). token_mean: over all tokens of an update (DAPO);
+    sequence_mean: over the tokens of each sequence, then over sequences (GRPO paper); constant_length: sum over each
+    sequence divided by constant_length, then the mean over sequences (Dr. GRPO)."""
     constant_length: int | None = None
-    """Divisor of constant_length in tokens; null: rollout.max_new_tokens."""
+    """Divisor of aggregation=constant_length, in tokens; null: rollout.max_new_tokens."""
     kl_coef: float = 0.0
-    """Weight of the KL divergence to the reference in the loss; 0: none. Both weights 0 build no reference model."""
+    """Coefficient of the KL loss to the reference model (verl's kl_loss_coef, TRL's beta); 0: no KL loss. The reference
+    model is built only if kl_coef or kl_reward_coef is above 0, or with advantage=distillation."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    """Estimator of that divergence."""
+    """Estimator of the KL loss, as named by Schulman (verl's kl_loss_type). k1: unbiased, high variance; k2: biased,
+    low variance; k3: unbiased, low variance."""
     kl_unbiased: bool = False
-    """Weigh that estimate by the current over the old probability, which makes its gradient that of the divergence."""
+    """Multiply the KL loss by the ratio of current to old probability, so that its gradient is that of the KL
+    divergence (slime's use_unbiased_kl)."""
     reference_path: str | None = None
-    """Hugging Face folder of the reference model; null: the starting model."""
+    """Hugging Face folder of the reference model, or of the teacher with advantage=distillation; null: the policy as it
+    is at the start of the run."""
     reference_reset_every: int = 0
-    """Steps after which the policy as it is then becomes the reference, again and again; 0: never."""
+    """Interval in steps at which the current policy becomes the new reference model; 0: never."""
     entropy_coef: float = 0.0
-    """Weight of the entropy bonus."""
+    """Coefficient of the entropy bonus in the loss (verl's entropy_coeff); 0: none."""
     rollout_is: Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = "none"
-    """Weigh the policy loss by the ratio of the trainer's to the engine's probability, of each token or of its whole
-    response: truncated above (TIS), or 0 outside of the bounds (IcePop)."""
+    """Rollout correction: importance weight of the policy loss, the ratio of trainer to engine probability. token_*:
+    ratio of each token; sequence_*: ratio of the whole response; *_truncate: capped at rollout_is_high (TIS); *_mask: 0
+    outside rollout_is_low to rollout_is_high (IcePop); none: no weight (verl's rollout_is, slime's use_tis)."""
     rollout_is_low: float = 0.5
-    """Lower bound of the masks."""
+    """Smallest importance ratio that rollout_is=token_mask and sequence_mask keep; smaller ones get weight 0 (verl's
+    rollout_is_threshold_lower)."""
     rollout_is_high: float = 2.0
-    """Upper bound of all."""
+    """Largest importance ratio of rollout_is: the *_truncate choices cap larger ones, the *_mask choices give them
+    weight 0 (verl's rollout_is_threshold, slime's tis_clip)."""
     rollout_rejection: Literal["none", "sequence", "geometric"] = "none"
-    """Leave a response out of the loss when that ratio of the whole response, or the geometric mean of its tokens'
-    ratios, is outside of the bounds; its tokens still count where the loss is normalised."""
+    """Reject responses, that is, leave them out of the loss, by the ratio of trainer to engine probability (verl's
+    rollout_rs). sequence: product of the token ratios; geometric: their geometric mean; none: no rejection. Tokens of
+    rejected responses still count in the normalisation of the loss."""
     rollout_rejection_low: float | None = None
-    """Lower bound of that; needed for it. 0.5 for sequence and 0.999 for geometric are usual."""
+    """Smallest ratio that rollout_rejection accepts; required with it. Usual: 0.5 for sequence, 0.999 for geometric
+    (verl's rollout_rs_threshold_lower)."""
     rollout_rejection_high: float | None = None
-    """Upper bound of that; needed for it. 2 for sequence and 1.001 for geometric are usual."""
+    """Largest ratio that rollout_rejection accepts; required with it. Usual: 2 for sequence, 1.001 for geometric
+    (verl's rollout_rs_threshold)."""
     rollout_veto: float | None = None
-    """Leave a response out as well when one token's ratio is below this, for instance 1e-4; null: never."""
+    """Reject a response if the ratio of trainer to engine probability of any of its tokens is below this, for instance
+    1e-4 (verl's rollout_token_veto_threshold); null: never."""
 
     def __post_init__(self) -> None:
         require(
             0 <= self.rollout_is_low <= 1 <= self.rollout_is_high,
             "algorithm.rollout_is_low and algorithm.rollout_is_high",
             (self.rollout_is_low, self.rollout_is_high),
-            "low from 0 to 1, high from 1",
+            "low from 0 to 1, high 1 or more",
         )
         low, high = self.rollout_rejection_low, self.rollout_rejection_high
         require(
@@ -105,13 +132,13 @@ class AlgorithmSection:
             "algorithm.rollout_rejection_low and algorithm.rollout_rejection_high",
             (low, high),
             f"both bounds with algorithm.rollout_rejection={self.rollout_rejection}",
-            "0.5 and 2 are usual for sequence, 0.999 and 1.001 for geometric.",
+            "Usual bounds are 0.5 and 2 for sequence, 0.999 and 1.001 for geometric.",
         )
         require(
             (low is None or 0 <= low <= 1) and (high is None or high >= 1),
             "algorithm.rollout_rejection_low and algorithm.rollout_rejection_high",
             (low, high),
-            "low from 0 to 1, high from 1",
+            "low from 0 to 1, high 1 or more",
         )
         veto = self.rollout_veto
         require(veto is None or 0 < veto < 1, "algorithm.rollout_veto", veto, "null, or between 0 and 1")
@@ -128,17 +155,17 @@ class AlgorithmSection:
         )
         require(self.kl_coef >= 0, "algorithm.kl_coef", self.kl_coef, "0 or more")
         require(self.kl_reward_coef >= 0, "algorithm.kl_reward_coef", self.kl_reward_coef, "0 or more")
-        useless = {"cispo": ["clip_ratio_dual"], "policy_gradient": ["clip_ratio_dual"]}
-        useless["nll"] = ["clip_ratio_dual", "whiten_advantages", "kl_reward_coef"]
-        for key in useless.get(self.loss, ()):
+        ignored = {"cispo": ["clip_ratio_dual"], "policy_gradient": ["clip_ratio_dual"]}
+        ignored["nll"] = ["clip_ratio_dual", "whiten_advantages", "kl_reward_coef"]
+        for key in ignored.get(self.loss, ()):
             value = getattr(self, key)
-            require(not value, f"algorithm.{key}", value, f"nothing with algorithm.loss={self.loss}")
+            require(not value, f"algorithm.{key}", value, f"its default, because algorithm.loss={self.loss} ignores it")
         require(
             self.accept_max_per_prompt is None or self.accept_min_reward is not None,
             "algorithm.accept_max_per_prompt",
             self.accept_max_per_prompt,
             "null without algorithm.accept_min_reward",
-            "Set that to the reward of a response that may teach.",
+            "Set algorithm.accept_min_reward to the lowest reward to train on.",
         )
         require(
             not self.kl_unbiased or self.kl_coef > 0, "algorithm.kl_unbiased", self.kl_unbiased, "false with kl_coef=0"
@@ -149,11 +176,11 @@ class AlgorithmSection:
             every == 0 or self.uses_reference,
             "algorithm.reference_reset_every",
             every,
-            "0 without a reference",
+            "0 without a reference model",
             "Set algorithm.kl_coef or algorithm.kl_reward_coef.",
         )
         for key in ("gamma", "gae_lambda", "turn_gamma", "turn_gae_lambda"):
-            require(0 < getattr(self, key) <= 1, f"algorithm.{key}", getattr(self, key), "above 0, to 1")
+            require(0 < getattr(self, key) <= 1, f"algorithm.{key}", getattr(self, key), "above 0 and at most 1")
         require(
             self.advantage != "distillation" or self.reference_path is not None,
             "algorithm.reference_path",
@@ -161,53 +188,55 @@ class AlgorithmSection:
             "the folder of the teacher with algorithm.advantage=distillation",
         )
         if self.advantage == "distillation":
-            for key, nothing in (
+            for key, default in (
                 ("reference_reset_every", 0),
                 ("kl_reward_coef", 0),
                 ("top_std_fraction", 1),
             ):
                 value = getattr(self, key)
-                require(value == nothing, f"algorithm.{key}", value, f"{nothing} with algorithm.advantage=distillation")
+                require(value == default, f"algorithm.{key}", value, f"{default} with algorithm.advantage=distillation")
         self._check_critic()
         target = self.kl_reward_target
         require(
             target is None or (target > 0 and self.kl_reward_coef > 0),
             "algorithm.kl_reward_target",
             target,
-            "null, or more than 0 with a first weight in algorithm.kl_reward_coef",
+            "null, or more than 0 with an initial coefficient above 0 in algorithm.kl_reward_coef",
         )
-        require(0 < self.top_std_fraction <= 1, "algorithm.top_std_fraction", self.top_std_fraction, "above 0, to 1")
+        require(
+            0 < self.top_std_fraction <= 1, "algorithm.top_std_fraction", self.top_std_fraction, "above 0 and at most 1"
+        )
         positive("algorithm", self, "pass_k", "accept_max_per_prompt", "kl_reward_horizon")
         positive("algorithm", self, "constant_length")
 
     def _check_critic(self) -> None:
-        is_of_turns = self.advantage in ("turn_gae", "bi_level_gae")
+        uses_turns = self.advantage in ("turn_gae", "bi_level_gae")
         for keys, is_used, needed in (
             (("gamma", "gae_lambda"), self.advantage in ("gae", "bi_level_gae"), "gae or bi_level_gae"),
-            (("turn_gamma", "turn_gae_lambda"), is_of_turns, "turn_gae or bi_level_gae"),
+            (("turn_gamma", "turn_gae_lambda"), uses_turns, "turn_gae or bi_level_gae"),
         ):
             for key in keys:
                 value = getattr(self, key)
                 require(is_used or value == 1, f"algorithm.{key}", value, f"1 without algorithm.advantage={needed}")
-        learns_by_advantage = self.loss != "nll"
+        loss_uses_advantages = self.loss != "nll"
         require(
-            learns_by_advantage or not (self.uses_critic or self.advantage in ("process", "distillation")),
+            loss_uses_advantages or not (self.uses_critic or self.advantage in ("process", "distillation")),
             "algorithm.loss",
             self.loss,
-            f"one that reads advantages with algorithm.advantage={self.advantage}",
+            f"a loss that uses advantages with algorithm.advantage={self.advantage}",
             "Set algorithm.loss=ppo_clip.",
         )
 
     def num_kept(self, num_groups: int) -> int:
-        """Groups that top_std_fraction leaves."""
+        """Number of groups that top_std_fraction keeps, at least 1."""
         return max(1, round(num_groups * self.top_std_fraction))
 
     @property
     def uses_critic(self) -> bool:
-        """A critic has to value the tokens."""
+        """Whether the advantage estimator needs a critic."""
         return self.advantage in ("gae", "turn_gae", "bi_level_gae")
 
     @property
     def uses_reference(self) -> bool:
-        """A reference model has to score the samples."""
+        """Whether a reference model (or teacher) must compute log-probabilities of the rollouts."""
         return self.kl_coef > 0 or self.kl_reward_coef > 0 or self.advantage == "distillation"

@@ -1,4 +1,4 @@
-"""How a batch of sequences becomes optimizer updates and micro-batches."""
+"""Configuration of mini-batches and micro-batches."""
 
 from dataclasses import dataclass
 
@@ -7,20 +7,24 @@ from megatron_rl.config.checks import positive
 
 @dataclass(frozen=True, kw_only=True)
 class BatchingSection:
-    """How a batch of sequences becomes optimizer updates and micro-batches."""
+    """How the sequences of a step are split into optimizer updates and micro-batches."""
 
     num_mini_batches: int = 1
-    """Optimizer updates for each batch of rollouts (mini-batches)."""
+    """Mini-batches that a step's sequences are split into; each is one optimizer update per epoch (a number of
+    mini-batches, where verl's ppo_mini_batch_size gives their size)."""
     num_epochs: int = 1
-    """Passes over each batch of rollouts."""
+    """Passes over the sequences of each step (verl's ppo_epochs, TRL's num_iterations)."""
     micro_batch_size: int | None = None
-    """Sequences in one forward pass of one rank; null: bounded by tokens alone."""
+    """Largest number of sequences in one forward pass of one data-parallel rank (verl's ppo_micro_batch_size_per_gpu);
+    null: limited by max_tokens_per_micro_batch only."""
     max_tokens_per_micro_batch: int = 16384
-    """Tokens in one forward pass of one rank, padding counted in."""
+    """Largest number of tokens in one forward pass of one rank, padding included (verl's ppo_max_token_len_per_gpu)."""
     packed: bool = True
-    """true: sequences one behind the other (THD); false: padded to the longest."""
+    """true: pack the sequences of a micro-batch end to end (THD layout, sequence packing); false: pad them to the
+    longest."""
     logprob_chunk_tokens: int | None = None
-    """Tokens whose logits exist at a time; null: as many as fit 256 MiB in fp32."""
+    """Tokens whose logits are held in memory at a time when log-probabilities are computed (slime's
+    log_probs_chunk_size); null: as many as fit 256 MiB in fp32."""
 
     def __post_init__(self) -> None:
         positive(

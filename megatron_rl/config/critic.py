@@ -1,4 +1,4 @@
-"""The critic of PPO: where it comes from, how it is laid out and how it learns."""
+"""Configuration of the critic (PPO's value model)."""
 
 from dataclasses import dataclass, field
 
@@ -9,19 +9,20 @@ from megatron_rl.config.parallel import ParallelSection
 
 @dataclass(frozen=True, kw_only=True)
 class CriticSection:
-    """The model that values tokens for algorithm.advantage=gae, turn_gae and bi_level_gae."""
+    """The value model of algorithm.advantage=gae, turn_gae and bi_level_gae."""
 
     path: str | None = None
-    """Folder that it begins with: any model with the policy's tokenizer, a reward model (score.weight) or another
-    critic; without score.weight the values begin at 0. null: model.path."""
+    """Hugging Face folder that initialises the critic: any model with the policy's tokenizer, a reward model or another
+    critic; without score.weight in it all values are 0 at first. null: model.path."""
     parallel: ParallelSection | None = None
-    """How it is split over the ranks; null: as the policy."""
+    """Parallel layout of the critic; null: the policy's layout."""
     optimizer: OptimizerSection = field(default_factory=lambda: OptimizerSection(lr=1e-5))
-    """Its own; usually faster than the policy's."""
+    """Optimizer of the critic; its learning rate is usually higher than the policy's."""
     clip_value: float | None = None
-    """How far a value may go from what it was before the updates of a step (0.2 is usual); null: anywhere."""
+    """Value clipping: range around the value before the updates of a step within which the value loss follows a value
+    (verl's cliprange_value; 0.2 is usual); null: no clipping."""
     warmup_steps: int = 0
-    """First steps, in which it learns alone and the policy stays as it is."""
+    """Number of steps at the start of a run in which only the critic is trained (verl's critic_warmup)."""
 
     def __post_init__(self) -> None:
         clip = self.clip_value

@@ -1,4 +1,4 @@
-"""The configuration of tools/data/curate.py: problems to verified data."""
+"""Configuration of tools/data/curate.py, which turns problems into verified data."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -14,14 +14,14 @@ LABELS = {"easy": 0.7, "medium": 0.3, "hard": 0.0}
 
 @dataclass(frozen=True, kw_only=True)
 class ContaminationSection:
-    """Rows that share n-grams with benchmarks are dropped."""
+    """Decontamination: problems that share an n-gram with a benchmark are dropped."""
 
     tasks: list[str] = field(default_factory=list)
-    """Files of tasks (configs/eval/tasks), relative to this one."""
+    """Task files of the benchmarks (configs/eval/tasks), relative to this configuration file."""
     data: dict[str, str] = field(default_factory=dict)
-    """Task name -> local file (.jsonl, .parquet) or folder that replaces its data set."""
+    """Task name -> local file (.jsonl, .parquet) or folder that replaces the task's data set."""
     ngram: int = 8
-    """Words."""
+    """Length of an n-gram in words."""
 
     def __post_init__(self) -> None:
         positive("contamination", self, "ngram")
@@ -29,34 +29,38 @@ class ContaminationSection:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateSection:
-    """Who solves the problems, and who decides whether they are solved."""
+    """The model that solves the problems, and the reward function that grades its responses."""
 
     model: ModelSection
     prompt: str = "{prompt_text}"
-    """Text of a question, with {column} of its row; {prompt_text} is the prompt, of messages what the user says."""
+    """Prompt template: text with {column} for columns of the row; {prompt_text} is the prompt as text (of a list of
+    messages, the user's)."""
     system_prompt: str | None = None
     """System message; null: none."""
     chat: bool = True
-    """Ask as a user's message where the tokenizer has a chat template; false: plain text to be continued."""
+    """true: send the prompt as a user message if the tokenizer has a chat template; false: send it as plain text to be
+    continued."""
     engine: EvalEngineSection = field(default_factory=EvalEngineSection)
     sampling: TaskSamplingSection = field(
         default_factory=lambda: TaskSamplingSection(num_samples=4, temperature=0.6, top_p=0.95, max_new_tokens=16384)
     )
     scorer: RewardFunctionSection
-    """A reward function of 0 and 1."""
+    """Reward function that grades a response with 0 or 1."""
     gold_response: str = "\\boxed{{gold}}"
-    """A response that says the reference answer, {gold}, and nothing else: it has to be right by the scorer."""
+    """Response that consists of the reference answer, {gold}, alone; the scorer must grade it as correct (a check of
+    scorer and data)."""
     grading: GradingSection = field(default_factory=GradingSection)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PassRateSection:
-    """Problems that are solved by all samples or by none teach little."""
+    """Filter by pass rate: problems that all samples or no samples solve give little training signal."""
 
     above: float = 0.0
-    """Keep problems whose share of right samples is more than this."""
+    """Keep problems whose pass rate (fraction of correct samples) is more than this."""
     below: float = 1.0
-    """And less than this; more than 1 keeps those that are always solved."""
+    """Keep problems whose pass rate (fraction of correct samples) is less than this; a value above 1 also keeps
+    problems that every sample solves."""
 
     def __post_init__(self) -> None:
         require(self.above < self.below, "pass_rate.below", self.below, f"more than pass_rate.above={self.above}")
@@ -64,39 +68,41 @@ class PassRateSection:
 
 @dataclass(frozen=True, kw_only=True)
 class OutputSection:
-    """What is written."""
+    """Format of the curated data."""
 
     schema: Literal["problems", "openr1_math", "conversations"] = "problems"
-    """problems: for data.train of a run; the others: published schemas (docs/data.md)."""
+    """Columns of the output. problems: those that data.train of a run reads; openr1_math, conversations: published
+    schemas (docs/data.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CurationConfig:
-    """Read, drop what is contaminated or double, generate, verify, keep what is neither too easy nor too hard."""
+    """Read problems, drop contaminated and duplicate ones, generate and verify responses, filter by pass rate."""
 
     run: EvalRunSection
     data: RowsSection
-    """Problems with the columns prompt and answer, or of a published schema."""
+    """Source of the problems: rows with the columns prompt and answer, or of a published schema."""
     contamination: ContaminationSection = field(default_factory=ContaminationSection)
     near_duplicates: float | None = 95.0
-    """Similarity from 0 to 100 at which a problem is the same as an earlier one; null: none are dropped."""
+    """Similarity, from 0 to 100, from which a problem counts as a duplicate of an earlier one and is dropped; null: no
+    problem is dropped."""
     generate: GenerateSection | None = None
-    """null: nothing is generated, and all that is left is written."""
+    """Generation of responses; null: write all problems that remain, without responses."""
     pass_rate: PassRateSection = field(default_factory=PassRateSection)
     difficulty: dict[str, float] = field(default_factory=dict)
-    """Label -> smallest pass rate that has it; of several the one with the largest. Empty: easy from 0.7, medium from
-    0.3, hard below."""
+    """Difficulty label -> smallest pass rate of its problems; a problem gets the label with the largest bound that it
+    reaches. Empty: easy from 0.7, medium from 0.3, hard below."""
     output: OutputSection = field(default_factory=OutputSection)
 
     def __post_init__(self) -> None:
         valid = self.near_duplicates is None or 0 < self.near_duplicates <= 100
-        require(valid, "near_duplicates", self.near_duplicates, "a similarity above 0, to 100, or null")
-        everything = 0.0 in self.labels.values() and len(set(self.labels.values())) == len(self.labels)
-        require(everything, "difficulty", self.difficulty, "different pass rates, one of them 0.0")
+        require(valid, "near_duplicates", self.near_duplicates, "a similarity above 0 and at most 100, or null")
+        are_bounds = 0.0 in self.labels.values() and len(set(self.labels.values())) == len(self.labels)
+        require(are_bounds, "difficulty", self.difficulty, "different pass rates, one of them 0.0")
         needs_responses = self.output.schema != "problems" and self.generate is None
-        require(not needs_responses, "output.schema", self.output.schema, "problems where nothing is generated")
+        require(not needs_responses, "output.schema", self.output.schema, "problems without a generate section")
 
     @property
     def labels(self) -> dict[str, float]:
-        """Of difficulty."""
+        """``difficulty`` with its default filled in."""
         return self.difficulty or LABELS

@@ -1,8 +1,71 @@
-"""Suggestions for unknown keys: near misses, and the names other trainers use."""
+"""Suggestions for unknown keys and values: renamed ones, names of other trainers, near misses."""
 
 import difflib
 
-# Last part of a foreign key (lower case, '_' for '-') -> our key. From verl, slime, TRL and NeMo-RL.
+# Former dotted key, or section, of this project -> its present name.
+RENAMED_KEYS: dict[str, str] = {
+    "algorithm.keep_most_spread": "algorithm.top_std_fraction",
+    "batching.num_updates": "batching.num_mini_batches",
+    "data.evaluation": "data.validation",
+    "evaluation": "validation",
+    "evaluation.suite": "benchmarks.suite",
+    "evaluation.suite_every": "benchmarks.every",
+    "memory.if_too_large": "memory.on_overcommit",
+    "rollout.asynchronous": "rollout.async_rollout",
+    "rollout.partial": "rollout.partial_rollout",
+    "rollout.sleep": "rollout.sleep_engine",
+    "run.stop_before_end_s": "run.stop_margin_s",
+    "run.stuck_after_s": "run.hang_timeout_s",
+}
+
+# Dotted key -> former or foreign value (lower case, '_' for '-') -> our value, with other keys to set where the method
+# needs them. The foreign values are verl's unless a comment names another trainer.
+FOREIGN_VALUES: dict[str, dict[str, str]] = {
+    "algorithm.advantage": {
+        "group": "grpo",  # former name
+        "grpo_vectorized": "grpo",
+        "group_norm": "grpo",  # OpenRLHF
+        "dr_grpo": "grpo with algorithm.normalize_by_std=false and algorithm.aggregation=constant_length",  # OpenRLHF
+        "gspo": "grpo with algorithm.loss=gspo",  # slime
+        "ppo": "gae",  # slime
+        "rloo_vectorized": "rloo",
+        "reinforce_plus_plus": "reinforce with algorithm.whiten_advantages=true",
+        "reinforce++": "reinforce with algorithm.whiten_advantages=true",
+        "reinforce_plus_plus_baseline": (
+            "grpo with algorithm.normalize_by_std=false and algorithm.whiten_advantages=true"
+        ),
+        "reinforce_baseline": (  # OpenRLHF
+            "grpo with algorithm.normalize_by_std=false and algorithm.whiten_advantages=true"
+        ),
+        "remax": "reinforce with rollout.greedy_baseline=true",
+        "on_policy_distillation": "distillation",  # slime
+    },
+    "algorithm.loss": {
+        "clipped": "ppo_clip",  # former name
+        "vanilla": "ppo_clip",
+        "ppo": "ppo_clip",  # OpenRLHF
+        "grpo": "ppo_clip",
+        "policy_loss": "ppo_clip",  # slime
+        "token": "ppo_clip",  # TRL's importance_sampling_level
+        "sequence": "gspo",  # TRL's importance_sampling_level
+        "gpg": "policy_gradient",
+        "reinforce": "policy_gradient",
+        "sft": "nll",
+        "sft_loss": "nll",  # slime
+    },
+    "algorithm.aggregation": {
+        "seq_mean_token_mean": "sequence_mean",
+        "seq_mean_token_sum_norm": "constant_length",
+        "bnpo": "token_mean",  # TRL's loss_type, as the three below
+        "dapo": "token_mean",
+        "grpo": "sequence_mean",
+        "dr_grpo": "constant_length",
+    },
+    "algorithm.kl_estimator": {"kl": "k1", "mse": "k2", "low_var_kl": "k3"},
+    "memory.on_overcommit": {"refuse": "error"},  # former name
+}
+
+# Last part of a foreign dotted key (lower case, '_' for '-') -> our key. From verl, slime, TRL and NeMo-RL.
 FOREIGN_NAMES: dict[str, str] = {
     # verl
     "n": "rollout.group_size",
@@ -153,7 +216,17 @@ FOREIGN_NAMES: dict[str, str] = {
 
 
 def suggest(key: str, known: list[str]) -> str | None:
-    """The known dotted key that ``key`` most likely means, or None."""
+    """Return the known dotted key that an unknown one most likely means, or None.
+
+    Args:
+        key: the unknown dotted key.
+        known: all dotted keys of the configuration.
+    """
+    renamed = _renamed(key)
+    if renamed is not None:
+        near = difflib.get_close_matches(renamed, known, n=1, cutoff=0.75)
+        if near:
+            return near[0]
     last = key.replace("-", "_").lower().rsplit(".", 1)[-1]
     same_last = [name for name in known if name.rsplit(".", 1)[-1] == last]
     if same_last:
@@ -168,6 +241,26 @@ def suggest(key: str, known: list[str]) -> str | None:
     return by_last[near[0]] if near else None
 
 
+def suggest_value(key: str, value: object) -> str | None:
+    """Return the value of a key that a former or foreign one means, with other keys to set, or None if there is none.
+
+    Args:
+        key: dotted key.
+        value: the value that the key does not have.
+    """
+    return FOREIGN_VALUES.get(key, {}).get(str(value).replace("-", "_").lower())
+
+
+def _renamed(key: str) -> str | None:
+    """The present name of a former key, or of a key in a former section; None for any other key."""
+    parts = key.split(".")
+    for count in range(len(parts), 0, -1):  # a key with a new name of its own before its section
+        present = RENAMED_KEYS.get(".".join(parts[:count]))
+        if present is not None:
+            return ".".join([present, *parts[count:]])
+    return None
+
+
 def _depth(name: str) -> int:
-    """A section of a run is meant rather than one of a part of it."""
+    """Depth of a dotted key; shallow keys are preferred, because users mean them more often than nested ones."""
     return name.count(".")

@@ -10,7 +10,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from megatron_rl.config.foreign_names import suggest
+from megatron_rl.config.foreign_names import suggest, suggest_value
 from megatron_rl.config.schema import RunConfig
 from megatron_rl.errors import ConfigError
 
@@ -18,19 +18,21 @@ T = TypeVar("T")
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The frozen configuration of a run, as ``load_as``."""
+    """Read the configuration of a training run; see ``load_as``."""
     return load_as(RunConfig, path, overrides)
 
 
 def load_as(schema: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
-    """The frozen configuration of a YAML file with its bases and overrides.
+    """Read a YAML file with its bases and overrides into a frozen configuration.
 
     Args:
-        schema: a dataclass of sections.
+        schema: dataclass of the configuration.
+        path: YAML file; its ``base:`` names another one that it extends.
+        overrides: key=value texts, which take precedence over the files.
 
     Raises:
         ConfigError: a file is missing or not YAML, a base chain loops, a key is unknown,
-            a required key is absent, or a value has the wrong type or range.
+            a required key is missing, or a value has the wrong type or range.
     """
     layers = [*_read_chain(Path(path)), *(_parse_override(text) for text in overrides)]
     known = sorted(_dotted_keys(schema))
@@ -53,12 +55,12 @@ def load_as(schema: type[T], path: str | Path, overrides: Sequence[str] = ()) ->
 
 
 def dump_config(config: Any) -> str:
-    """The resolved configuration as YAML that ``load_config`` reads back to an equal one."""
+    """Return a configuration as YAML text, from which ``load_config`` reads an equal one."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
 def defaults() -> dict[str, Any]:
-    """Dotted key -> default of every key that has one, as plain values."""
+    """Return dotted key -> default of every key that has one, as plain values."""
     return {
         key: value for key, value in _leaves(OmegaConf.to_container(OmegaConf.structured(RunConfig))) if value != "???"
     }
@@ -73,7 +75,12 @@ def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted key -> value of every leaf of a (section of a) configuration."""
+    """Return dotted key -> value of every leaf of a configuration or section.
+
+    Args:
+        config: dataclass instance.
+        prefix: text that is put before every key.
+    """
     leaves: dict[str, Any] = {}
     for item in dataclasses.fields(config):
         value, key = getattr(config, item.name), prefix + item.name
@@ -85,17 +92,23 @@ def _merge(merged: Any, layer: dict[str, Any], origin: str) -> Any:
     try:
         return OmegaConf.merge(merged, layer)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{origin}: {error.full_key}: {str(error).splitlines()[0]}") from error
+        suggestion = None
+        if error.full_key:
+            suggestion = suggest_value(error.full_key, OmegaConf.select(OmegaConf.create(layer), error.full_key))
+        hint = f". Did you mean {suggestion}?" if suggestion else ""
+        raise ConfigError(f"{origin}: {error.full_key}: {str(error).splitlines()[0]}{hint}") from error
 
 
 def _read_chain(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """The file and its bases, the innermost base first."""
+    """Read a file and its bases; the innermost base comes first."""
     chain: list[tuple[str, dict[str, Any]]] = []
     seen: list[Path] = []
     while True:
         resolved = path.resolve()
         if resolved in seen:
-            raise ConfigError(f"base chain loops: {' -> '.join(str(p) for p in [*seen, resolved])}. Remove one base.")
+            raise ConfigError(
+                f"base chain loops: {' -> '.join(str(p) for p in [*seen, resolved])}. Remove one of the base: keys."
+            )
         seen.append(resolved)
         content = read_yaml(path)
         base = content.pop("base", None)
@@ -106,10 +119,10 @@ def _read_chain(path: Path) -> list[tuple[str, dict[str, Any]]]:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file.
+    """Read the mapping in a YAML file.
 
     Raises:
-        ConfigError: the file is missing, not YAML, or holds anything else.
+        ConfigError: the file is missing or not YAML, or its content is not a mapping.
     """
     try:
         content = yaml.safe_load(path.read_text())
@@ -119,7 +132,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"config file {path} is not YAML: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(
-            f"config file {path} holds {type(content).__name__}: expected sections such as run:, model:, data:."
+            f"config file {path} contains a {type(content).__name__}: expected sections such as run:, model:, data:."
         )
     return content
 
@@ -137,7 +150,7 @@ def _parse_override(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def _section_type(annotation: Any) -> type | None:
-    """The dataclass inside an annotation such as ``SourceSection | None`` or ``list[Section]``."""
+    """Return the dataclass in an annotation such as ``SourceSection | None`` or ``list[Section]``, or None."""
     candidates = [annotation, *typing.get_args(annotation)]
     return next((c for c in candidates if isinstance(c, type) and dataclasses.is_dataclass(c)), None)
 
@@ -163,18 +176,19 @@ def _check_keys(layer: Any, section: type, prefix: str, known: list[str], origin
         dotted = prefix + str(key)
         if key not in hints:
             dotted = _first_leaf(dotted, value)
-            meant = suggest(dotted, known)
-            hint = f" Did you mean {meant}?" if meant else f" Known keys here: {', '.join(hints)}."
+            suggestion = suggest(dotted, known)
+            where = prefix.rstrip(".") or "the top level"
+            hint = f" Did you mean {suggestion}?" if suggestion else f" Keys of {where}: {', '.join(hints)}."
             raise ConfigError(f"{origin}: unknown key {dotted}.{hint}")
         inner = _section_type(hints[key])
         if inner is None:
             continue
-        for part in value if isinstance(value, list) else [value]:
-            _check_keys(part, inner, f"{dotted}.", known, origin)
+        for element in value if isinstance(value, list) else [value]:
+            _check_keys(element, inner, f"{dotted}.", known, origin)
 
 
 def _first_leaf(dotted: str, value: Any) -> str:
-    """The whole key of the first value inside an unknown section."""
+    """Return the dotted key of the first leaf in an unknown section, or the key itself if it has no keys."""
     while isinstance(value, dict) and value:
         key, value = next(iter(value.items()))
         dotted += f".{key}"

@@ -1,4 +1,4 @@
-"""Precision, memory and profiling."""
+"""Configuration of FP8 precision, memory savings and profiling."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -13,16 +13,18 @@ RecomputeModule = Literal["core_attn", "layernorm", "mlp", "moe", "moe_act"]
 
 @dataclass(frozen=True, kw_only=True)
 class PrecisionSection:
-    """FP8 products by Transformer Engine; everything else stays in model.dtype."""
+    """FP8 matrix multiplications by Transformer Engine; everything else stays in model.dtype."""
 
     fp8: Literal["disabled", "delayed", "tensorwise", "blockwise", "mxfp8"] = "disabled"
-    """Scaling recipe: delayed and tensorwise need Ada or Hopper and later, blockwise Hopper, mxfp8 Blackwell."""
+    """FP8 scaling recipe of Transformer Engine. delayed, tensorwise: Ada, Hopper and later; blockwise: Hopper; mxfp8:
+    Blackwell; disabled: no FP8 (Megatron's fp8_recipe)."""
     fp8_params: bool = False
-    """Keep the weights of products in FP8 and gather them so."""
+    """Store the weights of FP8 matrix multiplications in FP8 and all-gather them in FP8 (Megatron's
+    fp8_param_gather)."""
     bf16_first_layers: int = 0
-    """First layers that stay in bf16."""
+    """Number of layers at the start of the model that stay in bf16."""
     bf16_last_layers: int = 0
-    """Last layers that stay in bf16."""
+    """Number of layers at the end of the model that stay in bf16."""
 
     def __post_init__(self) -> None:
         for name in ("bf16_first_layers", "bf16_last_layers"):
@@ -31,7 +33,7 @@ class PrecisionSection:
             not self.fp8_params or self.fp8 != "disabled",
             "precision.fp8_params",
             self.fp8_params,
-            "a recipe in precision.fp8 with it",
+            "false unless precision.fp8 is set to a recipe",
             "Set precision.fp8=delayed, or precision.fp8_params=false.",
         )
         require(
@@ -39,24 +41,27 @@ class PrecisionSection:
             "precision.bf16_first_layers, bf16_last_layers",
             (self.bf16_first_layers, self.bf16_last_layers),
             "0 with precision.fp8=delayed, whose scales are shared by all layers",
-            "Choose precision.fp8=tensorwise.",
+            "Set precision.fp8=tensorwise.",
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemorySection:
-    """Time for memory."""
+    """Savings of GPU memory that cost time, and the check of the memory plan."""
 
     recompute: Literal["disabled", "selective", "full"] = "disabled"
-    """Activations computed again for the gradient: none, those of recompute_modules, or whole layers."""
+    """Activation recomputation, also called gradient checkpointing (Megatron's recompute_granularity). selective: the
+    modules in recompute_modules; full: whole layers; disabled: none."""
     recompute_modules: list[RecomputeModule] = field(default_factory=lambda: ["core_attn"])
-    """What recompute=selective computes again."""
+    """Modules of a layer whose activations recompute=selective recomputes."""
     recompute_num_layers: int = 1
-    """Layers of one unit of recompute=full: their inputs alone are kept."""
+    """Layers per unit of recompute=full; only the input of a unit is kept."""
     offload: list[OffloadPart] = field(default_factory=list)
-    """Parts of the policy that move to host memory while rollouts are generated."""
+    """Parts of the policy that are moved to host memory while rollouts are generated (verl's param_offload,
+    grad_offload and optimizer_offload)."""
     on_overcommit: Literal["error", "warn"] = "error"
-    """What to do with a run that does not fit into this machine by its plan (docs/scaling.md)."""
+    """What happens at the start if the memory plan (docs/scaling.md) of the run exceeds the memory of this machine.
+    error: the run stops; warn: it prints a warning and goes on."""
 
     def __post_init__(self) -> None:
         positive("memory", self, "recompute_num_layers")
@@ -66,21 +71,22 @@ class MemorySection:
             self.recompute_modules,
             "at least one module with memory.recompute=selective",
         )
-        require(len(set(self.offload)) == len(self.offload), "memory.offload", self.offload, "every part once")
+        require(len(set(self.offload)) == len(self.offload), "memory.offload", self.offload, "every part at most once")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProfilingSection:
-    """Steps to look at closely; the files go into profile/ of the run folder."""
+    """Profiling of single steps by torch.profiler; the files go into profile/ of the run folder."""
 
     steps: list[int] = field(default_factory=list)
-    """Steps of which a timeline and a table of operations are written."""
+    """Steps to profile; a timeline (trace) and a table of operations are written for each."""
     ranks: list[int] = field(default_factory=lambda: [0])
-    """Ranks that write them."""
+    """Ranks that are profiled."""
     memory_snapshot: bool = False
-    """Also write every allocation of those steps; needs a GPU."""
+    """Also write a memory snapshot with every allocation of the profiled steps; needs a GPU."""
     peak_tflops: float | None = None
-    """Peak of one rank's device in TFLOP/s, for the model FLOPs utilisation; null: known GPUs by name."""
+    """Peak throughput of the device of one rank, in TFLOP/s, for the model FLOPs utilisation (MFU); null: looked up by
+    the name of the GPU."""
 
     def __post_init__(self) -> None:
         require(self.peak_tflops is None or self.peak_tflops > 0, "profiling.peak_tflops", self.peak_tflops, "above 0")

@@ -1,4 +1,4 @@
-"""Reward functions and reward models."""
+"""Configuration of reward functions and reward models."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -8,30 +8,34 @@ from megatron_rl.config.checks import positive, require
 
 @dataclass(frozen=True, kw_only=True)
 class RewardFunctionSection:
-    """One reward function and its weight in the sum."""
+    """One reward function and its weight in the total reward."""
 
     name: str
-    """A registered name, or package.module:symbol."""
+    """Reward function: a registered name, or package.module:symbol."""
     weight: float = 1.0
-    """Factor in the total reward."""
+    """Weight of the function's value in the total reward."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Keyword arguments of the function."""
+    """Keyword arguments of the reward function."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RewardModelSection:
-    """A model that scores what the policy sampled, in the policy's layout."""
+    """A reward model that scores the policy's responses, in the policy's parallel layout."""
 
     path: str
-    """Hugging Face folder with score.weight and the policy's tokenizer, as megatron_rl.train_reward_model writes it."""
+    """Hugging Face folder of the reward model, with score.weight and the policy's tokenizer, as
+    megatron_rl.train_reward_model writes it."""
     weight: float = 1.0
-    """Factor in the total reward."""
+    """Weight of the reward model's score in the total reward."""
     step_separator: str | None = None
-    """Text between steps, of each of which the end is scored (a process reward model); null: only the last token is."""
+    """Text that separates the reasoning steps of a response; the model then scores the last token of every step
+    (process reward model). null: it scores the last token of the response only."""
     aggregation: Literal["min", "prod", "last", "mean", "each"] = "min"
-    """What the scores of steps make of a response; each: every step earns its own at its end, and their sum counts."""
+    """Reward of a response from the scores of its steps. min, prod, last, mean: minimum, product, last one or mean,
+    earned at the last token; each: every step earns its own score at its last token, and the reward is their sum."""
     activation: Literal["none", "sigmoid"] = "none"
-    """none: the score as it is; sigmoid: the probability, for models of right and wrong."""
+    """Function applied to the scores. none: unchanged; sigmoid: probability, for models trained on labels of correct
+    and wrong."""
 
     def __post_init__(self) -> None:
         require(self.step_separator != "", "reward.model.step_separator", "''", "null, or a text")
@@ -39,7 +43,7 @@ class RewardModelSection:
             self.aggregation == "min" or self.step_separator is not None,
             "reward.model.aggregation",
             self.aggregation,
-            "nothing without reward.model.step_separator",
+            "min, the default, without reward.model.step_separator",
         )
         require(
             self.aggregation != "prod" or self.activation == "sigmoid",
@@ -51,20 +55,21 @@ class RewardModelSection:
 
 @dataclass(frozen=True, kw_only=True)
 class RewardSection:
-    """What a response is worth."""
+    """Reward of a response."""
 
     functions: list[RewardFunctionSection] = field(default_factory=list)
-    """The total reward is the weighted sum of these."""
+    """Reward functions; the total reward is the weighted sum of their values."""
     model: RewardModelSection | None = None
-    """A model whose score is added to it in training; null: none."""
+    """Reward model whose weighted score is added to the total reward in training; null: none."""
     num_workers: int = 1
-    """Worker processes on each rank."""
+    """Reward worker processes on each rank."""
     timeout_s: float = 10.0
-    """Hard limit for the reward of one response, in seconds; the worker is killed beyond it."""
+    """Hard time limit for the reward of one response, in seconds; beyond it the worker is killed."""
     memory_limit_gb: float = 4.0
-    """Address-space limit of a worker, in GiB."""
+    """Address-space limit of a reward worker, in GiB."""
     max_failure_fraction: float = 0.1
-    """Stop the run when a larger share of one step's rewards raise or time out."""
+    """Largest fraction, from 0 to 1, of a step's rewards that may raise an error or time out; beyond it the run
+    stops."""
 
     def __post_init__(self) -> None:
         positive("reward", self, "num_workers")

@@ -1,4 +1,4 @@
-"""The configuration of python -m megatron_rl.train_reward_model."""
+"""Configuration of python -m megatron_rl.train_reward_model."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -22,26 +22,27 @@ from megatron_rl.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class RewardDataSection:
-    """Judged responses for training and evaluation."""
+    """Labelled responses for training and validation."""
 
     schema: Literal["pairwise", "pointwise", "stepwise", "math_shepherd"]
-    """Columns, as of the public sets. pairwise: (prompt,) chosen, rejected (, margin); pointwise: prompt, completion,
-    label; stepwise: prompt, completions, labels; math_shepherd: input and label with a mark at each step's end."""
+    """Columns of the rows, as in public data sets. pairwise: chosen, rejected, optionally prompt and margin; pointwise:
+    prompt, completion, label; stepwise: prompt, completions, labels; math_shepherd: input and label with a mark at the
+    end of each step."""
     train: RowsSection
-    """Training rows."""
+    """Source of the training rows."""
     validation: RowsSection | None = None
-    """Held-out rows."""
+    """Source of the held-out rows; null: none."""
     num_examples_per_step: int = 64
-    """Rows of an optimizer update."""
+    """Batch size: rows per optimizer update."""
     max_tokens: int = 2048
-    """Longest prompt and response together; rows with more are dropped, counted and reported."""
+    """Longest prompt and response together, in tokens; longer rows are dropped, counted and reported."""
     step_separator: str = "\n"
-    """Text that is put between the steps of stepwise and math_shepherd."""
+    """Text that is inserted between the steps of a response with schema=stepwise and math_shepherd."""
     chat_template: Literal["auto", "rendered", "none"] = "auto"
-    """auto: the tokenizer's chat template when it has one; rendered: it has been applied already, as in what
-    tools/data/label_steps.py writes; none: prompts are plain text."""
+    """auto: apply the tokenizer's chat template if it has one; rendered: the chat template has been applied already, as
+    in the output of tools/data/label_steps.py; none: prompts are plain text."""
     shuffle: bool = True
-    """New order every epoch, from the run's seed."""
+    """true: shuffle rows anew every epoch, seeded by run.seed; false: keep the order of the source."""
 
     def __post_init__(self) -> None:
         positive("data", self, "num_examples_per_step", "max_tokens")
@@ -50,10 +51,10 @@ class RewardDataSection:
 
 @dataclass(frozen=True, kw_only=True)
 class RewardValidationSection:
-    """Evaluation on data.validation during the run."""
+    """Validation on data.validation during the run."""
 
     every: int = 0
-    """Evaluate after every so many steps; 0: only before the first and after the last."""
+    """Interval of validation, in steps; 0: only before the first and after the last step."""
 
     def __post_init__(self) -> None:
         require(self.every >= 0, "validation.every", self.every, "0 (off) or more")
@@ -61,7 +62,7 @@ class RewardValidationSection:
 
 @dataclass(frozen=True, kw_only=True)
 class RewardTrainingConfig:
-    """Everything that training a reward model needs to know."""
+    """The whole configuration of the training of a reward model."""
 
     run: RunSection
     model: ModelSection
@@ -76,7 +77,7 @@ class RewardTrainingConfig:
     metrics: MetricsSection = field(default_factory=MetricsSection)
 
     def as_run(self) -> RunConfig:
-        """What a model and its optimizer read, as of any run."""
+        """Return the run configuration that the code shared with policies (model, optimizer, checkpoints) reads."""
         return RunConfig(
             run=self.run,
             model=self.model,
@@ -93,14 +94,14 @@ class RewardTrainingConfig:
 
 
 def validate_reward_training(config: RewardTrainingConfig, world_size: int) -> None:
-    """Refuse a configuration whose sections contradict each other or the number of ranks.
+    """Check that the sections agree with each other and with the number of ranks.
 
     Raises:
-        ConfigError: with the values, what was expected and the key to change.
+        ConfigError: they do not; names the values, what was expected and the key to change.
     """
     check_parallel(config.as_run(), world_size)
     check_decay(config.optimizer)
-    nothing: dict[str, tuple[object, object]] = {
+    unused: dict[str, tuple[object, object]] = {
         "run.rollout_only": (config.run.rollout_only, False),
         "batching.num_mini_batches": (config.batching.num_mini_batches, 1),
         "batching.num_epochs": (config.batching.num_epochs, 1),
@@ -108,28 +109,28 @@ def validate_reward_training(config: RewardTrainingConfig, world_size: int) -> N
         "memory.offload": (list(config.memory.offload), []),
         "metrics.keep_rollouts_every": (config.metrics.keep_rollouts_every, 0),
     }
-    for key, (value, expected) in nothing.items():
-        require(value == expected, key, value, f"{expected}: it means nothing to a reward model's training")
+    for key, (value, default) in unused.items():
+        require(value == default, key, value, f"{default}, because reward-model training does not use this key")
     has_steps = config.data.schema in ("stepwise", "math_shepherd")
     separator, sequences = config.data.step_separator, config.batching.micro_batch_size
     require(
         has_steps or separator == "\n",
         "data.step_separator",
         repr(separator),
-        f"nothing with data.schema={config.data.schema}",
+        f"its default with data.schema={config.data.schema}, which has no steps",
     )
     require(
         config.data.schema != "pairwise" or sequences is None or sequences % 2 == 0,
         "batching.micro_batch_size",
         sequences,
-        "an even number with data.schema=pairwise, whose two sequences stay together",
+        "an even number with data.schema=pairwise, because the two sequences of a pair share a micro-batch",
     )
     tokens = config.batching.max_tokens_per_micro_batch * config.parallel.context_parallel_size
     rows = 2 if config.data.schema == "pairwise" else 1
     if tokens < rows * (config.data.max_tokens + 1):
         raise ConfigError(
             f"batching.max_tokens_per_micro_batch={config.batching.max_tokens_per_micro_batch} is too small for "
-            f"{rows} sequence(s) of data.max_tokens={config.data.max_tokens} tokens and one more. Raise it to at least "
+            f"{rows} sequence(s) of data.max_tokens + 1 = {config.data.max_tokens + 1} tokens. Raise it to at least "
             f"{-(-rows * (config.data.max_tokens + 1) // config.parallel.context_parallel_size)}."
         )
     if config.validation.every and config.data.validation is None:

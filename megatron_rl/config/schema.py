@@ -1,7 +1,7 @@
-"""The whole configuration as frozen dataclasses.
+"""The configuration of a training run as frozen dataclasses.
 
-A field without a default is required. The text under a field says what it means and its unit.
-Checks inside one section live in its ``__post_init__``; checks across sections in validate.py.
+A field without a default is required. The text under a field gives its meaning, unit and choices.
+Checks within one section are in its ``__post_init__``; checks across sections are in validate.py.
 """
 
 from dataclasses import dataclass, field, replace
@@ -24,30 +24,35 @@ from megatron_rl.config.weight_sync import WeightSyncSection
 
 @dataclass(frozen=True, kw_only=True)
 class RunSection:
-    """What this run is called, where it writes and how long it goes on."""
+    """Name, output folder and length of a run."""
 
     name: str
-    """Name of the run; shown in the console, the report and wandb."""
+    """Name of the run, shown in the console, the report and Weights & Biases (verl's experiment_name)."""
     output_dir: str
-    """Run folder; metrics, checkpoints, samples and the report go here."""
+    """Run folder, for metrics, checkpoints, samples and the report (verl's default_local_dir)."""
     num_steps: int
-    """Rollout-and-update steps in total, resumed ones counted in."""
+    """Total number of training steps, each with rollouts and updates, including steps before a resume (verl's
+    total_training_steps)."""
     rollout_only: bool = False
-    """Sample, grade and record (metrics.keep_rollouts_every), and learn nothing."""
+    """Generate, grade and record rollouts (metrics.keep_rollouts_every) without training."""
     seed: int = 0
-    """Seed of data order, sampling and every other random choice."""
+    """Random seed of data order, sampling and every other random choice."""
     hang_timeout_s: float | None = None
-    """Seconds without any progress after which a run says which ranks others wait for, with their stacks, and ends;
-    null: five sixths of parallel.timeout_minutes, after which collectives fail; 0: never."""
+    """Hang detection: seconds without progress on any rank after which the run reports the ranks that others wait for,
+    with their stack traces, and ends; null: five sixths of parallel.timeout_minutes, at which collectives fail; 0:
+    never."""
     stop_margin_s: float | None = 300.0
-    """Seconds before the end of its Slurm job at which a run saves and stops by itself; null: only when asked."""
+    """Seconds before the end of the run's Slurm job at which it saves a checkpoint and stops; null: never, it stops on
+    a signal only."""
 
     def __post_init__(self) -> None:
         require(self.num_steps >= 0, "run.num_steps", self.num_steps, "0 or more")
         require(bool(self.output_dir), "run.output_dir", repr(self.output_dir), "a folder name")
-        before, stuck = self.stop_margin_s, self.hang_timeout_s
-        require(before is None or before > 0, "run.stop_margin_s", before, "null, or more than 0 seconds")
-        require(stuck is None or stuck >= 0, "run.hang_timeout_s", stuck, "null, 0 (never), or more seconds")
+        margin, timeout = self.stop_margin_s, self.hang_timeout_s
+        require(margin is None or margin > 0, "run.stop_margin_s", margin, "null, or more than 0 seconds")
+        require(
+            timeout is None or timeout >= 0, "run.hang_timeout_s", timeout, "null, 0 (never), or more than 0 seconds"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,16 +60,18 @@ class ModelSection:
     """The policy's model."""
 
     path: str
-    """Hugging Face checkpoint folder (config.json, safetensors, tokenizer), or one converted to Megatron."""
+    """Folder of the model: a Hugging Face checkpoint (config.json, safetensors, tokenizer), or one converted to
+    Megatron (TRL's model_name_or_path, slime's hf_checkpoint)."""
     dtype: Literal["fp32", "bf16"] = "bf16"
-    """Compute type of the policy; bf16 keeps fp32 master weights in the optimizer."""
+    """Data type of weights and computation; with bf16 the optimizer keeps fp32 master weights."""
     implementation: Literal["auto", "local", "transformer_engine"] = "auto"
-    """Modules of a layer; auto: Transformer Engine where it can be used, Megatron-Core's own otherwise."""
+    """Implementation of the layers. local: Megatron-Core's own modules; transformer_engine: Transformer Engine's; auto:
+    Transformer Engine if it can be used, local otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Everything a run needs to know."""
+    """The whole configuration of a training run."""
 
     run: RunSection
     model: ModelSection
@@ -88,7 +95,11 @@ class RunConfig:
     profiling: ProfilingSection = field(default_factory=ProfilingSection)
 
     def for_reward_model(self, path: str) -> "RunConfig":
-        """The same with a frozen reward model in the policy's place, in its layout."""
+        """Return the configuration with a frozen reward model in place of the policy, in the policy's layout.
+
+        Args:
+            path: Hugging Face folder of the reward model.
+        """
         return replace(
             self,
             model=replace(self.model, path=path),
@@ -97,9 +108,9 @@ class RunConfig:
         )
 
     def for_critic(self) -> "RunConfig":
-        """The same with the critic's model, layout and optimizer in the policy's place.
+        """Return the configuration with the critic's model, layout and optimizer in place of the policy's.
 
-        All of its weights learn, and nothing balances its experts.
+        All weights of the critic are trained, and its experts have no load-balancing loss.
         """
         critic = self.critic
         return replace(

@@ -1,4 +1,4 @@
-"""How the engines receive the policy's weights."""
+"""Configuration of weight synchronisation from the trainer to the engines."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,27 +8,34 @@ from megatron_rl.config.checks import positive, require
 
 @dataclass(frozen=True, kw_only=True)
 class WeightSyncSection:
-    """How the engine gets the policy's weights."""
+    """How weights are pushed from the trainer to the engines."""
 
     bucket_mb: int = 512
-    """Most MiB that a rank receives at a time, unless a layer of every pipeline stage has more."""
+    """Bucket size: MiB that a rank receives at a time; a bucket is larger only if one layer of every pipeline stage
+    is."""
     full_tensors: bool = False
-    """Give every engine rank whole tensors and not only the part that it reads, for loaders that quantise."""
+    """true: send whole tensors to every engine rank, for loaders that quantise; false: send only the part of a tensor
+    that the rank reads."""
     transport: Literal["direct", "disk"] = "direct"
-    """How weights come from other ranks: through their memory and messages, or, as the last resort, through files."""
+    """How weights are sent between ranks. direct: by shared memory and messages; disk: by files in a shared folder, as
+    a last resort."""
     folder: str | None = None
-    """Where the files are for as long as a push takes; all nodes must share it. null: weights in the run folder."""
+    """Folder for the files of transport=disk during a push; all nodes must share it. null: weights/ in the run
+    folder."""
     verify_every: int = 50
-    """Pushes between checks of every tensor's checksum; the first push is always checked, 0: only that one."""
+    """Interval, in pushes, at which the checksum of every tensor is verified; the first push is always verified. 0:
+    only the first."""
     probe_tokens: int = 8
-    """Tokens that every engine samples after a push, for their log-probabilities to be compared; 0 is off."""
+    """Tokens that every engine samples after a push, to compare their log-probabilities with the trainer's; 0 is
+    off."""
     probe_limit: float | None = None
-    """Largest mean difference of those log-probabilities in nats; null: 0.001 in fp32, 0.2 in bf16."""
+    """Largest mean absolute difference, in nats, between engine and trainer log-probabilities of the probe_tokens,
+    above which the push fails; null: 0.001 in fp32, 0.2 in bf16."""
 
     def __post_init__(self) -> None:
         positive("weight_sync", self, "bucket_mb")
-        is_known = self.transport == "disk" or self.folder is None
-        require(is_known, "weight_sync.folder", self.folder, "null, unless weight_sync.transport=disk")
+        is_used = self.transport == "disk" or self.folder is None
+        require(is_used, "weight_sync.folder", self.folder, "null unless weight_sync.transport=disk")
         require(self.verify_every >= 0, "weight_sync.verify_every", self.verify_every, "0 or more")
         require(self.probe_tokens >= 0, "weight_sync.probe_tokens", self.probe_tokens, "0 (off) or more")
         limit = self.probe_limit

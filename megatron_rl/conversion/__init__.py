@@ -1,1 +1,1 @@
-"""Hugging Face folders to Megatron checkpoints and back: streamed, in parallel, whole or not at all."""
+"""Convert Hugging Face folders to Megatron checkpoints and back: streamed, parallel and atomic."""

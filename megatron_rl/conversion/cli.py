@@ -1,4 +1,4 @@
-"""What the command lines of the conversion tools share."""
+"""The shared parts of the command lines of the conversion tools."""
 
 import argparse
 import re
@@ -18,32 +18,34 @@ _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GI
 
 
 def common_parser(description: str) -> argparse.ArgumentParser:
-    """Options of both directions."""
+    """Return a parser with the options of both directions of conversion."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--input", required=True, help="folder to read; it is never changed")
+    parser.add_argument("--input", required=True, help="folder to read; it is not modified")
     parser.add_argument("--output", required=True, help="folder to write; must be absent or empty")
     parser.add_argument(
-        "--dtype", choices=DTYPES, default="keep", help="type of the output (default: that of the input)"
+        "--dtype", choices=DTYPES, default="keep", help="dtype of the output (default: dtype of the input)"
     )
-    parser.add_argument("--workers", type=int, default=default_workers(), help="threads of each process")
-    parser.add_argument("--verify", action="store_true", help="read both sides again and compare them bit for bit")
+    parser.add_argument("--workers", type=int, default=default_workers(), help="threads per process")
+    parser.add_argument(
+        "--verify", action="store_true", help="read input and output again and compare them bit for bit"
+    )
     return parser
 
 
 def parse_bytes(text: str) -> int:
-    """``5GB`` or ``500MiB`` in bytes.
+    """Parse a size such as ``5GB`` or ``500MiB``; returns bytes.
 
     Raises:
-        argparse.ArgumentTypeError: it is no such size.
+        argparse.ArgumentTypeError: the text is not such a size.
     """
     matched = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]i?B)", text.strip(), re.IGNORECASE)
     if matched is None or float(matched[1]) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size, expected one such as 5GB or 500MiB")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a valid size, expected one such as 5GB or 500MiB")
     return int(float(matched[1]) * _UNITS[matched[2].upper()])
 
 
 def run(work: Callable[[Ranks], None], target: Path) -> int:
-    """Do the work on every rank and say in a line how it went; the exit status."""
+    """Run a conversion on every rank, print size and speed or the error, and return the exit status."""
     with joined_ranks() as ranks:
         start = time.monotonic()
         try:

@@ -1,4 +1,4 @@
-"""A folder under construction: filled under another name, resumed when interrupted, renamed when complete."""
+"""A folder that is written under a temporary name, resumed after an interruption and renamed when complete."""
 
 import errno
 import fcntl
@@ -17,18 +17,22 @@ JOURNAL = "journal"
 Record = dict[str, Any]
 
 
-class Partial:
-    """``TARGET.partial`` with a journal of the units of work that are done.
+class PartialFolder:
+    """``TARGET.partial`` with a journal of the completed units of work.
 
-    A unit is recorded after its bytes are written; the journal is no part of the result.
+    A unit is recorded after its bytes are written; the journal is not part of the result.
     """
 
     def __init__(self, target: Path, plan: Record, ranks: Ranks) -> None:
-        """Begin, or go on with what an interrupted conversion with the same plan has left; collective.
+        """Create the folder, or resume an interrupted conversion with the same plan; collective.
+
+        Args:
+            target: folder to create.
+            plan: input and options of the conversion.
 
         Raises:
-            ConversionError: the target is not empty, another conversion is writing it, or what is left belongs
-                to a different one.
+            ConversionError: the target is not empty, another conversion is writing it, or the existing partial folder
+                has a different plan.
         """
         self.target = target
         self.folder = target.with_name(target.name + ".partial")
@@ -38,31 +42,31 @@ class Partial:
         self._lock: int | None = None
         ranks.together(lambda: self._begin(plan) if ranks.is_main else None)
         self.done = self._read_journal()
-        ranks.together(lambda: None)  # everyone has read before anyone writes
-        self._own = os.open(self._journal / f"{ranks.rank}.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        ranks.together(lambda: None)  # a barrier: all ranks read the journal before any rank writes to it
+        self._own_journal = os.open(self._journal / f"{ranks.rank}.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
     def record(self, unit: int, record: Record) -> None:
-        """A unit is done."""
+        """Record a completed unit in the journal."""
         line = f"\n{json.dumps({'unit': unit, **record})}".encode()
         with writing(self.target), self._append:
-            if os.write(self._own, line) < len(line):
+            if os.write(self._own_journal, line) < len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def __enter__(self) -> "Partial":
+    def __enter__(self) -> "PartialFolder":
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Let others have it; what is written stays."""
-        os.close(self._own)
+        """Release the lock; the files stay."""
+        os.close(self._own_journal)
         if self._lock is not None:
             os.close(self._lock)
 
     def publish(self, complete: Callable[[list[Record]], None], num_units: int) -> None:
-        """Give the folder its name; collective.
+        """Complete the folder and rename it to its final name; collective.
 
         Args:
-            complete: called on the main rank with the records of all units in order, to write what belongs to
-                all of them.
+            complete: called on the main rank with the records of all units in order, to write the remaining files.
+            num_units: expected number of units.
 
         Raises:
             ConversionError: a unit is missing, or the folder cannot be written.
@@ -79,7 +83,7 @@ class Partial:
             complete([records[unit] for unit in range(num_units)])
             shutil.rmtree(self._journal)
             if self.target.exists():
-                self.target.rmdir()  # empty, or it would have been refused
+                self.target.rmdir()  # it is empty, as _begin checked
             os.replace(self.folder, self.target)
 
     def _begin(self, plan: Record) -> None:
@@ -94,31 +98,32 @@ class Partial:
                 os.close(lock)
                 raise ConversionError(f"{self.folder} is being written by another conversion. Wait for it.") from error
             self._lock = lock
-            known = self._journal / "plan.json"
-            wanted = json.dumps(plan, sort_keys=True)
-            if known.exists() and known.read_text() != wanted:
+            plan_file = self._journal / "plan.json"
+            content = json.dumps(plan, sort_keys=True)
+            if plan_file.exists() and plan_file.read_text() != content:
                 raise ConversionError(
-                    f"{self.folder} is left of an interrupted conversion of another input or with other options. "
-                    "Repeat that one, or remove the folder."
+                    f"{self.folder} is left from an interrupted conversion of another input or with other options. "
+                    "Run that conversion again, or remove the folder."
                 )
-            temporary = known.with_suffix(".new")
-            temporary.write_text(wanted)
-            os.replace(temporary, known)
+            temporary = plan_file.with_suffix(".new")
+            temporary.write_text(content)
+            os.replace(temporary, plan_file)
 
     def _read_journal(self) -> dict[int, Record]:
-        found = {}
+        """Records of the completed units of all ranks, by unit."""
+        records = {}
         for path in self._journal.glob("*.jsonl"):
             for line in path.read_text().splitlines():
                 try:
                     record = json.loads(line)
-                except json.JSONDecodeError:  # cut off by the interruption, or the empty line before each record
+                except json.JSONDecodeError:  # truncated by the interruption, or the empty line before each record
                     continue
-                found[record["unit"]] = record
-        return found
+                records[record["unit"]] = record
+        return records
 
 
 class writing:  # noqa: N801  a context manager
-    """Turn an OSError of the body into a ConversionError that names the folder."""
+    """Convert an OSError of the body to a ConversionError that names the folder."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -129,21 +134,24 @@ class writing:  # noqa: N801  a context manager
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, OSError) and not isinstance(error, ConversionError):
             raise ConversionError(
-                f"cannot write {self._folder}: {error}. Free space or choose another folder, then run the same "
-                "command again: it goes on where it stopped."
+                f"cannot write {self._folder}: {error}. Free disk space or choose another folder, then run the same "
+                "command again to resume."
             ) from error
 
 
 def check_free_disk(folder: Path, needed: int) -> None:
-    """Refuse to begin what cannot be completed.
+    """Check that the disk of a folder has enough free space.
+
+    Args:
+        needed: required bytes.
 
     Raises:
-        ConversionError: the disk has less space than that.
+        ConversionError: less space is free.
     """
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise ConversionError(
             f"{folder} needs {needed / 1e9:.1f} GB, but its disk has {free / 1e9:.1f} GB free. "
-            "Free space or choose another folder."
+            "Free disk space or choose another folder."
         )

@@ -1,4 +1,4 @@
-"""The processes that share a conversion: one, or those that torchrun starts."""
+"""The processes that share a conversion: a single one, or those that torchrun starts."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class Ranks:
-    """This process's place among them."""
+    """This process's rank, and the number of processes."""
 
     rank: int
     size: int
@@ -26,24 +26,24 @@ class Ranks:
         return self.rank == 0
 
     def together(self, function: Callable[[], T]) -> list[T]:
-        """What the function returns on every rank; an exception of one is raised on all.
+        """Call the function on every rank and return the results of all ranks, in rank order; collective.
 
         Raises:
-            MegatronRLError: the function failed on another rank; ConversionError unless it is of another kind.
+            MegatronRLError: the function failed on another rank; ConversionError for exceptions of other packages.
         """
         with raise_over(self.size, otherwise=ConversionError):
             result = function()
         return gather_over(result, self.size)
 
     def add_up(self, name: str, amount: int) -> int:
-        """Add to a count that all ranks share; the new count."""
-        assert self.size > 1, "a single process counts for itself"
+        """Add to a named counter that all ranks share and return the new count; for several processes only."""
+        assert self.size > 1, "a single process keeps its own count"
         return int(dist.distributed_c10d._get_default_store().add(name, amount))
 
 
 @contextmanager
 def joined_ranks() -> Iterator[Ranks]:
-    """The processes of a torchrun, or this one alone."""
+    """Join the process group of torchrun; without torchrun, this process is the only rank."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield Ranks(rank=0, size=1)

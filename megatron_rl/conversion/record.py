@@ -1,4 +1,4 @@
-"""conversion.json: what was converted, so that it can be checked later."""
+"""conversion.json: record of the converted tensors, for later verification."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -11,35 +11,35 @@ RECORD = "conversion.json"
 
 
 class TensorRecord(TypedDict):
-    """One Hugging Face tensor."""
+    """Dtype, shape and hash of one Hugging Face tensor."""
 
     dtype: str
     shape: list[int]
     sha256: str
-    """Of its bytes in this type, rows in order."""
+    """SHA-256 of the tensor's bytes in this dtype, in row-major order."""
 
 
 def fingerprint(folder: Path) -> dict[str, list[int]]:
-    """Size and time of every file, by which an interrupted conversion knows its input again."""
-    found = {}
+    """Return [size in bytes, modification time in ns] of every file; detects changes of the input on resume."""
+    files = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             status = path.stat()
-            found[str(path.relative_to(folder))] = [status.st_size, status.st_mtime_ns]
-    return found
+            files[str(path.relative_to(folder))] = [status.st_size, status.st_mtime_ns]
+    return files
 
 
 def write_record(folder: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Gather the tensors that the units of work name."""
+    """Write conversion.json with the tensors in the records of all units of work."""
     tensors = {name: tensor for record in records for name, tensor in record["tensors"].items()}
     (folder / RECORD).write_text(json.dumps({"tensors": tensors}, indent=1))
 
 
 def read_record(folder: Path) -> dict[str, TensorRecord]:
-    """The tensors of a converted folder.
+    """Read the records of a converted folder, by tensor name.
 
     Raises:
-        ConversionError: it has no record, or a damaged one.
+        ConversionError: the folder has no conversion.json, or it is damaged.
     """
     try:
         tensors: dict[str, TensorRecord] = json.loads((folder / RECORD).read_text())["tensors"]

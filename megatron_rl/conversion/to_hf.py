@@ -1,7 +1,7 @@
-"""A Megatron distributed checkpoint to a complete Hugging Face folder.
+"""Convert a Megatron distributed checkpoint to a complete Hugging Face folder.
 
-Every byte's place is known before the first is written, so threads and processes write tensors of
-one file side by side. OUTPUT/conversion.json holds types, shapes and SHA-256 of every tensor.
+The offset of every tensor is known before the first one is written, so threads and processes write tensors of one file
+concurrently. OUTPUT/conversion.json has the dtype, shape and SHA-256 of every tensor.
 """
 
 import hashlib
@@ -29,11 +29,14 @@ from megatron_rl.weights.layout import check_each_once, hf_shapes
 from megatron_rl.weights.megatron_files import MegatronReader
 
 UNIT_BYTES = 2**27
+"""Bytes of tensors in one unit of work."""
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
 class _Tensor:
+    """A tensor to write; ``offset`` is in bytes from the start of the file."""
+
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -60,14 +63,16 @@ def convert_to_hf(
     ranks: Ranks,
     unit_bytes: int = UNIT_BYTES,
 ) -> None:
-    """Convert; collective over the ranks.
+    """Convert a Megatron checkpoint to a Hugging Face folder; collective over the ranks.
 
     Args:
-        like: folder with config.json, tokenizer and template of the model.
-        dtype: type of the output; None: that of the input.
-        max_shard_bytes: size of one safetensors file.
+        source: Megatron checkpoint.
+        target: folder to create.
+        like: folder with config.json, tokenizer and chat template of the model.
+        dtype: dtype of the output; None: dtype of the input.
+        max_shard_bytes: maximum bytes of tensors in one safetensors file.
         workers: threads of each rank.
-        unit_bytes: of tensors after which an interrupted conversion goes on.
+        unit_bytes: bytes of tensors in one unit of work; an interrupted conversion repeats incomplete units.
 
     Raises:
         ConversionError: the input is damaged, incomplete or of another model than config.json, or the output cannot
@@ -86,10 +91,10 @@ def convert_to_hf(
         "max_shard_bytes": max_shard_bytes,
         "num_units": len(units),
     }
-    members = [[tensors[place] for place in unit] for unit in units]
+    members = [[tensors[index] for index in unit] for unit in units]
 
     def write(folder: Path, unit: int, progress: Progress) -> Record:
-        return {"tensors": {one.name: _write_tensor(folder, one, reader, progress) for one in members[unit]}}
+        return {"tensors": {tensor.name: _write_tensor(folder, tensor, reader, progress) for tensor in members[unit]}}
 
     def complete(folder: Path, records: list[Record]) -> None:
         copy_model_files(like, folder)
@@ -107,7 +112,7 @@ def convert_to_hf(
         sizes=[sum(tensor.num_bytes for tensor in unit) for unit in members],
         prepare=lambda folder: _make_files(folder, tensors, headers),
         write=write,
-        is_whole=lambda folder, unit, record: _is_whole(folder, members[unit], record),
+        is_intact=lambda folder, unit, record: _is_whole(folder, members[unit], record),
         complete=complete,
     )
     run_job(job, target, workers=workers, ranks=ranks)
@@ -116,7 +121,7 @@ def convert_to_hf(
 def _plan_files(
     reader: MegatronReader, names: Sequence[str], dtype: torch.dtype | None, max_shard_bytes: int
 ) -> tuple[list[_Tensor], dict[str, bytes]]:
-    """Where every tensor goes, and the beginning of every file."""
+    """Plan the file and offset of every tensor, and the safetensors header of every file."""
     types = {name: dtype or reader.dtype(name) for name in names}
     lengths_of = {name: num_bytes(reader.shape(name), types[name]) for name in names}
     shards = group_by_bytes(list(lengths_of.values()), max_shard_bytes)
@@ -124,8 +129,8 @@ def _plan_files(
     headers: dict[str, bytes] = {}
     for number, shard in enumerate(shards, 1):
         file = SINGLE_NAME if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        # wider types first, so that every tensor begins at a multiple of its element's size
-        members = sorted((names[place] for place in shard), key=lambda name: -types[name].itemsize)
+        # wider dtypes first, so that every tensor is aligned to its element size
+        members = sorted((names[index] for index in shard), key=lambda name: -types[name].itemsize)
         ends = list(accumulate(lengths_of[name] for name in members))
         entries = {
             name: {
@@ -146,6 +151,7 @@ def _plan_files(
 
 
 def _make_files(folder: Path, tensors: Sequence[_Tensor], headers: Mapping[str, bytes]) -> None:
+    """Create every file with its header and its final length."""
     for file, header in headers.items():
         length = max(tensor.offset + tensor.num_bytes for tensor in tensors if tensor.file == file)
         descriptor = os.open(folder / file, os.O_WRONLY | os.O_CREAT, 0o644)
@@ -174,10 +180,12 @@ def _write_tensor(folder: Path, tensor: _Tensor, reader: MegatronReader, progres
 
 
 def _is_whole(folder: Path, tensors: Sequence[_Tensor], record: Record) -> bool:
-    return all(_hash_of(folder / one.file, one) == record["tensors"][one.name]["sha256"] for one in tensors)
+    """Whether every tensor of a unit has its recorded hash on disk."""
+    return all(_hash_of(folder / tensor.file, tensor) == record["tensors"][tensor.name]["sha256"] for tensor in tensors)
 
 
 def _hash_of(path: Path, tensor: _Tensor) -> str | None:
+    """SHA-256 of a tensor in a file; None if the file is missing or too short."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
@@ -188,7 +196,7 @@ def _hash_of(path: Path, tensor: _Tensor) -> str | None:
             rows = torch.empty((stop - first, *tensor.shape[1:]), dtype=tensor.dtype)
             read_into(rows, descriptor, tensor.offset + first * tensor.row_bytes, path)
             digest.update(bytes_of(rows))
-    except ConversionError:  # cut short: to be written again
+    except ConversionError:  # the file is too short; the tensor is written again
         return None
     finally:
         os.close(descriptor)

@@ -1,9 +1,9 @@
-"""A Hugging Face folder to a Megatron distributed checkpoint.
+"""Convert a Hugging Face folder to a Megatron distributed checkpoint.
 
-OUTPUT/release/                          the tensors (torch_dist), one .distcp file for every unit of work
-OUTPUT/latest_checkpointed_iteration.txt "release", where Megatron-LM's --load looks
-OUTPUT/config.json, tokenizer files …    of the input, so that the folder can be a model.path
-OUTPUT/conversion.json                   types, shapes and SHA-256 of every Hugging Face tensor
+OUTPUT/release/                          the tensors (torch_dist), one .distcp file per unit of work
+OUTPUT/latest_checkpointed_iteration.txt "release", which Megatron-LM's --load reads
+OUTPUT/config.json, tokenizer files …    copied from the input, so that the folder can be a model.path
+OUTPUT/conversion.json                   dtype, shape and SHA-256 of every Hugging Face tensor
 """
 
 import hashlib
@@ -41,11 +41,11 @@ from megatron_rl.weights.file_bytes import bytes_of, num_bytes
 from megatron_rl.weights.hf_files import HFReader, check_against_table, copy_model_files
 from megatron_rl.weights.layout import Layout, Slice, check_each_once, fill_shard, hf_shapes
 from megatron_rl.weights.megatron_files import METADATA, TRACKER, VOCABULARY
-from megatron_rl.weights.megatron_keys import Stored, written_form
+from megatron_rl.weights.megatron_keys import StoredKey, written_form
 
 ITERATION = "release"
 UNIT_BYTES = 2**28
-# of one stored piece of a tensor: readers open each by itself
+# bytes of one stored chunk of a tensor; readers open each chunk separately
 ITEM_BYTES = 2**23
 FORMAT = {
     "sharded_backend": "torch_dist",
@@ -53,7 +53,7 @@ FORMAT = {
     "common_backend": "torch",
     "common_backend_version": 1,
 }
-# modules that write a state of their own with Transformer Engine, nothing without FP8
+# modules that write an extra state with Transformer Engine; it is empty without FP8
 EXTRA_STATES = ("self_attention.core_attention", "self_attention.linear_qkv", "self_attention.linear_proj")
 EXTRA_STATES_DENSE = ("mlp.linear_fc1", "mlp.linear_fc2")
 EXTRA_STATES_EXPERT = ("mlp.experts.experts.linear_fc1", "mlp.experts.experts.linear_fc2")
@@ -61,8 +61,10 @@ EXTRA_STATES_EXPERT = ("mlp.experts.experts.linear_fc1", "mlp.experts.experts.li
 
 @dataclass(frozen=True)
 class _Parameter:
+    """A Megatron parameter to write, and the Hugging Face tensors that it is composed of."""
+
     name: str
-    stored: Stored
+    stored: StoredKey
     shape: tuple[int, ...]
     slices: Sequence[Slice]
     dtype: torch.dtype
@@ -81,15 +83,17 @@ def convert_to_megatron(
     ranks: Ranks,
     unit_bytes: int = UNIT_BYTES,
 ) -> None:
-    """Convert; collective over the ranks.
+    """Convert a Hugging Face folder to a Megatron checkpoint; collective over the ranks.
 
     Args:
-        dtype: type of the output; None: that of the input.
+        source: Hugging Face folder.
+        target: folder to create.
+        dtype: dtype of the output; None: dtype of the input.
         workers: threads of each rank.
-        unit_bytes: size of one file, after which an interrupted conversion goes on.
+        unit_bytes: bytes of one file, which is one unit of work; an interrupted conversion repeats incomplete units.
 
     Raises:
-        ConversionError: the input is damaged, unsupported or contradicts itself, or the output cannot be written.
+        ConversionError: the input is damaged, unsupported or inconsistent, or the output cannot be written.
     """
     spec = read_model_spec(source)
     reader = HFReader(source)
@@ -102,7 +106,7 @@ def convert_to_megatron(
     ]
     units = group_by_bytes([parameter.num_bytes for parameter in parameters], unit_bytes)
     plan = {"to": "megatron", "source": fingerprint(source), "dtype": str(dtype), "num_units": len(units)}
-    members = [[parameters[place] for place in unit] for unit in units]
+    members = [[parameters[index] for index in unit] for unit in units]
 
     def complete(folder: Path, records: list[Record]) -> None:
         _write_metadata(folder / ITERATION, parameters, records, spec)
@@ -118,20 +122,21 @@ def convert_to_megatron(
         sizes=[sum(parameter.num_bytes for parameter in unit) for unit in members],
         prepare=lambda folder: (folder / ITERATION).mkdir(exist_ok=True),
         write=lambda folder, unit, progress: _write_unit(folder / ITERATION, unit, members[unit], reader, progress),
-        is_whole=lambda folder, unit, record: _is_whole(folder / ITERATION / record["file"], record),
+        is_intact=lambda folder, unit, record: _is_whole(folder / ITERATION / record["file"], record),
         complete=complete,
     )
     run_job(job, target, workers=workers, ranks=ranks)
 
 
 def set_dtype(config: Path, dtype: torch.dtype) -> None:
-    """Write the type that the weights have been converted to."""
+    """Set the dtype of the converted weights in a config.json."""
     content = json.loads(config.read_text())
     key = "dtype" if "dtype" in content else "torch_dtype"
     config.write_text(json.dumps({**content, key: str(dtype).removeprefix("torch.")}, indent=2))
 
 
 def _is_kept(name: str, spec: ModelSpec) -> bool:
+    """Whether the checkpoint stores a parameter: all but a tied output layer."""
     return not (spec.tied_embeddings and name == VOCABULARY[1])
 
 
@@ -148,7 +153,7 @@ def _parameter(name: str, layout: Layout, reader: HFReader, spec: ModelSpec, dty
 
 
 def _check_tied(reader: HFReader, spec: ModelSpec, ranks: Ranks) -> None:
-    """A tied model's folder may hold the output layer again, but not another one."""
+    """Check that a tied model's output layer, if the folder has one, equals the embedding."""
 
     def compare() -> None:
         if not ranks.is_main or not spec.tied_embeddings or LM_HEAD not in reader.names():
@@ -161,7 +166,7 @@ def _check_tied(reader: HFReader, spec: ModelSpec, ranks: Ranks) -> None:
         if not same:
             raise ConversionError(
                 f"{reader.folder}: config.json says tie_word_embeddings=true, but {LM_HEAD} differs from {EMBEDDING}. "
-                "Set it to false, or remove the tensor, whichever is wrong."
+                "Set tie_word_embeddings=false or remove the tensor, whichever is wrong."
             )
 
     ranks.together(compare)
@@ -170,7 +175,7 @@ def _check_tied(reader: HFReader, spec: ModelSpec, ranks: Ranks) -> None:
 def _write_unit(
     folder: Path, unit: int, parameters: Sequence[_Parameter], reader: HFReader, progress: Progress
 ) -> Record:
-    """Write one file; what is in it."""
+    """Write one file; returns the record of its contents."""
     name = f"__{unit}_0.distcp"
     temporary = folder / f"{name}.new"
     items, hashes = [], _Hashes(parameters)
@@ -195,7 +200,7 @@ def _write_unit(
 
 
 class _Hashes:
-    """SHA-256 of Hugging Face tensors whose rows come in order."""
+    """SHA-256 of Hugging Face tensors whose rows are added in order."""
 
     def __init__(self, parameters: Sequence[_Parameter]) -> None:
         self._dtypes = {piece.hf_name: parameter.dtype for parameter in parameters for piece in parameter.slices}
@@ -218,21 +223,21 @@ class _Hashes:
 
 
 def _read_rows(parameter: _Parameter, first: int, stop: int, reader: HFReader, hashes: _Hashes) -> Tensor:
-    """Some rows of a parameter, in the output's type; rows that pad the vocabulary are 0."""
-    piece = torch.zeros((stop - first, *parameter.shape[1:]), dtype=parameter.dtype)
-    clipped = [found for found in (_clip(one, first, stop) for one in parameter.slices) if found is not None]
+    """Read rows of a parameter in the output's dtype; rows that pad the vocabulary are 0."""
+    shard_rows = torch.zeros((stop - first, *parameter.shape[1:]), dtype=parameter.dtype)
+    clipped = [part for part in (_clip(piece, first, stop) for piece in parameter.slices) if part is not None]
 
     def read(name: str, index: tuple[slice, ...]) -> Tensor:
         rows = reader.read(name, index).to(parameter.dtype)
         hashes.add(name, rows, reader.shape(name))
         return rows
 
-    fill_shard(piece, clipped, read)
-    return piece
+    fill_shard(shard_rows, clipped, read)
+    return shard_rows
 
 
 def _clip(piece: Slice, first: int, stop: int) -> Slice | None:
-    """The part of a slice between two rows of the shard, in coordinates that begin at the first."""
+    """Part of a slice between two rows of the shard, with shard coordinates relative to the first; None if empty."""
     (start, end), *rest = piece.shard_box
     low, high = max(start, first), min(end, stop)
     if low >= high:
@@ -242,7 +247,7 @@ def _clip(piece: Slice, first: int, stop: int) -> Slice | None:
 
 
 def _is_whole(path: Path, record: Record) -> bool:
-    """Whether the disk has what was written, by the checksums that ``torch.save`` stores with it."""
+    """Whether a file is as it was written, by its size and the checksums that ``torch.save`` stores."""
     if not path.exists() or path.stat().st_size != record["bytes"]:
         return False
     with path.open("rb") as file:
@@ -250,7 +255,7 @@ def _is_whole(path: Path, record: Record) -> bool:
 
 
 def _write_metadata(folder: Path, parameters: Sequence[_Parameter], records: Sequence[Record], spec: ModelSpec) -> None:
-    """What is stored where, in the form that torch's distributed checkpoints read."""
+    """Write the metadata files of a torch distributed checkpoint, which locate every chunk."""
     by_name = {parameter.name: parameter for parameter in parameters}
     depths = {1: (spec.num_layers,), 2: (spec.num_layers, spec.moe.num_experts if spec.moe else 0), 0: ()}
     entries: dict[str, Any] = {}
@@ -281,7 +286,7 @@ def _write_metadata(folder: Path, parameters: Sequence[_Parameter], records: Seq
 def _write_extra_states(
     folder: Path, entries: dict[str, Any], storage: dict[MetadataIndex, _StorageInfo], spec: ModelSpec
 ) -> None:
-    """Nothing, under every key where Megatron's modules look for the FP8 state that this checkpoint has not."""
+    """Add an empty state under every key from which Megatron's modules load FP8 state, as there is none here."""
     modules = [*EXTRA_STATES, *(EXTRA_STATES_DENSE if spec.moe is None else ())]
     keys = ["decoder.final_layernorm._extra_state/shard_0_1", "output_layer._extra_state/shard_0_1"]
     if spec.qk_norm:
@@ -289,15 +294,15 @@ def _write_extra_states(
     for layer in range(spec.num_layers):
         keys += [f"decoder.layers.{module}._extra_state/shard_{layer}_{spec.num_layers}" for module in modules]
         if spec.moe is not None:
-            place, sizes = f"{layer}.", f"{spec.num_layers}.{spec.moe.num_experts}"
+            prefix, sizes = f"{layer}.", f"{spec.num_layers}.{spec.moe.num_experts}"
             keys += [
-                f"decoder.layers.{module}._extra_state/shard_{place}{expert}_{sizes}"
+                f"decoder.layers.{module}._extra_state/shard_{prefix}{expert}_{sizes}"
                 for module in EXTRA_STATES_EXPERT
                 for expert in range(spec.moe.num_experts)
             ]
-    nothing = io.BytesIO()
-    torch.save([None], nothing)  # Megatron keeps a list of the objects of a key
-    (folder / "__extra_0.distcp").write_bytes(nothing.getvalue())
+    empty_state = io.BytesIO()
+    torch.save([None], empty_state)  # Megatron stores a list of the objects of a key
+    (folder / "__extra_0.distcp").write_bytes(empty_state.getvalue())
     for key in keys:
         entries[key] = BytesStorageMetadata()
-        storage[MetadataIndex(key)] = _StorageInfo("__extra_0.distcp", 0, len(nothing.getvalue()))
+        storage[MetadataIndex(key)] = _StorageInfo("__extra_0.distcp", 0, len(empty_state.getvalue()))

@@ -1,4 +1,4 @@
-"""Read both sides of a conversion again and compare them bit for bit."""
+"""Verify a conversion: read input and output again and compare them bit for bit."""
 
 import hashlib
 from collections.abc import Mapping
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 
 from megatron_rl.conversion.ranks import Ranks
-from megatron_rl.conversion.record import TensorRecord
+from megatron_rl.conversion.record import RECORD, TensorRecord
 from megatron_rl.conversion.work import Progress, row_pieces, run_units
 from megatron_rl.errors import ConversionError
 from megatron_rl.weights.file_bytes import bytes_of, num_bytes
@@ -22,39 +22,44 @@ def verify(
     workers: int,
     ranks: Ranks,
 ) -> None:
-    """Compare every tensor of two readers, and the second with its recorded hashes; collective.
+    """Compare every tensor of the target with the source and with its recorded hash; collective.
 
     Args:
-        recorded: every Hugging Face tensor of the target.
-        dtype: what the first was converted to; None: nothing.
+        source: reader of the input.
+        target: reader of the output.
+        recorded: records of every Hugging Face tensor of the target.
+        dtype: dtype that the source was converted to; None: unchanged.
+        workers: threads of each rank.
 
     Raises:
-        ConversionError: naming the first tensor that differs.
+        ConversionError: a tensor differs; the message names it.
     """
     names = sorted(recorded)
     if set(names) != target.names():
-        odd = min(set(names) ^ target.names())
-        raise ConversionError(f"{target.folder}: {odd} is recorded or stored, but not both. Convert again.")
+        unmatched = min(set(names) ^ target.names())
+        raise ConversionError(
+            f"{target.folder}: {unmatched} is either in {RECORD} or stored, but not both. Convert again."
+        )
     total = sum(num_bytes(target.shape(name), target.dtype(name)) for name in names)
     progress = Progress("verifying", total, ranks)
 
-    def compare(place: int) -> None:
-        name = names[place]
+    def compare(index: int) -> None:
+        name = names[index]
         shape, stored = target.shape(name), target.dtype(name)
         digest = hashlib.sha256()
         for first, stop in row_pieces(shape[0], num_bytes(shape[1:], stored)):
-            index = (slice(first, stop),)
-            found = target.read(name, index)
-            wanted = source.read(name, index).to(dtype or stored)
-            data = bytes_of(found)
-            if wanted.dtype != found.dtype or data != bytes_of(wanted):
+            rows = (slice(first, stop),)
+            actual = target.read(name, rows)
+            expected = source.read(name, rows).to(dtype or stored)
+            data = bytes_of(actual)
+            if expected.dtype != actual.dtype or data != bytes_of(expected):
                 raise ConversionError(
                     f"{target.folder}: {name}, rows {first} to {stop}, differs from {source.folder}. Convert again."
                 )
             digest.update(data)
             progress.add(len(data))
         if digest.hexdigest() != recorded[name]["sha256"]:
-            raise ConversionError(f"{target.folder}: {name} has changed since it was converted. Convert again.")
+            raise ConversionError(f"{target.folder}: {name} has changed since the conversion. Convert again.")
 
     run_units(range(len(names)), compare, workers=workers, ranks=ranks)
     progress.close()

@@ -1,4 +1,4 @@
-"""Problems to verified data, with a reason for each that is dropped."""
+"""Curation of problems into verified training data; every dropped problem has a recorded reason."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -7,9 +7,9 @@ from typing import Any, Generic, TypeVar
 
 from megatron_rl.config.curation import ContaminationSection, CurationConfig, GenerateSection
 from megatron_rl.config.data import RowsSection
-from megatron_rl.config.evaluation import EvalConfig, TaskConfig, local
+from megatron_rl.config.evaluation import EvalConfig, TaskConfig, local_rows
 from megatron_rl.config.load import load_as
-from megatron_rl.curation.contamination import Benchmarks
+from megatron_rl.curation.contamination import BenchmarkNgrams
 from megatron_rl.curation.near_duplicates import near_duplicates
 from megatron_rl.curation.rows import Row, Solved
 from megatron_rl.curation.text import as_text
@@ -19,16 +19,16 @@ from megatron_rl.evaluation.folder import EvalFolder, current_answers
 from megatron_rl.evaluation.questions import read_questions
 
 TASK = "problems"
-"""Name of the task in the evaluation that generates."""
-One = TypeVar("One")
+"""Name of the task in the evaluation that solves the problems."""
+Item = TypeVar("Item")
 
 
 class CurationFolder:
-    """Names of the files.
+    """Paths in the output folder.
 
-    candidates.jsonl  problems that are neither contaminated nor double
+    candidates.jsonl  problems that are neither contaminated nor near duplicates
     generated/        the evaluation that solves them
-    curated.jsonl     what is kept, in the schema asked for
+    curated.jsonl     the kept problems, in output.schema
     dropped.jsonl     every other problem, with stage and reason
     """
 
@@ -41,70 +41,76 @@ class CurationFolder:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sieved(Generic[One]):
-    """What is left of some problems, and why the others are not."""
+class Filtered(Generic[Item]):
+    """Kept problems, and the reasons why the others were dropped."""
 
-    kept: Sequence[One]
+    kept: Sequence[Item]
     dropped: Sequence[Mapping[str, Any]]
-    """problem, stage and reason of each."""
+    """Rows of dropped.jsonl: problem, stage and reason."""
 
-    def then(self, later: "Sieved[One]") -> "Sieved[One]":
-        """With what a later sieve has left of this one."""
-        return Sieved(kept=later.kept, dropped=[*self.dropped, *later.dropped])
+    def then(self, later: "Filtered[Item]") -> "Filtered[Item]":
+        """Return the result of a later filter on the kept problems, with the dropped problems of both."""
+        return Filtered(kept=later.kept, dropped=[*self.dropped, *later.dropped])
 
 
-def sieve(rows: Sequence[One], stage: str, reasons: Sequence[str | None], text: Callable[[One], str]) -> Sieved[One]:
-    """Rows apart by whether there is a reason to drop them.
+def split_by_reason(
+    rows: Sequence[Item], stage: str, reasons: Sequence[str | None], text: Callable[[Item], str]
+) -> Filtered[Item]:
+    """Split rows by whether there is a reason to drop them.
 
     Args:
-        reasons: of each row; None: it is kept.
-        text: what is said of a dropped row.
+        rows: to split.
+        stage: name of the filter, for dropped.jsonl.
+        reasons: reason to drop each row; None to keep it.
+        text: text of a row, for dropped.jsonl.
     """
-    both = list(zip(rows, reasons, strict=True))
-    return Sieved(
-        kept=[row for row, reason in both if reason is None],
+    pairs = list(zip(rows, reasons, strict=True))
+    return Filtered(
+        kept=[row for row, reason in pairs if reason is None],
         dropped=[
-            {"problem": text(row), "stage": stage, "reason": reason} for row, reason in both if reason is not None
+            {"problem": text(row), "stage": stage, "reason": reason} for row, reason in pairs if reason is not None
         ],
     )
 
 
-def candidates(config: CurationConfig, config_folder: Path) -> Sieved[Row]:
-    """Problems that are neither contaminated nor double, with the column prompt_text.
+def candidates(config: CurationConfig, config_folder: Path) -> Filtered[Row]:
+    """Read the problems and drop those without answer, contaminated ones and near duplicates; add prompt_text.
 
     Args:
-        config_folder: in relation to which the files of tasks are named.
+        config: of the curation.
+        config_folder: folder to which the paths in contamination.tasks are relative.
 
     Raises:
-        DataError: the data or a benchmark cannot be read, or nothing is left.
+        DataError: the data or a benchmark cannot be read, or no problem is left.
     """
     rows = [_with_text(row, f"row {number} of {config.data.path}") for number, row in enumerate(read_rows(config.data))]
-    found = _sieved(config, rows, config_folder)
-    if not found.kept:
+    filtered = _filtered(config, rows, config_folder)
+    if not filtered.kept:
         raise DataError(
-            f"none of the {len(rows)} problems of {config.data.path} is left; of the first one: {found.dropped[0]}. "
-            "Look at contamination and near_duplicates."
+            f"all {len(rows)} problems of {config.data.path} were dropped; the first one: {filtered.dropped[0]}. "
+            "Check contamination and near_duplicates."
         )
-    return found
+    return filtered
 
 
-def _sieved(config: CurationConfig, rows: Sequence[Row], config_folder: Path) -> Sieved[Row]:
-    answers = [
-        None if row.get("answer") is not None or config.generate is None else "no answer to grade by" for row in rows
+def _filtered(config: CurationConfig, rows: Sequence[Row], config_folder: Path) -> Filtered[Row]:
+    no_answer = [
+        None if row.get("answer") is not None or config.generate is None else "no answer to grade against"
+        for row in rows
     ]
-    graded = sieve(rows, "no answer", answers, _text)
-    contaminated = _contamination(config.contamination, graded.kept, config_folder)
-    clean = graded.then(sieve(graded.kept, "contamination", contaminated, _text))
+    with_answer = split_by_reason(rows, "no answer", no_answer, _text)
+    contaminated = _contamination(config.contamination, with_answer.kept, config_folder)
+    clean = with_answer.then(split_by_reason(with_answer.kept, "contamination", contaminated, _text))
     if config.near_duplicates is None:
         return clean
     texts = [_text(row) for row in clean.kept]
-    same = near_duplicates(texts, config.near_duplicates)
-    reasons = [None if place is None else f"nearly the same as: {texts[place]}" for place in same]
-    return clean.then(sieve(clean.kept, "near duplicate", reasons, _text))
+    duplicates = near_duplicates(texts, config.near_duplicates)
+    reasons = [None if index is None else f"near duplicate of: {texts[index]}" for index in duplicates]
+    return clean.then(split_by_reason(clean.kept, "near duplicate", reasons, _text))
 
 
 def evaluation_of(generate: GenerateSection, config: CurationConfig) -> tuple[EvalConfig, TaskConfig]:
-    """The evaluation that solves the candidates."""
+    """Return the configurations of the evaluation that solves the candidates."""
     folder = CurationFolder(Path(config.run.output_dir))
     evaluation = EvalConfig(
         run=replace(config.run, output_dir=str(folder.generated)),
@@ -129,27 +135,29 @@ def evaluation_of(generate: GenerateSection, config: CurationConfig) -> tuple[Ev
     return evaluation, task
 
 
-def solved(config: CurationConfig, rows: Sequence[Row]) -> Sieved[Solved]:
-    """Candidates with the answers that were generated to them, of the pass rate that is wanted."""
+def filter_by_pass_rate(config: CurationConfig, rows: Sequence[Row]) -> Filtered[Solved]:
+    """Keep the candidates whose graded answers have a pass rate within ``config.pass_rate``; all without generation."""
     if config.generate is None:
-        return Sieved(kept=[Solved(row=row, answers=[], difficulty=None) for row in rows], dropped=[])
+        return Filtered(kept=[Solved(row=row, answers=[], difficulty=None) for row in rows], dropped=[])
     answers = current_answers(EvalFolder(CurationFolder(Path(config.run.output_dir)).generated))
-    found = [Solved.of(row, answers[TASK, place], config.labels) for place, row in enumerate(rows)]
-    ungraded = [next((one.message for one in each.answers if one.status != "ok"), None) for each in found]
-    graded = sieve(found, "not graded", ungraded, lambda one: _text(one.row))
+    solved = [Solved.of(row, answers[TASK, index], config.labels) for index, row in enumerate(rows)]
+    ungraded = [next((one.message for one in each.answers if one.status != "ok"), None) for each in solved]
+    graded = split_by_reason(solved, "not graded", ungraded, lambda one: _text(one.row))
     low, high = config.pass_rate.above, config.pass_rate.below
     reasons = [
-        None if low < one.pass_rate < high else f"pass rate {one.pass_rate:g}, wanted above {low:g} and below {high:g}"
+        None
+        if low < one.pass_rate < high
+        else f"pass rate {one.pass_rate:g}, expected above {low:g} and below {high:g}"
         for one in graded.kept
     ]
-    return graded.then(sieve(graded.kept, "pass rate", reasons, lambda one: _text(one.row)))
+    return graded.then(split_by_reason(graded.kept, "pass rate", reasons, lambda one: _text(one.row)))
 
 
 def _with_text(row: Row, where: str) -> Row:
     if not row.get("prompt"):
         raise DataError(
-            f"{where}: column 'prompt' is missing or empty. Columns: {', '.join(row)}. Set data.schema, if the set has "
-            "a published one."
+            f"{where}: column 'prompt' is missing or empty. Columns: {', '.join(row)}. Set data.schema if the data set "
+            "has one of the known schemas."
         )
     return {**row, "prompt_text": as_text(row["prompt"])}
 
@@ -164,13 +172,14 @@ def _contamination(section: ContaminationSection, rows: Sequence[Row], config_fo
     unknown = sorted(set(section.data) - {task.name for task in tasks})
     if unknown:
         raise ConfigError(
-            f"contamination.data.{unknown[0]}: there is no such task. Tasks: {', '.join(task.name for task in tasks)}."
+            f"contamination.data.{unknown[0]}: contamination.tasks has no such task. Tasks: "
+            f"{', '.join(task.name for task in tasks)}."
         )
     for task in tasks:
         if task.name in section.data:
-            task = replace(task, data=local(task.data, section.data[task.name]))
+            task = replace(task, data=local_rows(task.data, section.data[task.name]))
         bare = replace(task, prompt=task.question or task.prompt, few_shot=None)
         questions[task.name] = [question.text for question in read_questions(bare)]
-    benchmarks = Benchmarks(questions, section.ngram)
-    found = [benchmarks.found_in(_text(row)) for row in rows]
-    return [None if one is None else f"shares with {one[0]}: {one[1]}" for one in found]
+    benchmarks = BenchmarkNgrams(questions, section.ngram)
+    shared = [benchmarks.find_shared(_text(row)) for row in rows]
+    return [None if one is None else f"shares with {one[0]}: {one[1]}" for one in shared]

@@ -1,11 +1,11 @@
-"""Problems with what a model made of them, in the schemas that others read. Pure functions."""
+"""Solved problems as rows of published data schemas. Pure functions."""
 
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_rl.evaluation.answers import Answer
+from megatron_rl.evaluation.answers import GradedAnswer
 from megatron_rl.reporting.stats import mean
 
 Row = Mapping[str, Any]
@@ -13,32 +13,37 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Solved:
-    """A problem with its samples."""
+    """A problem with the graded answers of a model."""
 
     row: Row
-    answers: Sequence[Answer]
-    """Empty where nothing was generated."""
+    answers: Sequence[GradedAnswer]
+    """Empty if nothing was generated."""
     difficulty: str | None
-    """None where nothing was generated."""
+    """Label of the pass rate; None if nothing was generated."""
 
     @classmethod
-    def of(cls, row: Row, answers: Sequence[Answer], labels: Mapping[str, float]) -> "Solved":
-        """With the label of its pass rate."""
+    def of(cls, row: Row, answers: Sequence[GradedAnswer], labels: Mapping[str, float]) -> "Solved":
+        """Make a solved problem whose difficulty is the label of its pass rate."""
         return cls(row=row, answers=answers, difficulty=difficulty_of(mean([one.right for one in answers]), labels))
 
     @property
     def pass_rate(self) -> float:
-        """Share of right samples; NaN where nothing was generated."""
+        """Share of right answers; NaN if nothing was generated."""
         return mean([one.right for one in self.answers])
 
 
 def difficulty_of(pass_rate: float, labels: Mapping[str, float]) -> str:
-    """The label with the largest bound that the pass rate reaches."""
+    """Return the label with the largest lower bound that the pass rate reaches.
+
+    Args:
+        pass_rate: share of right answers.
+        labels: label -> lower bound.
+    """
     return max((bound, label) for label, bound in labels.items() if pass_rate >= bound)[1]
 
 
 def problem(solved: Solved) -> Row:
-    """As a run's data.train reads it, with the columns that its rewards may need."""
+    """Return a row for a run's data.train, with all columns that reward functions may need."""
     row = {key: value for key, value in solved.row.items() if key not in DROPPED}
     if not solved.answers:
         return row
@@ -46,7 +51,7 @@ def problem(solved: Solved) -> Row:
 
 
 def openr1_math(solved: Solved) -> Row:
-    """Columns of open-r1/OpenR1-Math-220k, and pass_rate and difficulty."""
+    """Return a row with the columns of open-r1/OpenR1-Math-220k, pass_rate and difficulty."""
     prompt = solved.row["prompt_text"]
     checks = [one.right for one in solved.answers]
     return {
@@ -70,7 +75,7 @@ def openr1_math(solved: Solved) -> Row:
 
 
 def conversations(solved: Solved) -> Row:
-    """Columns of open-thoughts/OpenThoughts-114k and Bespoke-Stratos-17k, and pass_rate and difficulty."""
+    """Return a row as in open-thoughts/OpenThoughts-114k and Bespoke-Stratos-17k, with pass_rate and difficulty."""
     return {
         "system": "",
         "conversations": _turns(solved, "from", "value"),
@@ -81,19 +86,20 @@ def conversations(solved: Solved) -> Row:
     }
 
 
-def _turns(solved: Solved, who: str, what: str) -> list[dict[str, str]]:
-    """The problem, and the shortest right response to it, where there is one."""
-    turns = [{who: "user", what: solved.row["prompt_text"]}]
+def _turns(solved: Solved, role_key: str, text_key: str) -> list[dict[str, str]]:
+    """Return the problem as the user's turn, and its shortest right response, if any, as the assistant's."""
+    turns = [{role_key: "user", text_key: solved.row["prompt_text"]}]
     right = [one for one in solved.answers if one.right]
     if right:
-        turns.append({who: "assistant", what: min(right, key=lambda one: one.num_tokens).response})
+        turns.append({role_key: "assistant", text_key: min(right, key=lambda one: one.num_tokens).response})
     return turns
 
 
 DROPPED = ("generations", "messages", "conversations", "prompt_text")
-"""Columns of a source that would stand beside the new ones and contradict them."""
+"""Columns of a source that are dropped, because they would contradict the new ones."""
 OUTPUTS: Mapping[str, Callable[[Solved], Row]] = {
     "problems": problem,
     "openr1_math": openr1_math,
     "conversations": conversations,
 }
+"""output.schema -> function that makes a row."""

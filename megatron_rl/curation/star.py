@@ -1,4 +1,4 @@
-"""What a model learns from its own right answers: chosen, rationalised by hints, and never with the hint.
+"""Training data from a model's own right responses, some of them generated with a hint that is then removed.
 
 Source: STaR, arXiv 2203.14465, algorithm 1; rejection sampling fine-tuning, arXiv 2308.01825.
 """
@@ -9,10 +9,10 @@ from typing import Any
 from megatron_rl.rewards.types import RewardInput
 
 Line = dict[str, Any]
-"""A recorded rollout, as rollout/record.py writes it."""
+"""A recorded rollout, as rollout/serialization.py writes it."""
 
 
-def right_ones(
+def select_correct(
     lines: Sequence[Line],
     grade: Callable[[RewardInput], float],
     *,
@@ -20,75 +20,86 @@ def right_ones(
     max_per_prompt: int,
     quality: Callable[[Line], float],
 ) -> list[Line]:
-    """Of each prompt the best different responses that are right, in the order of the prompts.
+    """Select the best distinct right responses of each prompt, in the order of the prompts.
 
     Args:
-        grade: reward of a response to the prompt of its line; every response is graded again by it.
-        quality: the higher, the better among right ones.
+        lines: recorded responses.
+        grade: reward function, with which every response is graded again.
+        min_reward: reward from which on a response is right.
+        max_per_prompt: number of responses to keep of a prompt.
+        quality: ranks the right responses of a prompt; higher is better.
     """
-    chosen: dict[str, list[Line]] = {}
+    selected: dict[str, list[Line]] = {}
     for line in sorted(lines, key=quality, reverse=True):
-        kept = chosen.setdefault(line["prompt_id"], [])
-        is_known = any(line["response"] == other["response"] for other in kept)
-        is_wanted = line["status"] == "ok" and not is_known and len(kept) < max_per_prompt
-        if is_wanted and grade(reward_input(line)) >= min_reward:
+        kept = selected.setdefault(line["prompt_id"], [])
+        is_duplicate = any(line["response"] == other["response"] for other in kept)
+        is_eligible = line["status"] == "ok" and not is_duplicate and len(kept) < max_per_prompt
+        if is_eligible and grade(reward_input(line)) >= min_reward:
             kept.append(line)
     order = dict.fromkeys(line["prompt_id"] for line in lines)
-    return [line for prompt_id in order for line in chosen.get(prompt_id, ())]
+    return [line for prompt_id in order for line in selected.get(prompt_id, ())]
 
 
 def unsolved(lines: Sequence[Line], solved: Sequence[Line]) -> list[Line]:
-    """One line for each prompt of which none is among the solved ones."""
-    known = {line["prompt_id"] for line in solved}
+    """Return one line of each prompt that has no line in ``solved``."""
+    solved_ids = {line["prompt_id"] for line in solved}
     first: dict[str, Line] = {}
     for line in lines:
-        if line["prompt_id"] not in known:
+        if line["prompt_id"] not in solved_ids:
             first.setdefault(line["prompt_id"], line)
     return list(first.values())
 
 
 def hinted_row(line: Line, template: str) -> dict[str, Any]:
-    """A row that asks the prompt of a line again, with its answer in the prompt.
+    """Return a data row with the prompt of a line and its answer as a hint.
 
     Args:
-        template: with {prompt} and {answer}.
+        line: a recorded response.
+        template: text with {prompt} and {answer}.
     """
     hinted = template.replace("{prompt}", line["prompt"]).replace("{answer}", str(line["answer"]))
     return {**line["metadata"], "prompt": hinted, "answer": line["answer"], "asked_as": line["prompt_id"]}
 
 
-def without_hint(line: Line, asked: Mapping[str, Line]) -> Line:
-    """The response to a hinted prompt, as if it had been given to the prompt without the hint.
+def without_hint(line: Line, originals: Mapping[str, Line]) -> Line:
+    """Replace the hinted prompt of a response by the original prompt.
 
     Args:
-        asked: lines of the prompts without hints, by their prompt_id.
+        line: recorded response to a row of ``hinted_row``.
+        originals: prompt_id -> a line of the prompt without hint.
     """
-    original = asked[line["metadata"]["asked_as"]]
+    original = originals[line["metadata"]["asked_as"]]
     prompt, hinted = original["prompt_token_ids"], len(line["prompt_token_ids"])
-    said = {
-        name: [nothing] * len(prompt) + line[name][hinted:]
-        for name, nothing in (("loss_mask", 0), ("logprobs", 0.0), ("policy_versions", -1))
+    token_arrays = {
+        name: [padding] * len(prompt) + line[name][hinted:]
+        for name, padding in (("loss_mask", 0), ("logprobs", 0.0), ("policy_versions", -1))
     }
-    same = {name: original[name] for name in ("prompt_id", "prompt", "prompt_token_ids", "answer", "metadata")}
-    return {**line, **same, **said, "token_ids": prompt + line["token_ids"][hinted:], "step_rewards": []}
+    prompt_fields = {name: original[name] for name in ("prompt_id", "prompt", "prompt_token_ids", "answer", "metadata")}
+    return {
+        **line,
+        **prompt_fields,
+        **token_arrays,
+        "token_ids": prompt + line["token_ids"][hinted:],
+        "step_rewards": [],
+    }
 
 
 def as_steps(lines: Sequence[Line], per_step: int) -> list[list[Line]]:
-    """Lines renumbered as whole steps that rollout.source=replay reads; those of the last one come again to fill it."""
+    """Renumber lines as complete steps for rollout.source=replay; the first lines repeat to fill the last step."""
     if not lines:
         return []
-    filled = [*lines, *(lines[place % len(lines)] for place in range(-len(lines) % per_step))]
+    filled = [*lines, *(lines[index % len(lines)] for index in range(-len(lines) % per_step))]
     return [
         [
-            {**line, "step": start // per_step + 1, "group": place, "sample": 0}
-            for place, line in enumerate(filled[start : start + per_step])
+            {**line, "step": start // per_step + 1, "group": index, "sample": 0}
+            for index, line in enumerate(filled[start : start + per_step])
         ]
         for start in range(0, len(filled), per_step)
     ]
 
 
 def reward_input(line: Line) -> RewardInput:
-    """What a reward function reads of a line."""
+    """Return the input of reward functions for a recorded line."""
     return RewardInput(
         prompt=line["prompt"],
         response=line["response"],

@@ -1,15 +1,15 @@
-"""Texts as they are compared."""
+"""Normalization of texts before they are compared."""
 
 import re
 
 
 def words(text: str) -> list[str]:
-    """Lower-case words and numbers; what stands between them does not count."""
+    """Split a text into lower-case words and numbers, without punctuation and white space."""
     return re.findall(r"\w+", text.lower())
 
 
 def as_text(prompt: object) -> str:
-    """What a prompt says: a text, or of messages those that are no system's."""
+    """Return the text of a prompt: the prompt itself, or the contents of its messages without system messages."""
     if isinstance(prompt, str):
         return prompt
     assert isinstance(prompt, list | tuple)

@@ -1,1 +1,1 @@
-"""Prompts: where they come from, how they are worded, in which order they are used."""
+"""Data: sources of rows, chat templates, tokenised prompts, and the order in which they are used."""

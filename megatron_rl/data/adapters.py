@@ -1,4 +1,4 @@
-"""A row of any schema to the parts of a prompt."""
+"""Convert a row of a data source to a problem: prompt, answer, demonstration and metadata."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ Message = Mapping[str, str]
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """What a row says, before any template."""
+    """The content of a row, before any chat template."""
 
     prompt: str | Sequence[Message]
     answer: str | None
@@ -22,10 +22,10 @@ class Problem:
 
 
 def to_problem(row: Mapping[str, Any], source: SourceSection, number: int) -> Problem:
-    """The problem in a row.
+    """Return the problem in a row.
 
     Args:
-        number: of the row, for messages.
+        number: number of the row, for error messages.
 
     Raises:
         DataError: a column is missing or empty, or the answer does not match its pattern.
@@ -46,12 +46,12 @@ def to_problem(row: Mapping[str, Any], source: SourceSection, number: int) -> Pr
     demonstration = None
     if source.demonstration_field is not None:
         demonstration = str(_column(row, source.demonstration_field, "demonstration_field", where))
-    used = {source.prompt_field, source.answer_field, source.demonstration_field}
+    used_columns = {source.prompt_field, source.answer_field, source.demonstration_field}
     return Problem(
         prompt=prompt,
         answer=answer,
         demonstration=demonstration,
-        metadata={key: value for key, value in row.items() if key not in used},
+        metadata={key: value for key, value in row.items() if key not in used_columns},
     )
 
 
@@ -64,10 +64,10 @@ def _column(row: Mapping[str, Any], name: str, key: str, where: str) -> Any:
 
 
 def _extract(answer: str, pattern: str, where: str) -> str:
-    found = re.search(pattern, answer)
-    if found is None or not found.groups():
+    match = re.search(pattern, answer)
+    if match is None or not match.groups():
         raise DataError(f"{where}: answer_pattern {pattern!r} with one group does not match {answer[-80:]!r}.")
-    return found.group(1).strip()
+    return match.group(1).strip()
 
 
 def _is_messages(value: Any) -> bool:

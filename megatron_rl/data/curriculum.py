@@ -1,4 +1,4 @@
-"""Stages of a run, each with prompts of its own. Which one a step is in depends on the step alone."""
+"""Stages of a run, each with its own prompts. The stage of a step depends only on the step."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from megatron_rl.types import Prompt
 
 @dataclass(frozen=True)
 class Stage:
-    """What holds from a step on."""
+    """A stage of the curriculum, from a step on."""
 
     number: int
     from_step: int
@@ -26,17 +26,17 @@ class Curriculum:
     def __init__(self, prompts: Sequence[Prompt], config: DataSection, *, max_new_tokens: int, seed: int) -> None:
         """
         Args:
-            max_new_tokens: longest response where a stage does not say.
+            max_new_tokens: longest response, for stages that do not set their own.
 
         Raises:
-            DataError: a stage has no prompt, or asks for a column that a prompt does not have.
+            DataError: a stage has no prompts, or filters by a column that a prompt does not have.
         """
         sections = config.curriculum or [StageSection(from_step=1)]
         self._stages = [
             Stage(
                 number,
                 section.from_step,
-                Order(_chosen(prompts, section, number), shuffle=config.shuffle, seed=seed),
+                Order(_select(prompts, section, number), shuffle=config.shuffle, seed=seed),
                 section.max_new_tokens or max_new_tokens,
             )
             for number, section in enumerate(sections, start=1)
@@ -47,20 +47,24 @@ class Curriculum:
         return [stage for stage in self._stages if stage.from_step <= step][-1]
 
 
-def _chosen(prompts: Sequence[Prompt], section: StageSection, number: int) -> list[Prompt]:
-    chosen = [prompt for prompt in prompts if all(_fits(prompt, *one) for one in section.where.items())]
+def _select(prompts: Sequence[Prompt], section: StageSection, number: int) -> list[Prompt]:
+    chosen = [prompt for prompt in prompts if all(_matches(prompt, *condition) for condition in section.where.items())]
     if not chosen:
         raise DataError(
-            f"data.curriculum: none of {len(prompts)} prompts is in stage {number}, where {dict(section.where)}. "
-            "Widen it."
+            f"data.curriculum: none of {len(prompts)} prompts is in stage {number} (where: {dict(section.where)}). "
+            "Relax its conditions."
         )
     return chosen
 
 
-def _fits(prompt: Prompt, column: str, wanted: Sequence[Any]) -> bool:
-    """
+def _matches(prompt: Prompt, column: str, accepted: Sequence[Any]) -> bool:
+    """Whether a column of the prompt has an accepted value.
+
+    Args:
+        accepted: texts that match, or the smallest and the largest number; a list in the column counts by its length.
+
     Raises:
-        DataError: the prompt has no such column, or something else than numbers in it.
+        DataError: the prompt has no such column, or its value is not a number although numbers are expected.
     """
     if column not in prompt.metadata:
         raise DataError(
@@ -68,12 +72,12 @@ def _fits(prompt: Prompt, column: str, wanted: Sequence[Any]) -> bool:
             f"Columns: {', '.join(prompt.metadata)}."
         )
     value = prompt.metadata[column]
-    if isinstance(wanted[0], str):
-        return value in wanted
+    if isinstance(accepted[0], str):
+        return value in accepted
     size = len(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
     if not isinstance(size, int | float):
         raise DataError(
             f"data.curriculum: {column} of prompt {prompt.prompt_id} is {value!r}, expected a number between "
-            f"{wanted[0]} and {wanted[1]}. Give the texts that it may have instead."
+            f"{accepted[0]} and {accepted[1]}. To filter by text, list the texts in where."
         )
-    return bool(wanted[0] <= size <= wanted[1])
+    return bool(accepted[0] <= size <= accepted[1])

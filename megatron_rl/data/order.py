@@ -9,7 +9,7 @@ T = TypeVar("T")
 
 
 class Order(Generic[T]):
-    """Endless passes over items, a new order in each; any place can be jumped to."""
+    """Endless epochs over items, reshuffled in each epoch, with random access to any position."""
 
     def __init__(self, items: Sequence[T], *, shuffle: bool, seed: int) -> None:
         self._items = items
@@ -19,11 +19,11 @@ class Order(Generic[T]):
         self._order: list[int] = []
 
     def take(self, start: int, count: int) -> list[T]:
-        """The items at places start, start + 1, … counted from the beginning of the run."""
-        return [self._at(place) for place in range(start, start + count)]
+        """Return ``count`` items from position ``start`` on, counted from the beginning of the run."""
+        return [self._at(position) for position in range(start, start + count)]
 
-    def _at(self, place: int) -> T:
-        epoch, offset = divmod(place, len(self._items))
+    def _at(self, position: int) -> T:
+        epoch, offset = divmod(position, len(self._items))
         if epoch != self._epoch:
             self._epoch, self._order = epoch, self._order_of(epoch)
         return self._items[self._order[offset]]

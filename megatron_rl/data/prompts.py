@@ -1,4 +1,4 @@
-"""Tokenised prompts."""
+"""Load and tokenise prompts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,15 +20,15 @@ class PromptSet:
 
     prompts: Sequence[Prompt]
     num_overlong: int
-    """Dropped because they are longer than the limit."""
+    """Number of prompts dropped because they are longer than the limit."""
 
 
 def load_prompts(source: SourceSection, config: DataSection, tokenizer: Any) -> PromptSet:
     """Read, render and tokenise a source.
 
     Raises:
-        DataError: unreadable or empty source, an over-long prompt when those are errors,
-            or no prompt within the limit.
+        DataError: the source is unreadable or empty, a prompt is too long and data.on_overlong_prompt=error, a prompt
+            has no tokens, or all prompts are longer than the limit.
     """
     problems = [to_problem(row, source, number) for number, row in enumerate(read_rows(source))]
     texts = render_prompts(problems, config, tokenizer)
@@ -51,7 +51,7 @@ def load_prompts(source: SourceSection, config: DataSection, tokenizer: Any) -> 
             continue
         if not ids:
             raise DataError(
-                f"prompt {number} of {source.path} has no tokens: the tokenizer turned {text!r} into nothing."
+                f"prompt {number} of {source.path} has no tokens: the tokenizer returned none for {text!r}."
             )
         prompts.append(
             Prompt(

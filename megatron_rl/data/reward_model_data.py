@@ -1,7 +1,8 @@
-"""Rows of judged responses, in the schemas of the public sets, to tokens with labels.
+"""Read labelled responses, in the schemas of public data sets, and tokenise them to train reward models.
 
-pairwise: UltraFeedback-binarized, Anthropic HH-RLHF, and whatever TRL's RewardTrainer reads. pointwise: TRL's unpaired
-preferences. stepwise: trl-lib/math_shepherd and trl-lib/prm800k. math_shepherd: peiyi9979/Math-Shepherd itself.
+pairwise: UltraFeedback-binarized, Anthropic HH-RLHF, and the preference data that TRL's RewardTrainer reads. pointwise:
+TRL's unpaired preferences. stepwise: trl-lib/math_shepherd and trl-lib/prm800k. math_shepherd: the original
+peiyi9979/Math-Shepherd.
 """
 
 import math
@@ -16,34 +17,34 @@ from typing import Any, NamedTuple
 from megatron_rl.config.data import RowsSection
 from megatron_rl.config.reward_training import RewardDataSection
 from megatron_rl.data.sources import read_rows
-from megatron_rl.data.templates import adds_special_tokens, in_chat
+from megatron_rl.data.templates import adds_special_tokens, apply_chat_template
 from megatron_rl.errors import DataError
 
-SHEPHERD_MARK = "ки"  # ends each step of Math-Shepherd's input
+SHEPHERD_MARK = "ки"  # ends each step in Math-Shepherd's input column
 SHEPHERD_LABELS = {"+": 1.0, "-": 0.0}
 
 
 @dataclass(frozen=True, kw_only=True)
 class LabelledResponse:
-    """A prompt with its response, and what is known of it."""
+    """A tokenised prompt with its response and labels."""
 
     token_ids: Sequence[int]
     ends: Sequence[int]
-    """Tokens at which it is judged, ascending."""
+    """Positions of the labelled tokens, ascending."""
     labels: Sequence[float]
-    """Of each: from 0 (wrong) to 1 (right); of a pair the chosen one's is by how much it is better, the other's 0."""
+    """Label at each end, 0 (wrong) to 1 (right). In a pair: the margin for the chosen response, 0 for the other."""
 
 
 Example = tuple[LabelledResponse, ...]
-"""What is learnt from together: one response, or the chosen one and the rejected one."""
+"""One training example: one response, or a pair of the chosen and the rejected response."""
 
 
 class UnreadableRow(DataError):
-    """A row of a published set that is damaged, as some are; it is left out and counted."""
+    """A damaged row of a published data set; such rows are skipped and counted."""
 
 
 class RawExample(NamedTuple):
-    """A prompt and the parts of a response, of each of which the end is judged."""
+    """A prompt and the parts of a response, with a label for the end of each part."""
 
     prompt: str | Sequence[Mapping[str, str]]
     parts: Sequence[str]
@@ -56,17 +57,17 @@ class RewardDataset:
 
     examples: Sequence[Example]
     num_overlong: int
-    """Dropped because they are longer than the limit."""
+    """Number of rows dropped because they are longer than the limit."""
     num_unreadable: int = 0
-    """Dropped because their marks do not say where steps end."""
+    """Number of rows dropped because the ends of their steps cannot be determined."""
 
 
 def load_reward_dataset(source: RowsSection, config: RewardDataSection, tokenizer: Any) -> RewardDataset:
     """Read and tokenise a source.
 
     Raises:
-        DataError: unreadable or empty source, a column that is missing or of another kind, a label that is none, or no
-            row within the limit.
+        DataError: the source is unreadable or empty, a column is missing or has another type, a label is invalid, or no
+            row is usable within the limit.
     """
     reader = READERS[config.schema]
     examples: list[Example] = []
@@ -75,12 +76,12 @@ def load_reward_dataset(source: RowsSection, config: RewardDataSection, tokenize
     for number, row in enumerate(rows):
         where = f"row {number} of {source.path or source.kind} (data.schema={config.schema})"
         try:
-            written = reader(row, config, where)
+            raw_examples = reader(row, config, where)
         except UnreadableRow as error:
             unreadable.append(str(error))
             continue
-        example = tuple(_tokenised(one, config, tokenizer, where) for one in written)
-        if max(len(judged.token_ids) for judged in example) <= config.max_tokens:
+        example = tuple(_tokenise(raw, config, tokenizer, where) for raw in raw_examples)
+        if max(len(response.token_ids) for response in example) <= config.max_tokens:
             examples.append(example)
     num_overlong = len(rows) - len(unreadable) - len(examples)
     if not examples:
@@ -98,41 +99,43 @@ def _pairwise(row: Mapping[str, Any], config: RewardDataSection, where: str) -> 
     margin = row.get("margin", 0.0)
     if not isinstance(margin, int | float) or not math.isfinite(margin):
         raise DataError(f"{where}: margin is {margin!r}, expected a number.")
-    made = [_written(row, response, where, label) for response, label in ((chosen, float(margin)), (rejected, 0.0))]
-    if made[0].prompt != made[1].prompt:
-        raise DataError(f"{where}: chosen and rejected answer different prompts. Compare answers to one prompt.")
-    return made
+    pair = [_raw_example(row, response, where, label) for response, label in ((chosen, float(margin)), (rejected, 0.0))]
+    if pair[0].prompt != pair[1].prompt:
+        raise DataError(f"{where}: chosen and rejected answer different prompts. Both must answer the same prompt.")
+    return pair
 
 
 def _pointwise(row: Mapping[str, Any], config: RewardDataSection, where: str) -> list[RawExample]:
-    return [_written(row, _column(row, "completion", where), where, _label(_column(row, "label", where), where))]
+    return [_raw_example(row, _column(row, "completion", where), where, _label(_column(row, "label", where), where))]
 
 
 def _stepwise(row: Mapping[str, Any], config: RewardDataSection, where: str) -> list[RawExample]:
     steps, labels = _column(row, "completions", where), _column(row, "labels", where)
     are_lists = isinstance(steps, list | tuple) and isinstance(labels, list | tuple)
     if not are_lists or len(steps) != len(labels) or not steps or not all(isinstance(step, str) for step in steps):
-        raise DataError(f"{where}: completions {steps!r} and labels {labels!r}: expected texts, and as many labels.")
+        raise DataError(
+            f"{where}: completions {steps!r} and labels {labels!r}: expected texts and the same number of labels."
+        )
     parts = [step + config.step_separator for step in steps[:-1]] + [steps[-1]]
     return [RawExample(_column(row, "prompt", where), parts, [_label(label, where) for label in labels])]
 
 
 def _math_shepherd(row: Mapping[str, Any], config: RewardDataSection, where: str) -> list[RawExample]:
     text, marked = _column(row, "input", where), _column(row, "label", where)
-    steps, labels, place = text.split(SHEPHERD_MARK)[:-1], [], 0
+    steps, labels, position = text.split(SHEPHERD_MARK)[:-1], [], 0
     for step in steps:
-        end = place + len(step)
+        end = position + len(step)
         mark = marked[end : end + 1]
-        if mark not in SHEPHERD_LABELS or marked[place:end] != step:
-            raise UnreadableRow(f"{where}: label is not input with + or - in the place of {SHEPHERD_MARK!r}")
+        if mark not in SHEPHERD_LABELS or marked[position:end] != step:
+            raise UnreadableRow(f"{where}: label is not the text of input with + or - in place of {SHEPHERD_MARK!r}")
         labels.append(SHEPHERD_LABELS[mark])
-        place = end + 1
-    begun = re.search(r"Step 1\s*:", steps[0], re.IGNORECASE) if steps else None
-    if begun is None:
-        raise UnreadableRow(f"{where}: nothing before the first {SHEPHERD_MARK!r} begins with 'Step 1:'")
-    parts = [steps[0][begun.start() :], *steps[1:]]
+        position = end + 1
+    first_step = re.search(r"Step 1\s*:", steps[0], re.IGNORECASE) if steps else None
+    if first_step is None:
+        raise UnreadableRow(f"{where}: there is no 'Step 1:' before the first {SHEPHERD_MARK!r}")
+    parts = [steps[0][first_step.start() :], *steps[1:]]
     parts = [part.strip() + config.step_separator for part in parts[:-1]] + [parts[-1].strip()]
-    return [RawExample(text[: begun.start()].strip(), parts, labels)]
+    return [RawExample(text[: first_step.start()].strip(), parts, labels)]
 
 
 READERS: dict[str, Callable[[Mapping[str, Any], RewardDataSection, str], list[RawExample]]] = {
@@ -143,25 +146,28 @@ READERS: dict[str, Callable[[Mapping[str, Any], RewardDataSection, str], list[Ra
 }
 
 
-def _written(row: Mapping[str, Any], response: Any, where: str, label: float) -> RawExample:
-    """A response of text, or of messages whose last one is it; the prompt may be part of those, or of the text."""
+def _raw_example(row: Mapping[str, Any], response: Any, where: str, label: float) -> RawExample:
+    """Make an example of one part from a text, or from messages of which the last is the response.
+
+    The prompt is the messages before the last if there are any, else the prompt column. A text may contain its prompt.
+    """
     prompt = row.get("prompt") or ""
     if isinstance(response, str):
         return RawExample(prompt, [response], [label])
     messages = list(response) if isinstance(response, Sequence) else []
     if not messages or messages[-1].get("role") != "assistant":
-        raise DataError(f"{where}: expected a text, or messages of which the last one is the assistant's.")
+        raise DataError(f"{where}: expected a text, or messages of which the last is the assistant's.")
     before = list(messages[:-1])
     if before or not prompt:
         return RawExample(before, [messages[-1]["content"]], [label])
     return RawExample(prompt, [messages[-1]["content"]], [label])
 
 
-def _tokenised(written: RawExample, config: RewardDataSection, tokenizer: Any, where: str) -> LabelledResponse:
-    """The end token follows the response, as it does where a policy has said all it wanted."""
-    prompt = written.prompt
+def _tokenise(raw: RawExample, config: RewardDataSection, tokenizer: Any, where: str) -> LabelledResponse:
+    """Tokenise an example; the response ends with the end-of-sequence token, like a finished response of a policy."""
+    prompt = raw.prompt
     if prompt and config.chat_template == "auto" and tokenizer.chat_template is not None:
-        prompt = in_chat(prompt, tokenizer)
+        prompt = apply_chat_template(prompt, tokenizer)
     if not isinstance(prompt, str) and prompt:
         raise DataError(
             f"{where}: the prompt is a list of messages, but no chat template is applied to it "
@@ -169,20 +175,20 @@ def _tokenised(written: RawExample, config: RewardDataSection, tokenizer: Any, w
         )
     special = adds_special_tokens(config.chat_template, tokenizer)
     ids = list(tokenizer.encode(prompt or "", add_special_tokens=special))
-    if ids[-1:] == [tokenizer.eos_token_id]:  # some tokenizers end every text
+    if ids[-1:] == [tokenizer.eos_token_id]:  # some tokenizers append the end token to every text
         ids.pop()
-    response = tokenizer("".join(written.parts), add_special_tokens=False, return_offsets_mapping=True)
-    # of each part the token that holds its last character
-    last = [end - 1 for end in accumulate(map(len, written.parts))]
+    response = tokenizer("".join(raw.parts), add_special_tokens=False, return_offsets_mapping=True)
+    # a part ends at the token that contains its last character
+    last = [end - 1 for end in accumulate(map(len, raw.parts))]
     begins = [begin for begin, _ in response["offset_mapping"]]
-    ends = [len(ids) + bisect_right(begins, place) - 1 for place in last]
+    ends = [len(ids) + bisect_right(begins, character) - 1 for character in last]
     if not response["input_ids"] or len(set(ends)) < len(ends):
         raise DataError(f"{where}: a response or step has no tokens of its own.")
     ids += response["input_ids"]
     if ids[-1] != tokenizer.eos_token_id:
         ids.append(tokenizer.eos_token_id)
     ends[-1] = len(ids) - 1
-    return LabelledResponse(token_ids=array("i", ids), ends=ends, labels=written.labels)
+    return LabelledResponse(token_ids=array("i", ids), ends=ends, labels=raw.labels)
 
 
 def _column(row: Mapping[str, Any], name: str, where: str) -> Any:

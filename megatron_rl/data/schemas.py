@@ -1,7 +1,7 @@
-"""Rows of published sets of reasoning data as rows of this project.
+"""Convert rows of published reasoning data sets to common columns.
 
-Whatever the schema, a row comes out with the columns prompt, answer, demonstration, source and licence beside its own.
-Source of the schemas: the sets' cards and files.
+Every converted row has the columns prompt, answer, demonstration, source and licence beside its original columns.
+Source of the schemas: the cards and files of the data sets.
 """
 
 import re
@@ -18,23 +18,23 @@ NONCOMMERCIAL = "cc-by-nc-sa-4.0"
 
 
 @dataclass(frozen=True, kw_only=True)
-class SeedSchema:
-    """A published schema."""
+class DatasetSchema:
+    """The schema of one or more published data sets."""
 
     sets: Sequence[str]
-    """Hub ids of sets that have it."""
+    """Hub ids of the data sets with this schema."""
     licence: str
-    """As their cards say; "see card" where this project does not know."""
+    """Licence according to their cards; "see card" if unknown to this project."""
     read: Callable[[Row], Row]
-    """Of a row: prompt (text or messages), answer and demonstration (None where there is none). KeyError without a
-    column, ValueError for a row that holds no problem."""
+    """Convert a row to the columns prompt (text or messages), answer and demonstration (None if there is none). Raises
+    KeyError if a column is missing, ValueError if the row contains no problem."""
 
 
 def check_licence(path: str | None, schema: str | None, *, allow_noncommercial: bool) -> None:
-    """Of a data set by its hub id, or else by its schema; before anything is read.
+    """Check the licence of a data set by its hub id, or else by its schema, before anything is read.
 
     Raises:
-        DataError: the schema is unknown, or the licence forbids commercial use and that is not allowed.
+        DataError: the schema is unknown, or the licence forbids commercial use and ``allow_noncommercial`` is not set.
     """
     if schema is not None and schema not in SCHEMAS:
         raise DataError(f"data source schema={schema!r} is unknown. Expected one of: {', '.join(SCHEMAS)}.")
@@ -42,44 +42,44 @@ def check_licence(path: str | None, schema: str | None, *, allow_noncommercial: 
     if licence == NONCOMMERCIAL and not allow_noncommercial:
         raise DataError(
             f"data source {path} has the licence {licence}, which forbids commercial use. Set allow_noncommercial=true "
-            "on the source if yours is none, or generate the data (tasks)."
+            "on the source if your use is not commercial, or use generated data (kind=task)."
         )
 
 
 def read_schema(rows: Sequence[Row], schema: str, *, path: str | None) -> list[Row]:
-    """Rows of a schema with the common columns.
+    """Return rows of a schema with the common columns.
 
     Args:
-        path: of the data set, for messages.
+        path: path or hub id of the data set, for error messages and the columns source and licence.
 
     Raises:
-        DataError: a row is of another schema.
+        DataError: a row has another schema.
     """
-    found = SCHEMAS[schema]
-    return [_common(row, found, path, number) for number, row in enumerate(rows)]
+    dataset_schema = SCHEMAS[schema]
+    return [_common(row, dataset_schema, path, number) for number, row in enumerate(rows)]
 
 
 def licence_of(path: str | None) -> str | None:
-    """Of a data set by its hub id; None where this project does not know it."""
-    return next((one.licence for one in SCHEMAS.values() if path in one.sets), None)
+    """Return the licence of a data set by its hub id; None if the data set is unknown to this project."""
+    return next((schema.licence for schema in SCHEMAS.values() if path in schema.sets), None)
 
 
-def _common(row: Row, schema: SeedSchema, path: str | None, number: int) -> Row:
+def _common(row: Row, schema: DatasetSchema, path: str | None, number: int) -> Row:
     where = f"row {number} of {path}"
     try:
         common = schema.read(row)
     except KeyError as error:
         raise DataError(f"{where}: column {error} is missing. Columns: {', '.join(row)}.") from error
     except (ValueError, TypeError, IndexError) as error:
-        raise DataError(f"{where}: {error}. It is of another schema, or damaged.") from error
+        raise DataError(f"{where}: {error}. The row has another schema or is damaged.") from error
     return {**row, "source": row.get("source") or path, "licence": licence_of(path) or "unknown", **common}
 
 
 def _openr1_math(row: Row) -> Row:
-    """The first generation that was verified is the demonstration."""
+    """The demonstration is the first generation that was verified as correct."""
     checks = row.get("correctness_math_verify") or ()
-    right = [text for text, is_right in zip(row.get("generations") or (), checks, strict=False) if is_right]
-    return {"prompt": row["problem"], "answer": row["answer"], "demonstration": right[0] if right else None}
+    verified = [text for text, is_verified in zip(row.get("generations") or (), checks, strict=False) if is_verified]
+    return {"prompt": row["problem"], "answer": row["answer"], "demonstration": verified[0] if verified else None}
 
 
 def _openthoughts_metadata(row: Row) -> Row:
@@ -93,18 +93,18 @@ def _openthoughts_metadata(row: Row) -> Row:
 
 
 def _conversations(row: Row) -> Row:
-    """system, and turns of {from, value}: the last of the assistant's is the demonstration."""
+    """A system column and turns of {from, value}; the demonstration is the assistant's turn at the end."""
     roles = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
     turns = [{"role": roles[turn["from"]], "content": turn["value"]} for turn in row["conversations"]]
     return _messages(turns, row.get("system"))
 
 
 def _dolphin(row: Row) -> Row:
-    """The answer ends the messages, or stands beside them with its reasoning."""
+    """The answer is the last message, or is in columns of its own together with its reasoning."""
     turns = list(row["messages"])
     if row.get("reasoning") is not None and row.get("answer") is not None:
-        said = f"<think>{row['reasoning']}</think>{row['answer']}"
-        turns = [*(turn for turn in turns if turn["role"] != "assistant"), {"role": "assistant", "content": said}]
+        response = f"<think>{row['reasoning']}</think>{row['answer']}"
+        turns = [*(turn for turn in turns if turn["role"] != "assistant"), {"role": "assistant", "content": response}]
     return _messages(turns)
 
 
@@ -112,12 +112,12 @@ def _messages(turns: Sequence[Mapping[str, str]], system: str | None = None) -> 
     if len(turns) < 2 or turns[-1]["role"] != "assistant":
         raise ValueError("the conversation does not end with an answer")
     before = [{"role": "system", "content": system}] if system else []
-    said = turns[-1]["content"]
-    return {"prompt": [*before, *turns[:-1]], "answer": last_boxed(said), "demonstration": said}
+    response = turns[-1]["content"]
+    return {"prompt": [*before, *turns[:-1]], "answer": last_boxed(response), "demonstration": response}
 
 
 def _r1_distill(row: Row) -> Row:
-    """Version 1 has messages, version 0 columns."""
+    """Version 1 of the data set has messages, version 0 has columns."""
     if "reannotated_messages" in row:
         return _messages(row["reannotated_messages"])
     reference = row.get("solution")
@@ -143,13 +143,13 @@ def _countdown(row: Row) -> Row:
 
 
 def _knights_and_knaves(row: Row) -> Row:
-    """Roles by name, for the reward of that name."""
-    roles = dict(zip(row["names"], ["knight" if told else "knave" for told in row["solution"]], strict=True))
+    """With the column roles (name -> role) that the knights_and_knaves reward reads."""
+    roles = dict(zip(row["names"], ["knight" if is_knight else "knave" for is_knight in row["solution"]], strict=True))
     return {"prompt": row["quiz"], "answer": row["solution_text"], "demonstration": None, "roles": roles}
 
 
 def _verl(row: Row) -> Row:
-    """Rows for verl: prompt as messages, reward_model.ground_truth."""
+    """Rows in verl's format: the prompt as messages, the answer in reward_model.ground_truth."""
     return {"prompt": list(row["prompt"]), "answer": str(row["reward_model"]["ground_truth"]), "demonstration": None}
 
 
@@ -162,22 +162,24 @@ def _x_r1(row: Row) -> Row:
     return {"prompt": row["problem"], "answer": answer, "demonstration": None}
 
 
-SCHEMAS: Mapping[str, SeedSchema] = {
-    "openr1_math": SeedSchema(sets=["open-r1/OpenR1-Math-220k"], licence="apache-2.0", read=_openr1_math),
-    "openthoughts_metadata": SeedSchema(
+SCHEMAS: Mapping[str, DatasetSchema] = {
+    "openr1_math": DatasetSchema(sets=["open-r1/OpenR1-Math-220k"], licence="apache-2.0", read=_openr1_math),
+    "openthoughts_metadata": DatasetSchema(
         sets=["open-thoughts/OpenThoughts-114k"], licence="apache-2.0", read=_openthoughts_metadata
     ),
-    "conversations": SeedSchema(sets=["bespokelabs/Bespoke-Stratos-17k"], licence="apache-2.0", read=_conversations),
-    "messages": SeedSchema(sets=["cognitivecomputations/dolphin-r1"], licence="apache-2.0", read=_dolphin),
-    "r1_distill_sft": SeedSchema(sets=["ServiceNow-AI/R1-Distill-SFT"], licence=NONCOMMERCIAL, read=_r1_distill),
-    "gsm8k": SeedSchema(sets=["openai/gsm8k"], licence="mit", read=_gsm8k),
-    "countdown": SeedSchema(sets=["Jiayi-Pan/Countdown-Tasks-3to4"], licence="see card", read=_countdown),
-    "knights_and_knaves": SeedSchema(
+    "conversations": DatasetSchema(sets=["bespokelabs/Bespoke-Stratos-17k"], licence="apache-2.0", read=_conversations),
+    "messages": DatasetSchema(sets=["cognitivecomputations/dolphin-r1"], licence="apache-2.0", read=_dolphin),
+    "r1_distill_sft": DatasetSchema(sets=["ServiceNow-AI/R1-Distill-SFT"], licence=NONCOMMERCIAL, read=_r1_distill),
+    "gsm8k": DatasetSchema(sets=["openai/gsm8k"], licence="mit", read=_gsm8k),
+    "countdown": DatasetSchema(sets=["Jiayi-Pan/Countdown-Tasks-3to4"], licence="see card", read=_countdown),
+    "knights_and_knaves": DatasetSchema(
         sets=["K-and-K/knights-and-knaves"], licence=NONCOMMERCIAL, read=_knights_and_knaves
     ),
-    "verl": SeedSchema(
+    "verl": DatasetSchema(
         sets=["hkust-nlp/SimpleRL-Zoo-Data", "BytedTsinghua-SIA/DAPO-Math-17k"], licence="see card", read=_verl
     ),
-    "deepscaler": SeedSchema(sets=["agentica-org/DeepScaleR-Preview-Dataset"], licence="mit", read=_problem_and_answer),
-    "x_r1": SeedSchema(sets=["xiaodongguaAIGC/X-R1-750"], licence="see card", read=_x_r1),
+    "deepscaler": DatasetSchema(
+        sets=["agentica-org/DeepScaleR-Preview-Dataset"], licence="mit", read=_problem_and_answer
+    ),
+    "x_r1": DatasetSchema(sets=["xiaodongguaAIGC/X-R1-750"], licence="see card", read=_x_r1),
 }

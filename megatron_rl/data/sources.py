@@ -1,4 +1,4 @@
-"""Rows from files, data sets, generated tasks and own code."""
+"""Read rows from files, data sets, generated tasks and custom readers."""
 
 import json
 from collections.abc import Callable, Iterable, Mapping
@@ -17,23 +17,25 @@ SourceReader = Callable[[RowsSection], Iterable[Row]]
 
 
 def read_rows(source: RowsSection) -> list[Row]:
-    """All rows of a source, in its order, up to its limit.
+    """Read all rows of a source, in its order, up to its limit.
 
     Raises:
-        DataError: the file or data set is missing, damaged or empty, of another schema, or forbids commercial use.
+        DataError: the file or data set is missing, damaged, empty or of another schema, or its licence forbids
+            commercial use.
     """
     check_licence(source.path, source.schema, allow_noncommercial=source.allow_noncommercial)
     reader = load_symbol(source.kind, READERS, "data source kind")
     rows = list(islice(reader(source), source.limit))
     if not rows:
         raise DataError(
-            f"data source {source.path or source.kind} (split {source.split!r}) has no rows. Give one that does."
+            f"data source {source.path or source.kind} (split {source.split!r}) has no rows. "
+            "Choose a source or split that has some."
         )
     return rows if source.schema is None else read_schema(rows, source.schema, path=source.path)
 
 
 def read_jsonl(source: RowsSection) -> Iterable[Row]:
-    """One JSON object per line; empty lines do not count."""
+    """Read a JSON Lines file, one object per line; empty lines are skipped."""
     path = _existing_file(source)
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
@@ -49,7 +51,7 @@ def read_jsonl(source: RowsSection) -> Iterable[Row]:
 
 
 def read_parquet(source: RowsSection) -> Iterable[Row]:
-    """One Parquet file."""
+    """Read a Parquet file."""
     import pyarrow
     import pyarrow.parquet
 
@@ -62,7 +64,7 @@ def read_parquet(source: RowsSection) -> Iterable[Row]:
 
 
 def read_datasets(source: RowsSection) -> Iterable[Row]:
-    """A data set of the ``datasets`` library: a hub id, a local folder, or one saved to disk."""
+    """Read a data set with the ``datasets`` library: a hub id, a local folder, or a data set saved to disk."""
     import datasets
 
     assert source.path is not None
@@ -72,10 +74,10 @@ def read_datasets(source: RowsSection) -> Iterable[Row]:
             return saved[source.split] if isinstance(saved, datasets.DatasetDict) else saved
         return datasets.load_dataset(source.path, source.name, split=source.split, revision=source.revision)
     except (
-        OSError,  # not there, no connection, and what the hub refuses
+        OSError,  # missing, no connection, or rejected by the hub
         KeyError,
         ValueError,
-        RuntimeError,  # data sets that are scripts
+        RuntimeError,  # data sets with a loading script
         datasets.exceptions.DatasetNotFoundError,
     ) as error:
         raise DataError(
@@ -84,7 +86,7 @@ def read_datasets(source: RowsSection) -> Iterable[Row]:
 
 
 def read_task(source: RowsSection) -> Iterable[Row]:
-    """A generated task."""
+    """Generate the rows of a task."""
     assert source.path is not None
     task = load_symbol(source.path, TASKS, "data source path (task)")
     try:

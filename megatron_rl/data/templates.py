@@ -13,10 +13,10 @@ GENERIC_CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")
 
 
 def load_tokenizer(folder: str) -> Any:
-    """The tokenizer of a Hugging Face folder.
+    """Load the tokenizer of a Hugging Face folder.
 
     Raises:
-        DataError: there is none, or it has no end token.
+        DataError: the folder has no usable tokenizer, or the tokenizer has no end-of-sequence token.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -25,14 +25,14 @@ def load_tokenizer(folder: str) -> Any:
             f"tokenizer folder {folder} does not exist. model.path must be a Hugging Face checkpoint folder."
         )
     try:
-        # AutoTokenizer goes by the model type and would replace such a tokenizer.json by the family's own rules
-        kind = PreTrainedTokenizerFast if _named_class(folder) in GENERIC_CLASSES else AutoTokenizer
-        tokenizer = kind.from_pretrained(folder)
+        # AutoTokenizer chooses by the model type and would replace the rules in such a tokenizer.json by the family's
+        tokenizer_class = PreTrainedTokenizerFast if _named_class(folder) in GENERIC_CLASSES else AutoTokenizer
+        tokenizer = tokenizer_class.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise DataError(f"{folder} has no usable tokenizer: {str(error).splitlines()[0]}") from error
     if tokenizer.eos_token_id is None:
         raise DataError(
-            f"the tokenizer of {folder} has no end token, so responses would never stop. "
+            f"the tokenizer of {folder} has no end-of-sequence token, so responses would never stop. "
             "Set eos_token in its tokenizer_config.json."
         )
     return tokenizer
@@ -47,14 +47,16 @@ def _named_class(folder: str) -> str | None:
 
 
 def render_prompts(problems: Sequence[Problem], config: DataSection, tokenizer: Any) -> list[str]:
-    """The text of every prompt, with chat template and system prompt where they apply.
+    """Return the text of every prompt, with the chat template and system prompt applied if configured.
 
     Raises:
-        DataError: messages or a system prompt without a chat template.
+        DataError: a prompt is a list of messages, or a system prompt is set, but no chat template is applied.
     """
     use_template = config.chat_template == "auto" and tokenizer.chat_template is not None
     if use_template:
-        return [in_chat(problem.prompt, tokenizer, system_prompt=config.system_prompt) for problem in problems]
+        return [
+            apply_chat_template(problem.prompt, tokenizer, system_prompt=config.system_prompt) for problem in problems
+        ]
     if config.system_prompt is not None:
         raise DataError(
             "data.system_prompt needs a chat template, and the tokenizer has none (or data.chat_template is not auto)."
@@ -67,12 +69,14 @@ def render_prompts(problems: Sequence[Problem], config: DataSection, tokenizer: 
     return texts
 
 
-def in_chat(prompt: str | Sequence[Mapping[str, Any]], tokenizer: Any, *, system_prompt: str | None = None) -> str:
-    """The text of a prompt by the tokenizer's chat template, up to where the assistant begins.
+def apply_chat_template(
+    prompt: str | Sequence[Mapping[str, Any]], tokenizer: Any, *, system_prompt: str | None = None
+) -> str:
+    """Return the text of a prompt by the tokenizer's chat template, ending where the assistant's turn begins.
 
     Args:
-        prompt: what the user says, or messages.
-        system_prompt: stands before them, unless they begin with one of their own.
+        prompt: text of the user's message, or a list of messages.
+        system_prompt: system message to prepend, unless the messages begin with one.
     """
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     if system_prompt is not None and messages[0]["role"] != "system":
@@ -83,14 +87,14 @@ def in_chat(prompt: str | Sequence[Mapping[str, Any]], tokenizer: Any, *, system
 
 
 def adds_special_tokens(chat_template: str, tokenizer: Any) -> bool:
-    """The tokenizer has to add its start token; a chat template has written it already."""
+    """Whether the tokenizer must add its start token, which a chat template already contains."""
     return chat_template == "none" or tokenizer.chat_template is None
 
 
 def tokenize(texts: Sequence[str], tokenizer: Any, *, special_tokens: bool) -> list[list[int]]:
-    """Token ids of every text.
+    """Return the token ids of every text.
 
     Args:
-        special_tokens: let the tokenizer add its start token.
+        special_tokens: whether the tokenizer adds its special tokens, such as a start token.
     """
     return tokenizer(list(texts), add_special_tokens=special_tokens)["input_ids"]

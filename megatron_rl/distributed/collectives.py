@@ -1,4 +1,4 @@
-"""Host-side collectives of plain objects, and errors that all ranks raise together."""
+"""Host-side collectives of Python objects, and errors that all ranks raise together."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -14,12 +14,17 @@ T = TypeVar("T")
 
 
 def gather_objects(value: T, parallel: ParallelContext) -> list[T]:
-    """The value of every rank, on every rank, in rank order."""
+    """The values of all ranks in rank order, on every rank; collective."""
     return gather_over(value, parallel.world_size, parallel.host_group)
 
 
 def gather_over(value: T, size: int, group: Any = None) -> list[T]:
-    """The value of every one of a group's ranks, on each; group: None is all of them."""
+    """The values of all ranks of a group in rank order, on every rank of it; collective.
+
+    Args:
+        size: number of ranks in the group.
+        group: None: the whole world.
+    """
     if size == 1:
         return [value]
     gathered: list[Any] = [None] * size
@@ -28,21 +33,21 @@ def gather_over(value: T, size: int, group: Any = None) -> list[T]:
 
 
 def any_rank(flag: bool, parallel: ParallelContext) -> bool:
-    """True on every rank when it is true on one."""
-    raised = torch.tensor(int(flag))
-    dist.all_reduce(raised, op=dist.ReduceOp.MAX, group=parallel.host_group)
-    return bool(raised)
+    """Whether ``flag`` is true on any rank; collective."""
+    reduced = torch.tensor(int(flag))
+    dist.all_reduce(reduced, op=dist.ReduceOp.MAX, group=parallel.host_group)
+    return bool(reduced)
 
 
 def barrier(parallel: ParallelContext) -> None:
-    """Wait for every rank."""
+    """Wait until every rank has called this; collective."""
     gather_objects(None, parallel)
 
 
 def raise_together(parallel: ParallelContext) -> AbstractContextManager[None]:
-    """Let every rank raise when one does, so that none waits for it in vain.
+    """Raise on every rank if the body raises on any, so that no rank waits for a failed one; collective.
 
-    The body must contain no collective that a failing rank could leave the others in.
+    The body must not contain a collective in which the other ranks would wait for a rank that has failed.
     """
     return raise_over(parallel.world_size, parallel.host_group)
 
@@ -52,23 +57,23 @@ def raise_over(size: int, group: Any = None, *, otherwise: type[MegatronRLError]
     """``raise_together`` for the ranks of a group.
 
     Args:
-        size, group: as of ``gather_over``.
-        otherwise: what the other ranks raise for an exception that is none of this package.
+        size, group: as in ``gather_over``.
+        otherwise: type that the other ranks raise if the exception is not a MegatronRLError.
 
     Raises:
-        Exception: on every rank the failure of the first rank that has one, so that all may act on it alike.
+        Exception: on every rank, the failure of the first rank that has one, so that all ranks can handle it alike.
     """
     failure: Exception | None = None
     try:
         yield
-    except Exception as error:  # of any kind: the others must hear of it before it goes on
+    except Exception as error:  # of any kind: the other ranks must learn of it before it propagates
         failure = error
     kind = type(failure) if isinstance(failure, MegatronRLError) else otherwise
-    told = gather_over((kind, None if failure is None else str(failure)), size, group)
-    first = next((rank for rank, (_, message) in enumerate(told) if message is not None), None)
+    failures = gather_over((kind, None if failure is None else str(failure)), size, group)
+    first = next((rank for rank, (_, message) in enumerate(failures) if message is not None), None)
     if first is None:
         return
     if failure is not None and first == (dist.get_rank(group) if size > 1 else 0):
         raise failure
-    found, message = told[first]
-    raise found(f"{message} (on rank {first})") from failure
+    kind, message = failures[first]
+    raise kind(f"{message} (on rank {first})") from failure

@@ -1,1 +1,1 @@
-"""What is wrong with a machine, before a run finds out."""
+"""Check machines for faults before a run starts."""

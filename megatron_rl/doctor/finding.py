@@ -1,4 +1,4 @@
-"""What a check found."""
+"""Findings of the checks and their report."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,47 +9,47 @@ Grade = Literal["ok", "warning", "error"]
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One check on one host, or of the whole world."""
+    """Result of one check, on one host or over all ranks."""
 
     check: str
     grade: Grade
-    found: str
-    """Values with their units."""
+    detail: str
+    """What was found, with values and units."""
     fix: str = ""
-    """What to do about it; empty when there is nothing to do."""
+    """What to do about it; empty if nothing is to be done."""
 
 
-def ok(check: str, found: str) -> Finding:
-    return Finding(check=check, grade="ok", found=found)
+def ok(check: str, detail: str) -> Finding:
+    return Finding(check=check, grade="ok", detail=detail)
 
 
-def warning(check: str, found: str, fix: str) -> Finding:
-    return Finding(check=check, grade="warning", found=found, fix=fix)
+def warning(check: str, detail: str, fix: str) -> Finding:
+    return Finding(check=check, grade="warning", detail=detail, fix=fix)
 
 
-def error(check: str, found: str, fix: str) -> Finding:
-    return Finding(check=check, grade="error", found=found, fix=fix)
+def error(check: str, detail: str, fix: str) -> Finding:
+    return Finding(check=check, grade="error", detail=detail, fix=fix)
 
 
 def report(findings: Sequence[tuple[str, Finding]]) -> str:
-    """A line for each check; hosts that agree share one.
+    """Return one line per finding; hosts with the same finding share a line.
 
     Args:
-        findings: (host, what was found there).
+        findings: pairs of host and finding.
     """
     hosts: dict[Finding, list[str]] = {}
     for host, finding in findings:
         hosts.setdefault(finding, []).append(host)
-    every = list(dict.fromkeys(host for host, _ in findings))
+    all_hosts = list(dict.fromkeys(host for host, _ in findings))
     lines = []
-    for finding, found_on in hosts.items():
-        where = "" if len(set(found_on)) == len(every) else f" [{', '.join(dict.fromkeys(found_on))}]"
+    for finding, finding_hosts in hosts.items():
+        where = "" if len(set(finding_hosts)) == len(all_hosts) else f" [{', '.join(dict.fromkeys(finding_hosts))}]"
         fix = f"  -> {finding.fix}" if finding.fix else ""
-        lines.append(f"{finding.grade:7} {finding.check:12} {finding.found}{where}{fix}")
+        lines.append(f"{finding.grade:7} {finding.check:12} {finding.detail}{where}{fix}")
     return "\n".join(lines)
 
 
 def worst(findings: Sequence[tuple[str, Finding]]) -> Grade:
-    """The worst grade of all."""
+    """Return the worst grade of all findings."""
     grades = {finding.grade for _, finding in findings}
     return "error" if "error" in grades else "warning" if "warning" in grades else "ok"

@@ -1,4 +1,4 @@
-"""Checks that one rank makes of its own host, without the others."""
+"""Checks of a host that one of its ranks makes alone."""
 
 import importlib.metadata
 import os
@@ -23,8 +23,8 @@ from megatron_rl.models import read_model_spec
 from megatron_rl.planning.this_machine import host_memory_gb
 
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "vllm", "sglang", "transformers", "omegaconf")
-# distribution -> (least, below) that this version of the package has been tried with
-TRIED = {"megatron-core": ((0, 16, 1), (0, 20)), "vllm": ((0, 20), (0, 33)), "sglang": ((0, 5, 11), (0, 6))}
+# distribution -> (lowest, first excluded) version that this package has been tested with
+TESTED_VERSIONS = {"megatron-core": ((0, 16, 1), (0, 20)), "vllm": ((0, 20), (0, 33)), "sglang": ((0, 5, 11), (0, 6))}
 MIN_HOST_GB = 4.0
 MIN_DISK_GB = 10.0
 WRITE_MB = 64
@@ -32,10 +32,10 @@ SLOW_WRITE_MB_S = 50.0
 
 
 def check_host(config: RunConfig | None) -> Iterator[Finding]:
-    """All of them.
+    """Run all checks of a host.
 
     Args:
-        config: None: without those that need a model, an engine or a run folder.
+        config: configuration of the run; None skips the checks that need a model, an engine or a run folder.
     """
     yield from versions(config)
     yield from devices()
@@ -49,30 +49,30 @@ def check_host(config: RunConfig | None) -> Iterator[Finding]:
 
 
 def versions(config: RunConfig | None) -> Iterator[Finding]:
-    """Of Python and the packages that matter, and whether they go together."""
-    found = {"python": platform.python_version()}
+    """Check the versions of Python and the main packages, and whether they are compatible."""
+    version_of = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            version_of[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    yield ok("versions", ", ".join(f"{name} {version}" for name, version in found.items()))
-    for name, (least, below) in TRIED.items():
-        if name in found and not least <= numbers(found[name]) < below:
-            span = f"{'.'.join(map(str, least))} to below {'.'.join(map(str, below))}"
-            yield warning("versions", f"{name} {found[name]}", f"tried with {span}: pip install another one")
+    yield ok("versions", ", ".join(f"{name} {version}" for name, version in version_of.items()))
+    for name, (lowest, below) in TESTED_VERSIONS.items():
+        if name in version_of and not lowest <= version_numbers(version_of[name]) < below:
+            span = f"{'.'.join(map(str, lowest))} to below {'.'.join(map(str, below))}"
+            yield warning("versions", f"{name} {version_of[name]}", f"tested with {span}: pip install one of these")
     for name in ("torchvision", "torchaudio"):
-        yield from _fits_torch(name, found["torch"])
-    if torch.cuda.is_available() and "transformer-engine" not in found:
+        yield from _fits_torch(name, version_of["torch"])
+    if torch.cuda.is_available() and "transformer-engine" not in version_of:
         yield warning("versions", "no Transformer Engine", "pip install transformer-engine[pytorch] for speed and FP8")
-    if config is not None and config.precision.fp8 != "disabled" and "transformer-engine" not in found:
+    if config is not None and config.precision.fp8 != "disabled" and "transformer-engine" not in version_of:
         yield error("versions", "no Transformer Engine", "install it, or set precision.fp8=disabled")
 
 
-def numbers(version: str) -> tuple[int, ...]:
-    """Leading numbers of a version: (0, 16, 1) of 0.16.1rc0+cpu."""
-    found = re.match(r"\d+(\.\d+)*", version)
-    return tuple(map(int, found[0].split("."))) if found is not None else ()
+def version_numbers(version: str) -> tuple[int, ...]:
+    """Return the leading numbers of a version: (0, 16, 1) of 0.16.1rc0+cpu."""
+    match = re.match(r"\d+(\.\d+)*", version)
+    return tuple(map(int, match[0].split("."))) if match is not None else ()
 
 
 def _fits_torch(name: str, torch_version: str) -> Iterator[Finding]:
@@ -86,20 +86,22 @@ def _fits_torch(name: str, torch_version: str) -> Iterator[Finding]:
 
 
 def _import_failure(name: str) -> str:
-    """Why a package cannot be imported, found in a process of its own; empty when it can."""
+    """Return why a package cannot be imported, tested in a separate process; empty if it can."""
     done = subprocess.run([sys.executable, "-c", f"import {name}"], capture_output=True, text=True, check=False)
     return (done.stderr.strip().splitlines() or ["?"])[-1] if done.returncode else ""
 
 
 def devices() -> Iterator[Finding]:
-    """GPUs: memory in use by others, errors, throttling, peer access."""
+    """Check GPUs: memory used by other processes, errors, throttling, peer access."""
     if not torch.cuda.is_available():
         if shutil.which("nvidia-smi"):
             yield error(
-                "gpu", "nvidia-smi is there, but torch sees no GPU", "install a CUDA build of torch; check the driver"
+                "gpu",
+                "nvidia-smi is installed, but torch finds no GPU",
+                "install a CUDA build of torch; check the driver",
             )
         else:
-            yield ok("gpu", f"none; {os.cpu_count()} processors")
+            yield ok("gpu", f"none; {os.cpu_count()} CPUs")
         return
     count = torch.cuda.device_count()
     names = {torch.cuda.get_device_name(index) for index in range(count)}
@@ -109,25 +111,31 @@ def devices() -> Iterator[Finding]:
             free, total = torch.cuda.mem_get_info(index)
         except RuntimeError as failure:
             yield error(
-                "gpu", f"GPU {index} cannot be used: {failure}", "end what uses it (nvidia-smi), or drain the node"
+                "gpu",
+                f"GPU {index} cannot be used: {failure}",
+                "end the processes that use it (nvidia-smi), or drain the node",
             )
             continue
         if free < 0.95 * total:
             used = (total - free) / 1e9
             yield warning(
-                "gpu", f"GPU {index}: {used:.1f} of {total / 1e9:.1f} GB are taken", "end what uses it (nvidia-smi)"
+                "gpu",
+                f"GPU {index}: {used:.1f} of {total / 1e9:.1f} GB are in use",
+                "end the processes that use it (nvidia-smi)",
             )
     pairs = [(a, b) for a in range(count) for b in range(count) if a != b]
-    apart = [pair for pair in pairs if not torch.cuda.can_device_access_peer(*pair)]
-    if apart:
+    unconnected = [pair for pair in pairs if not torch.cuda.can_device_access_peer(*pair)]
+    if unconnected:
         yield warning(
-            "gpu", f"no peer access between {len(apart)} pairs of GPUs", "check nvidia-smi topo -m; TP will be slow"
+            "gpu",
+            f"no peer access between {len(unconnected)} pairs of GPUs",
+            "check nvidia-smi topo -m; TP will be slow",
         )
     yield from _health()
 
 
 def _health() -> Iterator[Finding]:
-    """What nvidia-smi counts as errors."""
+    """Check for GPU errors and throttling that nvidia-smi reports."""
     if not shutil.which("nvidia-smi"):
         return
     fields = "index,ecc.errors.uncorrected.volatile.total,clocks_throttle_reasons.hw_slowdown"
@@ -135,43 +143,43 @@ def _health() -> Iterator[Finding]:
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     except subprocess.TimeoutExpired:
-        yield error("gpu", "nvidia-smi does not answer", "drain the node and look at its GPUs")
+        yield error("gpu", "nvidia-smi does not respond", "drain the node and inspect its GPUs")
         return
     rows = [[part.strip() for part in line.split(",")] for line in done.stdout.splitlines()]
     if done.returncode or any(len(row) != len(fields.split(",")) for row in rows):
         yield warning(
-            "gpu", f"nvidia-smi says {done.stdout.strip() or done.stderr.strip()!r}", "look at the node's GPUs"
+            "gpu", f"nvidia-smi printed {done.stdout.strip() or done.stderr.strip()!r}", "inspect the node's GPUs"
         )
         return
-    for index, errors, slowed in rows:
+    for index, errors, throttled in rows:
         if errors.isdigit() and int(errors):
             yield error("gpu", f"GPU {index}: {errors} uncorrected memory errors", "drain the node and reset the GPU")
-        if slowed == "Active":
+        if throttled == "Active":
             yield warning("gpu", f"GPU {index} is slowed down by its hardware", "check its cooling and power")
 
 
 def memory() -> Finding:
-    """Of the host."""
+    """Check the available memory of the host."""
     available = host_memory_gb("MemAvailable")
-    found = f"{available:.1f} of {host_memory_gb('MemTotal'):.1f} GB are available"
+    detail = f"{available:.1f} of {host_memory_gb('MemTotal'):.1f} GB are available"
     if available < MIN_HOST_GB:
-        return error("memory", found, f"end other processes: at least {MIN_HOST_GB:.0f} GB are needed")
-    return ok("memory", found)
+        return error("memory", detail, f"end other processes: at least {MIN_HOST_GB:.0f} GB are needed")
+    return ok("memory", detail)
 
 
 def disk(folder: Path) -> Finding:
-    """Room where the run writes."""
-    there = existing(folder)
-    free = shutil.disk_usage(there).free / 1e9
-    found = f"{free:.0f} GB are free in {there}"
+    """Check the free disk space of the run folder."""
+    parent = nearest_existing(folder)
+    free = shutil.disk_usage(parent).free / 1e9
+    detail = f"{free:.0f} GB are free in {parent}"
     if free < MIN_DISK_GB:
-        return error("disk", found, "make room, lower checkpoint.keep_last, or choose another run.output_dir")
-    return ok("disk", found)
+        return error("disk", detail, "free some space, lower checkpoint.keep_last, or choose another run.output_dir")
+    return ok("disk", detail)
 
 
 def file_system(folder: Path) -> Finding:
-    """Whether it can be written, and how fast."""
-    path = existing(folder) / f".doctor-{uuid.uuid4().hex}"
+    """Check that the run folder is writable, and its write speed."""
+    path = nearest_existing(folder) / f".doctor-{uuid.uuid4().hex}"
     content = os.urandom(2**20)
     try:
         start = time.perf_counter()
@@ -183,25 +191,27 @@ def file_system(folder: Path) -> Finding:
         rate = WRITE_MB * 2**20 / 1e6 / (time.perf_counter() - start)
     except OSError as failure:
         return error(
-            "file system", f"{path.parent} cannot be written: {failure.strerror}", "choose another run.output_dir"
+            "file system", f"{path.parent} is not writable: {failure.strerror}", "choose another run.output_dir"
         )
     finally:
         path.unlink(missing_ok=True)
     if rate < SLOW_WRITE_MB_S:
         return warning(
-            "file system", f"{path.parent} takes {rate:.0f} MB/s", "checkpoints will be slow: use a faster one"
+            "file system",
+            f"{path.parent} is written at {rate:.0f} MB/s",
+            "checkpoints will be slow: use a faster file system",
         )
-    return ok("file system", f"{path.parent} can be written")
+    return ok("file system", f"{path.parent} is writable")
 
 
-def existing(folder: Path) -> Path:
-    """The folder, or what there is above it."""
+def nearest_existing(folder: Path) -> Path:
+    """Return the folder, or its nearest parent that exists."""
     folder = folder.absolute()
     return next(path for path in (folder, *folder.parents) if path.exists())
 
 
 def model(config: RunConfig) -> Iterator[Finding]:
-    """Whether weights and tokenizer can be read."""
+    """Check that weights and tokenizer can be read."""
     path = config.model.path
 
     def weights() -> str:
@@ -217,7 +227,7 @@ def model(config: RunConfig) -> Iterator[Finding]:
 
 
 def attempt(check: str, read: Callable[[], str]) -> Finding:
-    """What a function returns, or the error that it raises."""
+    """Return a finding with what a function returns, or with the error that it raises."""
     try:
         return ok(check, read())
     except MegatronRLError as failure:
@@ -225,11 +235,11 @@ def attempt(check: str, read: Callable[[], str]) -> Finding:
 
 
 def engine(config: RunConfig) -> Finding:
-    """Whether the engine's package can be imported."""
+    """Check that the engine's package can be imported."""
     name = config.rollout.engine
     if name == "embedded":
         return ok("engine", "embedded needs nothing")
     failure = _import_failure(name)
     if failure:
-        return error("engine", f"{name} cannot be imported: {failure}", "docs/engines.md says how it is installed")
+        return error("engine", f"{name} cannot be imported: {failure}", "see docs/engines.md for how to install it")
     return ok("engine", f"{name} can be imported")

@@ -1,4 +1,4 @@
-"""What a problem of several turns is."""
+"""The protocol of environments for multi-turn rollouts."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -8,36 +8,37 @@ from megatron_rl.types import Prompt
 
 @dataclass(frozen=True)
 class Turn:
-    """What an environment makes of one response."""
+    """The reaction of an environment to one response."""
 
     observation: str | None
-    """Text that the policy sees next; None: the episode is over."""
+    """Text that the policy sees next; None ends the episode."""
     reward: float = 0.0
-    """Of this turn; an episode is worth their sum."""
+    """Reward of this turn; the reward of an episode is the sum over its turns."""
 
 
 class Episode(Protocol):
-    """One conversation."""
+    """One conversation with the policy."""
 
     def step(self, response: str) -> Turn:
-        """Answer a response of the policy.
+        """Reply to a response of the policy.
 
-        An interrupted conversation is gone through again with the same responses, so the answers may depend on nothing
-        but the prompt, the seed and the responses so far.
+        An interrupted conversation is replayed with the same responses, so the replies may depend only on the prompt,
+        the seed and the responses so far.
 
         Args:
-            response: this turn's, without special tokens.
+            response: text of this turn's response, without special tokens.
         """
         ...
 
 
 class Environment(Protocol):
-    """Begins conversations."""
+    """Starts an episode for every sample."""
 
     def begin(self, prompt: Prompt, seed: int) -> Episode:
-        """A conversation about a prompt, which is its first message.
+        """Start an episode.
 
         Args:
-            seed: different for every sample of a run.
+            prompt: prompt of the sample, the first message of the conversation.
+            seed: seed of the sample, different for every sample of a run.
         """
         ...

@@ -1,4 +1,4 @@
-"""Guess a number that is the prompt's answer; the environment says whether it is higher or lower."""
+"""An environment in which the policy guesses a number; after each guess it learns "higher" or "lower"."""
 
 import re
 
@@ -8,18 +8,21 @@ from megatron_rl.types import Prompt
 
 
 class GuessNumber:
-    """Worth 1 when guessed, less by ``cost`` for every wrong guess before."""
+    """The number is the prompt's answer; reward 1 for the right guess, minus ``cost`` for every wrong one before it."""
 
     def __init__(self, *, cost: float = 0.1) -> None:
         self._cost = cost
 
     def begin(self, prompt: Prompt, seed: int) -> Episode:
-        """
+        """Start an episode about the number in ``prompt.answer``.
+
         Raises:
-            DataError: the prompt's answer is not a whole number.
+            DataError: the prompt's answer is not an integer.
         """
         if prompt.answer is None or not re.fullmatch(r"-?\d+", prompt.answer.strip()):
-            raise DataError(f"prompt {prompt.prompt_id}: the answer {prompt.answer!r} is not a whole number to guess.")
+            raise DataError(
+                f"prompt {prompt.prompt_id}: the answer is {prompt.answer!r}, expected an integer to guess."
+            )
         return _Guessing(int(prompt.answer), self._cost)
 
 
@@ -29,10 +32,10 @@ class _Guessing:
         self._cost = cost
 
     def step(self, response: str) -> Turn:
-        found = re.search(r"-?\d+", response)
-        if found is None:
+        match = re.search(r"-?\d+", response)
+        if match is None:
             return Turn("say a number", -self._cost)
-        guess = int(found[0])
+        guess = int(match[0])
         if guess == self._number:
             return Turn(None, 1.0)
         return Turn("higher" if guess < self._number else "lower", -self._cost)

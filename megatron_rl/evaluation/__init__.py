@@ -1,1 +1,1 @@
-"""Benchmarks: tasks, answers, verdicts, reports. Never imports Megatron-Core."""
+"""Benchmarks: questions, generation, grading, results and reports. Never imports Megatron-Core."""

@@ -1,4 +1,4 @@
-"""Answers as they are kept: a line each, written when it is graded. A killed evaluation loses only what it was at."""
+"""Graded answers on disk: one line each, written as soon as it is graded; a kill loses only what is in progress."""
 
 import json
 import os
@@ -9,13 +9,13 @@ from typing import TextIO
 
 from megatron_rl.errors import DataError
 
-Key = tuple[str, int, int, str]
-"""Task, question, sample, and digest of what was asked."""
+AnswerKey = tuple[str, int, int, str]
+"""Task, question index, sample index, and digest of the rendered question."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answer:
-    """One graded sample."""
+class GradedAnswer:
+    """One response with its grade; a line of answers/TASK.N.jsonl."""
 
     task: str
     question: int
@@ -26,44 +26,45 @@ class Answer:
     finish_reason: str
     right: bool
     status: str
-    """ok, reward_error, reward_timeout, or refused by the server; all but the first count as wrong."""
+    """ok, reward_error, reward_timeout, or refused (rejected by the server); all but ok count as wrong."""
     message: str
-    """What went wrong, or what the scorer says; empty otherwise."""
+    """Error of the scorer or the server; empty if status is ok."""
     shown: str | None
-    """The answer in the response; None: there is none."""
+    """Answer extracted from the response; None if it has none."""
     asked: str
-    """Digest of prompt and reference answers: a place in a task can come to hold another question."""
+    """``RenderedQuestion.digest``: the same index of a task can hold another question after the data change."""
     likelihoods: Sequence[float] = ()
-    """Of each choice, as they were compared; empty for a sampled answer."""
+    """Log-likelihood of each choice, normalized as the task compares them; empty for a sampled answer."""
 
     @property
-    def key(self) -> Key:
+    def key(self) -> AnswerKey:
+        """What identifies this answer among those of an evaluation."""
         return self.task, self.question, self.sample, self.asked
 
 
 class AnswerFile:
-    """Appends answers to a file of one engine."""
+    """File to which one engine appends its graded answers."""
 
     def __init__(self, path: Path) -> None:
-        """Open it; a line that a kill has cut in two is removed.
+        """Open the file for appending, without a last line that a kill left incomplete.
 
         Raises:
-            DataError: it cannot be written.
+            DataError: the file cannot be written.
         """
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            whole_lines_only(path)
+            drop_partial_line(path)
             self._file: TextIO = path.open("a", encoding="utf-8")
         except OSError as error:
             raise DataError(
                 f"{path} cannot be written: {error}. Free space, or choose another run.output_dir."
             ) from error
 
-    def write(self, answer: Answer) -> None:
-        """Append an answer; it is there even if this process is killed at once.
+    def write(self, answer: GradedAnswer) -> None:
+        """Append an answer and flush it, so that it survives a kill of this process.
 
         Raises:
-            DataError: it cannot be written.
+            DataError: the file cannot be written.
         """
         try:
             self._file.write(json.dumps(asdict(answer)) + "\n")
@@ -72,46 +73,47 @@ class AnswerFile:
             raise DataError(f"{self._file.name} cannot be written: {error}. Free space and start again.") from error
 
     def close(self) -> None:
+        """Close the file."""
         self._file.close()
 
 
-def whole_lines_only(path: Path) -> None:
-    """Remove a last line that a kill has cut in two; nothing happens without a file."""
+def drop_partial_line(path: Path) -> None:
+    """Truncate a last line that a kill left incomplete; do nothing if the file does not exist."""
     if path.exists():
         content = path.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            os.truncate(path, whole)
+        size = content.rfind(b"\n") + 1
+        if size < len(content):
+            os.truncate(path, size)
 
 
-def read_answers(folder: Path) -> dict[Key, Answer]:
-    """All answers in a folder; of a sample whose grading failed and that was asked again, the one with a verdict.
+def read_answers(folder: Path) -> dict[AnswerKey, GradedAnswer]:
+    """Return all answers in a folder; a sample that was repeated after a failure has the answer that was graded.
 
     Raises:
-        DataError: a line is damaged that is not a file's last one.
+        DataError: a line is damaged, other than a file's incomplete last one.
     """
-    found: dict[Key, Answer] = {}
+    answers: dict[AnswerKey, GradedAnswer] = {}
     for path in sorted(folder.glob("*.jsonl")):
         for answer in _lines(path):
-            if answer.key not in found or found[answer.key].status != "ok":
-                found[answer.key] = answer
-    return found
+            if answer.key not in answers or answers[answer.key].status != "ok":
+                answers[answer.key] = answer
+    return answers
 
 
-def _lines(path: Path) -> Iterator[Answer]:
+def _lines(path: Path) -> Iterator[GradedAnswer]:
     lines = path.read_text(encoding="utf-8").split("\n")
-    for number, line in enumerate(lines[:-1], start=1):  # the last one is empty, or cut in two
+    for number, line in enumerate(lines[:-1], start=1):  # the last one is empty or incomplete
         try:
-            yield Answer(**json.loads(line))
+            yield GradedAnswer(**json.loads(line))
         except (ValueError, TypeError) as error:
             raise DataError(
-                f"{path}:{number} is damaged: {error}. Remove the line; its answer is sampled again."
+                f"{path}:{number} is damaged: {error}. Remove the line; the sample is then generated again."
             ) from error
 
 
-def by_question(answers: Iterable[Answer]) -> Mapping[int, list[Answer]]:
-    """Answers of one task by question, in the order of their samples."""
-    found: dict[int, list[Answer]] = {}
+def by_question(answers: Iterable[GradedAnswer]) -> Mapping[int, list[GradedAnswer]]:
+    """Group the answers of one task by question, in the order of their samples."""
+    grouped: dict[int, list[GradedAnswer]] = {}
     for answer in sorted(answers, key=lambda one: (one.question, one.sample)):
-        found.setdefault(answer.question, []).append(answer)
-    return found
+        grouped.setdefault(answer.question, []).append(answer)
+    return grouped

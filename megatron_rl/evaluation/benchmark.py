@@ -1,4 +1,4 @@
-"""A task with its questions as a model sees them."""
+"""A benchmark: a task with its rendered questions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -6,9 +6,9 @@ from typing import Any
 
 from megatron_rl.config.evaluation import EvalConfig, TaskConfig
 from megatron_rl.errors import ConfigError
-from megatron_rl.evaluation.answers import Key
-from megatron_rl.evaluation.generation import RenderedQuestion, choices_behind, render_questions
-from megatron_rl.evaluation.grading import Grading
+from megatron_rl.evaluation.answers import AnswerKey
+from megatron_rl.evaluation.generation import RenderedQuestion, choice_texts, render_questions
+from megatron_rl.evaluation.grading import Grader
 from megatron_rl.evaluation.questions import Question, read_questions
 
 
@@ -18,68 +18,75 @@ class Benchmark:
 
     task: TaskConfig
     questions: Sequence[Question]
-    asked: Sequence[RenderedQuestion]
+    rendered: Sequence[RenderedQuestion]
+    """The same questions as prompts of the evaluated model."""
     notes: Sequence[str]
+    """Warnings for the report, such as a missing part of the data set."""
 
     def as_lines(self) -> list[dict[str, Any]]:
-        """What is asked, for questions.jsonl."""
+        """Return the rows of questions.jsonl."""
         return [
             {
                 "task": self.task.name,
-                "question": one.question.index,
-                "text": one.question.text,
-                "answers": list(one.question.answers),
-                "group": one.question.group,
-                "asked": one.digest,
-                "row": dict(one.question.row),
+                "question": rendered.question.index,
+                "text": rendered.question.text,
+                "answers": list(rendered.question.answers),
+                "group": rendered.question.group,
+                "asked": rendered.digest,
+                "row": dict(rendered.question.row),
             }
-            for one in self.asked
+            for rendered in self.rendered
         ]
 
-    def key(self, asked: RenderedQuestion, sample: int) -> Key:
-        """Of an answer to one of its questions."""
-        return self.task.name, asked.question.index, sample, asked.digest
+    def key(self, rendered: RenderedQuestion, sample: int) -> AnswerKey:
+        """Return the key of one graded answer to a question."""
+        return self.task.name, rendered.question.index, sample, rendered.digest
 
 
 def read_benchmark(task: TaskConfig, config: EvalConfig, tokenizer: Any) -> Benchmark:
-    """A task with its questions as the model sees them.
+    """Read the questions of a task and render them.
+
+    Args:
+        task: the benchmark's configuration.
+        config: the evaluation's configuration, whose limit appears in the notes.
+        tokenizer: of the model; None for an endpoint, which renders prompts itself.
 
     Raises:
-        DataError, ConfigError: as of ``read_questions`` and ``render_questions``; an endpoint is asked for likelihoods
-            in a chat.
+        DataError, ConfigError: see ``read_questions`` and ``render_questions``; also if an endpoint would have to
+            return likelihoods of chat messages.
     """
     questions = read_questions(task)
     notes = []
     if task.num_questions is not None and len(questions) != task.num_questions:
-        why = f"limit={config.limit}" if config.limit is not None else "the data differ from the published set"
-        notes.append(f"{len(questions)} questions, of which the published set has {task.num_questions} ({why})")
-    if tokenizer is None:  # the endpoint has its own
+        reason = f"limit={config.limit}" if config.limit is not None else "the data differ from the published set"
+        notes.append(f"{len(questions)} questions; the published set has {task.num_questions} ({reason})")
+    if tokenizer is None:  # the endpoint applies its own
         if task.likelihood is not None and task.chat:
             raise ConfigError(
-                f"task {task.name}: an endpoint says how likely plain text is, not messages. Set chat=false in the "
-                "task, or use an engine."
+                f"task {task.name}: an endpoint reports log-probabilities of plain text, not of chat messages. Set "
+                "chat=false in the task, or use another engine.name."
             )
-        asked = [
-            RenderedQuestion(question=one, prompt=one.text, token_ids=(), choices=choices_behind(task, one))
+        rendered = [
+            RenderedQuestion(question=one, prompt=one.text, token_ids=(), choices=choice_texts(task, one))
             for one in questions
         ]
     else:
-        asked = render_questions(task, questions, tokenizer)
-    return Benchmark(task, questions, asked, notes)
+        rendered = render_questions(task, questions, tokenizer)
+    return Benchmark(task, questions, rendered, notes)
 
 
-def with_golds_graded(exam: Benchmark, grading: Grading) -> Benchmark:
-    """The task with a note about reference answers that its own scorer does not take.
+def check_reference_answers(benchmark: Benchmark, grader: Grader) -> Benchmark:
+    """Grade the reference answers; return the benchmark with a note if its own scorer grades some of them as wrong.
 
     Raises:
-        RewardError: it takes none, as it fails.
+        RewardError: the scorer fails on every reference answer.
     """
-    wrong = grading.wrong_golds(exam.task, exam.questions)
+    wrong = grader.misgraded_references(benchmark.task, benchmark.questions)
     if not wrong:
-        return exam
+        return benchmark
     shown = ", ".join(map(str, wrong[:10])) + (", …" if len(wrong) > 10 else "")
     note = (
-        f"{len(wrong)} reference answers are not right by the scorer {exam.task.scorer.name} themselves "
+        f"the scorer {benchmark.task.scorer.name} grades the reference answers of {len(wrong)} questions as wrong "
         f"(questions {shown})"
     )
-    return replace(exam, notes=[*exam.notes, note])
+    return replace(benchmark, notes=[*benchmark.notes, note])

@@ -1,4 +1,4 @@
-"""Finished evaluations of several models, question by question."""
+"""Comparison of finished evaluations of several models, question by question."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -6,52 +6,56 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rl.errors import DataError
-from megatron_rl.evaluation.folder import FREE_OF_TASK, distinct_names, essential, read_results
+from megatron_rl.evaluation.folder import IGNORED_TASK_KEYS, distinct_names, read_results, without_ignored
 from megatron_rl.evaluation.report import percent
 from megatron_rl.reporting.stats import mean, paired_difference
 
 SIGNIFICANT = 1.96
-"""Standard errors beyond which a difference is unlikely (one in twenty) to be chance."""
+"""Standard errors beyond which a difference is significant at the 5 % level."""
 
 
 @dataclass(frozen=True)
-class Finished:
-    """One evaluation."""
+class FinishedEvaluation:
+    """One finished evaluation."""
 
     path: Path
     name: str
-    """As much of the path as tells it from the others."""
+    """The last parts of the path, as many as distinguish it from the other evaluations."""
     results: Mapping[str, Any]
+    """Content of results.json."""
     rates: Mapping[str, Sequence[float]]
     """Task -> share of right samples of each question."""
 
 
 def is_right(rate: float) -> bool:
-    """Half of a question's samples are right."""
+    """Whether at least half of a question's samples are right."""
     return rate >= 0.5
 
 
-def read_all_finished(paths: Sequence[Path]) -> list[Finished]:
-    """Finished evaluations.
+def read_all_finished(paths: Sequence[Path]) -> list[FinishedEvaluation]:
+    """Read the results of finished evaluations.
+
+    Args:
+        paths: folder of each evaluation, or a file in it.
 
     Raises:
-        DataError: one is not finished.
+        DataError: an evaluation is not finished.
     """
     folders = [path if path.is_dir() else path.parent for path in paths]
     return [_read_finished(path, name) for path, name in zip(folders, distinct_names(folders), strict=True)]
 
 
-def _read_finished(path: Path, name: str) -> Finished:
+def _read_finished(path: Path, name: str) -> FinishedEvaluation:
     results = read_results(path)
     rates = {task: result["rates"] for task, result in results["tasks"].items()}
-    return Finished(path, name, results, rates)
+    return FinishedEvaluation(path, name, results, rates)
 
 
-def compared(runs: Sequence[Finished]) -> list[list[str]]:
-    """Rows of cells, headings first: every task of the first run against each of the others.
+def comparison_table(runs: Sequence[FinishedEvaluation]) -> list[list[str]]:
+    """Compare every task of the first evaluation with each of the others; rows of cells, headings first.
 
     Raises:
-        DataError: a task is another version, or was asked otherwise.
+        DataError: a task differs between two evaluations in its version, prompts, sampling or scorer.
     """
     first, *others = runs
     head = ["task", "questions", first.name]
@@ -64,28 +68,32 @@ def compared(runs: Sequence[Finished]) -> list[list[str]]:
             if task not in other.rates:
                 line += ["-", "-", "-"]
                 continue
-            check_same(task, first, other)
-            line += _against(first.rates[task], other.rates[task])
+            check_comparable(task, first, other)
+            line += _difference_cells(first.rates[task], other.rates[task])
         lines.append(line)
     return lines
 
 
-def check_same(task: str, one: Finished, other: Finished) -> None:
-    """
+def check_comparable(task: str, one: FinishedEvaluation, other: FinishedEvaluation) -> None:
+    """Check that two evaluations used the same task, apart from the number of samples.
+
     Raises:
-        DataError: the two were not asked the same.
+        DataError: the task's configuration or its number of questions differs.
     """
-    asked = [essential(run.results["evaluation"]["tasks"][task]) for run in (one, other)]
-    asked = [{**one, "sampling": {**one["sampling"], "num_samples": 0}} for one in asked]
-    keys = {key for one in asked for key in one} - set(FREE_OF_TASK)
-    differing = sorted(key for key in keys if asked[0].get(key) != asked[1].get(key))
+    configs = [without_ignored(run.results["evaluation"]["tasks"][task]) for run in (one, other)]
+    configs = [{**config, "sampling": {**config["sampling"], "num_samples": 0}} for config in configs]
+    keys = {key for config in configs for key in config} - set(IGNORED_TASK_KEYS)
+    differing = sorted(key for key in keys if configs[0].get(key) != configs[1].get(key))
     if differing or len(one.rates[task]) != len(other.rates[task]):
         what = ", ".join(differing) or "the questions"
-        raise DataError(f"task {task}: {one.name} and {other.name} were not asked the same, {what} differ. Ask again.")
+        raise DataError(
+            f"task {task}: {one.name} and {other.name} cannot be compared, because {what} differ. Evaluate one of them "
+            "again with the configuration of the other."
+        )
 
 
 def confusion(before: Sequence[float], after: Sequence[float]) -> tuple[int, int, int, int]:
-    """Questions that both have right, only the first, only the second, and neither; right is half of the samples."""
+    """Count the questions right in both, only before, only after, and in neither; see ``is_right``."""
     pairs = [(is_right(old), is_right(new)) for old, new in zip(before, after, strict=True)]
     both, only_before, only_after, neither = (
         pairs.count(kind) for kind in ((True, True), (True, False), (False, True), (False, False))
@@ -93,7 +101,7 @@ def confusion(before: Sequence[float], after: Sequence[float]) -> tuple[int, int
     return both, only_before, only_after, neither
 
 
-def _against(before: Sequence[float], after: Sequence[float]) -> list[str]:
+def _difference_cells(before: Sequence[float], after: Sequence[float]) -> list[str]:
     change, error = paired_difference(before, after)
     mark = " *" if abs(change) > SIGNIFICANT * error else ""
     return [

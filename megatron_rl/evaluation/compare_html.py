@@ -1,4 +1,4 @@
-"""Several evaluations on one page: one self-contained HTML file."""
+"""HTML page that compares several evaluations; one self-contained file."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -6,22 +6,22 @@ from typing import Any
 from jinja2 import Environment, PackageLoader
 
 from megatron_rl.errors import DataError
-from megatron_rl.evaluation.compare import Finished, compared, confusion, is_right
+from megatron_rl.evaluation.compare import FinishedEvaluation, comparison_table, confusion, is_right
 from megatron_rl.evaluation.folder import EvalFolder, current_answers, read_questions_of
 from megatron_rl.reporting.plots import grouped_bar_plot, table_plot
 from megatron_rl.reporting.stats import mean
 
 NUM_SHOWN = 100
-"""Changed questions on the page."""
+"""Largest number of changed questions on the page."""
 
 
-def render_comparison(runs: Sequence[Finished]) -> str:
-    """The page; the first evaluation against each of the others.
+def render_comparison(runs: Sequence[FinishedEvaluation]) -> str:
+    """Render the page that compares the first evaluation with each of the others.
 
     Raises:
-        DataError: a task is another version, or was asked otherwise.
+        DataError: a task differs between two evaluations in its version, prompts, sampling or scorer.
     """
-    table = compared(runs)
+    table = comparison_table(runs)
     changed = [one for other in runs[1:] for one in _changed(runs[0], other)]
     environment = Environment(loader=PackageLoader("megatron_rl.reporting"), autoescape=True)
     return environment.get_template("comparison.html").render(
@@ -34,7 +34,7 @@ def render_comparison(runs: Sequence[Finished]) -> str:
     )
 
 
-def _plots(runs: Sequence[Finished]) -> Iterator[str]:
+def _plots(runs: Sequence[FinishedEvaluation]) -> Iterator[str]:
     right = {run.name: {task: mean(rates) for task, rates in run.rates.items()} for run in runs}
     yield grouped_bar_plot("Right", "share of the samples", right)
     first = runs[0]
@@ -50,25 +50,25 @@ def _plots(runs: Sequence[Finished]) -> Iterator[str]:
                 )
 
 
-def _changed(first: Finished, other: Finished) -> Iterator[dict[str, Any]]:
-    """Questions of which the verdict is another one, with the first sample of each evaluation."""
+def _changed(first: FinishedEvaluation, other: FinishedEvaluation) -> Iterator[dict[str, Any]]:
+    """Questions that one evaluation has right and the other wrong, each with its first sample in both."""
     folders = [EvalFolder(run.path) for run in (first, other)]
     questions, answers = read_questions_of(folders[0]), [current_answers(folder) for folder in folders]
     for task, rates in first.rates.items():
-        for place, (old, new) in enumerate(zip(rates, other.rates.get(task, ()), strict=False)):
+        for index, (old, new) in enumerate(zip(rates, other.rates.get(task, ()), strict=False)):
             if is_right(old) != is_right(new):
-                before, after = (found.get((task, place)) for found in answers)
+                before, after = (by_question.get((task, index)) for by_question in answers)
                 if not before or not after:
                     raise DataError(
-                        f"{first.path} or {other.path} has no answer to question {place} of {task}, though its results "
-                        "do: it was started again since. Let it finish."
+                        f"{first.path} or {other.path} has no answer to question {index} of {task}, but its "
+                        "results.json does: the evaluation was started again since. Let it finish."
                     )
                 yield {
                     "task": task,
-                    "question": place,
+                    "question": index,
                     "run": other.name,
                     "is_better": is_right(new),
-                    "text": questions[task, place]["text"],
+                    "text": questions[task, index]["text"],
                     "before": before[0].response,
                     "after": after[0].response,
                 }

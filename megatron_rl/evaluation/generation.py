@@ -1,4 +1,4 @@
-"""Responses of an engine to questions."""
+"""Rendering questions as prompts, and generating responses to them with an engine."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -8,87 +8,89 @@ from typing import Any, TypeVar
 import torch
 
 from megatron_rl.config.evaluation import LikelihoodSection, TaskConfig
-from megatron_rl.data.templates import adds_special_tokens, in_chat, tokenize
+from megatron_rl.data.templates import adds_special_tokens, apply_chat_template, tokenize
 from megatron_rl.errors import ConfigError, DataError
 from megatron_rl.evaluation.questions import LETTERS, Question
 from megatron_rl.rollout.engines.base import Continuation, Engine, Request
 from megatron_rl.types import SamplingParams
 
-QUESTIONS_AT_A_TIME = 64
-Value = TypeVar("Value")
+QUESTIONS_PER_BATCH = 64
+"""Questions whose choices an engine scores in one call."""
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RenderedQuestion:
-    """A question as the model sees it."""
+    """A question as the prompt of the evaluated model."""
 
     question: Question
     prompt: str
-    """With chat template."""
+    """Text with the chat template, if the task uses one."""
     token_ids: Sequence[int]
     choices: Sequence[str] = ()
-    """What may stand behind the prompt, where the most likely one is the answer."""
+    """Texts after the prompt, of which the most likely one is the response; empty if responses are sampled."""
     continuations: Sequence[Continuation] = ()
-    """The prompt with each of them; empty where the model is elsewhere."""
+    """Tokens of the prompt with each choice; empty for an endpoint."""
 
     @property
     def digest(self) -> str:
-        """Of what is asked and what is right."""
+        """Hash of the prompt, the reference answers and the choices; 16 hexadecimal digits."""
         return hashlib.sha256("\0".join([self.prompt, *self.question.answers, *self.choices]).encode()).hexdigest()[:16]
 
     @property
     def num_tokens(self) -> int:
-        """Of the prompt, with the longest choice where there are any."""
+        """Number of tokens of the prompt, including the longest choice if it has choices."""
         return max([len(self.token_ids), *(one.token_ids.numel() for one in self.continuations)])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Response:
-    """What came back for one sample."""
+    """What a backend returned for one sample."""
 
-    asked: RenderedQuestion
+    rendered: RenderedQuestion
     sample: int
     seed: int
     text: str
     num_tokens: int
     finish_reason: str
     likelihoods: Sequence[float] = ()
-    """Of each choice, as they were compared; empty for a sampled response."""
+    """Log-likelihood of each choice, normalized as the task compares them; empty for a sampled response."""
     failure: str = ""
-    """Why there is none; empty for one that came."""
+    """Why the server rejected the request; empty if it succeeded."""
 
 
-Wanted = Sequence[tuple[RenderedQuestion, Sequence[tuple[int, int]]]]
-"""Questions with (sample, seed) of each sample that is missing."""
+SampleRequests = Sequence[tuple[RenderedQuestion, Sequence[tuple[int, int]]]]
+"""Questions with the (sample, seed) pairs to generate."""
 
 
 def render_questions(task: TaskConfig, questions: Sequence[Question], tokenizer: Any) -> list[RenderedQuestion]:
-    """Questions with the tokenizer's chat template, where the task asks as a user, and as tokens.
+    """Apply the tokenizer's chat template, if the task has chat=true and the tokenizer has one, and tokenize.
 
     Raises:
-        ConfigError: a system prompt without a chat template.
-        DataError: a prompt has no tokens.
+        ConfigError: the task has a system prompt, but no chat template applies.
+        DataError: a prompt has no tokens, or a choice adds none to it.
     """
     templated = task.chat and tokenizer.chat_template is not None
     if task.system_prompt is not None and not templated:
         raise ConfigError(
-            f"task {task.name} has a system_prompt, which needs a chat template and chat=true. Set system_prompt=null."
+            f"task {task.name} has a system_prompt, which needs chat=true and a tokenizer with a chat template. Set "
+            "system_prompt=null."
         )
     prompts = [
-        in_chat(question.text, tokenizer, system_prompt=task.system_prompt) if templated else question.text
+        apply_chat_template(question.text, tokenizer, system_prompt=task.system_prompt) if templated else question.text
         for question in questions
     ]
     special = adds_special_tokens("auto" if templated else "none", tokenizer)
-    asked = [
+    rendered = [
         _render_question(task, question, prompt, ids, tokenizer, templated=templated, special=special)
         for question, prompt, ids in zip(
             questions, prompts, tokenize(prompts, tokenizer, special_tokens=special), strict=True
         )
     ]
-    empty = next((one for one in asked if not one.token_ids), None)
+    empty = next((one for one in rendered if not one.token_ids), None)
     if empty is not None:
         raise DataError(f"question {empty.question.index} of task {task.name} has no tokens: {empty.prompt!r}.")
-    return asked
+    return rendered
 
 
 def _render_question(
@@ -101,34 +103,38 @@ def _render_question(
     templated: bool,
     special: bool,
 ) -> RenderedQuestion:
-    choices = choices_behind(task, question, templated=templated)
+    choices = choice_texts(task, question, templated=templated)
     continuations = _continuations(prompt, ids, choices, tokenizer, special=special)
-    for choice, one in zip(choices, continuations, strict=True):
-        if one.start >= one.token_ids.numel():
+    for choice, continuation in zip(choices, continuations, strict=True):
+        if continuation.start >= continuation.token_ids.numel():
             raise DataError(
-                f"question {question.index} of task {task.name}: the choice {choice!r} has no tokens of its own behind "
-                "the prompt. Change likelihood.before or the choice."
+                f"question {question.index} of task {task.name}: the choice {choice!r} adds no tokens to the prompt. "
+                "Change likelihood.before or the choice."
             )
     return RenderedQuestion(
         question=question, prompt=prompt, token_ids=ids, choices=choices, continuations=continuations
     )
 
 
-def respond(
+def sample_responses(
     engine: Engine,
     task: TaskConfig,
-    wanted: Wanted,
+    requests: SampleRequests,
     *,
     stop_token_ids: tuple[int, ...],
     max_model_len: int,
     max_requests: int,
     decode: Any,
 ) -> Iterator[Response]:
-    """Sample responses, in the order in which they are finished; every rank of the engine takes part.
+    """Sample responses and yield them in completion order; every rank of the engine takes part.
 
     Args:
-        wanted: questions of this engine with (sample, seed) of each.
-        max_model_len: tokens of prompt and response that the engine has room for.
+        engine: that samples.
+        task: sampling parameters and stops.
+        requests: questions of this engine with their samples.
+        stop_token_ids: tokens that end a response.
+        max_model_len: tokens of prompt and response that the engine supports.
+        max_requests: requests that the engine holds at a time.
         decode: token ids -> text.
     """
     sampling = task.sampling
@@ -140,40 +146,42 @@ def respond(
         stop_token_ids=stop_token_ids,
         logprobs=False,
     )
-    requests = (
+    engine_requests = (
         Request(
             key=key,
-            token_ids=torch.tensor(asked.token_ids),
+            token_ids=torch.tensor(rendered.token_ids),
             seeds=tuple(seed for _, seed in samples),
-            max_new_tokens=min(sampling.max_new_tokens, max_model_len - len(asked.token_ids)),
+            max_new_tokens=min(sampling.max_new_tokens, max_model_len - len(rendered.token_ids)),
         )
-        for key, (asked, samples) in enumerate(wanted)
+        for key, (rendered, samples) in enumerate(requests)
     )
-    for finished in engine.generate(iter(requests), params, max_requests=max_requests):
-        asked, samples = wanted[finished.key]
+    for finished in engine.generate(iter(engine_requests), params, max_requests=max_requests):
+        rendered, samples = requests[finished.key]
         sample, seed = samples[finished.sample]
-        text, is_cut = cut(decode(finished.completion.token_ids), sampling.stop)
+        text, is_stopped = truncate_at_stop(decode(finished.completion.token_ids), sampling.stop)
         yield Response(
-            asked=asked,
+            rendered=rendered,
             sample=sample,
             seed=seed,
             text=text,
             num_tokens=finished.completion.token_ids.numel(),
-            finish_reason="stop" if is_cut else finished.completion.finish_reason,
+            finish_reason="stop" if is_stopped else finished.completion.finish_reason,
         )
 
 
-def cut(text: str, stops: Sequence[str]) -> tuple[str, bool]:
-    """A text up to the first of the texts before which it ends, and whether there was one."""
-    places = [place for place in (text.find(stop) for stop in stops) if place >= 0]
-    return (text[: min(places)], True) if places else (text, False)
+def truncate_at_stop(text: str, stops: Sequence[str]) -> tuple[str, bool]:
+    """Cut a text before the first stop string; return it, and whether it contained one."""
+    positions = [position for position in (text.find(stop) for stop in stops) if position >= 0]
+    return (text[: min(positions)], True) if positions else (text, False)
 
 
-def choices_behind(task: TaskConfig, question: Question, *, templated: bool = False) -> list[str]:
-    """What may stand behind the prompt, with what separates it; empty unless the task goes by likelihood.
+def choice_texts(task: TaskConfig, question: Question, *, templated: bool = False) -> list[str]:
+    """Return the choices as texts after the prompt, separator included; empty unless task.likelihood is set.
 
     Args:
-        templated: a chat template ends the prompt, and separates it.
+        task: benchmark of the question.
+        question: with its choices.
+        templated: whether a chat template ends the prompt, so that no separator is needed.
     """
     if task.likelihood is None:
         return []
@@ -185,48 +193,56 @@ def _choices(section: LikelihoodSection, question: Question) -> Sequence[str]:
     return LETTERS[: len(question.choices)] if section.of == "letters" else question.choices
 
 
-def chosen(
-    task: TaskConfig, asked: RenderedQuestion, seed: int, likelihoods: Sequence[float], lengths: Sequence[int]
+def choice_response(
+    task: TaskConfig, rendered: RenderedQuestion, seed: int, likelihoods: Sequence[float], lengths: Sequence[int]
 ) -> Response:
-    """The most likely choice as a response, which is its letter; of equals the first.
+    """Return the letter of the most likely choice as a response; the first one among equals.
 
     Args:
+        task: with likelihood set.
+        rendered: the question.
+        seed: of the sample.
         likelihoods: log-likelihood of each choice.
-        lengths: its tokens.
+        lengths: number of tokens of each choice.
     """
     assert task.likelihood is not None
-    choices = _choices(task.likelihood, asked.question)
-    divisors = [max(1, len(one)) if task.likelihood.normalize == "characters" else 1 for one in choices]
-    scores = [one / divisor for one, divisor in zip(likelihoods, divisors, strict=True)]
-    place = scores.index(max(scores))
+    choices = _choices(task.likelihood, rendered.question)
+    divisors = [max(1, len(choice)) if task.likelihood.normalize == "characters" else 1 for choice in choices]
+    scores = [likelihood / divisor for likelihood, divisor in zip(likelihoods, divisors, strict=True)]
+    best = scores.index(max(scores))
     return Response(
-        asked=asked,
+        rendered=rendered,
         sample=0,
         seed=seed,
-        text=LETTERS[place],
-        num_tokens=lengths[place],
+        text=LETTERS[best],
+        num_tokens=lengths[best],
         finish_reason="stop",
         likelihoods=scores,
     )
 
 
-def choose(engine: Engine, task: TaskConfig, wanted: Wanted) -> Iterator[Response]:
-    """The most likely choice of every question; every rank of the engine takes part, its leader gets the responses."""
-    wanted = engine.place.from_leader(wanted)
-    for group in batched(wanted, QUESTIONS_AT_A_TIME):
-        found = iter(engine.score([one for asked, _ in group for one in asked.continuations]))
-        for asked, ((_, seed),) in group if engine.place.is_leader else ():
-            logprobs = [next(found) for _ in asked.continuations]
-            yield chosen(task, asked, seed, [float(one.sum()) for one in logprobs], [one.numel() for one in logprobs])
+def choose_by_likelihood(engine: Engine, task: TaskConfig, requests: SampleRequests) -> Iterator[Response]:
+    """Yield the most likely choice of every question; every rank of the engine takes part, its leader gets them."""
+    requests = engine.place.from_leader(requests)
+    for batch in batched(requests, QUESTIONS_PER_BATCH):
+        scores = iter(engine.loglikelihood([one for rendered, _ in batch for one in rendered.continuations]))
+        for rendered, ((_, seed),) in batch if engine.place.is_leader else ():
+            logprobs = [next(scores) for _ in rendered.continuations]
+            sums, lengths = [float(one.sum()) for one in logprobs], [one.numel() for one in logprobs]
+            yield choice_response(task, rendered, seed, sums, lengths)
 
 
 def _continuations(
     prompt: str, ids: Sequence[int], choices: Sequence[str], tokenizer: Any, *, special: bool
 ) -> list[Continuation]:
-    """Prompt and choice are encoded together; white space at the prompt's end belongs to the choice.
+    """Tokenize the prompt with each choice; white space at the end of the prompt counts as part of the choice.
 
     Args:
-        ids: of the prompt.
+        prompt: text of the prompt.
+        ids: tokens of the prompt.
+        choices: texts after the prompt.
+        tokenizer: of the model.
+        special: whether to add the tokenizer's special tokens.
     """
     if not choices:
         return []
@@ -234,13 +250,13 @@ def _continuations(
     if prompt != prompt.rstrip():
         (head,) = tokenize([prompt.rstrip()], tokenizer, special_tokens=special)
     wholes = tokenize([prompt + choice for choice in choices], tokenizer, special_tokens=special)
-    if not head:  # something has to stand before a first token
+    if not head:  # a first token has no log-probability without a token before it
         first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
         head, wholes = [first], [[first, *whole] for whole in wholes]
     return [Continuation(token_ids=torch.tensor(whole), start=len(head)) for whole in wholes]
 
 
-def batched(values: Sequence[Value], size: int) -> Iterator[Sequence[Value]]:
-    """So many at a time."""
-    for start in range(0, len(values), size):
-        yield values[start : start + size]
+def batched(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
+    """Yield the items in slices of at most ``size``."""
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

@@ -1,4 +1,4 @@
-"""Benchmarks during a run: a suite of tasks, answered by the training engine."""
+"""Benchmarks during training: the policy in the rollout engine generates the responses to a suite of tasks."""
 
 import json
 import math
@@ -17,10 +17,10 @@ from megatron_rl.evaluation.backend_setup import longest_sequence
 from megatron_rl.evaluation.backends import EngineBackend
 from megatron_rl.evaluation.benchmark import Benchmark, read_benchmark
 from megatron_rl.evaluation.folder import EvalFolder
-from megatron_rl.evaluation.grading import Grading
-from megatron_rl.evaluation.model import end_tokens
+from megatron_rl.evaluation.grading import Grader
+from megatron_rl.evaluation.model import eos_token_ids
 from megatron_rl.evaluation.results import TaskResult
-from megatron_rl.evaluation.run import answer_all, begin, checked, concluded_all
+from megatron_rl.evaluation.run import check_references, generate_all, prepare_folder, summarize_results
 from megatron_rl.evaluation.runner import Note
 from megatron_rl.metrics.metric import Mean, Reduction
 from megatron_rl.rollout.engines.supervisor import EngineSupervisor
@@ -29,25 +29,28 @@ from megatron_rl.types import ParallelContext
 
 @dataclass(frozen=True)
 class BenchmarkSuite:
-    """What is asked during a run."""
+    """The benchmarks of a training run."""
 
     config: EvalConfig
-    exams: Sequence[Benchmark]
+    benchmarks: Sequence[Benchmark]
 
-    def longest(self, positions: int) -> int:
-        """Tokens of prompt and response that the engine must be ready for.
+    def max_sequence_length(self, max_positions: int) -> int:
+        """Return the number of tokens of the longest prompt with its response, at most ``max_positions``.
+
+        Args:
+            max_positions: context length of the model.
 
         Raises:
-            DataError: a prompt leaves no room for an answer.
+            DataError: a prompt fills the context, so that no token is left for a response.
         """
-        return longest_sequence([(exam.task, exam.asked) for exam in self.exams], positions)
+        return longest_sequence([(one.task, one.rendered) for one in self.benchmarks], max_positions)
 
 
 def read_benchmark_suite(config: RunConfig, tokenizer: Any) -> BenchmarkSuite | None:
-    """The suite of benchmarks.suite; None without one. Its model, engine and folder are the run's.
+    """Read the suite that ``benchmarks.suite`` names, with the run's model and engine; None without one.
 
     Raises:
-        ConfigError, DataError: a file or data set is missing or wrong.
+        ConfigError, DataError: a file or data set is missing or invalid.
     """
     if config.benchmarks.suite is None:
         return None
@@ -59,81 +62,96 @@ def read_benchmark_suite(config: RunConfig, tokenizer: Any) -> BenchmarkSuite | 
 
 
 class BenchmarkEvaluator:
-    """Puts the suite to the policy as it is at a step."""
+    """Evaluates the current policy on the suite."""
 
     def __init__(
         self,
         suite: BenchmarkSuite,
-        keeper: EngineSupervisor,
+        supervisor: EngineSupervisor,
         config: RunConfig,
         tokenizer: Any,
         parallel: ParallelContext,
         note: Note,
         *,
-        positions: int,
+        max_positions: int,
     ) -> None:
         """
         Args:
-            positions: that the model has.
+            suite: benchmarks to evaluate.
+            supervisor: of the engines that hold the policy.
+            config: of the run.
+            tokenizer: of the policy.
+            parallel: layout of this rank.
+            note: prints a line on the first rank.
+            max_positions: context length of the model.
         """
-        self._config, self._exams = suite.config, suite.exams
-        self._keeper, self._parallel, self._note = keeper, parallel, note
+        self._config, self._benchmarks = suite.config, suite.benchmarks
+        self._supervisor, self._parallel, self._note = supervisor, parallel, note
         self._folder = Path(config.run.output_dir) / "benchmarks"
-        self._answerer = EngineBackend(
-            keeper.engine,
+        self._backend = EngineBackend(
+            supervisor.engine,
             tokenizer,
-            ends=[*end_tokens(config.model.path), *config.rollout.stop_token_ids],
-            max_model_len=suite.longest(positions),
+            eos_token_ids=[*eos_token_ids(config.model.path), *config.rollout.stop_token_ids],
+            max_model_len=suite.max_sequence_length(max_positions),
             max_requests=config.rollout.max_num_sequences,
         )
 
     def evaluate(self, step: int) -> dict[str, Reduction]:
-        """``benchmark/TASK/…`` metrics on the first rank, with answers and reports in benchmarks/step_N; collective.
+        """Evaluate the suite; write answers and reports to benchmarks/step_N; collective.
 
-        The engines have the policy of the step.
+        The engines must hold the policy of this step.
+
+        Returns:
+            ``benchmark/TASK/…`` metrics on the first rank; empty on the others.
 
         Raises:
             EngineDied: engines died too often.
-            RewardError: a scorer fails.
+            RewardError: a grading worker does not start, or a scorer fails on every reference answer.
         """
         folder = EvalFolder(self._folder / f"step_{step:06d}")
-        mark = f"step {step}"
+        model_id = f"step {step}"
         run = replace(self._config.run, name=f"{self._config.run.name}, step {step}", output_dir=str(folder.path))
         config = replace(self._config, run=run)
         with raise_together(self._parallel):
             if self._parallel.is_main:
-                # of an attempt that was given up, whose weights were perhaps others
+                # an earlier attempt at this step may have used other weights
                 shutil.rmtree(folder.path, ignore_errors=True)
-                begin(folder, config, self._exams, mark)
-            grading = Grading(config.grading, [exam.task for exam in self._exams])
-        with closing(grading):
-            exams = checked(self._exams, grading, self._parallel)
-            self._answer(step, folder, grading)
+                prepare_folder(folder, config, self._benchmarks, model_id)
+            grader = Grader(config.grading, [one.task for one in self._benchmarks])
+        with closing(grader):
+            benchmarks = check_references(self._benchmarks, grader, self._parallel)
+            self._generate(step, folder, grader)
             with raise_together(self._parallel):
                 if not self._parallel.is_main:
                     return {}
-                results = concluded_all(config, exams, folder, grading, mark)
-        shown = [f"{one.task} {one.scores[f'avg@{one.num_samples}']:.1%}" for one in results]
-        self._note(f"benchmarks, step {step}: {', '.join(shown)}; {folder.html}")
+                results = summarize_results(config, benchmarks, folder, grader, model_id)
+        accuracies = [f"{one.task} {one.scores[f'avg@{one.num_samples}']:.1%}" for one in results]
+        self._note(f"benchmarks, step {step}: {', '.join(accuracies)}; {folder.html}")
         return metrics_of(results)
 
-    def _answer(self, step: int, folder: EvalFolder, grading: Grading) -> None:
-        """All of it; an engine that dies meanwhile is started again, and only asked what is missing."""
+    def _generate(self, step: int, folder: EvalFolder, grader: Grader) -> None:
+        """Generate and grade all responses; after an engine died, restart it and generate only the missing ones."""
         while True:
             try:
-                answer_all(
-                    self._exams, self._config.run.seed, self._answerer, grading, folder, self._parallel, lambda _: None
+                generate_all(
+                    self._benchmarks,
+                    self._config.run.seed,
+                    self._backend,
+                    grader,
+                    folder,
+                    self._parallel,
+                    lambda _: None,
                 )
             except EngineDied:
-                if not self._keeper.restart_dead():
+                if not self._supervisor.restart_dead():
                     raise
-                self._keeper.push(step)
+                self._supervisor.push(step)
             else:
                 return
 
 
 def metrics_of(results: Sequence[TaskResult]) -> dict[str, Reduction]:
-    """What is known of each task."""
+    """Return ``benchmark/TASK/SCORE`` metrics of all scores that are not NaN."""
     return {
         f"benchmark/{one.task}/{name}": Mean(value)
         for one in results

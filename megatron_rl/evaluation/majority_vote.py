@@ -1,7 +1,7 @@
-"""Choosing among the responses to a prompt: at random, by majority, by score.
+"""Choosing one of several responses to a prompt, by majority vote or by score.
 
-Source: majority vote from self-consistency, arXiv 2203.11171; best of n by a verifier from arXiv 2110.14168; votes
-weighted by it from Math-Shepherd, arXiv 2312.08935 eq. 6.
+Source: majority vote: self-consistency, arXiv 2203.11171; best of n by a verifier: arXiv 2110.14168; votes weighted by
+the verifier: Math-Shepherd, arXiv 2312.08935 eq. 6.
 """
 
 import re
@@ -11,7 +11,7 @@ from megatron_rl.rewards.math import last_boxed
 
 
 def last_match(response: str, pattern: str) -> str | None:
-    """What the first group of a regular expression last found in a response; None: nothing."""
+    """Return the first group of the last match of a regular expression in a response; None without a match."""
     found = None
     for match in re.finditer(pattern, response, re.MULTILINE):
         found = match.group(1).strip()
@@ -19,7 +19,7 @@ def last_match(response: str, pattern: str) -> str | None:
 
 
 def shown_answer(response: str, pattern: str | None) -> str | None:
-    """The answer that a response gives: by ``last_match``, or without a pattern what is in the last \\boxed{}."""
+    """Extract a response's answer: ``last_match`` of the pattern, or without one the content of the last \\boxed{}."""
     if pattern is not None:
         return last_match(response, pattern)
     boxed = last_boxed(response)
@@ -27,12 +27,13 @@ def shown_answer(response: str, pattern: str | None) -> str | None:
 
 
 def majority(answers: Sequence[Hashable | None], weights: Sequence[float] | None = None) -> int | None:
-    """Place of the first of the responses whose answer is given most often; None when none has one.
+    """Return the index of the first response with the most frequent answer; None if no response has an answer.
 
-    Of answers that are given as often as each other the one wins that came first.
+    Among equally frequent answers, the one that occurs first wins.
 
     Args:
-        weights: of each response, such as the probability that it is right; not below 0; None: all count alike.
+        answers: answer of each response; None if it has none.
+        weights: weight of each response, 0 or more, such as the probability that it is right; None: equal weights.
     """
     sums: dict[Hashable, float] = {}
     for answer, weight in zip(answers, weights or [1.0] * len(answers), strict=True):
@@ -42,5 +43,5 @@ def majority(answers: Sequence[Hashable | None], weights: Sequence[float] | None
 
 
 def best(scores: Sequence[float]) -> int:
-    """Place of the highest score, the first of equal ones."""
+    """Return the index of the highest score; the first one among equals."""
     return max(range(len(scores)), key=scores.__getitem__)

@@ -1,4 +1,4 @@
-"""The model that is asked: its weights in an engine, and what tells it apart from others."""
+"""The evaluated model: loading its weights into an engine, its end-of-sequence tokens and its fingerprint."""
 
 import hashlib
 import json
@@ -14,30 +14,31 @@ from megatron_rl.weights.open import open_weights
 from megatron_rl.weights.reader import WeightReader
 
 SAMPLED_BYTES = 2**20
+"""Bytes that the fingerprint reads at either end of a file."""
 
 
 def load_engine(engine: Engine, spec: ModelSpec, folder: str) -> None:
-    """Give an engine the weights of a Hugging Face folder, of one converted to Megatron, or of a run's checkpoint.
+    """Load weights into an engine from a Hugging Face folder, a converted Megatron folder or a run's checkpoint.
 
     Raises:
         ConversionError: a file is missing or damaged.
-        WeightSyncError: the tensors are not those of the model.
+        WeightSyncError: names or shapes of the tensors differ from the model's.
     """
     table = layout_table(spec, 1)
     engine.load_weights(_tensors(open_weights(folder, table), list(hf_shapes(table))), version=0)
 
 
-def end_tokens(folder: str) -> list[int]:
-    """Tokens at which the model ends an answer, by its generation_config.json; empty without one."""
+def eos_token_ids(folder: str) -> list[int]:
+    """Return eos_token_id of generation_config.json as a list; empty without that file or key."""
     path = Path(folder) / "generation_config.json"
-    found = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
-    return [] if found is None else [found] if isinstance(found, int) else list(found)
+    token_ids = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
+    return [] if token_ids is None else [token_ids] if isinstance(token_ids, int) else list(token_ids)
 
 
 def fingerprint(folder: str) -> str:
-    """Of the model's files: their names, sizes, and first and last MiB. Sixteen hexadecimal digits.
+    """Hash the names, sizes, and first and last MiB of the model's files; 16 hexadecimal digits.
 
-    Not a proof that all bytes are the same, for which a large model would have to be read whole.
+    Equal fingerprints do not prove that all bytes are equal: that would require reading a large model completely.
     """
     digest = hashlib.sha256()
     for path in sorted(Path(folder).rglob("*")):

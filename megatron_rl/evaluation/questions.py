@@ -1,4 +1,4 @@
-"""Rows of a benchmark to questions with prompts."""
+"""Questions of a benchmark from the rows of its data set."""
 
 import random
 import re
@@ -15,7 +15,7 @@ from megatron_rl.rewards.math import last_boxed
 
 LETTERS = string.ascii_uppercase
 CHOICES = "listed choices"
-"""Column that is added for them."""
+"""Column that is added to a row for its choices."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,24 +23,24 @@ class Question:
     """One question of a task."""
 
     index: int
-    """Place in the task."""
+    """Index in the task."""
     text: str
-    """Examples and question, without a chat template."""
+    """Few-shot examples and question, without a chat template."""
     answers: Sequence[str]
-    """Each of them is right."""
+    """Accepted reference answers; a response is right if it matches any of them."""
     group: str | None
-    """Of the task's group_field."""
+    """Value of the task's group_field; None without one."""
     row: Mapping[str, Any] = field(default_factory=dict)
-    """All columns, for the scorer."""
+    """All columns of the row, for the scorer."""
     choices: Sequence[str] = ()
-    """Of which one is to be chosen; empty when none are given."""
+    """Choices of a multiple-choice question; empty for other questions."""
 
 
 def read_questions(task: TaskConfig) -> list[Question]:
-    """All questions of a task.
+    """Read all questions of a task.
 
     Raises:
-        DataError: the data cannot be read, a column is missing, or a gold answer does not match its pattern.
+        DataError: the data cannot be read, a column is missing, or a reference answer does not match its pattern.
     """
     rows = [_with_choices(task, row, f"question {index} of task {task.name}") for index, row in enumerate(_rows(task))]
     shots = [] if task.few_shot is None else [_with_choices(task, row, "an example") for row in _shots(task.few_shot)]
@@ -48,16 +48,19 @@ def read_questions(task: TaskConfig) -> list[Question]:
 
 
 def _rows(task: TaskConfig) -> list[Mapping[str, Any]]:
-    """Those of all subsets, up to the limit each."""
+    """Read the rows of all subsets, up to data.limit from each."""
     if not task.subsets:
         return list(read_rows(task.data))
     if task.data.kind != "datasets":
-        found = read_rows(replace(task.data, limit=None))
-        unknown = sorted({str(row.get("subset")) for row in found} - set(task.subsets))
+        rows = read_rows(replace(task.data, limit=None))
+        unknown = sorted({str(row.get("subset")) for row in rows} - set(task.subsets))
         if unknown:
-            raise DataError(f"task {task.name}: the column subset holds {unknown[0]!r}, none of the task's subsets.")
+            raise DataError(
+                f"task {task.name}: the column 'subset' holds {unknown[0]!r}, which is none of the task's subsets. "
+                f"Expected one of {', '.join(task.subsets)}."
+            )
         return [
-            row for name in task.subsets for row in [one for one in found if one["subset"] == name][: task.data.limit]
+            row for name in task.subsets for row in [one for one in rows if one["subset"] == name][: task.data.limit]
         ]
     return [{**row, "subset": name} for name in task.subsets for row in read_rows(replace(task.data, name=name))]
 
@@ -70,7 +73,7 @@ def _question(task: TaskConfig, index: int, row: Mapping[str, Any], shots: Seque
     where = f"question {index} of task {task.name}"
     return Question(
         index=index,
-        text=_examples(task, row, shots, where) + filled(task.prompt, row, where),
+        text=_examples(task, row, shots, where) + fill_template(task.prompt, row, where),
         answers=_answers(task, row, where),
         group=None if task.group_field is None else str(_column(row, task.group_field, where)),
         row=row,
@@ -81,19 +84,19 @@ def _question(task: TaskConfig, index: int, row: Mapping[str, Any], shots: Seque
 def _answers(task: TaskConfig, row: Mapping[str, Any], where: str) -> list[str]:
     if "letter" in row and (task.choices_field is not None or task.wrong_choices):
         return [row["letter"]]
-    found = _column(row, task.answer_field, where)
-    every = [str(one) for one in found] if isinstance(found, list | tuple) else [str(found)]
+    value = _column(row, task.answer_field, where)
+    answers = [str(one) for one in value] if isinstance(value, list | tuple) else [str(value)]
     if task.answer_in_box:
-        boxes = [last_boxed(one) or last_match(one, r"\\boxed\s+([^\s$]+)") for one in every]
+        boxes = [last_boxed(one) or last_match(one, r"\\boxed\s+([^\s$]+)") for one in answers]
         if None in boxes:
-            raise DataError(f"{where}: {task.answer_field} has no \\boxed{{}}: {every[0][-80:]!r}.")
+            raise DataError(f"{where}: {task.answer_field} has no \\boxed{{}}: {answers[0][-80:]!r}.")
         return [str(one).strip() for one in boxes]
     if task.answer_pattern is None:
-        return every
-    matches = [last_match(one, task.answer_pattern) for one in every]
+        return answers
+    matches = [last_match(one, task.answer_pattern) for one in answers]
     if None in matches:
         raise DataError(
-            f"{where}: {task.answer_field} {every[0][-80:]!r} does not match answer_pattern={task.answer_pattern!r}."
+            f"{where}: {task.answer_field} {answers[0][-80:]!r} does not match answer_pattern={task.answer_pattern!r}."
         )
     return [str(one) for one in matches]
 
@@ -103,44 +106,52 @@ def _examples(task: TaskConfig, row: Mapping[str, Any], shots: Sequence[Mapping[
     if section is None:
         return ""
     same = section.same
-    fitting = [shot for shot in shots if same is None or shot.get(same) == _column(row, same, where)]
-    if len(fitting) < section.count:
+    matching = [shot for shot in shots if same is None or shot.get(same) == _column(row, same, where)]
+    if len(matching) < section.count:
         raise DataError(
-            f"{where}: {len(fitting)} examples fit it, few_shot.count={section.count}. Give more, or lower it."
+            f"{where}: few_shot.count={section.count}, but only {len(matching)} examples match the question. Add "
+            "examples, or lower few_shot.count."
         )
-    chosen = fitting[: section.count]
-    return filled(section.preamble, chosen[0], where) + "".join(
-        filled(section.template, shot, where) for shot in chosen
+    examples = matching[: section.count]
+    return fill_template(section.preamble, examples[0], where) + "".join(
+        fill_template(section.template, shot, where) for shot in examples
     )
 
 
 def _with_choices(task: TaskConfig, row: Mapping[str, Any], where: str) -> Mapping[str, Any]:
-    """The row with lists as lines, {choices} as lettered ones, and {letter} as the right one's."""
+    """Add columns: those of task.lines (lists as lines), choices (lettered lines), letter (of the right choice)."""
     row = {**row, **{name: "\n".join(_column(row, column, where)) for name, column in task.lines.items()}}
     if task.choices_field is not None:
         choices = list(_column(row, task.choices_field, where))
-        told = _column(row, task.answer_field, where)
-        place = LETTERS.index(told) if isinstance(told, str) and told in LETTERS else int(told)
+        answer = _column(row, task.answer_field, where)
+        right = LETTERS.index(answer) if isinstance(answer, str) and answer in LETTERS else int(answer)
     elif task.wrong_choices:
         choices = [_column(row, name, where) for name in (task.answer_field, *task.wrong_choices)]
         order = list(range(len(choices)))
         random.Random(str(choices[0])).shuffle(order)
-        choices, place = [choices[one] for one in order], order.index(0)
+        choices, right = [choices[one] for one in order], order.index(0)
     else:
         return row
     if len(choices) > len(LETTERS):
-        raise DataError(f"{where}: {len(choices)} choices, and there are letters for {len(LETTERS)}.")
-    if not 0 <= place < len(choices):
-        raise DataError(f"{where}: the right choice is number {place} of {len(choices)}.")
+        raise DataError(f"{where}: {len(choices)} choices, but there are letters for at most {len(LETTERS)}.")
+    if not 0 <= right < len(choices):
+        raise DataError(
+            f"{where}: {task.answer_field}={right}: expected the index of a choice, 0 to {len(choices) - 1}."
+        )
     lines = "\n".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False))
-    return {**row, "choices": lines, "letter": LETTERS[place], CHOICES: [str(choice) for choice in choices]}
+    return {**row, "choices": lines, "letter": LETTERS[right], CHOICES: [str(choice) for choice in choices]}
 
 
-def filled(template: str, row: Mapping[str, Any], where: str) -> str:
-    """A template with the columns that it names in braces; other braces stay.
+def fill_template(template: str, row: Mapping[str, Any], where: str) -> str:
+    """Replace {column} in a template by the row's value; other braces stay.
+
+    Args:
+        template: text with column names in braces.
+        row: columns of the question or example.
+        where: name of the row in errors.
 
     Raises:
-        DataError: a lower-case word in braces is no column.
+        DataError: a lower-case word in braces is not a column.
     """
 
     def value(match: re.Match[str]) -> str:

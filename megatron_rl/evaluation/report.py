@@ -1,4 +1,4 @@
-"""Results to read."""
+"""Results of an evaluation as Markdown."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,17 +21,17 @@ COLUMNS = (
 
 
 def results_table(results: Sequence[TaskResult]) -> str:
-    """A line for each task, as Markdown."""
+    """Return a Markdown table with one row for each task."""
     return table([result.as_json() for result in results])
 
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:
-    """The same of what ``results.json`` holds of each task."""
+    """Return the same table from the tasks of results.json."""
     return as_table([COLUMNS, *(cells(result) for result in results)])
 
 
 def cells(result: Mapping[str, Any]) -> list[str]:
-    """Of a task's line."""
+    """Return the cells of a task's row, one for each of COLUMNS."""
     scores, k = result["scores"], result["num_samples"]
     error = scores["standard_error"]
     passes = {name: value for name, value in scores.items() if name.startswith("pass@")}
@@ -49,13 +49,17 @@ def cells(result: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def markdown(found: Mapping[str, Any]) -> str:
-    """The page of an evaluation."""
-    tasks = list(found["tasks"].values())
-    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+def markdown(results: Mapping[str, Any]) -> str:
+    """Return report.md of an evaluation.
+
+    Args:
+        results: content of results.json.
+    """
+    tasks = list(results["tasks"].values())
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     parts = [
-        f"# {found['name']}",
-        f"Model `{found['model']}` (fingerprint {found['fingerprint']}), engine {found['engine']}; {versions}.",
+        f"# {results['name']}",
+        f"Model `{results['model']}` (fingerprint {results['fingerprint']}), engine {results['engine']}; {versions}.",
         table(tasks),
     ]
     for task in tasks:
@@ -65,11 +69,11 @@ def markdown(found: Mapping[str, Any]) -> str:
             macro = percent(task["scores"]["macro_average"])
             groups = [["group", "right"], *groups, ["mean of the groups", macro]]
         if notes or groups:
-            shown = as_table(groups) if groups else ""
-            parts += [f"## {task['task']}, version {task['version']}", "\n".join(notes), shown]
+            group_table = as_table(groups) if groups else ""
+            parts += [f"## {task['task']}, version {task['version']}", "\n".join(notes), group_table]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def percent(value: float | None) -> str:
-    """A share."""
+    """Format a share with one decimal; a dash for None."""
     return "-" if value is None else f"{value:.1%}"

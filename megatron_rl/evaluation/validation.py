@@ -1,4 +1,4 @@
-"""Evaluation on held-out prompts during a run."""
+"""Validation on held-out prompts during training."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,12 +11,12 @@ from megatron_rl.rollout.multi_turn import MultiTurn
 from megatron_rl.rollout.partial import begin_group
 from megatron_rl.types import Prompt, SamplingParams
 
-EVALUATION = 1_000_000_007  # keeps the seeds of evaluation apart from those of steps
+VALIDATION = 1_000_000_007  # index that separates the seeds of validation from those of training
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One evaluated response, for people to read."""
+    """One validation response for samples.jsonl."""
 
     step: int
     prompt: str
@@ -26,10 +26,10 @@ class Sample:
 
 
 class Validator:
-    """One response to each held-out prompt."""
+    """Generates and grades one response to each held-out prompt."""
 
     headline = ("val/score", "val/response_length/mean")
-    """What a person looks at first."""
+    """Metrics that are printed after each validation."""
 
     def __init__(
         self,
@@ -37,37 +37,37 @@ class Validator:
         prompts: Sequence[Prompt],
         params: SamplingParams,
         *,
-        dialogue: MultiTurn | None,
+        multi_turn: MultiTurn | None,
         seed: int,
         num_samples: int,
     ) -> None:
         self._collector = collector
         self._prompts = prompts
         self._params = params
-        self._dialogue = dialogue
+        self._multi_turn = multi_turn
         self._seed = seed
         self._num_samples = num_samples
 
     def validate(self, step: int) -> tuple[dict[str, Reduction], list[Sample]]:
-        """``val/…`` metrics, the same on every rank, and the first few responses; collective.
+        """Return ``val/…`` metrics, equal on every rank, and the first ``num_samples`` responses; collective.
 
-        A response whose reward failed counts as 0 here and in ``val/failures``.
+        A response whose reward failed counts as 0 in the score and as 1 in ``val/failures``.
         """
         job = Job(
             name=f"evaluation/{step}",
-            work=[
-                begin_group(prompt, (sample_seed(self._seed, EVALUATION, step, index),))
+            groups=[
+                begin_group(prompt, (sample_seed(self._seed, VALIDATION, step, index),))
                 for index, prompt in enumerate(self._prompts)
             ],
             params=self._params,
             schedule="static",
             functions="validation",
             version=step,
-            dialogue=self._dialogue,
+            multi_turn=self._multi_turn,
         )
-        work = self._collector.collect(job)
-        self._collector.check_rewards(work)
-        groups = [group.as_group(index) for index, group in enumerate(work)]
+        partial_groups = self._collector.collect(job)
+        self._collector.check_rewards(partial_groups)
+        groups = [group.as_group(index) for index, group in enumerate(partial_groups)]
         rollouts = [group.rollouts[0] for group in groups]
         names = sorted({name for rollout in rollouts for name in rollout.reward_parts})
         metrics: dict[str, Reduction] = {

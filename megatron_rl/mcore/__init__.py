@@ -1,7 +1,7 @@
-"""The only importer of Megatron-Core.
+"""Models, optimizer and checkpoints on Megatron-Core; no other package imports it.
 
-Importing this package prepares Megatron-Core for the machine: where there is no CUDA its modules
-are compiled for the CPU. So every module in here may import ``megatron.core`` at its top.
+Importing this package prepares Megatron-Core for this machine: without CUDA its modules are compiled for the CPU.
+Every module in here may therefore import ``megatron.core`` at its top.
 """
 
 import importlib.metadata
@@ -24,7 +24,7 @@ def _check_version() -> None:
         )
 
 
-# Megatron-Core says these on every start, of its own code; nobody who trains can act on them
+# Megatron-Core emits these on every start about its own code; a user cannot act on them
 warnings.filterwarnings("ignore", module=r"megatron\..*")
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\..*")
 

@@ -1,8 +1,7 @@
-"""A checkpoint that is written while training goes on.
+"""Asynchronous checkpoint saves: a thread writes the files while training continues.
 
-Megatron forks its writers, from a process full of threads, and on CPU relies on copy-on-write. Here
-what is to be written is copied to host memory first, and a thread writes it: writing files holds no
-lock that training needs.
+Megatron instead forks writer processes from a process with many threads, and on CPU relies on copy-on-write. Here the
+tensors are first copied to host memory and a thread writes them; writing files holds no lock that training needs.
 """
 
 import threading
@@ -13,22 +12,22 @@ import torch
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from torch import Tensor
 
-# elements of the largest tensor that training keeps on the host of a machine with a GPU (step counts)
-MOST_ON_HOST = 1024
+# on a machine with a GPU, training keeps only tensors of at most this many elements in host memory (step counts)
+MAX_HOST_ELEMENTS = 1024
 
 
 class PendingSave:
-    """One save that has begun; every rank must ``wait`` and then ``complete``."""
+    """A save in progress; every rank must call ``wait`` and then ``complete``."""
 
-    def __init__(self, request: AsyncRequest, then: Callable[[], Any]) -> None:
-        """Copy what is to be written and start to write.
+    def __init__(self, request: AsyncRequest, on_written: Callable[[], Any]) -> None:
+        """Copy the tensors to host memory and start writing.
 
         Args:
-            request: as ``dist_checkpointing.save`` returns it.
-            then: called by the thread once this rank's files are written; ``result`` is what it returns.
+            request: the result of ``dist_checkpointing.save``.
+            on_written: called by the thread once this rank's files are written; ``wait`` returns its result.
         """
         self._finalize = request.finalize_fns
-        self._then = then
+        self._on_written = on_written
         self._failure: BaseException | None = None
         self._result: Any = None
         arguments = list(request.async_fn_args)
@@ -42,14 +41,14 @@ class PendingSave:
 
     @property
     def written(self) -> bool:
-        """This rank has nothing left to write."""
+        """Whether this rank has nothing left to write."""
         return not self._thread.is_alive()
 
     def wait(self) -> Any:
-        """Wait for this rank's files; what ``then`` returned.
+        """Wait until this rank's files are written, and return the result of ``on_written``.
 
         Raises:
-            OSError: or whatever stopped the writer.
+            OSError: a file could not be written; any other exception of the writer thread is raised as well.
         """
         self._thread.join()
         if self._failure is not None:
@@ -57,7 +56,7 @@ class PendingSave:
         return self._result
 
     def complete(self) -> None:
-        """Let Megatron complete the folder; collective, after ``wait`` on every rank."""
+        """Let Megatron finalize the folder; collective, after ``wait`` on every rank."""
         for finalize in self._finalize:
             finalize()
 
@@ -65,17 +64,17 @@ class PendingSave:
         try:
             if write is not None:
                 write(*arguments, **keywords)
-            self._result = self._then()
+            self._result = self._on_written()
         except BaseException as failure:
             self._failure = failure
 
 
 def _own_copy(bucket: Any) -> Any:
-    """The bucket with tensors that training does not change; those of a GPU were copied already."""
+    """Return the bucket with copies of the tensors that training still changes; GPU tensors are copied already."""
     file, key, (bytes_data, tensors) = bucket
     return file, key, (bytes_data, [(item, _detached(tensor)) for item, tensor in tensors])
 
 
 def _detached(tensor: Tensor) -> Tensor:
-    copied_already = torch.cuda.is_available() and tensor.numel() > MOST_ON_HOST
+    copied_already = torch.cuda.is_available() and tensor.numel() > MAX_HOST_ELEMENTS
     return tensor if copied_already else tensor.detach().clone()

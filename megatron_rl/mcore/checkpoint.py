@@ -1,4 +1,4 @@
-"""A model and its optimizer in Megatron's distributed checkpoint format, loadable under another layout."""
+"""Save and load a learner in Megatron's distributed checkpoint format, which can be loaded under another layout."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,40 +27,42 @@ from megatron_rl.mcore.lora import IS_ADAPTER
 from megatron_rl.mcore.runtime import patches
 from megatron_rl.mcore.runtime.parallel import in_layout
 
-# newer releases take their writers from another package unless told otherwise
+# newer releases use the writers of another package by default
 _OWN_WRITERS = {"async_strategy": "mcore"} if "async_strategy" in signature(dist_checkpointing.save).parameters else {}
 
 
 def save_learner(learner: Learner, folder: Path) -> None:
-    """Write weights, optimizer and schedule into an existing empty folder; collective.
+    """Write weights, optimizer state and schedule into an existing empty folder; collective.
 
     Raises:
         CheckpointError: the folder cannot be written.
     """
-    with _errors_name(folder), in_layout(learner.model.parallel):
+    with _as_checkpoint_error(folder), in_layout(learner.model.parallel):
         _save(learner, folder, in_background=False)
 
 
-def begin_save(learner: Learner, folder: Path, then: Callable[[], Any]) -> PendingSave:
-    """As ``save_learner``, but the files are written while the model goes on learning; collective.
+def begin_save(learner: Learner, folder: Path, on_written: Callable[[], Any]) -> PendingSave:
+    """Start an asynchronous ``save_learner``: the files are written while training continues; collective.
 
     Args:
-        then: called once this rank's files are written.
+        learner: model, optimizer and schedule to save.
+        folder: existing empty folder.
+        on_written: called once this rank's files are written.
 
     Raises:
         CheckpointError: the folder cannot be written.
     """
-    with _errors_name(folder), in_layout(learner.model.parallel):
-        return PendingSave(_save(learner, folder, in_background=True), then)
+    with _as_checkpoint_error(folder), in_layout(learner.model.parallel):
+        return PendingSave(_save(learner, folder, in_background=True), on_written)
 
 
 def complete_save(pending: PendingSave, folder: Path) -> None:
-    """Complete the folder that every rank has written; collective.
+    """Finalize the folder after every rank has written its files; collective.
 
     Raises:
-        CheckpointError: the folder could not be written.
+        CheckpointError: the folder cannot be written.
     """
-    with _errors_name(folder):
+    with _as_checkpoint_error(folder):
         pending.complete()
 
 
@@ -80,7 +82,8 @@ def _save(learner: Learner, folder: Path, *, in_background: bool) -> Any:
 
 
 @contextmanager
-def _errors_name(folder: Path) -> Iterator[None]:
+def _as_checkpoint_error(folder: Path) -> Iterator[None]:
+    """Raise errors of the body as CheckpointError that names the folder."""
     try:
         yield
     except (OSError, CheckpointException, CheckpointingException) as error:
@@ -88,10 +91,10 @@ def _errors_name(folder: Path) -> Iterator[None]:
 
 
 def load_learner(learner: Learner, folder: Path) -> None:
-    """Restore weights, optimizer and schedule, under any layout; collective.
+    """Restore weights, optimizer state and schedule, saved under any layout; collective.
 
     Raises:
-        CheckpointError: the checkpoint is incomplete, damaged or of another model.
+        CheckpointError: the checkpoint is incomplete, damaged or belongs to another model.
     """
     with in_layout(learner.model.parallel):
         _load(learner, folder)
@@ -117,10 +120,9 @@ def _load(learner: Learner, folder: Path) -> None:
 
 
 def _reason(error: BaseException) -> str:
-    """What happened, in a line: torch's CheckpointException carries whole tracebacks of the ranks."""
-    lines = str(error).split("\n")
-    said = [line for line in lines if line.strip(" .")]
-    return f"{type(error).__name__}: {said[-1].strip()[:500]}" if said else repr(error)
+    """The cause in one line; torch's CheckpointException contains the full tracebacks of the ranks."""
+    lines = [line for line in str(error).split("\n") if line.strip(" .")]
+    return f"{type(error).__name__}: {lines[-1].strip()[:500]}" if lines else repr(error)
 
 
 def _metadata(learner: Learner) -> dict[str, Any]:
@@ -133,18 +135,18 @@ def _metadata(learner: Learner) -> dict[str, Any]:
 
 
 def _named_chunks(learner: Learner) -> list[tuple[str, Any]]:
-    """ "model", or "model0", "model1" … as Megatron-LM names the chunks of a virtual pipeline."""
+    """Chunks by Megatron-LM's checkpoint keys: "model", or with virtual pipelining "model0", "model1" …"""
     if len(learner.model.chunks) == 1:
         return [("model", learner.model.chunks[0])]
-    return [(f"model{place}", chunk) for place, chunk in enumerate(learner.model.chunks)]
+    return [(f"model{index}", chunk) for index, chunk in enumerate(learner.model.chunks)]
 
 
 @torch.no_grad()
 def _state(learner: Learner, metadata: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
     model = {key: chunk.sharded_state_dict(metadata=metadata) for key, chunk in _named_chunks(learner)}
-    if learner.model.config.lora.rank:  # what is frozen is in the model's own folder
+    if learner.model.config.lora.rank:  # the frozen weights are in the folder of model.path
         model = {key: {name: x for name, x in state.items() if IS_ADAPTER in name} for key, state in model.items()}
-    # with one chunk the optimizer expects its entries, with several those of all under their names
+    # with one chunk the optimizer expects the entries themselves, with several a dict of them by chunk name
     entries = model if len(model) > 1 else model["model"]
     return {
         **model,

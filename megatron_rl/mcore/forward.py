@@ -1,4 +1,4 @@
-"""One pass of Megatron's pipeline schedule over a list of micro-batches."""
+"""Run Megatron's pipeline schedule over a list of micro-batches."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -18,11 +18,13 @@ from megatron_rl.mcore.model.routing_replay import set_routes
 from megatron_rl.types import MicroBatch, ParallelContext, TrainSequence
 
 HiddenReader = Callable[[Any, MicroBatch, Tensor], tuple[Tensor, Tensor, Any]]
-"""(model of the last stage, micro-batch, its hidden states) -> (loss sum, number of tokens, anything to return)."""
+"""(model chunk of the last stage, micro-batch, hidden states) -> (loss sum, number of tokens, any further result).
+
+Reads log-probabilities or values from hidden states and reduces them to a loss."""
 
 
 class ForwardPass:
-    """Runs the (wrapped) model chunks of this rank over micro-batches and hands hidden states to whoever reads them."""
+    """Runs this rank's (wrapped) model chunks over micro-batches and passes hidden states to a HiddenReader."""
 
     def __init__(self, chunks: Sequence[torch.nn.Module], config: RunConfig, parallel: ParallelContext) -> None:
         self._chunks = list(chunks)
@@ -43,7 +45,17 @@ class ForwardPass:
         forward_only: bool,
         replay_routing: bool = False,
     ) -> list[Any]:
-        """The third result of ``read`` for every micro-batch; empty except on the last pipeline stage."""
+        """Run forward passes, and backward passes unless ``forward_only``.
+
+        Args:
+            batches: the sequences of each micro-batch.
+            read: computes the loss of a micro-batch from its hidden states.
+            forward_only: compute no gradients.
+            replay_routing: send tokens to the experts recorded in the sequences, where they have any recorded.
+
+        Returns:
+            The third result of ``read`` for every micro-batch; empty except on the last pipeline stage.
+        """
 
         def forward_step(micro_batches: Iterator[MicroBatch], chunk: torch.nn.Module) -> tuple[Tensor, Any]:
             batch = next(micro_batches)
@@ -54,22 +66,22 @@ class ForwardPass:
                 batch.position_ids,
                 None,
                 packed_seq_params=self._packing(batch),
-                # padding must not count in the balance of experts
+                # padding must not count in the load-balancing loss
                 padding_mask=~batch.real if self._has_experts else None,
             )
 
             return output, partial(read, unwrap_model(chunk), batch)
 
         iterators = [self._align(batches) for _ in self._chunks]
-        several = len(self._chunks) > 1
+        is_interleaved = len(self._chunks) > 1
         context = torch.no_grad() if forward_only else torch.enable_grad()
         with context:
             return get_forward_backward_func()(
                 forward_step_func=forward_step,
-                data_iterator=iterators if several else iterators[0],
-                model=self._chunks if several else self._chunks[0],
+                data_iterator=iterators if is_interleaved else iterators[0],
+                model=self._chunks if is_interleaved else self._chunks[0],
                 num_microbatches=len(batches),
-                seq_length=1,  # lengths vary and are exchanged with each micro-batch
+                seq_length=1,  # lengths vary; the stages exchange the shape of each micro-batch
                 micro_batch_size=1,
                 forward_only=forward_only,
             )
@@ -98,7 +110,7 @@ class ForwardPass:
 
 
 def to_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
-    """The micro-batch with its tensors on the device."""
+    """Return the micro-batch with its tensors on the device."""
     if device.type == "cpu":
         return batch
     return batch.map_tensors(lambda tensor: tensor.to(device, non_blocking=True))

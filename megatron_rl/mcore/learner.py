@@ -1,4 +1,4 @@
-"""What makes a model learn: gradients, optimizer and schedule."""
+"""The learner of a model: gradients, optimizer, learning-rate schedule and offloading."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,12 +20,13 @@ from megatron_rl.types import TrainSequence
 
 
 class Learner:
-    """Updates a model, and moves what it holds for that to the host and back."""
+    """Updates a model, and offloads its training state to the host."""
 
     def __init__(self, model: ShardedModel, *, num_steps: int) -> None:
         """
         Args:
-            num_steps: of the run in which the model learns; its learning rate decays over them.
+            model: model to train.
+            num_steps: number of run steps that train the model; the learning rate decays over them.
         """
         config = model.config
         self.model = model
@@ -44,15 +45,17 @@ class Learner:
         loss: str,
         replay_routing: bool = False,
     ) -> dict[str, Reduction]:
-        """One optimizer update over micro-batches.
+        """Run one optimizer update over micro-batches and return its metrics.
 
         Args:
-            read: its third result are metrics, all of them sums over tokens.
-            name: before the metrics "grad_norm" and "lr".
-            loss: the metric that must be finite; a Mean.
+            batches: the sequences of each micro-batch.
+            read: computes the loss; its third result is a dict of metrics, all of them sums over tokens.
+            name: prefix of the metrics "grad_norm" and "lr".
+            loss: name of the metric that must be finite; a Mean.
+            replay_routing: send tokens to the experts recorded in the sequences, where they have any recorded.
 
         Raises:
-            TrainingDiverged: on every rank before the weights change, when loss or gradient is not finite.
+            TrainingDiverged: the loss or the gradient is not finite; raised on every rank, before the weights change.
         """
         parallel = self.model.parallel
         for wrapped in self.ddp:
@@ -62,19 +65,22 @@ class Learner:
         metrics = merge(forward.run(batches, read, forward_only=False, replay_routing=replay_routing))
         if any_rank(not _is_finite(metrics, loss), parallel):
             raise TrainingDiverged(
-                f"the loss {loss} is not finite. The weights were left as they were. "
-                "Lower the learning rate, or look at the last rollouts."
+                f"the loss {loss} is not finite. The weights are unchanged. "
+                "Lower the learning rate, or inspect the last rollouts."
             )
-        self.scheduler.step(increment=1)  # before the update, so that the first one has a learning rate above 0
+        self.scheduler.step(increment=1)  # before the update, so that the first update has a learning rate above 0
         norm = step_if_finite(self.optimizer)
         if parallel.tp_rank != 0:
-            metrics = {}  # the tensor-parallel ranks all saw the same tokens
-        rate = self.optimizer.param_groups[0]["lr"] if self.optimizer.param_groups else 0.0
-        return {**metrics, f"{name}/grad_norm": Max(norm), f"{name}/lr": Max(rate)}
+            metrics = {}  # all tensor-parallel ranks processed the same tokens, so only one reports
+        learning_rate = self.optimizer.param_groups[0]["lr"] if self.optimizer.param_groups else 0.0
+        return {**metrics, f"{name}/grad_norm": Max(norm), f"{name}/lr": Max(learning_rate)}
 
     @contextmanager
-    def several_updates(self) -> Iterator[None]:
-        """With parallel.overlap_param_gather updated weights are gathered as the next forward pass needs them."""
+    def overlapped_param_gather(self) -> Iterator[None]:
+        """Overlap the gather of updated weights with the next forward pass; needs ``parallel.overlap_param_gather``.
+
+        The weights are fully gathered again when the body ends. Without the setting this does nothing.
+        """
         if not self.model.config.parallel.overlap_param_gather:
             yield
             return
@@ -82,22 +88,22 @@ class Learner:
             wrapped.enable_forward_pre_hook()
         try:
             yield
-        finally:  # whoever reads the weights between the updates finds them whole
+        finally:  # code that reads the weights after the body needs them fully gathered
             for wrapped in self.ddp:
                 wrapped.disable_forward_pre_hook(param_sync=True)
 
     def to_host(self) -> int:
-        """Move the parts of memory.offload to the host; the bytes of device memory that are free then."""
+        """Move the parts in memory.offload to the host and return the number of device bytes that were freed."""
         return self._offloader.to_host()
 
     def to_device(self) -> None:
-        """Undo ``to_host``."""
+        """Move all parts back to the device."""
         self._offloader.to_device()
 
     @contextmanager
-    def weights_at_hand(self) -> Iterator[None]:
-        """The weights, if they are on the host for the time being, come back for the body."""
-        if not self._offloader.is_out("params"):
+    def weights_on_device(self) -> Iterator[None]:
+        """Keep the weights on the device during the body, even if they are offloaded."""
+        if not self._offloader.is_on_host("params"):
             yield
             return
         self._offloader.to_device(("params",))
@@ -107,11 +113,11 @@ class Learner:
             self.to_host()
 
     def memory(self) -> dict[OffloadPart, int]:
-        """Bytes of each part on this rank's device now."""
-        return self._offloader.held()
+        """Bytes of each part that are on this rank's device now."""
+        return self._offloader.device_bytes()
 
     def _wrap(self) -> list[DistributedDataParallel]:
-        """The chunks with their gradients, and Megatron's schedule told about them."""
+        """Wrap the chunks in DistributedDataParallel and register their hooks with Megatron's pipeline schedule."""
         model, parallel = self.model, self.model.config.parallel
         settings = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
@@ -120,32 +126,32 @@ class Learner:
             overlap_param_gather=parallel.overlap_param_gather,
             fp8_param_gather=model.config.precision.fp8_params,
         )
-        # only the first chunk's gradients come late enough for buckets to be worth it
+        # buckets only pay off for the first chunk, whose gradients are computed last
         wrapped = [
-            DistributedDataParallel(model.transformer_config, settings, chunk, disable_bucketing=place > 0)
-            for place, chunk in enumerate(model.chunks)
+            DistributedDataParallel(model.transformer_config, settings, chunk, disable_bucketing=index > 0)
+            for index, chunk in enumerate(model.chunks)
         ]
-        for one in wrapped:
-            patches.count_gaps(one)
+        for chunk in wrapped:
+            patches.include_bucket_padding(chunk)
             if parallel.overlap_param_gather:
-                one.disable_forward_pre_hook(param_sync=False)
+                chunk.disable_forward_pre_hook(param_sync=False)
         schedule = model.transformer_config
         schedule.finalize_model_grads_func = finalize_model_grads
         if parallel.overlap_grad_reduce:
-            schedule.no_sync_func = _one_or_all([one.no_sync for one in wrapped])
-            schedule.grad_sync_func = _one_or_all([one.start_grad_sync for one in wrapped])
+            schedule.no_sync_func = _one_or_all([chunk.no_sync for chunk in wrapped])
+            schedule.grad_sync_func = _one_or_all([chunk.start_grad_sync for chunk in wrapped])
         if parallel.overlap_param_gather and len(wrapped) > 1:
-            schedule.param_sync_func = [one.start_param_sync for one in wrapped]
+            schedule.param_sync_func = [chunk.start_param_sync for chunk in wrapped]
         return wrapped
 
 
 def _is_finite(metrics: Mapping[str, Reduction], loss: str) -> bool:
-    """Of the sum, and not the mean: a rank may have no token with loss in an update."""
-    found = metrics.get(loss)
-    assert found is None or isinstance(found, Mean)
-    return found is None or math.isfinite(found.total)
+    """Whether the sum of the loss is finite; its mean is undefined on a rank without tokens with loss."""
+    mean = metrics.get(loss)
+    assert mean is None or isinstance(mean, Mean)
+    return mean is None or math.isfinite(mean.total)
 
 
 def _one_or_all(values: Sequence[Any]) -> Any:
-    """Megatron wants a list only where there are several chunks."""
+    """Return the single value, or the list for several chunks, as Megatron expects."""
     return values[0] if len(values) == 1 else list(values)

@@ -25,10 +25,10 @@ STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.uint
 
 
 def check_optimizer(config: RunConfig) -> None:
-    """Refuse what this machine's optimizers cannot do.
+    """Check that the optimizers available on this machine support the configuration.
 
     Raises:
-        ConfigError: with what to set.
+        ConfigError: an optimizer setting is not supported; the message says what to set.
     """
     section = config.optimizer
     if section.states_dtype != "fp32" and (
@@ -40,18 +40,18 @@ def check_optimizer(config: RunConfig) -> None:
         )
     if section.cpu_offload_fraction and (not torch.cuda.is_available() or config.model.dtype != "bf16"):
         raise ConfigError(
-            f"optimizer.cpu_offload_fraction={section.cpu_offload_fraction} needs a GPU to take the optimizer from, "
-            "and model.dtype=bf16. Set optimizer.cpu_offload_fraction=0."
+            f"optimizer.cpu_offload_fraction={section.cpu_offload_fraction} needs a GPU and model.dtype=bf16. "
+            "Set optimizer.cpu_offload_fraction=0."
         )
 
 
 def build_optimizer(config: RunConfig, chunks: Sequence[DistributedDataParallel]) -> MegatronOptimizer:
-    """AdamW with decoupled weight decay; bf16 weights have fp32 masters.
+    """Build AdamW with decoupled weight decay; bf16 weights get fp32 master weights.
 
-    The fused one of Transformer Engine or of Apex where it is installed, torch's otherwise.
+    Uses the fused Adam of Transformer Engine or Apex where it is installed, torch's AdamW otherwise.
 
     Raises:
-        ConfigError: as ``check_optimizer``.
+        ConfigError: see ``check_optimizer``.
     """
     check_optimizer(config)
     section, dtype = config.optimizer, torch_dtype(config.model.dtype)
@@ -64,7 +64,7 @@ def build_optimizer(config: RunConfig, chunks: Sequence[DistributedDataParallel]
             "optimizer_cpu_offload": True,
             "optimizer_offload_fraction": section.cpu_offload_fraction,
             "overlap_cpu_optimizer_d2h_h2d": True,
-            # the fused optimizers of the GPU have no counterpart on the host
+            # the fused GPU optimizers have no CPU version
             "use_torch_optimizer_for_cpu_offload": True,
         }
     settings = OptimizerConfig(
@@ -91,10 +91,12 @@ def build_optimizer(config: RunConfig, chunks: Sequence[DistributedDataParallel]
 def build_scheduler(
     config: OptimizerSection, optimizer: MegatronOptimizer, num_updates: int
 ) -> OptimizerParamScheduler:
-    """Linear warm-up, then the decay, counted in optimizer updates.
+    """Build a learning-rate schedule of linear warm-up, then decay, counted in optimizer updates.
 
     Args:
-        num_updates: of the whole run, where the decay ends unless the configuration says otherwise.
+        config: optimizer section.
+        optimizer: optimizer whose learning rate is set.
+        num_updates: optimizer updates of the whole run; the decay ends there unless ``lr_decay_updates`` is set.
     """
     decay = max(config.lr_decay_updates or num_updates, config.lr_warmup_updates + 1)
     return OptimizerParamScheduler(
@@ -113,17 +115,17 @@ def build_scheduler(
 
 
 def step_if_finite(optimizer: MegatronOptimizer) -> float:
-    """Clip and step; the global gradient norm before clipping.
+    """Clip the gradients, step the optimizer, and return the global gradient norm before clipping.
 
     Raises:
-        TrainingDiverged: on every rank, before any weight changes, when the norm is not finite.
+        TrainingDiverged: the norm is not finite; raised on every rank, before any weight changes.
     """
     optimizer.prepare_grads()
-    norm = float(optimizer.get_grad_norm())  # reduced over all ranks, so all of them see the same
+    norm = float(optimizer.get_grad_norm())  # reduced over all ranks, so every rank gets the same value
     if not math.isfinite(norm):
         raise TrainingDiverged(
-            f"gradient norm is {norm}: expected a finite number. The weights were left as they were. "
-            "Lower optimizer.lr, or look at the last rollouts."
+            f"gradient norm is {norm}: expected a finite number. The weights are unchanged. "
+            "Lower optimizer.lr, or inspect the last rollouts."
         )
     optimizer.step()
     return norm

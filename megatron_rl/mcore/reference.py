@@ -1,4 +1,4 @@
-"""The reference model: weights on the host that take the policy's place while they score."""
+"""Reference models: frozen weights in host memory, or the policy without its adapters."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,17 +12,20 @@ from megatron_rl.types import TrainBatch
 
 
 class HostReference:
-    """Scores with frozen weights of the policy's architecture; costs one copy of them in host memory, and
-    another that holds the policy's meanwhile."""
+    """Frozen weights of the policy's architecture in host memory, swapped into the policy to compute log-probabilities.
+
+    Needs host memory for two copies: the frozen weights, and a backup of the policy's weights during the swap.
+    """
 
     def __init__(self, policy: Policy, path: str) -> None:
         """
         Args:
+            policy: model whose parameters hold the frozen weights during a forward pass.
             path: Hugging Face folder of the weights.
         """
         self._policy = policy
         self._weights = {name: _on_host(parameter) for name, parameter in policy.parameters.items()}
-        self._aside = {name: _on_host(parameter) for name, parameter in policy.parameters.items()}
+        self._policy_backup = {name: _on_host(parameter) for name, parameter in policy.parameters.items()}
         self.load(path)
 
     def load(self, path: str) -> None:
@@ -31,28 +34,28 @@ class HostReference:
         load_hf_weights(self._weights, spec, self._policy.parallel, check_weights(spec, path))
 
     def logprobs(self, batch: TrainBatch) -> list[Tensor]:
-        """Log-probabilities of this rank's sequences under the frozen weights, as ``ScoringModel.logprobs``."""
-        with self._in_place(), self._policy.without_adapters():
+        """Log-probabilities of this rank's sequences under the frozen weights; see ``LogProbModel.logprobs``."""
+        with self._swapped_in(), self._policy.without_adapters():
             return self._policy.logprobs(batch)
 
     @contextmanager
-    def _in_place(self) -> Iterator[None]:
-        _copy(self._policy.parameters, self._aside)
+    def _swapped_in(self) -> Iterator[None]:
+        _copy(self._policy.parameters, self._policy_backup)
         _copy(self._weights, self._policy.parameters)
         try:
             yield
-        finally:  # bit for bit what was there
-            _copy(self._aside, self._policy.parameters)
+        finally:  # a copy, so the policy's weights are restored bit for bit
+            _copy(self._policy_backup, self._policy.parameters)
 
 
 class AdapterFreeReference:
-    """The model that the policy's adapters were put beside; costs nothing."""
+    """The policy with its adapters disabled; needs no memory of its own."""
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
 
     def logprobs(self, batch: TrainBatch) -> list[Tensor]:
-        """Log-probabilities of this rank's sequences without the adapters, as ``ScoringModel.logprobs``."""
+        """Log-probabilities of this rank's sequences without the adapters; see ``LogProbModel.logprobs``."""
         with self._policy.without_adapters():
             return self._policy.logprobs(batch)
 

@@ -1,4 +1,4 @@
-"""A Megatron model over some ranks: built, filled, run forward, handed out."""
+"""A Megatron model sharded over ranks: build it, load weights, run forward passes, export weights."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -23,13 +23,16 @@ from megatron_rl.weights.layout import LayoutTable
 
 
 class ShardedModel:
-    """This rank's part of a model."""
+    """This rank's shards of a model."""
 
     def __init__(self, config: RunConfig, parallel: ParallelContext, path: str, head: Head = "language") -> None:
-        """Build it and read its weights from a Hugging Face folder.
+        """Build the model and load its weights from a Hugging Face folder.
 
         Args:
-            config: with the model's own layout.
+            config: configuration whose ``parallel`` section is the layout of this model.
+            parallel: this rank's position in that layout.
+            path: Hugging Face folder of the architecture and the weights.
+            head: "language" for logits over the vocabulary, "value" for one number for each token.
         """
         self.spec = read_model_spec(path)
         self.parallel = parallel
@@ -39,7 +42,7 @@ class ShardedModel:
         self.transformer_config = transformer_config(self.spec, config, self.implementation)
         self.chunks = build_chunks(self.spec, self.transformer_config, self.implementation, parallel, head)
         self.parameters = global_parameters(self.chunks, parallel)
-        """This rank's parameters under the layout table's names."""
+        """This rank's parameters, by their names in the layout table."""
         if self.spec.moe is not None:
             for chunk in self.chunks:
                 routing_replay.attach(chunk)
@@ -48,28 +51,32 @@ class ShardedModel:
 
     @property
     def num_bytes(self) -> int:
-        """That this rank's weights take."""
-        return sum(held.nbytes for parameter in self.parameters.values() for held in held_tensors(parameter))
+        """Bytes that this rank's weights take."""
+        return sum(tensor.nbytes for parameter in self.parameters.values() for tensor in held_tensors(parameter))
 
     def load(self, path: str) -> None:
-        """Read this rank's part of a Hugging Face folder of the same architecture."""
+        """Load this rank's shards from a Hugging Face folder of the same architecture."""
         reader = check_weights(self.spec, path, self.head)
         load_hf_weights(self.parameters, self.spec, self.parallel, reader, self.head)
 
-    def score(self, batch: TrainBatch, read: HiddenReader, *, replay_routing: bool = False) -> list[Tensor]:
-        """What a reader finds for the tokens of this rank's sequences, [L] float32 each, 0 without loss.
+    def forward_only(self, batch: TrainBatch, read: HiddenReader, *, replay_routing: bool = False) -> list[Tensor]:
+        """Run a forward pass without gradients and return one row of token values per sequence.
 
-        Every rank takes part; the last pipeline stage shares its result with the others.
+        Collective over all ranks; the last pipeline stage broadcasts its result to the other stages.
 
         Args:
-            read: its third result must be the micro-batch and [S, L] values of it.
-            replay_routing: send tokens to the experts that the sequences name, if they name any.
+            batch: this rank's sequences and their micro-batches; each distinct micro-batch is run once.
+            read: computes the values from hidden states; its third result must be (micro-batch, [S, L] values).
+            replay_routing: send tokens to the experts recorded in the sequences, where they have any recorded.
+
+        Returns:
+            [L] float32 on the CPU for each sequence; 0 at tokens without loss.
         """
-        distinct = dict.fromkeys(tuple(places) for update in batch.updates for places in update.micro_batches)
+        distinct = dict.fromkeys(tuple(members) for update in batch.updates for members in update.micro_batches)
         for chunk in self.chunks:
             chunk.eval()
         results = ForwardPass(self.chunks, self.config, self.parallel).run(
-            [[batch.sequences[i] for i in places] for places in distinct],
+            [[batch.sequences[i] for i in members] for members in distinct],
             read,
             forward_only=True,
             replay_routing=replay_routing,
@@ -78,37 +85,37 @@ class ShardedModel:
             chunk.train()
         rows = [torch.zeros(sequence.token_ids.numel()) for sequence in batch.sequences]
         if self.parallel.is_last_stage:
-            for places, (micro_batch, values) in zip(distinct, results, strict=True):
+            for members, (micro_batch, values) in zip(distinct, results, strict=True):
                 whole = self._gather_context(micro_batch, values).cpu()
-                for place, row in zip(places, unalign(whole, micro_batch), strict=True):
-                    rows[place] = row
-        return self._share_over_stages(rows)
+                for index, row in zip(members, unalign(whole, micro_batch), strict=True):
+                    rows[index] = row
+        return self._broadcast_over_stages(rows)
 
     def export(self) -> Iterator[tuple[str, Tensor]]:
-        """The weights as whole Hugging Face tensors, streamed.
+        """Stream the weights as unsharded Hugging Face tensors.
 
-        Collective over the ranks of one replica, each of which must exhaust the iterator.
+        Collective over the ranks of one model replica; each of them must exhaust the iterator.
         """
         return export_weights(self._export_plan, self.shards(), replica_group(self.parallel))
 
     @property
     def is_in_first_replica(self) -> bool:
-        """This rank exports together with the first one of all."""
+        """Whether this rank belongs to the same model replica as global rank 0."""
         return 0 in dist.get_process_group_ranks(replica_group(self.parallel))
 
     def shards(self) -> dict[str, Tensor]:
-        """This rank's weights under the layout table's names, in the model's type."""
+        """This rank's weights in the model's dtype, by their names in the layout table."""
         return {name: plain_weight(parameter) for name, parameter in self.parameters.items()}
 
     def plan_export(self, parameters: Mapping[str, Tensor], table: LayoutTable) -> ExportPlan:
-        """Who of the replica sends what of some parameters; collective over it."""
-        mine, group = (list(parameters), place_of(self.parallel)), replica_group(self.parallel)
-        held: list[Any] = [mine] * group.size()
-        dist.all_gather_object(held, mine, group=group)
+        """Plan which rank of the replica sends which part of the given parameters; collective over the replica."""
+        local, group = (list(parameters), place_of(self.parallel)), replica_group(self.parallel)
+        held: list[Any] = [local] * group.size()
+        dist.all_gather_object(held, local, group=group)
         return plan_export(held, table)
 
     def _gather_context(self, batch: MicroBatch, values: Tensor) -> Tensor:
-        """[S, L] of the whole micro-batch from every context-parallel rank's [S, L / cp]."""
+        """Gather the [S, L / cp] values of every context-parallel rank into [S, L] of the whole micro-batch."""
         group = self.parallel.groups.cp
         if group.size() == 1:
             return values
@@ -117,7 +124,7 @@ class ShardedModel:
         width = values.size(1) * group.size()
         return torch.cat(parts, dim=1)[:, restore_order(batch.cu_seqlens or (0, width), group.size())]
 
-    def _share_over_stages(self, rows: list[Tensor]) -> list[Tensor]:
+    def _broadcast_over_stages(self, rows: list[Tensor]) -> list[Tensor]:
         group = self.parallel.groups.pp
         if group.size() == 1:
             return rows
@@ -127,14 +134,22 @@ class ShardedModel:
 
 
 def replica_group(parallel: ParallelContext) -> Any:
-    """The smallest group of ranks that together hold the whole model."""
+    """Process group of one model replica: the smallest set of ranks that together hold all weights."""
     groups = parallel.groups
-    # the ranks that share experts also hold every dense shard once they are a multiple of the dense ones
+    # where ep_size * etp_size is a multiple of tp_size, the ranks that share experts also hold every dense shard
     return groups.tp_ep_pp if parallel.ep_size * parallel.etp_size > parallel.tp_size else groups.mp
 
 
-def collected(batch: MicroBatch, found: Tensor) -> tuple[Tensor, Tensor, tuple[MicroBatch, Tensor]]:
-    """What ``ShardedModel.score`` needs of [number with loss] values, with a stand-in for the loss."""
-    values = torch.zeros(batch.tokens.shape, device=found.device)
-    values[batch.loss_mask] = found
-    return found.sum(), batch.loss_mask.sum().int(), (batch, values)
+def forward_only_result(batch: MicroBatch, masked: Tensor) -> tuple[Tensor, Tensor, tuple[MicroBatch, Tensor]]:
+    """The result that ``ShardedModel.forward_only`` expects of a ``HiddenReader``.
+
+    Args:
+        batch: the micro-batch that the values belong to.
+        masked: [number of tokens with loss] values, in the order of the loss mask.
+
+    Returns:
+        (a placeholder for the loss sum, number of tokens with loss, (micro-batch, [S, L] values with 0 elsewhere)).
+    """
+    values = torch.zeros(batch.tokens.shape, device=masked.device)
+    values[batch.loss_mask] = masked
+    return masked.sum(), batch.loss_mask.sum().int(), (batch, values)

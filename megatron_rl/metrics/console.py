@@ -1,4 +1,4 @@
-"""What a person watches: a live panel on a terminal, plain lines elsewhere."""
+"""Console output: a live panel on a terminal, plain lines elsewhere."""
 
 import sys
 import time
@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-# label, metric, format: what a line shows, when there is one
+# (label, metric, format) of the numbers of a step; metrics that the step lacks are left out
 COLUMNS = (
     ("reward", "critic/score/mean", "{:.3f}"),
     ("loss", "actor/loss", "{:.4f}"),
@@ -24,7 +24,7 @@ COLUMNS = (
     ("kl", "actor/kl_loss", "{:.4f}"),
     ("grad", "actor/grad_norm", "{:.2f}"),
     ("grad", "reward_model/grad_norm", "{:.2f}"),
-    ("drift", "train_rollout_logprob_abs_diff/mean", "{:.1e}"),
+    ("mismatch", "train_rollout_logprob_abs_diff/mean", "{:.1e}"),
     ("s/step", "timing_s/step", "{:.2f}"),
 )
 TIMINGS = (
@@ -44,15 +44,19 @@ MAX_SAMPLE_CHARACTERS = 600
 
 
 class Console(Protocol):
-    """Shows a run."""
+    """Shows the progress of a run to the user."""
 
     def note(self, text: str) -> None:
-        """A line worth keeping."""
+        """Print a line that stays on the screen."""
         ...
 
-    def step(self, step: int, values: Mapping[str, float]) -> None: ...
+    def step(self, step: int, values: Mapping[str, float]) -> None:
+        """Show the metrics of a step."""
+        ...
 
-    def sample(self, step: int, prompt: str, response: str, reward: float) -> None: ...
+    def sample(self, step: int, prompt: str, response: str, reward: float) -> None:
+        """Show a prompt with its response and reward."""
+        ...
 
     def close(self) -> None: ...
 
@@ -81,7 +85,7 @@ class SilentConsole:
 
 
 class PlainConsole:
-    """A line every few steps."""
+    """Prints one line every few steps."""
 
     def __init__(self, name: str, num_steps: int, every: int) -> None:
         self._name = name
@@ -111,7 +115,7 @@ class PlainConsole:
 
 
 class LiveConsole:
-    """Progress, numbers, time split and the latest sample, redrawn in place."""
+    """Shows progress, metrics, timings and the latest sample in a panel that is redrawn in place."""
 
     def __init__(self, name: str, num_steps: int) -> None:
         self._progress = Progress(
@@ -163,8 +167,8 @@ class LiveConsole:
             numbers.add_row(*(Text(label, style="dim") for label, _ in shown))
             numbers.add_row(*(Text(value, style="bold") for _, value in shown))
         spans = [(name, self._values[f"timing_s/{name}"]) for name in TIMINGS if f"timing_s/{name}" in self._values]
-        split = Text("  ".join(f"{name} {seconds:.2f}s" for name, seconds in spans), style="dim")
-        parts: list[Progress | Table | Text | Panel] = [self._progress, numbers, split]
+        timings = Text("  ".join(f"{name} {seconds:.2f}s" for name, seconds in spans), style="dim")
+        parts: list[Progress | Table | Text | Panel] = [self._progress, numbers, timings]
         if self._sample is not None:
             parts.append(Panel(self._sample, title="sample", title_align="left", border_style="dim"))
         return Panel(Group(*parts), title="megatron_rl", title_align="left")

@@ -1,4 +1,4 @@
-"""Typed metrics that reduce over ranks: a name and one of Mean, Sum, Max, Min."""
+"""Typed metrics that can be reduced over ranks."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 NUM_LARGEST = 3
+"""Entries that a ``Largest`` keeps."""
 
 
 class Reduction(Protocol):
@@ -21,7 +22,7 @@ class Reduction(Protocol):
 
 @dataclass(frozen=True)
 class Mean:
-    """A weighted mean, kept as sum and weight until the end."""
+    """A weighted mean, kept as weighted sum and weight until it is reduced."""
 
     total: float
     weight: float = 1.0
@@ -74,6 +75,8 @@ class ExplainedVariance:
 
 @dataclass(frozen=True)
 class Sum:
+    """A sum."""
+
     value: float
 
     def merge(self, other: "Sum") -> "Sum":
@@ -85,6 +88,8 @@ class Sum:
 
 @dataclass(frozen=True)
 class Max:
+    """A maximum."""
+
     value: float
 
     def merge(self, other: "Max") -> "Max":
@@ -96,21 +101,23 @@ class Max:
 
 @dataclass(frozen=True)
 class Largest:
-    """A maximum that says where it and the next smaller values are."""
+    """A maximum with labels of the largest values, for example the positions of tokens."""
 
-    found: tuple[tuple[float, str], ...]
-    """Values and their places, the largest first and NaN before all; NUM_LARGEST at most, 1 at least."""
+    entries: tuple[tuple[float, str], ...]
+    """1 to NUM_LARGEST pairs of value and label, the largest value first and NaN before all others."""
 
     def merge(self, other: "Largest") -> "Largest":
-        both = {*self.found, *other.found}  # another pass over the same samples finds the same once more
-        return Largest(tuple(sorted(both, key=_size, reverse=True)[:NUM_LARGEST]))
+        merged = {*self.entries, *other.entries}  # a set: another pass over the same samples yields equal entries
+        return Largest(tuple(sorted(merged, key=_sort_key, reverse=True)[:NUM_LARGEST]))
 
     def result(self) -> float:
-        return self.found[0][0]
+        return self.entries[0][0]
 
 
 @dataclass(frozen=True)
 class Min:
+    """A minimum."""
+
     value: float
 
     def merge(self, other: "Min") -> "Min":
@@ -120,8 +127,8 @@ class Min:
         return self.value
 
 
-def _size(one: tuple[float, str]) -> tuple[float, str]:
-    return math.inf if math.isnan(one[0]) else one[0], one[1]
+def _sort_key(entry: tuple[float, str]) -> tuple[float, str]:
+    return math.inf if math.isnan(entry[0]) else entry[0], entry[1]
 
 
 Metrics = Mapping[str, Reduction]
@@ -129,24 +136,24 @@ _KINDS = {kind.__name__: kind for kind in (Mean, EffectiveShare, ExplainedVarian
 
 
 def to_plain(metrics: Metrics) -> dict[str, list[Any]]:
-    """Metrics as JSON can hold them."""
+    """Convert metrics to values that JSON can represent."""
     return {name: [type(value).__name__, *astuple(cast(Any, value))] for name, value in metrics.items()}
 
 
 def from_plain(plain: Mapping[str, Sequence[Any]]) -> dict[str, Reduction]:
-    """What ``to_plain`` was given."""
+    """Convert the result of ``to_plain`` back to metrics."""
     return {name: _from_plain(*value) for name, value in plain.items()}
 
 
 def _from_plain(kind: str, *values: Any) -> Reduction:
     if kind == "Largest":
-        values = (tuple((size, place) for size, place in values[0]),)
-    made: Reduction = _KINDS[kind](*values)
-    return made
+        values = (tuple((size, label) for size, label in values[0]),)
+    metric: Reduction = _KINDS[kind](*values)
+    return metric
 
 
 def merge(parts: Iterable[Metrics]) -> dict[str, Reduction]:
-    """One mapping of several; equal names must be of equal kind."""
+    """Merge several mappings into one; metrics of the same name must be of the same kind."""
     merged: dict[str, Reduction] = {}
     for part in parts:
         for name, value in part.items():
@@ -157,18 +164,18 @@ def merge(parts: Iterable[Metrics]) -> dict[str, Reduction]:
 
 
 def results(metrics: Metrics) -> dict[str, float]:
-    """Plain numbers."""
+    """The final number of each metric."""
     return {name: value.result() for name, value in metrics.items()}
 
 
 def mean_of(values: Sequence[float] | Tensor) -> Mean:
-    """The mean of some values, each of weight 1."""
+    """The mean of the values, each with weight 1."""
     numbers = torch.as_tensor(values, dtype=torch.float64)
     return Mean(float(numbers.sum()), numbers.numel())
 
 
 def mean_max_min(name: str, values: Sequence[float] | Tensor) -> dict[str, Reduction]:
-    """``name/mean``, ``name/max`` and ``name/min``; nothing for no values."""
+    """``name/mean``, ``name/max`` and ``name/min``; empty if there are no values."""
     numbers = torch.as_tensor(values, dtype=torch.float64)
     if not numbers.numel():
         return {}
@@ -180,7 +187,7 @@ def mean_max_min(name: str, values: Sequence[float] | Tensor) -> dict[str, Reduc
 
 
 def explained_variance(predictions: Tensor, targets: Tensor) -> ExplainedVariance:
-    """Of some targets, [K] each."""
+    """Share of the variance of ``targets`` [K] that ``predictions`` [K] explain."""
     error, target = (targets - predictions).double(), targets.double()
     return ExplainedVariance(
         targets.numel(),

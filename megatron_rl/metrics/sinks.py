@@ -1,4 +1,4 @@
-"""Where metrics are written: metrics.jsonl is the truth, wandb and tensorboard are views of it."""
+"""Metric sinks: metrics.jsonl is complete and authoritative, wandb and tensorboard are copies."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from megatron_rl.errors import MegatronRLError
 
 
 class Sink(Protocol):
-    """Takes the numbers of one step."""
+    """Receives the metrics of every step."""
 
     def write(self, step: int, values: Mapping[str, float]) -> None: ...
 
@@ -20,7 +20,7 @@ class Sink(Protocol):
 
 
 class JsonlSink:
-    """One JSON object per step; rows beyond the resumed step move to another file."""
+    """Writes one JSON object per step; rows beyond the resumed step move to ``*.discarded.jsonl``."""
 
     def __init__(self, path: Path, resumed_step: int) -> None:
         self._path = path
@@ -37,7 +37,7 @@ class JsonlSink:
 
 
 class TensorboardSink:
-    """Event files."""
+    """Writes TensorBoard event files."""
 
     def __init__(self, folder: Path, resumed_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -53,7 +53,7 @@ class TensorboardSink:
 
 
 class WandbSink:
-    """Weights & Biases, offline without a key; the run's id survives a resume."""
+    """Writes to Weights & Biases, offline without an API key; the run id stays the same after a resume."""
 
     def __init__(
         self,
@@ -87,8 +87,8 @@ class WandbSink:
             self._run = start(mode)
         except self._failures as error:
             if mode == "offline":
-                raise MegatronRLError(f"wandb does not start: {error}. Set metrics.wandb=disabled.") from error
-            warn(f"wandb is out of reach ({error}): it writes into {folder}/wandb, for wandb sync later")
+                raise MegatronRLError(f"wandb cannot start: {error}. Set metrics.wandb=disabled.") from error
+            warn(f"wandb cannot be reached ({error}); it writes to {folder}/wandb. Run `wandb sync` later.")
             self._run = start("offline")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -97,24 +97,24 @@ class WandbSink:
     def close(self) -> None:
         self._try(lambda: self._run.finish())
 
-    def _try(self, work: Callable[[], object]) -> None:
-        """No outage of wandb stops a run: metrics.jsonl has everything."""
+    def _try(self, call: Callable[[], object]) -> None:
+        """Call wandb; an outage does not stop the run, because metrics.jsonl has everything."""
         if self._run is None:
             return
         try:
-            work()
+            call()
         except self._failures as error:
-            warn(f"wandb fails ({error}) and gets no more of this run; metrics.jsonl has it all")
+            warn(f"wandb failed ({error}) and is disabled for the rest of this run; metrics.jsonl is complete")
             self._run = None
 
 
 def warn(text: str) -> None:
-    """Past the console, which belongs to the run."""
+    """Print a warning to stderr, because stdout belongs to the console."""
     print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """All whole rows of a JSONL file; a last line cut off by a crash does not count."""
+    """All complete rows of a JSONL file; a line that a crash has cut off is skipped."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:

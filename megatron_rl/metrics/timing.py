@@ -1,4 +1,4 @@
-"""Where the time of a step goes."""
+"""Wall-clock time of the parts of a step."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -10,12 +10,12 @@ from megatron_rl.metrics.metric import Max, Reduction
 
 
 class Stopwatch:
-    """Adds up named spans of one step; ``metrics`` are maxima over the ranks."""
+    """Adds up the seconds of named spans of one step; its metrics reduce to the maximum over ranks."""
 
     def __init__(self, on_span: Callable[[str], None] = lambda name: None) -> None:
         """
         Args:
-            on_span: told the name of every span as it begins.
+            on_span: called with the name of every span as it begins.
         """
         self._on_span = on_span
         self._start = time.perf_counter()
@@ -27,13 +27,13 @@ class Stopwatch:
         self._on_span(name)
         start = time.perf_counter()
         try:
-            with record_function(name):  # so that a profile shows the span too
+            with record_function(name):  # shows the span in a profile
                 yield
         finally:
             self._spans[name] = self._spans.get(name, 0.0) + time.perf_counter() - start
 
     def metrics(self) -> dict[str, Reduction]:
-        """All spans so far and the whole, in seconds."""
+        """Seconds of all spans so far, and of the whole step."""
         whole = time.perf_counter() - self._start
         spans = {f"timing_s/{name}": Max(seconds) for name, seconds in self._spans.items()}
         return {**spans, "timing_s/step": Max(whole), "perf/time_per_step": Max(whole)}

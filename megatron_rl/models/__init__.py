@@ -1,4 +1,4 @@
-"""Model families: a Hugging Face config becomes a ModelSpec and the layout table of its weights."""
+"""Model families: from a Hugging Face config to a ModelSpec and the layout table of its weights."""
 
 from megatron_rl.models.families import FAMILIES, as_value_model, read_hf_config, read_model_spec
 from megatron_rl.models.spec import ModelSpec

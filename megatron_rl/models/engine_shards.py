@@ -1,7 +1,7 @@
 """Which part of each Hugging Face tensor a rank of a tensor-parallel inference engine reads.
 
-vLLM and SGLang split alike: outputs of q, k, v, gate, up, embedding and head over the ranks, inputs of o and down,
-everything else whole; a key/value head is read by several ranks where there are more ranks than heads.
+vLLM and SGLang shard in the same way: q, k, v, gate, up, embedding and head by their outputs, o and down by their
+inputs; everything else is replicated. If there are more ranks than key/value heads, several ranks read the same head.
 """
 
 from collections.abc import Mapping
@@ -11,29 +11,30 @@ from megatron_rl.models.spec import ModelSpec
 from megatron_rl.models.table import EMBEDDING, LM_HEAD
 from megatron_rl.weights.layout import Box, full_box
 
-# both pad the vocabulary to a multiple of this and split what results
+# both engines pad the vocabulary to a multiple of this and split the padded vocabulary
 VOCABULARY_MULTIPLE = 64
 
 
 def engine_boxes(
     spec: ModelSpec, shapes: Mapping[str, tuple[int, ...]], *, tp_rank: int, tp_size: int
 ) -> dict[str, Box]:
-    """What one rank of the engine reads of every tensor; a box without rows: nothing.
+    """Return the box of every tensor that one rank of the engine reads; a box without rows if it reads nothing.
 
     Args:
-        shapes: of all Hugging Face tensors.
+        shapes: shapes of all Hugging Face tensors, by name.
 
     Raises:
-        ConfigError: heads or features do not divide by the ranks.
+        ConfigError: heads or feed-forward columns do not divide by the ranks.
     """
     check_engine_size(spec, tp_size)
     return {name: _box(spec, name, shape, tp_rank, tp_size) for name, shape in shapes.items()}
 
 
 def check_engine_size(spec: ModelSpec, tp_size: int) -> None:
-    """
+    """Check that an engine can split the model over ``tp_size`` ranks.
+
     Raises:
-        ConfigError: an engine cannot split the model over so many ranks.
+        ConfigError: it cannot.
     """
     groups = spec.num_query_groups
     features = spec.ffn_hidden_size if spec.moe is None else spec.moe.ffn_hidden_size

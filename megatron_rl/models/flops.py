@@ -1,8 +1,8 @@
-"""Floating-point operations that a model needs, and what a GPU could do."""
+"""Floating-point operations of a model, and peak rates of GPUs."""
 
 from megatron_rl.models.spec import ModelSpec
 
-# dense bf16, in TFLOP/s, by a part of the device's name; source: NVIDIA's data sheets
+# part of the device's name -> dense bf16 peak in TFLOP/s; source: NVIDIA's data sheets
 PEAK_TFLOPS = {
     "A100": 312.0,
     "A800": 312.0,
@@ -19,17 +19,16 @@ PEAK_TFLOPS = {
 
 
 def forward_flops(spec: ModelSpec, *, num_tokens: int, sum_squared_lengths: int, num_logit_tokens: int) -> float:
-    """Operations of one forward pass; a backward pass needs twice as many.
+    """Return the operations of one forward pass; a backward pass needs twice as many.
 
-    Two for each multiplication with a weight that a token meets (of a mixture of experts only the
-    chosen ones), and for the scores and the weighted values of causal attention, half of every
-    sequence's square. Embeddings, norms, rotations and softmax are not counted, neither is padding
-    nor anything that is computed twice.
+    Counts two operations for each multiplication of a token with a weight (in a mixture of experts only those of the
+    chosen experts), and for the scores and weighted values of causal attention, half of the square of every sequence's
+    length. Does not count embeddings, norms, rotations, softmax, padding or recomputation.
 
     Args:
-        num_tokens: of all sequences.
-        sum_squared_lengths: of all sequences.
-        num_logit_tokens: tokens whose logits are needed.
+        num_tokens: tokens of all sequences.
+        sum_squared_lengths: sum of the squared lengths of all sequences.
+        num_logit_tokens: tokens whose logits are computed.
 
     Source: PaLM, arXiv 2204.02311, appendix B, with causal attention halved.
     """
@@ -46,6 +45,6 @@ def forward_flops(spec: ModelSpec, *, num_tokens: int, sum_squared_lengths: int,
 
 
 def peak_tflops(device_name: str) -> float | None:
-    """Dense bf16 peak of a GPU in TFLOP/s; None for one that is not in the table."""
+    """Return the dense bf16 peak of a GPU in TFLOP/s; None if it is not in the table."""
     matching = [name for name in PEAK_TFLOPS if all(word in device_name for word in name.split())]
     return PEAK_TFLOPS[max(matching, key=len)] if matching else None

@@ -1,4 +1,4 @@
-"""Rotary frequencies of a model, scaled for long contexts where its configuration says so."""
+"""Rotary frequencies of a model, with its scaling for long contexts if it has one."""
 
 import math
 
@@ -9,9 +9,9 @@ from megatron_rl.models.spec import LinearRope, Llama3Rope, ModelSpec, YarnRope
 
 
 def inverse_frequencies(spec: ModelSpec) -> Tensor:
-    """[head_dim / 2] float32 angles per position.
+    """Return the rotation angles per position, [head_dim / 2] float32.
 
-    Source: RoFormer, arXiv 2104.09864, and the scaling's own.
+    Source: RoFormer, arXiv 2104.09864, and the source of the scaling.
     """
     exponents = torch.arange(0, spec.head_dim, 2, dtype=torch.float32) / spec.head_dim
     frequencies = 1.0 / spec.rope_theta**exponents
@@ -24,14 +24,15 @@ def inverse_frequencies(spec: ModelSpec) -> Tensor:
             kept = torch.zeros_like(frequencies)
         case None:
             return frequencies
-    # 1 where a frequency is kept, 0 where it is divided by the factor, between in between
+    # kept: 1 keeps a frequency, 0 divides it by the factor; values between interpolate
     return kept * frequencies + (1 - kept) * frequencies / scaling.factor
 
 
 def softmax_scale(spec: ModelSpec) -> float | None:
-    """Factor on attention scores; None for the usual 1 / sqrt(head_dim).
+    """Return the factor on attention scores; None for the usual 1 / sqrt(head_dim).
 
-    YaRN multiplies cosines and sines, thus queries and keys alike: the same as its square here.
+    YaRN multiplies cosines and sines, hence both queries and keys, by ``attention_factor``, which multiplies the scores
+    by its square.
     """
     if not isinstance(spec.rope_scaling, YarnRope):
         return None
@@ -48,7 +49,7 @@ def _kept_by_wavelength(frequencies: Tensor, scaling: Llama3Rope) -> Tensor:
 
 def _kept_by_rotations(spec: ModelSpec, scaling: YarnRope) -> Tensor:
     def dimension(rotations: float) -> float:
-        """The (fractional) dimension that turns so often within the original context."""
+        """Return the (fractional) dimension that makes ``rotations`` turns within the original context."""
         ratio = scaling.original_max_position_embeddings / (rotations * 2 * math.pi)
         return spec.head_dim * math.log(ratio) / (2 * math.log(spec.rope_theta))
 

@@ -1,4 +1,4 @@
-"""What a decoder-only transformer is, independent of any library."""
+"""Specification of a decoder-only transformer, independent of any library."""
 
 from dataclasses import dataclass
 
@@ -38,28 +38,28 @@ RopeScaling = Llama3Rope | LinearRope | YarnRope
 
 @dataclass(frozen=True, kw_only=True)
 class MoeSpec:
-    """The mixture of experts of every layer."""
+    """The mixture of experts in every layer."""
 
     num_experts: int
     experts_per_token: int
     ffn_hidden_size: int
-    """Columns of one expert."""
+    """Feed-forward columns of one expert."""
     normalize_probabilities: bool
-    """The chosen experts' probabilities are scaled to sum to 1."""
+    """Whether the probabilities of the chosen experts are scaled to sum to 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SlidingWindow:
-    """Attention that looks back over so many tokens only, the token itself included."""
+    """Attention to the last ``size`` tokens only, the token itself included."""
 
     size: int
     first_layer: int = 0
-    """The layers before it attend to everything."""
+    """First layer with the window; earlier layers attend to all tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class HFNames:
-    """Where a family's feed-forward tensors stand in a Hugging Face checkpoint, if not where Llama's do."""
+    """Names of a family's feed-forward modules in a Hugging Face checkpoint; the defaults are Llama's."""
 
     feed_forward: str = "mlp"
     gate: str = "gate_proj"
@@ -69,7 +69,7 @@ class HFNames:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """Sizes and switches of a model, read from its Hugging Face config alone."""
+    """Sizes and options of a model, all read from its Hugging Face config."""
 
     family: str
     num_layers: int
@@ -85,16 +85,16 @@ class ModelSpec:
     rope_theta: float
     rope_scaling: RopeScaling | None
     tied_embeddings: bool
-    """The output layer shares the embedding's weight."""
+    """Whether the output layer shares the embedding's weight."""
     qkv_bias: bool
     qk_norm: bool
     """RMS norm of each query and key head."""
     moe: MoeSpec | None = None
-    """None: a dense feed-forward block."""
+    """None: the feed-forward block is dense."""
     sliding_window: SlidingWindow | None = None
     hf_names: HFNames = HFNames()
 
     def window_of(self, layer: int) -> int | None:
-        """Tokens that a layer (from 0) looks back over, itself included; None: all."""
+        """Tokens that a layer (from 0) attends to, the token itself included; None: all."""
         window = self.sliding_window
         return window.size if window is not None and layer >= window.first_layer else None

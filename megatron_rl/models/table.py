@@ -12,24 +12,24 @@ LM_HEAD = "lm_head.weight"
 VALUE_HEAD = "score.weight"
 
 Head = Literal["language", "value"]
-"""What stands on the last hidden states: a distribution over tokens, or one number for each."""
+"""Output of the model at each token: logits over the vocabulary, or one value."""
 
 
-# The vocabulary is padded to a multiple that every usual number of tensor-parallel ranks divides, so that a
-# checkpoint has the same size under each of them.
+# The vocabulary is padded to a multiple of every usual tensor-parallel size, so that the shapes in a checkpoint do
+# not depend on it.
 VOCAB_MULTIPLE = 64
 
 
 def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
-    """The vocabulary rounded up to what the tensor-parallel ranks can share evenly."""
+    """Return the vocabulary size rounded up so that tensor-parallel ranks can split it evenly."""
     multiple = math.lcm(VOCAB_MULTIPLE, tp_size)
     return -(-vocab_size // multiple) * multiple
 
 
 def layout_table(spec: ModelSpec, tp_size: int, head: Head = "language") -> dict[str, Layout]:
-    """Every parameter of the model, layers numbered over the whole depth.
+    """Return the layout of every parameter; layers are numbered globally, across pipeline stages.
 
-    With tied embeddings ``output_layer.weight`` is what a last pipeline stage without the embedding holds.
+    With tied embeddings, ``output_layer.weight`` is the copy in a last pipeline stage that has no embedding.
     """
     hidden = spec.hidden_size
     padded = padded_vocab_size(spec.vocab_size, tp_size)
@@ -49,7 +49,7 @@ def layout_table(spec: ModelSpec, tp_size: int, head: Head = "language") -> dict
 
 
 def ignored_names(spec: ModelSpec, head: Head = "language") -> set[str]:
-    """Tensors a folder may hold although nobody reads them."""
+    """Return names of tensors that a model folder may contain and that are not read."""
     buffers = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(spec.num_layers)}
     return buffers | ({LM_HEAD} if spec.tied_embeddings or head == "value" else set())
 

@@ -40,7 +40,7 @@ FIELDS: dict[str, dict[str, int | bool]] = {
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per character; anything else is unknown."""
+    """Return a tokenizer with one token per character of CHARACTERS; any other character is ``<unk>``."""
     vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", "<unk>", *CHARACTERS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
@@ -55,7 +55,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model(family: str = "qwen2", *, seed: int = 0, tied: bool = True, **sizes: int) -> PreTrainedModel:
-    """A random model; ``sizes`` replace fields of its configuration."""
+    """Return a randomly initialised model; ``sizes`` replace fields of its configuration."""
     config_class, model_class = FAMILIES[family]
     fields = {
         "vocab_size": 64,

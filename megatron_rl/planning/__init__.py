@@ -1,1 +1,1 @@
-"""Whether a run fits and how long a step takes, before anything is started."""
+"""Estimate whether a run fits in memory and how long a step takes, before it starts."""

@@ -1,6 +1,6 @@
-"""What a pass leaves in memory for its gradient, and what it needs on top for a moment.
+"""Activation memory: what a forward pass saves for the backward pass, and the transient memory on top.
 
-Counted from the tensors that torch's autograd saves in a layer of Megatron-Core's local modules; on GPUs Transformer
+Counted from the tensors that torch's autograd saves in a layer of Megatron-Core's local modules; on GPUs, Transformer
 Engine and fused norms save the same or less.
 """
 
@@ -12,77 +12,81 @@ from megatron_rl.models.spec import ModelSpec
 from megatron_rl.models.table import padded_vocab_size
 from megatron_rl.weights.hf_files import torch_dtype
 
-FLOAT = 4
-"""Bytes of fp32."""
+FP32_BYTES = 4
+"""Bytes of an fp32 element."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerActivations:
-    """Bytes for one token on one rank, of one layer."""
+    """Activation bytes of one layer for one token, on one rank."""
 
     saved: float
     """Kept from the forward to the backward pass."""
-    whole: float
-    """That a layer saves without recomputation; while it is computed again it holds these for a moment."""
-    passing: float
-    """On top while its gradient is computed."""
+    unrecomputed: float
+    """What would be saved without recomputation; layers hold this much transiently while they are recomputed."""
+    transient: float
+    """On top of that while the gradient of the layer is computed."""
 
 
 def layer_activations(spec: ModelSpec, config: RunConfig) -> LayerActivations:
-    """What a token costs in a layer."""
+    """Return the activation bytes per token of one layer under the configured layout and recomputation."""
     parallel, memory = config.parallel, config.memory
     size = element_bytes(config)
     tp = parallel.tensor_parallel_size
     hidden = spec.hidden_size / (tp if parallel.sequence_parallel else 1)
     query, key = spec.num_heads * spec.head_dim / tp, spec.num_query_groups * spec.head_dim / tp
-    # norms are computed in fp32: the input, and the normalised one
-    norm = 2 * hidden * FLOAT
-    qk_norm = 2 * (query + key) * FLOAT * spec.qk_norm
-    core = size * (2 * query + 2 * key)  # query, key, value and the output of the kernel
+    # norms are computed in fp32 and save their input and the normalised input
+    norm = 2 * hidden * FP32_BYTES
+    qk_norm = 2 * (query + key) * FP32_BYTES * spec.qk_norm
+    attention_core = size * (2 * query + 2 * key)  # query, key, value and the attention output
     attention = size * (hidden + 2 * query + 4 * spec.head_dim) + qk_norm
     if spec.moe is None:
-        columns, copies = spec.ffn_hidden_size / tp, 1.0
-    else:  # every token goes through several experts, copied for each of them
-        columns = spec.moe.ffn_hidden_size / parallel.expert_tensor_size
-        copies = float(spec.moe.experts_per_token)
-    # gate and up [2 F], silu(gate), its product with up, and the input of the second matrix
-    feed_forward = copies * size * 5 * columns
-    feed_forward_input = copies * size * spec.hidden_size if spec.moe is not None else size * hidden
-    routed = copies * size * 2 * spec.hidden_size if spec.moe is not None else 0.0  # sent out, and come back
-    whole = 2 * norm + attention + core + feed_forward + feed_forward_input + routed
-    passing = copies * size * 4 * columns + 2 * size * spec.hidden_size + routed
-    saved = whole
+        ffn_columns, token_copies = spec.ffn_hidden_size / tp, 1.0
+    else:  # every token is copied once for each expert that it is routed to
+        ffn_columns = spec.moe.ffn_hidden_size / parallel.expert_tensor_size
+        token_copies = float(spec.moe.experts_per_token)
+    # gate and up [2 F], silu(gate), silu(gate) * up, and the input of the down projection
+    feed_forward = token_copies * size * 5 * ffn_columns
+    feed_forward_input = token_copies * size * spec.hidden_size if spec.moe is not None else size * hidden
+    # dispatched and combined tokens
+    routed = token_copies * size * 2 * spec.hidden_size if spec.moe is not None else 0.0
+    unrecomputed = 2 * norm + attention + attention_core + feed_forward + feed_forward_input + routed
+    transient = token_copies * size * 4 * ffn_columns + 2 * size * spec.hidden_size + routed
+    saved = unrecomputed
     if memory.recompute == "full":
         saved = size * hidden / memory.recompute_num_layers
-        whole *= memory.recompute_num_layers
+        unrecomputed *= memory.recompute_num_layers
     elif memory.recompute == "selective":
         if "mlp" in memory.recompute_modules or "moe" in memory.recompute_modules:
             saved -= feed_forward + routed
         if "layernorm" in memory.recompute_modules:
             saved -= 2 * norm - 2 * size * hidden
         if "moe_act" in memory.recompute_modules:
-            saved -= copies * size * columns
-    return LayerActivations(saved=saved, whole=whole, passing=passing)
+            saved -= token_copies * size * ffn_columns
+    return LayerActivations(saved=saved, unrecomputed=unrecomputed, transient=transient)
 
 
 def head_bytes(spec: ModelSpec, config: RunConfig, num_tokens: int) -> float:
-    """Bytes that the last stage needs for log-probabilities and their gradient, at the peak.
+    """Return the peak bytes that the last stage needs for log-probabilities and their gradient.
 
     Args:
-        num_tokens: of a micro-batch.
+        num_tokens: tokens of a micro-batch.
     """
     columns = padded_vocab_size(spec.vocab_size, config.parallel.tensor_parallel_size)
     columns //= config.parallel.tensor_parallel_size
     chunk = config.batching.logprob_chunk_tokens or default_chunk_tokens(columns)
     size = element_bytes(config)
-    logits = min(chunk, num_tokens) * columns * FLOAT
-    gradient = columns * spec.hidden_size * (FLOAT + size)
-    # the chunk, its gradient, and one more: a slope for the entropy, or the gradient in 16 bits
+    logits = min(chunk, num_tokens) * columns * FP32_BYTES
+    gradient = columns * spec.hidden_size * (FP32_BYTES + size)
+    # three buffers of a chunk: logits, their gradient, and either the entropy gradient or the gradient in 16 bits
     return 3.0 * logits + gradient + num_tokens * spec.hidden_size * 3 * size
 
 
-def in_flight(stage: int, config: RunConfig, num_micro_batches: int) -> float:
-    """Micro-batches, in units of the stage's layers, whose activations a stage holds at its fullest (1F1B)."""
+def micro_batches_in_flight(stage: int, config: RunConfig, num_micro_batches: int) -> float:
+    """Return the peak number of micro-batches whose activations a stage holds in a 1F1B schedule.
+
+    A fraction where virtual stages hold the activations of only some of the stage's layers.
+    """
     stages, chunks = config.parallel.pipeline_parallel_size, config.parallel.virtual_pipeline_parallel_size
     if stages == 1:
         return 1.0
@@ -93,5 +97,5 @@ def in_flight(stage: int, config: RunConfig, num_micro_batches: int) -> float:
 
 
 def element_bytes(config: RunConfig) -> int:
-    """Of weights and activations."""
+    """Bytes of one element of the weights and activations."""
     return torch_dtype(config.model.dtype).itemsize

@@ -18,7 +18,7 @@ from megatron_rl.planning.workload import Workload, micro_batches_of, workload_o
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a run would need."""
+    """Memory and time of a run on given hardware."""
 
     config: RunConfig
     hardware: Hardware
@@ -33,7 +33,7 @@ class Plan:
 
     @property
     def layout(self) -> str:
-        """The parallel sizes; of CP and EP only those that do something."""
+        """The parallel sizes as text; CP and EP only if larger than 1."""
         parallel = self.config.parallel
         tp, pp, cp = parallel.tensor_parallel_size, parallel.pipeline_parallel_size, parallel.context_parallel_size
         context = f" x CP{cp}" if cp > 1 else ""
@@ -42,71 +42,71 @@ class Plan:
 
     @property
     def num_replicas(self) -> int:
-        """Data-parallel ranks."""
+        """Data-parallel size."""
         parallel = self.config.parallel
         sizes = parallel.tensor_parallel_size * parallel.pipeline_parallel_size * parallel.context_parallel_size
         return self.world_size // sizes
 
     @property
     def tokens_per_s(self) -> float:
-        """Of prompts and responses, by every rank."""
+        """Tokens of prompts and responses per second and rank."""
         return self.workload.num_sequences * self.workload.mean / self.step_s / self.world_size
 
     @property
-    def lacks(self) -> list[str]:
-        """Reasons why it does not fit; none: it does."""
-        found = []
-        room, phase = self.hardware.device_gb, self.memory.fullest
+    def shortfalls(self) -> list[str]:
+        """Reasons why the run does not fit; empty if it does."""
+        reasons = []
+        available, phase = self.hardware.device_gb, self.memory.fullest
         needed = self.memory.total(phase) / 1e9
-        if needed > room:
+        if needed > available:
             parts = sorted(self.memory.phases[phase].items(), key=lambda item: -item[1])[:3]
             largest = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts)
-            found.append(f"{phase} needs {needed:.1f} GB of a device's {room:.1f} GB: {largest} GB")
+            reasons.append(f"{phase} needs {needed:.1f} GB of a device's {available:.1f} GB (largest: {largest} GB)")
         engine, longest = self.memory.engine, self.workload.longest
         if engine.weights and engine.cache_tokens < longest:
-            found.append(
-                f"an engine's cache has room for {engine.cache_tokens:.0f} tokens, fewer than the longest prompt with "
-                f"its response ({longest})"
+            reasons.append(
+                f"an engine's cache holds {engine.cache_tokens:.0f} tokens, fewer than the longest prompt with its "
+                f"response ({longest})"
             )
         host = sum(self.memory.host.values()) / 1e9
         if host > self.hardware.host_gb:
             parts = sorted(self.memory.host.items(), key=lambda item: -item[1])[:2]
             largest = ", ".join(f"{name} {size / 1e9:.0f}" for name, size in parts)
-            found.append(f"a host needs {host:.0f} GB of its {self.hardware.host_gb:.0f} GB: {largest} GB")
-        return found
+            reasons.append(f"a host needs {host:.0f} GB of its {self.hardware.host_gb:.0f} GB (largest: {largest} GB)")
+        return reasons
 
     @property
     def advice(self) -> list[str]:
-        """What would save most, the cheapest first; empty where it fits."""
-        if not self.lacks:
+        """Changes of the configuration that save memory, the cheapest first; empty if the run fits."""
+        if not self.shortfalls:
             return []
         config, memory = self.config, self.memory
         phase = memory.fullest
         parts = memory.phases[phase]
-        found = []
+        changes = []
         if phase in ("update", "critic", "log-probabilities"):
             if config.rollout.engine != "embedded" and not config.rollout.sleep_engine:
-                found.append("rollout.sleep_engine=true")
+                changes.append("rollout.sleep_engine=true")
             if parts["activations"] > sum(parts.values()) / 4:
                 if config.memory.recompute != "full":
-                    found.append("memory.recompute=full")
+                    changes.append("memory.recompute=full")
                 lower = max(self.workload.longest, config.batching.max_tokens_per_micro_batch // 2)
                 if lower < config.batching.max_tokens_per_micro_batch:
-                    found.append(f"batching.max_tokens_per_micro_batch={lower}")
+                    changes.append(f"batching.max_tokens_per_micro_batch={lower}")
         else:
             missing = [part for part in ("grads", "optimizer", "params") if part not in config.memory.offload]
             if missing:
-                found.append("memory.offload=[params,grads,optimizer]")
-            wanted = "larger" if memory.engine.cache_tokens < self.workload.longest else "smaller"
+                changes.append("memory.offload=[params,grads,optimizer]")
+            size = "larger" if memory.engine.cache_tokens < self.workload.longest else "smaller"
             if config.rollout.engine != "embedded":
-                found.append(f"a {wanted} share of the memory for the engine (rollout.engine_options)")
+                changes.append(f"a {size} share of the memory for the engine (rollout.engine_options)")
                 if 2 * config.rollout.tensor_parallel_size <= self.hardware.ranks_per_node:
-                    found.append(f"rollout.tensor_parallel_size={2 * config.rollout.tensor_parallel_size}")
+                    changes.append(f"rollout.tensor_parallel_size={2 * config.rollout.tensor_parallel_size}")
         states = sum(size for name, size in parts.items() if name.endswith(("params", "grads", "optimizer")))
         if states > self.hardware.device_gb * 1e9 / 2:
-            found.append(f"parallel.pipeline_parallel_size={2 * config.parallel.pipeline_parallel_size}")
-        found.append("more ranks, or a layout that --search finds")
-        return found
+            changes.append(f"parallel.pipeline_parallel_size={2 * config.parallel.pipeline_parallel_size}")
+        changes.append("more ranks, or a layout that --search finds")
+        return changes
 
 
 def make_plan(
@@ -118,14 +118,15 @@ def make_plan(
     mean_prompt: float | None = None,
     mean_response: float | None = None,
 ) -> Plan:
-    """The plan of a configuration.
+    """Return the plan of a configuration.
 
     Args:
-        specs: None: read from the folders that the configuration names.
-        mean_prompt, mean_response: tokens; None: a quarter and a half of the longest.
+        specs: specifications of the models; None: read from the folders that the configuration names.
+        mean_prompt, mean_response: mean lengths in tokens; None: a quarter of the longest prompt, half of the longest
+            response.
 
     Raises:
-        ConfigError: the configuration cannot run on so many ranks.
+        ConfigError: the configuration cannot run on ``world_size`` ranks.
     """
     validate(config, world_size)
     specs = specs_of(config) if specs is None else specs
@@ -140,7 +141,7 @@ def make_plan(
 
 
 def specs_of(config: RunConfig) -> Specs:
-    """The models that a configuration names, from their config.json alone."""
+    """Read the specifications of the models that a configuration names, from their config.json alone."""
     path = config.algorithm.reference_path
     has_own = config.algorithm.uses_reference and path is not None
     return Specs(
@@ -152,19 +153,20 @@ def specs_of(config: RunConfig) -> Specs:
 
 
 def check_fits(plan: Plan) -> None:
-    """
+    """Raise an error if the run does not fit.
+
     Raises:
-        ConfigError: it does not fit; who needs how much, and what to change.
+        ConfigError: the run does not fit; the message says what needs how much, and what to change.
     """
-    if plan.lacks:
+    if plan.shortfalls:
         raise ConfigError(
-            f"this run does not fit on {plan.hardware.name}, {plan.world_size} ranks: {'; '.join(plan.lacks)}. Change: "
-            f"{', '.join(plan.advice)}; or start it nevertheless with memory.on_overcommit=warn."
+            f"this run does not fit on {plan.hardware.name}, {plan.world_size} ranks: {'; '.join(plan.shortfalls)}. "
+            f"Change: {', '.join(plan.advice)}, or set memory.on_overcommit=warn to start it anyway."
         )
 
 
 def summary(plan: Plan) -> str:
-    """A line for the console."""
+    """Return the plan's memory as one line for the console."""
     memory = plan.memory
     phase = memory.fullest
     return (
@@ -174,39 +176,39 @@ def summary(plan: Plan) -> str:
 
 
 def describe(plan: Plan) -> str:
-    """The whole plan as text."""
-    config, memory, hardware, work = plan.config, plan.memory, plan.hardware, plan.workload
-    batches = micro_batches_of(config, work, plan.num_replicas, longest=True)
+    """Return the whole plan as text."""
+    config, memory, hardware, workload = plan.config, plan.memory, plan.hardware, plan.workload
+    batches = micro_batches_of(config, workload, plan.num_replicas, longest=True)
     nodes = -(-plan.world_size // hardware.ranks_per_node)
     phases = list(memory.phases)
-    holders = list(dict.fromkeys(name for parts in memory.phases.values() for name in parts))
-    width = max(map(len, holders))
+    rows = list(dict.fromkeys(name for parts in memory.phases.values() for name in parts))
+    width = max(map(len, rows))
     lines = [
         f"{Path(config.model.path).name} on {nodes} x {hardware.ranks_per_node} {hardware.name}: {plan.layout}, "
         f"{config.rollout.engine} of TP{config.rollout.tensor_parallel_size}",
-        f"an update: {work.sequences_per_update} sequences of at most {work.longest} tokens, at least "
+        f"an update: {workload.sequences_per_update} sequences of at most {workload.longest} tokens, at least "
         f"{batches.count} micro-batches of at most {batches.tokens} tokens on each rank",
         "",
         f"{f'GB of a rank, stage {memory.stage}':<{width}} " + " ".join(f"{phase:>17}" for phase in phases),
     ]
-    for name in holders:
+    for name in rows:
         cells = (memory.phases[phase].get(name, 0.0) for phase in phases)
         lines.append(f"{name:<{width}} " + " ".join(f"{size / 1e9:17.1f}" if size else " " * 17 for size in cells))
-    lines.append(f"{'in all':<{width}} " + " ".join(f"{memory.total(phase) / 1e9:17.1f}" for phase in phases))
-    lines.append(f"{'of':<{width}} " + " ".join(f"{hardware.device_gb:17.1f}" for _ in phases))
+    lines.append(f"{'total':<{width}} " + " ".join(f"{memory.total(phase) / 1e9:17.1f}" for phase in phases))
+    lines.append(f"{'available':<{width}} " + " ".join(f"{hardware.device_gb:17.1f}" for _ in phases))
     host = ", ".join(f"{name} {size / 1e9:.0f}" for name, size in memory.host.items())
     lines += ["", f"GB of a host: {sum(memory.host.values()) / 1e9:.0f} of {hardware.host_gb:.0f} ({host})"]
     if memory.engine.cache_tokens:
         lines.append(f"an engine's cache: {memory.engine.cache_tokens:,.0f} tokens")
     lines += [
         "",
-        f"a step of {work.num_sequences} sequences with {work.mean_prompt:.0f} + {work.mean_response:.0f} tokens on "
-        f"average: about {plan.step_s:.0f} s, {plan.tokens_per_s:.0f} tokens/s/rank",
+        f"a step of {workload.num_sequences} sequences with {workload.mean_prompt:.0f} + {workload.mean_response:.0f} "
+        f"tokens on average: about {plan.step_s:.0f} s, {plan.tokens_per_s:.0f} tokens/s/rank",
         *(f"  {name:<18}{seconds:9.1f} s" for name, seconds in plan.seconds.items()),
         "",
     ]
-    if plan.lacks:
-        lines += [f"does not fit: {reason}" for reason in plan.lacks]
+    if plan.shortfalls:
+        lines += [f"does not fit: {reason}" for reason in plan.shortfalls]
         lines.append(f"change: {'; '.join(plan.advice)}")
     else:
         left = hardware.device_gb - memory.total(memory.fullest) / 1e9
@@ -215,26 +217,26 @@ def describe(plan: Plan) -> str:
 
 
 def with_known_models(config: RunConfig, shapes: Path) -> RunConfig:
-    """Replace model folders that do not exist by the published ``config.json`` of the same name.
+    """Replace model folders that do not exist by folders with the published ``config.json`` of the same name.
 
     Args:
-        shapes: folder of folders with a ``config.json`` each (configs/model_shapes).
+        shapes: folder that contains a folder with a ``config.json`` for each model (configs/model_shapes).
     """
 
-    def known(path: str) -> str:
-        there = shapes / Path(path).name
-        if Path(path).exists() or not there.exists():
+    def existing_or_published(path: str) -> str:
+        published = shapes / Path(path).name
+        if Path(path).exists() or not published.exists():
             return path
-        print(f"{path} is not there; planning with {os.path.relpath(there)}", file=sys.stderr)
-        return str(there)
+        print(f"{path} does not exist; planning with {os.path.relpath(published)}", file=sys.stderr)
+        return str(published)
 
-    changed = replace(config, model=replace(config.model, path=known(config.model.path)))
+    changed = replace(config, model=replace(config.model, path=existing_or_published(config.model.path)))
     if config.critic.path is not None:
-        changed = replace(changed, critic=replace(config.critic, path=known(config.critic.path)))
+        changed = replace(changed, critic=replace(config.critic, path=existing_or_published(config.critic.path)))
     if config.algorithm.reference_path is not None:
-        path = known(config.algorithm.reference_path)
+        path = existing_or_published(config.algorithm.reference_path)
         changed = replace(changed, algorithm=replace(config.algorithm, reference_path=path))
     if config.reward.model is not None:
-        own = replace(config.reward.model, path=known(config.reward.model.path))
-        changed = replace(changed, reward=replace(config.reward, model=own))
+        reward_model = replace(config.reward.model, path=existing_or_published(config.reward.model.path))
+        changed = replace(changed, reward=replace(config.reward, model=reward_model))
     return changed

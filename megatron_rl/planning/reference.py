@@ -1,18 +1,19 @@
-"""Where the reference model of a configuration lives."""
+"""Where the reference model of a configuration is placed."""
 
 from typing import Literal
 
 from megatron_rl.config.schema import RunConfig
 
-Where = Literal["nowhere", "base", "host", "device"]
-"""nowhere: there is none; base: the policy without its adapters; host: it takes the policy's place while it scores;
-device: beside the policy."""
+ReferencePlacement = Literal["nowhere", "base", "host", "device"]
+"""nowhere: there is no reference; base: it is the policy without its adapters; host: its weights are on the host and
+swapped with the policy's to compute log-probabilities; device: it is on the device beside the policy."""
 
 
-def place_of_reference(config: RunConfig, *, is_alike: bool) -> Where:
-    """
+def reference_placement(config: RunConfig, *, is_alike: bool) -> ReferencePlacement:
+    """Return where the reference is placed.
+
     Args:
-        is_alike: it has the policy's architecture.
+        is_alike: whether it has the policy's architecture.
     """
     algorithm = config.algorithm
     if not algorithm.uses_reference:

@@ -1,4 +1,4 @@
-"""What each pipeline stage of a model holds on one rank."""
+"""Number of weight elements that each pipeline stage of a model holds on one rank."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +14,7 @@ from megatron_rl.weights.layout import Layout, Place
 
 @dataclass(frozen=True, kw_only=True)
 class StageShare:
-    """Elements on one rank of a stage; the ranks of a stage hold as much as each other."""
+    """Number of weight elements on one rank of a stage; all ranks of a stage hold the same number."""
 
     num_layers: int
     dense: int
@@ -22,9 +22,9 @@ class StageShare:
     experts: int
     """Elements of the experts that are on this rank."""
     output: int
-    """Those of the output layer, which is also the embedding where they are tied; 0 on other stages than the last."""
+    """Elements of the output layer, which is also the embedding if they are tied; 0 except on the last stage."""
     matrices: int
-    """Those that LoRA or FP8 may store in fewer bits."""
+    """Elements of the matrices that LoRA or FP8 may store in fewer bits."""
 
     @property
     def total(self) -> int:
@@ -33,13 +33,13 @@ class StageShare:
 
 @cache
 def stage_shares(spec: ModelSpec, parallel: ParallelSection, head: Head = "language") -> list[StageShare]:
-    """One for each pipeline stage.
+    """Return the share of a rank, one entry per pipeline stage.
 
     Raises:
-        ConfigError: the layers cannot be shared out.
+        ConfigError: the layers do not divide by the stages.
     """
     tp, stages = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
-    table = layout_table(replace(spec, num_layers=1), tp, head)  # its layers are all alike
+    table = layout_table(replace(spec, num_layers=1), tp, head)  # all layers are identical
     place = Place(tp_size=tp, etp_size=parallel.expert_tensor_size)
     layer = [name for name in table if name.startswith("decoder.layers.0.")]
     dense = sum(_size(table[name], place) for name in layer if not table[name].expert)
@@ -53,28 +53,28 @@ def stage_shares(spec: ModelSpec, parallel: ParallelSection, head: Head = "langu
         _size(table[name], place)
         for name in ("embedding.word_embeddings.weight", "output_layer.weight", "decoder.final_layernorm.weight")
     )
-    found = []
+    shares = []
     tied = spec.tied_embeddings and head == "language"
     for stage, num_layers in enumerate(layers_of_stages(spec, parallel)):
         is_first, is_last = stage == 0, stage == stages - 1
-        outer = embedding * is_first + (norm + output * (not (tied and is_first))) * is_last
-        found.append(
+        outside_layers = embedding * is_first + (norm + output * (not (tied and is_first))) * is_last
+        shares.append(
             StageShare(
                 num_layers=num_layers,
-                dense=num_layers * dense + outer,
+                dense=num_layers * dense + outside_layers,
                 experts=num_layers * experts,
                 output=output if is_last else 0,
                 matrices=num_layers * matrices,
             )
         )
-    return found
+    return shares
 
 
 def layers_of_stages(spec: ModelSpec, parallel: ParallelSection) -> Sequence[int]:
-    """Layers of every pipeline stage, as Megatron-Core shares them out.
+    """Return the number of layers of every pipeline stage, as Megatron-Core assigns them.
 
     Raises:
-        ConfigError: they do not divide.
+        ConfigError: the layers do not divide by the stages.
     """
     stages = parallel.pipeline_parallel_size
     first, last = parallel.num_layers_in_first_pipeline_stage, parallel.num_layers_in_last_pipeline_stage
@@ -82,13 +82,13 @@ def layers_of_stages(spec: ModelSpec, parallel: ParallelSection) -> Sequence[int
     if stages == 1:
         return [spec.num_layers]
     if first is None and last is None:
-        places = spec.num_layers + embedding + loss
-        if places % stages:
+        num_slots = spec.num_layers + embedding + loss
+        if num_slots % stages:
             raise ConfigError(
-                f"parallel.pipeline_parallel_size={stages} does not divide the model's {places} layers. "
-                f"Set it to a divisor of {places}."
+                f"parallel.pipeline_parallel_size={stages} does not divide the model's {num_slots} layers. "
+                f"Set it to a divisor of {num_slots}."
             )
-        each = places // stages
+        each = num_slots // stages
         return [each - embedding, *[each] * (stages - 2), each - loss]
     inner = stages - (first is not None) - (last is not None)
     rest = spec.num_layers - (first or 0) - (last or 0)

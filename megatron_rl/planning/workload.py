@@ -1,4 +1,4 @@
-"""What a step of a configuration computes."""
+"""Workload of a step: the number and lengths of its sequences."""
 
 from dataclasses import dataclass
 from math import ceil
@@ -9,20 +9,20 @@ from megatron_rl.config.validate import sequences_per_step
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """Sequences of a step and how long they are."""
+    """Number and lengths of the sequences of a step."""
 
     num_prompts: int
     group_size: int
     num_sequences: int
-    """That the step learns from."""
+    """Sequences that the step trains on."""
     longest_prompt: int
     longest_response: int
     mean_prompt: float
-    """Tokens; an assumption."""
+    """Assumed mean, in tokens."""
     mean_response: float
-    """Tokens; an assumption."""
+    """Assumed mean, in tokens."""
     num_mini_batches: int
-    """Optimizer updates of a step, epochs not counted."""
+    """Optimizer updates per epoch of a step."""
 
     @property
     def longest(self) -> int:
@@ -38,10 +38,11 @@ class Workload:
 
 
 def workload_of(config: RunConfig, *, mean_prompt: float | None = None, mean_response: float | None = None) -> Workload:
-    """The workload of a configuration.
+    """Return the workload of a configuration.
 
     Args:
-        mean_prompt, mean_response: tokens; None: a quarter and a half of the longest.
+        mean_prompt, mean_response: mean lengths in tokens; None: a quarter of the longest prompt, half of the longest
+            response.
     """
     rollout = config.rollout
     return Workload(
@@ -58,33 +59,34 @@ def workload_of(config: RunConfig, *, mean_prompt: float | None = None, mean_res
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatches:
-    """How an update is cut on one data-parallel rank."""
+    """Micro-batches of an update on one data-parallel rank."""
 
     tokens: int
-    """Of the largest, on one context-parallel rank, padding counted in."""
+    """Tokens of the largest micro-batch on one context-parallel rank, padding included."""
     count: int
-    """Of them in an update."""
+    """Micro-batches per update."""
 
 
 def micro_batches_of(config: RunConfig, workload: Workload, dp_size: int, *, longest: bool) -> MicroBatches:
-    """The micro-batches of an update.
+    """Return the micro-batches of an update.
 
     Args:
-        dp_size: data-parallel ranks.
-        longest: for memory: every sequence is as long as it may be, and the fullest micro-batch is full; otherwise
-            all have the mean length, for time.
+        dp_size: number of data-parallel ranks.
+        longest: True to estimate memory: every sequence has the maximum length, and the fullest micro-batch is full.
+            False to estimate time: every sequence has the mean length.
     """
     cp, batching = config.parallel.context_parallel_size, config.batching
     length = float(workload.longest if longest else workload.mean)
-    mine = ceil(workload.sequences_per_update / dp_size)
-    full = batching.max_tokens_per_micro_batch * cp
-    room = max(1, int(full // length))
+    num_sequences = ceil(workload.sequences_per_update / dp_size)
+    max_tokens = batching.max_tokens_per_micro_batch * cp
+    per_micro_batch = max(1, int(max_tokens // length))
     if batching.micro_batch_size is not None:
-        room = min(room, batching.micro_batch_size)
-    count = ceil(mine / room)
-    tokens = ceil(mine / count) * length
+        per_micro_batch = min(per_micro_batch, batching.micro_batch_size)
+    count = ceil(num_sequences / per_micro_batch)
+    tokens = ceil(num_sequences / count) * length
     if longest and batching.micro_batch_size is None:
-        tokens = max(length, min(full, mine * length))  # shorter sequences fill up what the longest leave
+        # shorter sequences fill the space that the longest leave
+        tokens = max(length, min(max_tokens, num_sequences * length))
     if config.parallel.virtual_pipeline_parallel_size > 1:
         stages = config.parallel.pipeline_parallel_size
         count = ceil(count / stages) * stages

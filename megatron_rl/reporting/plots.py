@@ -1,4 +1,4 @@
-"""Plots of a run's metrics as SVG text."""
+"""Plots as SVG text."""
 
 import io
 import itertools
@@ -7,17 +7,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 Rows = Sequence[Mapping[str, Any]]
+"""Rows of metrics.jsonl."""
 
 INK, GRID = "#1f2937", "#e5e7eb"
 COLOURS = ("#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed", "#0891b2", "#be185d", "#4b5563")
 
 
 def line_plot(title: str, rows: Rows, metrics: Mapping[str, str], *, smooth: bool = True) -> str | None:
-    """Some metrics over the steps; None when no row has one of them.
+    """Plot metrics over the steps; None if no row has one of them.
 
     Args:
+        title: of the plot.
+        rows: of metrics.jsonl.
         metrics: metric name -> label.
-        smooth: draw the running mean strongly and the values faintly.
+        smooth: whether to draw the running mean opaque over the faint values.
     """
     series = {label: _points(rows, name) for name, label in metrics.items()}
     series = {label: points for label, points in series.items() if points}
@@ -35,23 +38,30 @@ def line_plot(title: str, rows: Rows, metrics: Mapping[str, str], *, smooth: boo
 
 
 def band_plot(title: str, curves: Mapping[str, Sequence[Mapping[int, float]]]) -> str:
-    """The mean of every group of curves, and the range that they span.
+    """Plot the mean of each group of curves, with a band from its minimum to its maximum.
 
     Args:
-        curves: label -> (step -> value) of every curve of the group.
+        title: of the plot.
+        curves: label of a group -> its curves, each step -> value.
     """
     figure, axes = _figure(title)
-    for (label, several), colour in zip(curves.items(), itertools.cycle(COLOURS), strict=False):
-        steps = sorted(set.intersection(*map(set, several)))
-        columns = [[one[step] for one in several] for step in steps]
+    for (label, group), colour in zip(curves.items(), itertools.cycle(COLOURS), strict=False):
+        steps = sorted(set.intersection(*map(set, group)))
+        columns = [[curve[step] for curve in group] for step in steps]
         axes.plot(steps, [sum(c) / len(c) for c in columns], color=colour, linewidth=1.8, label=label)
-        if len(several) > 1:
+        if len(group) > 1:
             axes.fill_between(steps, [min(c) for c in columns], [max(c) for c in columns], color=colour, alpha=0.12)
     return _finish(figure, axes, legend=True)
 
 
 def curve_plot(title: str, x_label: str, curves: Mapping[str, Sequence[tuple[float, float]]]) -> str:
-    """Points of each curve, joined."""
+    """Plot curves as points joined by lines.
+
+    Args:
+        title: of the plot.
+        x_label: of the x axis.
+        curves: label -> (x, y) points.
+    """
     figure, axes = _figure(title)
     axes.set_xlabel(x_label, fontsize=9, color=INK)
     for (label, points), colour in zip(curves.items(), itertools.cycle(COLOURS), strict=False):
@@ -60,7 +70,7 @@ def curve_plot(title: str, x_label: str, curves: Mapping[str, Sequence[tuple[flo
 
 
 def bar_plot(title: str, x_label: str, bars: Mapping[str, float]) -> str:
-    """A horizontal bar for each name, the first one on top."""
+    """Plot a horizontal bar for each name, the first one on top."""
     figure, axes = _figure(title, height=max(3.0, 0.9 + 0.22 * len(bars)))
     axes.set_xlabel(x_label, fontsize=9, color=INK)
     names = list(bars)[::-1]
@@ -69,30 +79,35 @@ def bar_plot(title: str, x_label: str, bars: Mapping[str, float]) -> str:
 
 
 def grouped_bar_plot(title: str, x_label: str, groups: Mapping[str, Mapping[str, float]]) -> str:
-    """For each name the bars of several groups, the first name and group on top.
+    """Plot horizontal bars of several groups side by side for each name, the first name and group on top.
 
     Args:
-        groups: label -> (name -> value).
+        title: of the plot.
+        x_label: of the x axis.
+        groups: label of a group -> (name -> value).
     """
     names = list(dict.fromkeys(name for bars in groups.values() for name in bars))
     figure, axes = _figure(title, height=max(3.0, 0.9 + 0.22 * len(names) * len(groups)))
     axes.set_xlabel(x_label, fontsize=9, color=INK)
     thickness = 0.8 / len(groups)
-    for place, ((label, bars), colour) in enumerate(zip(groups.items(), itertools.cycle(COLOURS), strict=False)):
-        known = [(index, bars[name]) for index, name in enumerate(names) if name in bars]
-        heights = [index + (place - (len(groups) - 1) / 2) * thickness for index, _ in known]
-        axes.barh(heights, [value for _, value in known], height=thickness, color=colour, label=label)
+    for number, ((label, bars), colour) in enumerate(zip(groups.items(), itertools.cycle(COLOURS), strict=False)):
+        present = [(index, bars[name]) for index, name in enumerate(names) if name in bars]
+        heights = [index + (number - (len(groups) - 1) / 2) * thickness for index, _ in present]
+        axes.barh(heights, [value for _, value in present], height=thickness, color=colour, label=label)
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
-    axes.margins(x=0.4)  # room for the legend
+    axes.margins(x=0.4)  # space for the legend
     return _finish(figure, axes, legend=len(groups) > 1)
 
 
 def table_plot(title: str, rows: Sequence[str], columns: Sequence[str], counts: Sequence[Sequence[int]]) -> str:
-    """Counts in a grid, the darker the more.
+    """Plot a grid of counts; a higher count is darker.
 
     Args:
-        counts: of each row, one for each column.
+        title: of the plot.
+        rows: labels of the rows.
+        columns: labels of the columns.
+        counts: [rows][columns].
     """
     figure, axes = _figure(title)
     axes.imshow(counts, cmap="Blues", aspect="auto", vmin=0)
@@ -100,15 +115,15 @@ def table_plot(title: str, rows: Sequence[str], columns: Sequence[str], counts: 
     axes.set_yticks(range(len(rows)), rows)
     axes.set_xlabel("")
     axes.grid(visible=False)
-    most = max(max(row) for row in counts)
+    largest = max(max(row) for row in counts)
     for y, row in enumerate(counts):
         for x, count in enumerate(row):
-            axes.text(x, y, str(count), ha="center", va="center", color="white" if count > 0.6 * most else INK)
+            axes.text(x, y, str(count), ha="center", va="center", color="white" if count > 0.6 * largest else INK)
     return _finish(figure, axes, legend=False)
 
 
 def time_split_plot(title: str, rows: Rows, spans: Sequence[str]) -> str | None:
-    """Mean seconds of a step by span, as one stacked bar."""
+    """Plot the mean seconds of each timer of a step as one stacked bar; None if no row has one of the timers."""
     means = {}
     for span in spans:
         points = _points(rows, f"timing_s/{span}")
@@ -123,7 +138,7 @@ def time_split_plot(title: str, rows: Rows, spans: Sequence[str]) -> str | None:
         left += seconds
     axes.set_yticks([])
     axes.set_xlabel("seconds per step (mean)")
-    axes.set_ylim(-0.5, 0.5 + 0.22 * len(means))  # room for the legend
+    axes.set_ylim(-0.5, 0.5 + 0.22 * len(means))  # space for the legend
     return _finish(figure, axes, legend=True)
 
 
@@ -159,5 +174,5 @@ def _finish(figure: Any, axes: Any, *, legend: bool) -> str:
         axes.legend(fontsize=8, frameon=False)
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True)
-    # the XML header has no place inside a page
+    # an XML header is not allowed inside an HTML page
     return re.sub(r"^.*?(?=<svg)", "", buffer.getvalue(), count=1, flags=re.DOTALL)

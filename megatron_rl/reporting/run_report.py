@@ -1,4 +1,4 @@
-"""The report of a run: one self-contained HTML page from metrics.jsonl and samples.jsonl."""
+"""HTML report of a run from metrics.jsonl and samples.jsonl; one self-contained file."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,6 +12,7 @@ from megatron_rl.metrics.sinks import read_rows
 from megatron_rl.reporting.plots import Rows, line_plot, time_split_plot
 from megatron_rl.run_folder import RunFolder, write_atomically
 
+# metrics under val/ that are not shares of right answers
 NOT_ACCURACY = (
     "val/score",
     "val/failures",
@@ -22,12 +23,12 @@ NOT_ACCURACY = (
 )
 
 
-def conclude(config: RunConfig | RewardTrainingConfig) -> str:
-    """Write the report of a run that ended or was stopped; the last lines for the console."""
+def write_report(config: RunConfig | RewardTrainingConfig) -> str:
+    """Write the report of a run that ended or was stopped; return the last lines for the console."""
     folder = RunFolder(config.run.output_dir)
     rows = read_rows(folder.metrics) if folder.metrics.exists() else []
     if not rows:
-        return "no report: nothing has been measured yet"
+        return "no report: no metrics have been written yet"
     write_atomically(folder.report, render(config, rows, read_rows(folder.samples) if folder.samples.exists() else []))
     lines = []
     for name, (first, last, step) in _held_out(rows).items():
@@ -37,7 +38,13 @@ def conclude(config: RunConfig | RewardTrainingConfig) -> str:
 
 
 def render(config: RunConfig | RewardTrainingConfig, rows: Rows, samples: Sequence[Mapping[str, Any]]) -> str:
-    """The page."""
+    """Render the page.
+
+    Args:
+        config: of the run.
+        rows: of metrics.jsonl.
+        samples: rows of samples.jsonl.
+    """
     accuracy = {name: name.removeprefix("val/") for name in _held_out(rows)}
     plots = [
         line_plot("Reward", rows, {"critic/score/mean": "reward"}),
@@ -49,17 +56,17 @@ def render(config: RunConfig | RewardTrainingConfig, rows: Rows, samples: Sequen
         line_plot("Loss", rows, {"actor/loss": "loss"}),
         line_plot("Loss", rows, {"reward_model/loss": "training"}),
         line_plot("Accuracy", rows, {"reward_model/accuracy": "training"}),
-        line_plot("Score of the reward model", rows, {"reward_model/score/mean": "mean"}),
+        line_plot("Reward model score", rows, {"reward_model/score/mean": "mean"}),
         line_plot("Gradient norm", rows, {"actor/grad_norm": "policy", "reward_model/grad_norm": "reward model"}),
         line_plot(
-            "Training against rollout log-probabilities",
+            "Trainer and engine log-probabilities",
             rows,
             {"train_rollout_logprob_abs_diff/mean": "mean abs difference"},
         ),
         line_plot("Value loss", rows, {"critic/vf_loss": "loss"}),
-        line_plot("Variance of the returns that values explain", rows, {"critic/vf_explained_var": "share"}),
-        line_plot("Groups without a signal", rows, {"rollout/zero_std/fraction": "share of groups"}),
-        time_split_plot("Where a step's time goes", rows, TIMINGS),
+        line_plot("Explained variance of the returns", rows, {"critic/vf_explained_var": "share"}),
+        line_plot("Groups with equal rewards", rows, {"rollout/zero_std/fraction": "share of groups"}),
+        time_split_plot("Step time by phase", rows, TIMINGS),
     ]
     environment = Environment(loader=PackageLoader("megatron_rl.reporting"), autoescape=True)
     return environment.get_template("run_report.html").render(
@@ -74,23 +81,23 @@ def render(config: RunConfig | RewardTrainingConfig, rows: Rows, samples: Sequen
 
 
 def _held_out(rows: Rows) -> dict[str, tuple[float, float, int]]:
-    """Metric -> first value, last value, step of the last."""
-    found = {}
+    """Return validation metric -> first value, last value, step of the last value."""
+    values = {}
     for name in sorted({name for row in rows for name in row if name.startswith("val/")} - set(NOT_ACCURACY)):
         with_value = [row for row in rows if row.get(name) is not None]
-        found[name] = (with_value[0][name], with_value[-1][name], with_value[-1]["step"])
-    return found
+        values[name] = (with_value[0][name], with_value[-1][name], with_value[-1]["step"])
+    return values
 
 
 def _benchmarks(rows: Rows) -> dict[str, str]:
-    """Share of right answers of each task -> its label."""
+    """Return the avg@k metric of each benchmark -> its label in the plot."""
     names = sorted({name for row in rows for name in row if name.startswith("benchmark/") and "/avg@" in name})
     return {name: name.removeprefix("benchmark/").replace("/avg@", ", avg@") for name in names}
 
 
 def _paired(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Each prompt with its first and its last response."""
+    """Return each prompt with its first and its last sample."""
     by_prompt: dict[str, list[Mapping[str, Any]]] = {}
     for sample in samples:
         by_prompt.setdefault(sample["prompt"], []).append(sample)
-    return [{"prompt": prompt, "before": seen[0], "after": seen[-1]} for prompt, seen in by_prompt.items()]
+    return [{"prompt": prompt, "before": group[0], "after": group[-1]} for prompt, group in by_prompt.items()]

@@ -1,6 +1,6 @@
-"""What many answers to many questions come to. Pure functions of verdicts.
+"""Statistics over graded answers: pass@k, means with errors, repetition. Pure functions.
 
-Sources: pass@k without bias from HumanEval, arXiv 2107.03374 eq. 1; errors of means over clustered questions from
+Sources: unbiased pass@k: HumanEval, arXiv 2107.03374 eq. 1; standard errors of means over clustered questions:
 arXiv 2411.00640.
 """
 
@@ -10,10 +10,12 @@ from collections.abc import Sequence
 
 
 def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
-    """Chance that one of k samples is right, drawn without replacement from so many of which so many are.
+    """Return the probability that at least one of k samples, drawn without replacement, is right.
 
     Args:
-        k: at most num_samples.
+        num_samples: samples from which to draw.
+        num_right: right ones among them.
+        k: samples to draw, at most num_samples.
     """
     if num_samples - num_right < k:
         return 1.0
@@ -21,14 +23,15 @@ def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
 
 
 def mean(values: Sequence[float]) -> float:
-    """NaN without values."""
+    """Return the mean; NaN without values."""
     return sum(values) / len(values) if values else math.nan
 
 
 def standard_error(values: Sequence[float]) -> float:
-    """Of the mean of one value for each question; samples of one question are not independent and count as one.
+    """Return the standard error of the mean over questions; NaN with fewer than two questions.
 
-    NaN with fewer than two questions.
+    Args:
+        values: one value for each question, because samples of one question are not independent.
     """
     if len(values) < 2:
         return math.nan
@@ -39,7 +42,14 @@ def standard_error(values: Sequence[float]) -> float:
 def bootstrap_interval(
     values: Sequence[float], *, level: float = 0.95, draws: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
-    """Percentile interval of the mean, by drawing questions again with replacement."""
+    """Return the bootstrap percentile interval of the mean over questions; NaN without values.
+
+    Args:
+        values: one value for each question.
+        level: of confidence.
+        draws: number of resamples.
+        seed: of the resampling.
+    """
     if not values:
         return math.nan, math.nan
     draw = random.Random(seed)
@@ -49,12 +59,12 @@ def bootstrap_interval(
 
 
 def paired_difference(before: Sequence[float], after: Sequence[float]) -> tuple[float, float]:
-    """Mean of what changed at the same questions, and its standard error."""
+    """Return the mean difference at the same questions, and its standard error."""
     changes = [new - old for old, new in zip(before, after, strict=True)]
     return mean(changes), standard_error(changes)
 
 
 def repetition(text: str, n: int = 20) -> float:
-    """Share of a text's n-grams of characters that were there before; 0 for a short one."""
-    grams = [text[place : place + n] for place in range(len(text) - n + 1)]
+    """Return the share of a text's character n-grams that occur earlier in it; 0 for a text shorter than n."""
+    grams = [text[start : start + n] for start in range(len(text) - n + 1)]
     return 1.0 - len(set(grams)) / len(grams) if grams else 0.0

@@ -1,4 +1,4 @@
-"""Curves of several runs over several seeds, as a table and as one page."""
+"""Comparison of runs over several seeds: curves of one metric as a table and as an HTML page."""
 
 from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
@@ -9,51 +9,53 @@ from megatron_rl.errors import DataError
 from megatron_rl.reporting.plots import Rows, band_plot
 
 Curve = Mapping[int, float]
-"""Step -> value of one run."""
+"""Step -> value of a metric in one run."""
 
 
 def curve_of(rows: Rows, metric: str) -> Curve:
-    """A metric of a run where it was measured.
+    """Return a metric of a run at the steps that have it.
 
     Raises:
-        DataError: it never was.
+        DataError: no step has the metric.
     """
-    found = {row["step"]: row[metric] for row in rows if row.get(metric) is not None}
-    if not found:
+    curve = {row["step"]: row[metric] for row in rows if row.get(metric) is not None}
+    if not curve:
         names = sorted({name for row in rows for name in row if name.startswith(metric.split("/")[0])})
-        raise DataError(f"no row has {metric}. Metrics like it: {', '.join(names) or 'none'}.")
-    return found
+        raise DataError(f"no row has {metric}. Similar metrics: {', '.join(names) or 'none'}.")
+    return curve
 
 
 def curve_table(heading: str, curves: Mapping[str, Sequence[Curve]]) -> list[list[str]]:
-    """Mean and standard deviation between seeds at every step that all runs have measured; shares as percent.
+    """Tabulate mean and standard deviation over the seeds at the steps that all curves have.
+
+    Values are formatted as percent if all of them are between 0 and 1.
 
     Args:
         heading: of the first column.
-        curves: by the name of a run, one curve for every seed.
+        curves: name of a run -> one curve for each seed.
 
     Returns:
-        rows of cells, the first of them the headings.
+        rows of cells; the first row has the headings.
     """
-    together = set.intersection(*(set(one) for several in curves.values() for one in several))
-    steps = sorted(together)
-    are_shares = all(0 <= one[step] <= 1 for several in curves.values() for one in several for step in steps)
+    all_curves = [curve for seeds in curves.values() for curve in seeds]
+    steps = sorted(set.intersection(*map(set, all_curves)))
+    are_shares = all(0 <= curve[step] <= 1 for curve in all_curves for step in steps)
     form = "{:.1%}" if are_shares else "{:.4g}"
     rows = [[heading, *(f"step {step}" for step in steps)]]
-    for name, several in curves.items():
-        rows.append([name, *(_cell([one[step] for one in several], form) for step in steps)])
+    for name, seeds in curves.items():
+        rows.append([name, *(_cell([curve[step] for curve in seeds], form) for step in steps)])
     return rows
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """Cells as a table; the first row has the headings."""
+    """Format cells as a Markdown table; the first row has the headings."""
     head, *body = rows
     lines = [head, ["---"] * len(head), *body]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def render_study(title: str, metric: str, curves: Mapping[str, Sequence[Curve]]) -> str:
-    """The page: all curves in one plot, with the range between seeds, and the table."""
+    """Render a page with one plot of all curves, with bands over the seeds, and the table."""
     environment = Environment(loader=PackageLoader("megatron_rl.reporting"), autoescape=True)
     return environment.get_template("study.html").render(
         title=title, plot=band_plot(metric, curves), table=curve_table("run", curves)

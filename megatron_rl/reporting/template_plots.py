@@ -1,18 +1,19 @@
-"""Tasks by template and temperature, whose labels are TASK@TEMPLATE@TEMPERATURE, as plots."""
+"""Plots over the temperature of tasks that were evaluated with several templates (TASK@TEMPLATE@TEMPERATURE)."""
 
 from collections.abc import Mapping
 
 from megatron_rl.reporting.plots import curve_plot
 
 Rates = Mapping[str, Mapping[str, float | None]]
-"""Label -> rate -> value, where it is known."""
+"""Label -> rate -> value; None if the rate is undefined."""
 
 
 def template_plots(rates: Rates, names: Mapping[str, str]) -> list[str]:
-    """For each task and rate a curve over the temperature for every template; labels of another form are left out.
+    """Plot each task and rate over the temperature, one curve for each template; ignore labels of another form.
 
     Args:
-        names: rate -> its title; one that ends with @ stands for any that begins so.
+        rates: of each label.
+        names: rate -> its title; a name that ends with @ selects the last rate with this prefix.
     """
     labels = [tuple(label.split("@")) for label in rates if label.count("@") == 2]
     plots = []
@@ -29,7 +30,7 @@ def template_plots(rates: Rates, names: Mapping[str, str]) -> list[str]:
 
 
 def rate_of(rates: Mapping[str, float | None], name: str) -> float | None:
-    """A rate by its name, or the last one that begins so where the name ends with @."""
+    """Return a rate by its name, or the last one with this prefix if the name ends with @."""
     if not name.endswith("@"):
         return rates.get(name)
     return next((rates[key] for key in reversed(list(rates)) if key.startswith(name)), None)

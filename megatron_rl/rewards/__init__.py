@@ -1,1 +1,1 @@
-"""Rewards: functions from a response to a number, run in worker processes."""
+"""Reward functions, which map a response to a number, and the worker processes that run them."""

@@ -1,4 +1,4 @@
-"""Evaluation of arithmetic that a model wrote: no eval, no powers, bounded."""
+"""Safe evaluation of arithmetic expressions written by a model: no eval, no powers, bounded size."""
 
 import ast
 from fractions import Fraction
@@ -8,10 +8,12 @@ MAX_DEPTH = 50
 
 
 def evaluate(expression: str) -> tuple[Fraction, list[int]]:
-    """Exact value of an expression of whole numbers, + - * / and brackets, and the numbers in it.
+    """Return the exact value of an expression and the numbers in it.
+
+    An expression consists of whole numbers, + - * / and parentheses.
 
     Raises:
-        ValueError: anything else, an expression that is too long or too deep, or a division by zero.
+        ValueError: the expression contains anything else, is too long or nested too deeply, or divides by zero.
     """
     if len(expression) > MAX_CHARACTERS:
         raise ValueError(f"{len(expression)} characters: expected at most {MAX_CHARACTERS}")

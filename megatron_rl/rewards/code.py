@@ -1,6 +1,7 @@
-"""Code that a model wrote, run against tests in a sandbox.
+"""Run code written by a model against tests, in a sandbox.
 
-Sources: the programs of HumanEval, arXiv 2107.03374 section 2.2 and its repository; MBPP, arXiv 2108.07732 section 2.1.
+Sources: the test programs of HumanEval, arXiv 2107.03374 section 2.2 and its repository; MBPP, arXiv 2108.07732
+section 2.1.
 """
 
 import re
@@ -21,24 +22,24 @@ def code_tests(
     memory_gb: float = 1.0,
     allow_unisolated: bool = False,
 ) -> float:
-    """1 when the code in a response passes all tests of its problem, else 0.
+    """Return 1 if the code in a response passes all tests of its problem, else 0.
 
     Args:
-        style: whose columns the problem has. humaneval: prompt, test, entry_point; mbpp: test_list, and
+        style: format of the problem's columns. humaneval: prompt, test, entry_point; mbpp: test_list, and
             test_setup_code or test_imports.
         timeout_s: wall-clock time for code and tests together.
         memory_gb: address space, in GiB.
-        allow_unisolated: run it where nothing shuts it in.
+        allow_unisolated: whether to run the code on a machine that cannot isolate it.
 
     Raises:
-        RewardError: it cannot be shut in here.
+        RewardError: the code cannot be isolated here and ``allow_unisolated`` is not set, or a column is missing.
     """
     limits = Limits(seconds=timeout_s, memory_bytes=int(memory_gb * 2**30))
     return float(run_program(program(sample, style), limits, allow_unisolated=allow_unisolated).status == "passed")
 
 
 def program(sample: RewardInput, style: Literal["humaneval", "mbpp"]) -> str:
-    """Code and tests as one program.
+    """Return code and tests as one program.
 
     Raises:
         RewardError: the problem lacks a column.
@@ -48,7 +49,8 @@ def program(sample: RewardInput, style: Literal["humaneval", "mbpp"]) -> str:
         head = f"def {entry}("
         code = fenced(sample.response, head)
         if code is not None and head in code:
-            whole = prompt.partition(head)[0] + code  # the problem's imports and helpers, and all of the function
+            # the problem's imports and helpers, then the response's complete function
+            whole = prompt.partition(head)[0] + code
         else:
             whole = prompt + (code or sample.response)
         return f"{whole}\n\n{test}\n\ncheck({entry})\n"
@@ -57,13 +59,13 @@ def program(sample: RewardInput, style: Literal["humaneval", "mbpp"]) -> str:
     return "\n\n".join([imports, fenced(sample.response, "def ") or sample.response, *_column(sample, "test_list")])
 
 
-def fenced(response: str, wanted: str) -> str | None:
-    """The last fenced block of Python that has a text, or else the last one, also one that was not closed.
+def fenced(response: str, text: str) -> str | None:
+    """Return the last fenced Python block that contains a text, or else the last one; None if there is no block.
 
-    None without a block.
+    A block at the end of the response need not be closed.
     """
     blocks = [code for language, code in BLOCK.findall(response) if language.lower() in PYTHON]
-    return next((code for code in reversed(blocks) if wanted in code), blocks[-1] if blocks else None)
+    return next((code for code in reversed(blocks) if text in code), blocks[-1] if blocks else None)
 
 
 def _column(sample: RewardInput, name: str) -> Any:

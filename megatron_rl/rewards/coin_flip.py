@@ -1,4 +1,4 @@
-"""The control: a reward that says nothing about the response."""
+"""A control: a reward that is independent of the response."""
 
 import random
 
@@ -6,5 +6,5 @@ from megatron_rl.rewards.types import RewardInput
 
 
 def coin_flip(sample: RewardInput, probability: float = 0.5) -> float:
-    """1 with the given probability, whatever the response. A run on it must not improve."""
+    """Return 1 with the given probability, whatever the response. A run with this reward must not improve."""
     return float(random.Random(sample.seed).random() < probability)

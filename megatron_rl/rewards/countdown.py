@@ -10,25 +10,27 @@ _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 
 def countdown(sample: RewardInput, format_score: float = 0.1, tagged: bool = True) -> float:
-    """1 for an expression with every number once that reaches the target, format_score for any other
-    answer, 0 for none.
+    """Return 1 for an expression that reaches the target with every number once, format_score for any other, else 0.
+
+    The prompt's row must have the columns ``nums`` and ``target``. Unlike TinyZero's reward, powers, floor division and
+    decimals are not accepted, as they let a model cheat.
 
     Args:
-        format_score: value of an answer that is wrong.
-        tagged: the answer stands in the last <answer> tags; otherwise the whole response is the answer.
+        format_score: reward of a wrong answer.
+        tagged: whether the answer is in the last <answer> tags; otherwise the whole response is the answer.
 
-    The prompt's row has the columns ``nums`` and ``target``. Unlike TinyZero's, powers, floor division
-    and decimals are refused, as they let a model cheat.
+    Raises:
+        RewardError: a column is missing.
     """
     try:
         numbers, target = sample.metadata["nums"], sample.metadata["target"]
     except KeyError as error:
         raise RewardError(f"countdown needs the column {error} of the prompt's row") from error
     if tagged:
-        found = _ANSWER.findall(sample.response)
-        if not found:
+        answers = _ANSWER.findall(sample.response)
+        if not answers:
             return 0.0
-        answer = found[-1]
+        answer = answers[-1]
     else:
         answer = sample.response
     try:

@@ -4,10 +4,10 @@ from megatron_rl.rewards.types import RewardInput
 
 
 def exact_match(sample: RewardInput, after: str | None = None) -> float:
-    """1 when the finished response is the answer, else 0; white space at the ends does not count.
+    """Return 1 if the response is finished and equals the answer, else 0; leading and trailing white space is ignored.
 
     Args:
-        after: compare only what follows the last occurrence of this text, when it occurs.
+        after: compare only what follows the last occurrence of this text, if it occurs.
     """
     if sample.finish_reason != "stop" or sample.answer is None:
         return 0.0

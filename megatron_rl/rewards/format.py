@@ -1,4 +1,4 @@
-"""The shape of a response."""
+"""Reward for the format of a response."""
 
 import re
 
@@ -8,9 +8,9 @@ THINK_ANSWER = r"^<think>.*?</think>\s*<answer>.*?</answer>\s*$"
 
 
 def think_answer_format(sample: RewardInput, pattern: str = THINK_ANSWER) -> float:
-    """1 when the whole response has the shape <think>…</think> <answer>…</answer>, else 0.
+    """Return 1 if the whole response has the format <think>…</think> <answer>…</answer>, else 0.
 
     Args:
-        pattern: a regular expression, in which "." also matches line breaks.
+        pattern: regular expression of the format, matched from the start; "." also matches line breaks.
     """
     return float(re.match(pattern, sample.response, re.DOTALL) is not None)

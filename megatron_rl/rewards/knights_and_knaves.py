@@ -1,4 +1,4 @@
-"""Whether everybody's role is named rightly."""
+"""Reward for puzzles of knights and knaves."""
 
 import re
 
@@ -10,9 +10,12 @@ _ROLE = re.compile(r"\b(\w+) is a (knight|knave)\b", re.IGNORECASE)
 
 
 def knights_and_knaves(sample: RewardInput) -> float:
-    """1 when the last <answer> says of everybody once, and of nobody else, what they are, and rightly; else 0.
+    """Return 1 if the last <answer> names the right role of every person exactly once, and of nobody else; else 0.
 
-    The prompt's row has the column ``roles``: name -> knight or knave.
+    The prompt's row must have the column ``roles``: name -> knight or knave.
+
+    Raises:
+        RewardError: the column is missing.
     """
     roles = sample.metadata.get("roles")
     if not roles:
@@ -20,5 +23,5 @@ def knights_and_knaves(sample: RewardInput) -> float:
     answers = _ANSWER.findall(sample.response)
     if not answers:
         return 0.0
-    said = [(name.lower(), role.lower()) for name, role in _ROLE.findall(answers[-1])]
-    return float(sorted(said) == sorted((name.lower(), role) for name, role in roles.items()))
+    answered = [(name.lower(), role.lower()) for name, role in _ROLE.findall(answers[-1])]
+    return float(sorted(answered) == sorted((name.lower(), role) for name, role in roles.items()))

@@ -1,15 +1,15 @@
-"""How long a response is."""
+"""Penalty for the length of a response."""
 
 from megatron_rl.errors import RewardError
 from megatron_rl.rewards.types import RewardInput
 
 
 def soft_overlong(sample: RewardInput, max_tokens: int, buffer_tokens: int) -> float:
-    """0 up to max_tokens - buffer_tokens, from there down to -1 at max_tokens, and -1 beyond.
+    """Return 0 up to max_tokens - buffer_tokens, a linear decrease to -1 at max_tokens, and -1 beyond.
 
     Args:
-        max_tokens: longest response that is wanted.
-        buffer_tokens: of those, the ones that cost something.
+        max_tokens: length from which the penalty is -1.
+        buffer_tokens: length of the interval before max_tokens in which the penalty grows.
 
     Raises:
         RewardError: the buffer is not from 1 to max_tokens.

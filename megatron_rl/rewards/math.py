@@ -1,4 +1,4 @@
-"""Mathematical equality by math-verify, behind an exact path that answers most cases at once."""
+"""Mathematical equality by math-verify, with a fast exact comparison first that settles most cases."""
 
 import logging
 import re
@@ -10,14 +10,14 @@ _NUMBER = re.compile(r"^-?\$?(\d{1,3}(,\d{3})+|\d+)(\.\d+)?%?$")
 
 
 def math_answer(sample: RewardInput, after: str | None = None) -> float:
-    """1 when the response's final answer equals the reference mathematically, else 0.
+    """Return 1 if the response's final answer equals the reference answer mathematically, else 0.
 
-    The final answer is the last \\boxed{…}, or what math-verify finds without one. The library's own
-    time limits are off, as they need the main thread and count wall-clock time; the pool has hard ones.
+    The final answer is the last \\boxed{…}, or what math-verify extracts if there is none. The library's own
+    time limits are off, as they need the main thread and count wall-clock time; the reward pool has hard limits.
 
     Args:
-        after: the answer stands behind the last occurrence of this text, such as <answer>, and up to </answer>, if that
-            follows; without the text the response is wrong.
+        after: text that precedes the answer, such as <answer>. The answer starts after its last occurrence and ends at
+            </answer> if that follows. A response without the text is wrong.
     """
     if sample.answer is None:
         return 0.0
@@ -37,7 +37,7 @@ def math_answer(sample: RewardInput, after: str | None = None) -> float:
 
 
 def last_boxed(text: str) -> str | None:
-    """What stands in the last \\boxed{…}, braces balanced; None without one."""
+    """Return the content of the last \\boxed{…}, with balanced braces; None if there is none."""
     start = text.rfind("\\boxed{")
     if start < 0:
         return None
@@ -50,7 +50,7 @@ def last_boxed(text: str) -> str | None:
 
 
 def _plainly_equal(a: str, b: str) -> bool | None:
-    """Whether equal texts or plain numbers are equal; None when it takes mathematics to tell."""
+    """Whether two answers are equal as texts or as plain numbers; None if this cannot decide."""
     a, b = (x.strip().strip("$").strip() for x in (a, b))
     if a == b:
         return True
@@ -68,11 +68,11 @@ def _plain_number(text: str) -> Decimal | None:
 
 
 def verify_answer(answer: str, response: str) -> bool:
-    """Whether math-verify finds the answer in a response."""
-    # imported late: sympy takes a second, and many runs never need it
+    """Whether the answer that math-verify extracts from a response equals the reference answer."""
+    # imported here because sympy takes a second to import and many runs never need it
     from math_verify import parse, verify
 
-    # it warns of every call without its own time limit
+    # math-verify warns at every call without its own time limit
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     gold = parse(answer if "$" in answer or "\\boxed" in answer else f"${answer}$", parsing_timeout=None)
     return bool(gold) and bool(verify(gold, parse(response, parsing_timeout=None), timeout_seconds=None))

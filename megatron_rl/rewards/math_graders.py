@@ -1,6 +1,6 @@
-"""Stricter and laxer ways to compare mathematical answers than ``math``, for numbers that others have published.
+"""Graders stricter or laxer than ``math``, to compare with published results of other projects.
 
-Written from what those graders do with given answers, not from their code; docs/evaluation.md has the table.
+Written from how those graders behave on given answers, not from their code; docs/evaluation.md has the table.
 """
 
 import math
@@ -14,15 +14,15 @@ _UNITS = re.compile(r"\\(?:text|mathrm|mbox)\s*\{[^{}]*\}")
 _FRACTION = re.compile(r"-?(?:\\frac\{(-?\d+)\}\{(\d+)\}|(\d+)/(\d+))")
 _SAFE = re.compile(r"[\d\s.+\-*/()a-z]*")
 MAX_CHARACTERS = 200
-# what sympy raises for expressions that are none, or have no such value; anything else is a failure of the grader
-NO_MATHEMATICS = (ValueError, TypeError, AttributeError, SyntaxError, ArithmeticError, RecursionError)
+# sympy raises these for invalid expressions and for expressions without a numeric value; any other error is a bug
+SYMPY_ERRORS = (ValueError, TypeError, AttributeError, SyntaxError, ArithmeticError, RecursionError)
 
 
 def math_sympy(sample: RewardInput) -> float:
-    """1 when the last boxed answer is the reference after light clean-up, or by simplifying their difference.
+    """Return 1 if the last boxed answer equals the reference after light clean-up or by simplifying the difference.
 
-    As understand-r1-zero's fast grader and DeepScaleR's: a fraction must be in lowest terms when the reference is one,
-    no sets without order, no powers in braces, units do not count.
+    Like understand-r1-zero's fast grader and DeepScaleR's: if the reference is a fraction, the answer must be in lowest
+    terms; no unordered sets, no powers in braces; units are ignored. Returns 0 otherwise.
     """
     given = last_boxed(sample.response)
     if given is None or sample.answer is None:
@@ -37,10 +37,10 @@ def math_sympy(sample: RewardInput) -> float:
 
 
 def math_qwen(sample: RewardInput) -> float:
-    """1 when the last boxed answer is the reference as Qwen's evaluation harness compares raw strings.
+    """Return 1 if the last boxed answer equals the reference by the rules of Qwen's harness for raw strings, else 0.
 
-    Numbers within one part in ten thousand, also a hundred times larger or smaller (percent), kinds of brackets do not
-    count, and a unit makes an answer wrong.
+    Numbers are equal within a relative 1e-4, also if one is a hundred times the other (percent). The kind of brackets
+    is ignored. A unit that only one of the two has makes the answer wrong.
     """
     given = last_boxed(sample.response)
     if given is None or sample.answer is None:
@@ -57,7 +57,7 @@ def _equal_as_qwen(given: str, gold: str) -> bool:
     if bool(_UNITS.search(given)) != bool(_UNITS.search(gold)):
         return False
     inner = [re.sub(r"^(\\\{|[\[(])|(\\\}|[\])])$", "", text) for text in (given, gold)]
-    if all(one != text for one, text in zip(inner, (given, gold), strict=True)):
+    if all(stripped != text for stripped, text in zip(inner, (given, gold), strict=True)):
         parts = [text.split(",") for text in inner]
         if "\\{" in given and "\\{" in gold:
             parts = [sorted(part) for part in parts]
@@ -68,7 +68,7 @@ def _equal_as_qwen(given: str, gold: str) -> bool:
 
 
 def _value(text: str) -> float | None:
-    """A number, also one that is written in LaTeX; None when it is no number."""
+    """Return the number that a text represents, which may be LaTeX; None if it is not a number."""
     plain = _UNITS.sub("?", text).replace(",", "").replace("\\$", "").replace("\\%", "").replace("%", "")
     plain = plain.replace("^\\circ", "").replace("^{\\circ}", "").replace("\\pi", "pi").strip()
     try:
@@ -79,7 +79,7 @@ def _value(text: str) -> float | None:
 
 
 def _cleaned(text: str) -> str:
-    """Without what does not count: spaces, units, currency, percent, degrees, a name before an equals sign."""
+    """Remove what is ignored: spaces, units, currency, percent, degrees, a name before an equals sign."""
     text = text.strip().strip("$").rstrip(".")
     text = _UNITS.sub("", text)
     for unwanted in ("\\left", "\\right", "\\!", "\\,", "\\;", "\\ ", "\\$", "$", "\\%", "%", "^\\circ", "^{\\circ}"):
@@ -93,7 +93,7 @@ def _cleaned(text: str) -> str:
 
 
 def _split(text: str) -> Sequence[str]:
-    """The parts of a tuple or an interval; one of anything else."""
+    """Return the parts of a tuple or an interval; any other text is one part."""
     if len(text) > 2 and text[0] in "([" and text[-1] in ")]" and "," in text:
         return text[1:-1].split(",")
     return [text]
@@ -102,9 +102,9 @@ def _split(text: str) -> Sequence[str]:
 def _simplifies(given: str, gold: str) -> bool:
     if given == gold:
         return True
-    mine, theirs = _FRACTION.fullmatch(given), _FRACTION.fullmatch(gold)
-    if mine and theirs:  # both are fractions and not the same one
-        return _terms(mine) == _terms(theirs)
+    given_fraction, gold_fraction = _FRACTION.fullmatch(given), _FRACTION.fullmatch(gold)
+    if given_fraction and gold_fraction:  # two fractions whose texts differ
+        return _terms(given_fraction) == _terms(gold_fraction)
     if any("^{" in text or "\\{" in text or "," in text for text in (given, gold)):
         return False
     a, b = _as_python(given), _as_python(gold)
@@ -114,7 +114,7 @@ def _simplifies(given: str, gold: str) -> bool:
 
     try:
         return bool(sympy.simplify(sympy.sympify(f"({a})-({b})")) == 0)
-    except NO_MATHEMATICS:
+    except SYMPY_ERRORS:
         return False
 
 
@@ -124,19 +124,19 @@ def _terms(match: re.Match[str]) -> tuple[str, ...]:
 
 
 def _as_python(text: str) -> str | None:
-    """LaTeX of fractions, roots, products and powers as an expression for sympy; None for anything else."""
+    """Convert LaTeX of fractions, roots, products and powers to an expression for sympy; None for anything else."""
     if len(text) > MAX_CHARACTERS:
         return None
-    before = ""
-    while before != text:
-        before = text
+    previous = ""
+    while previous != text:
+        previous = text
         text = re.sub(r"\\frac\{([^{}]*)\}\{([^{}]*)\}", r"((\1)/(\2))", text)
         text = re.sub(r"\\sqrt\{([^{}]*)\}", r"(sqrt(\1))", text)
     text = re.sub(r"\^\{?(-?\d{1,3})\}?", r"**\1", text)
     text = text.replace("\\cdot", "*").replace("\\times", "*").replace("\\pi", "pi")
     text = re.sub(r"(\d|\))(?=\(|[a-z])", r"\1*", text)
     unknowns = set(re.findall(r"[a-z]+", text)) - {"sqrt", "pi"}
-    # sympy evaluates Python: no word may be the name of anything
+    # sympify evaluates Python, so no word may be the name of an object
     is_safe = _SAFE.fullmatch(text) and len(unknowns) <= 2 and all(len(name) == 1 for name in unknowns)
     return text if is_safe else None
 
@@ -148,5 +148,5 @@ def _number_of(expression: str | None) -> float | None:
 
     try:
         return float(sympy.sympify(expression))
-    except NO_MATHEMATICS:
+    except SYMPY_ERRORS:
         return None

@@ -1,4 +1,4 @@
-"""An answer found by a pattern and compared as text."""
+"""Reward for an answer that is extracted by a pattern and compared as text."""
 
 import re
 from collections.abc import Sequence
@@ -14,14 +14,14 @@ def pattern_match(
     ignore_case: bool = False,
     flags: str = "",
 ) -> float:
-    """1 when what a regular expression finds in the response is the answer, else 0.
+    """Return 1 if what a regular expression extracts from the response equals the answer, else 0.
 
     Args:
-        pattern: its first group that matches is the answer; without groups all of it is.
-        which: "last" or "first" match.
-        remove: regular expressions whose matches are taken out of both before they are compared.
-        ignore_case: compare without regard to case.
-        flags: of the pattern, letters of i, m and s.
+        pattern: regular expression; the first group that matches is extracted, or the whole match if no group does.
+        which: match to use, "last" or "first".
+        remove: regular expressions whose matches are removed from both texts before they are compared.
+        ignore_case: whether to ignore case.
+        flags: flags of the pattern, any of the letters i, m and s.
     """
     if sample.answer is None:
         return 0.0
@@ -30,10 +30,10 @@ def pattern_match(
     if not matches:
         return 0.0
     match = matches[-1 if which == "last" else 0]
-    found = next((group for group in match.groups() if group is not None), match[0])
+    extracted = next((group for group in match.groups() if group is not None), match[0])
     texts = []
-    for text in (found, sample.answer):
-        for one in remove:
-            text = re.sub(one, "", text)
+    for text in (extracted, sample.answer):
+        for unwanted in remove:
+            text = re.sub(unwanted, "", text)
         texts.append(text.strip().lower() if ignore_case else text.strip())
     return float(texts[0] == texts[1])

@@ -1,8 +1,8 @@
 """Reward worker processes with hard time limits.
 
-A worker that exceeds the limit of one sample is killed and replaced; the sample is a time-out, the
-samples behind it go to the new worker. Workers are forked from a server that has the reward modules
-loaded, so that replacing one is cheap and no thread or lock of the trainer is copied.
+A worker that exceeds the time limit on a sample is killed and replaced; the sample's status is reward_timeout, and the
+remaining samples go to the new worker. Workers are forked from a server that has already imported the reward modules,
+so that a replacement starts fast and no thread or lock of the trainer is copied.
 """
 
 import atexit
@@ -25,7 +25,7 @@ _Request = tuple[str, Sequence[RewardInput], "Future[list[RewardResult]]"]
 
 
 class RewardPool:
-    """Grades lists of samples; results come as futures."""
+    """A pool of worker processes that grade lists of samples; results are returned as futures."""
 
     def __init__(self, config: RewardSection, functions: FunctionSets) -> None:
         """Start the workers.
@@ -45,10 +45,10 @@ class RewardPool:
         self._threads = [threading.Thread(target=self._serve, args=(worker,), daemon=True) for worker in self._workers]
         for thread in self._threads:
             thread.start()
-        atexit.register(self.close)  # the workers ignore the signal that would end them otherwise
+        atexit.register(self.close)  # the workers ignore SIGTERM, so close() must end them
 
     def submit(self, functions: str, samples: Sequence[RewardInput]) -> "Future[list[RewardResult]]":
-        """Grade some samples by a named set of functions; the results are in the order of the samples."""
+        """Grade samples with a named set of functions; the results are in the order of the samples."""
         future: Future[list[RewardResult]] = Future()
         self._requests.put((functions, samples, future))
         return future
@@ -73,7 +73,7 @@ class RewardPool:
 
 
 class _Worker:
-    """One process and this side of its pipe."""
+    """A worker process and the trainer's end of its pipe."""
 
     def __init__(self, context: Any, config: RewardSection, functions: FunctionSets) -> None:
         self._context = context
@@ -82,7 +82,7 @@ class _Worker:
         self._start()
 
     def grade(self, functions: str, samples: Sequence[RewardInput]) -> list[RewardResult]:
-        """One result for each sample, whatever happens to the process."""
+        """Return one result per sample, even if the process crashes or hangs."""
         results: list[RewardResult] = []
         while len(results) < len(samples):
             try:
@@ -94,13 +94,13 @@ class _Worker:
                 message = f"no result within reward.timeout_s={self._config.timeout_s}"
                 results.append(_failed("reward_timeout", message))
             except (EOFError, OSError) as error:
-                results.append(_failed("reward_error", f"the reward worker died ({error!r}), perhaps out of memory"))
+                results.append(_failed("reward_error", f"the reward worker exited ({error!r}), perhaps out of memory"))
             self.kill()
             self._start()
         return results
 
     def kill(self) -> None:
-        """End the process at once."""
+        """Kill the process."""
         self._process.kill()
         self._process.join()
         self._connection.close()
@@ -114,11 +114,11 @@ class _Worker:
 
     def _start(self) -> None:
         self._connection: Connection
-        self._connection, theirs = self._context.Pipe()
+        self._connection, worker_end = self._context.Pipe()
         limit = int(self._config.memory_limit_gb * 2**30)
-        self._process = self._context.Process(target=work, args=(theirs, self._functions, limit), daemon=True)
+        self._process = self._context.Process(target=work, args=(worker_end, self._functions, limit), daemon=True)
         self._process.start()
-        theirs.close()
+        worker_end.close()
         deadline = time.monotonic() + START_LIMIT_S
         try:
             if self._connection.poll(max(0.0, deadline - time.monotonic())) and self._connection.recv() == "ready":
@@ -127,8 +127,8 @@ class _Worker:
             pass
         self._process.kill()
         raise RewardError(
-            f"a reward worker did not start within {START_LIMIT_S:.0f} s. Its error is printed above; "
-            f"is reward.memory_limit_gb={self._config.memory_limit_gb} enough?"
+            f"a reward worker did not start within {START_LIMIT_S:.0f} s. Its error is printed above. "
+            f"If it ran out of memory, raise reward.memory_limit_gb={self._config.memory_limit_gb}."
         )
 
 

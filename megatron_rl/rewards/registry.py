@@ -1,4 +1,4 @@
-"""Reward functions by name, and the weighted sum of several."""
+"""Reward functions by name, and their weighted sum."""
 
 import functools
 import math
@@ -34,13 +34,14 @@ REWARDS: dict[str, RewardFunction] = {
 }
 
 Grader = Callable[[RewardInput], tuple[float, dict[str, float]]]
+"""sample -> weighted sum, and function name -> value before weighting."""
 
 
 def build_grader(functions: Sequence[RewardFunctionSection]) -> Grader:
-    """The weighted sum of some functions and the values of each.
+    """Return a function that computes the weighted sum of reward functions and the value of each.
 
     Raises:
-        ConfigError: a function is unknown or does not import.
+        ConfigError: a reward function is unknown or cannot be imported.
     """
     loaded = [
         (

@@ -1,7 +1,7 @@
-"""Imported by the server that forks reward workers, and by nothing else.
+"""Preloaded by the server process that forks reward workers; nothing else may import it.
 
-A launcher signals whole process groups. When a run is asked to stop, its trainer still finishes a step
-and needs its workers, so the server and all that it forks ignore the request; the trainer ends them.
+A launcher sends signals to whole process groups. A trainer that receives a stop signal still finishes its step and
+needs its workers, so the server and the workers that it forks ignore the signal; the trainer ends them.
 """
 
 import signal

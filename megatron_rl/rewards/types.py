@@ -1,4 +1,4 @@
-"""What a reward function reads and what the pool answers. No torch here: workers start quickly."""
+"""Inputs of reward functions and results of the pool. Does not import torch, so that workers start fast."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -11,14 +11,14 @@ class RewardInput:
 
     prompt: str
     response: str
-    """Without special tokens."""
+    """Text of the response, without special tokens."""
     answer: str | None
-    """The reference answer of the prompt."""
+    """The prompt's reference answer; None if it has none."""
     finish_reason: str
-    """"stop" or "length": a truncated response has no end."""
+    """"stop", or "length" if the response was truncated."""
     num_tokens: int
     seed: int
-    """Different for every sample of a run, for rewards that draw."""
+    """Different for every sample of a run; for rewards that draw random numbers."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
     """The other columns of the prompt's row."""
 
@@ -29,12 +29,12 @@ RewardFunction = Callable[..., float]
 
 @dataclass(frozen=True, kw_only=True)
 class RewardResult:
-    """The graded response, or why there is no grade."""
+    """The grade of a response, or why there is none."""
 
     status: Literal["ok", "reward_error", "reward_timeout"]
     total: float
-    """Weighted sum; NaN unless status is "ok"."""
+    """Weighted sum of the reward functions; NaN unless status is "ok"."""
     parts: Mapping[str, float]
     """Function name -> value before weighting."""
     message: str = ""
-    """What went wrong."""
+    """The error, unless status is "ok"."""

@@ -13,8 +13,13 @@ FunctionSets = Mapping[str, Sequence[RewardFunctionSection]]
 
 
 def work(connection: Connection, functions: FunctionSets, memory_limit_bytes: int) -> None:
-    """Answer every sample of every request, one result at a time, until the other side hangs up."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as server.py does with SIGTERM
+    """Send one result per sample of every request until the other end of the connection closes.
+
+    Args:
+        functions: named sets of reward functions.
+        memory_limit_bytes: limit of the process's address space.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # server.py ignores SIGTERM for the same reason
     resource.setrlimit(resource.RLIMIT_AS, (memory_limit_bytes, memory_limit_bytes))
     graders = {name: build_grader(sections) for name, sections in functions.items()}
     connection.send("ready")
@@ -30,7 +35,7 @@ def work(connection: Connection, functions: FunctionSets, memory_limit_bytes: in
 def _grade(grader: Grader, sample: RewardInput) -> RewardResult:
     try:
         total, parts = grader(sample)
-    except Exception as error:  # whatever a reward raises is a counted event, never a silent 0
+    except Exception as error:  # an error of a reward function is reported, never a silent 0
         message = f"{type(error).__name__}: {error}"[:500]
         return RewardResult(status="reward_error", total=float("nan"), parts={}, message=message)
     return RewardResult(status="ok", total=total, parts=parts)

@@ -1,1 +1,1 @@
-"""Rollouts: engines that sample, and the sampler that collects and grades groups."""
+"""Rollouts: inference engines, and the sources that provide the rollout groups of a step."""

@@ -1,4 +1,4 @@
-"""Generate and grade the samples of one job on the engines of all ranks."""
+"""Generation and grading of the samples of a job on the engines of all ranks."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -22,255 +22,259 @@ from megatron_rl.types import ParallelContext, Rollout, SamplingParams
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What to generate."""
+    """The samples to generate, and how."""
 
     name: str
-    """Different for every job of a run; the shared counters carry it."""
-    work: Sequence[PartialGroup]
+    """Unique among the jobs of a run; part of the names of the shared counters."""
+    groups: Sequence[PartialGroup]
+    """The same on every rank."""
     params: SamplingParams
     schedule: Literal["dynamic", "static"]
     functions: str
-    """The set of reward functions."""
+    """Name of the set of reward functions."""
     version: int
-    """Of the policy now, whose weights an engine gets that has to be started again."""
-    dialogue: MultiTurn | None = None
-    """With whom the policy speaks; None: a sample is one response."""
-    enough: int | None = None
-    """Complete groups at which the others are given up; None: all."""
-    max_tokens_now: int | None = None
-    """Tokens after which a sample stays unfinished; None: no bound."""
+    """Current policy version; an engine that is restarted receives its weights."""
+    multi_turn: MultiTurn | None = None
+    """Environment of multi-turn rollouts; None: a sample is one response."""
+    num_groups_needed: int | None = None
+    """Number of complete groups after which the others are aborted; None: no group is aborted."""
+    max_tokens_per_round: int | None = None
+    """New tokens after which a sample stays unfinished; None: no limit."""
     max_seconds: float | None = None
-    """After which what is in work is given up; None: no bound."""
+    """Seconds after which the unfinished samples are aborted; None: no limit."""
 
 
 @dataclass(frozen=True)
 class CollectorLimits:
-    """When a run gives up."""
+    """Limits that apply to all jobs of a run."""
 
     reward_failure_fraction: float
-    """Of the rewards of a step, or of an evaluation."""
+    """Largest allowed fraction of failed rewards in a step or an evaluation."""
     max_length: int
     """Tokens of the longest sequence."""
 
 
 @dataclass(frozen=True)
 class Pending:
-    """A job that is generated, perhaps still."""
+    """A job that was started in the background and may still be running."""
 
     job: Job
-    first: "Future[_Found]"
+    future: "Future[_EngineResult]"
+    """Result of this rank's engine in the first attempt."""
 
 
 @dataclass(frozen=True)
-class _Found:
-    """What one rank's engine has made."""
+class _EngineResult:
+    """The samples that this rank's engine generated in one attempt at a job."""
 
     samples: dict[tuple[int, int], Rollout | PartialRollout]
-    """By (group, sample)."""
+    """By (group index, sample index)."""
     death: str
-    """How the engine ended; empty when it lives."""
+    """Why the engine died; empty if it is alive."""
     engine: int
-    """Which one it was."""
+    """Index of the engine."""
     is_interrupted: bool = False
 
 
-class WorkInterrupted(Interrupted):
-    """With what was done by then."""
+class JobInterrupted(Interrupted):
+    """A stop was requested during a job; ``groups`` holds the progress so far."""
 
-    def __init__(self, work: Sequence[PartialGroup]) -> None:
-        super().__init__("asked to stop while responses are generated")
-        self.work = work
+    def __init__(self, groups: Sequence[PartialGroup]) -> None:
+        super().__init__("a stop was requested while responses were generated")
+        self.groups = groups
 
 
 class Collector:
-    """The engine, the reward pool and the tokenizer of this rank at work on jobs of all ranks."""
+    """Runs jobs on the engines and reward pools of all ranks; every rank has one."""
 
     def __init__(
         self,
-        keeper: EngineSupervisor,
+        supervisor: EngineSupervisor,
         pool: RewardPool,
         tokenizer: Any,
         parallel: ParallelContext,
         *,
         limits: CollectorLimits,
     ) -> None:
-        self.keeper = keeper
-        self._engine = keeper.engine
+        self.supervisor = supervisor
+        self._engine = supervisor.engine
         self._pool = pool
         self._tokenizer = tokenizer
         self._parallel = parallel
         self._limits = limits
-        # which device is the present one is known thread by thread
+        # the current CUDA device is a setting of each thread
         prepare = (lambda: torch.cuda.set_device(parallel.device)) if parallel.device.type == "cuda" else None
         self._background = ThreadPoolExecutor(max_workers=1, initializer=prepare)
 
     def collect(self, job: Job) -> list[PartialGroup]:
-        """All groups of the job as far as they came, in order, the same on every rank; collective.
+        """Run a job and return all of its groups in order, complete or not, the same on every rank; collective.
 
-        Rewards of finished samples are computed while others are still generated. An engine that dies is started
-        again, and what it had not finished is shared out again.
+        Rewards of finished samples are computed while others are still generated. An engine that dies is restarted,
+        and its unfinished samples are distributed over all engines again.
 
         Raises:
             EngineError: a prompt does not fit the engine.
             EngineDied: engines died too often.
-            WorkInterrupted: on every rank, when one was asked to stop.
+            JobInterrupted: on every rank, if a stop was requested on any rank.
         """
         with raise_together(self._parallel):
-            found = self._generate(job, 0)
-        return self._complete(job, found)
+            result = self._generate(job, 0)
+        return self._complete(job, result)
 
     def begin(self, job: Job) -> Pending:
-        """Begin a job in the background; the engine belongs to it until ``finish``."""
+        """Start a job in the background; nothing else may use the engine until ``finish``."""
         return Pending(job, self._background.submit(self._generate, job, 0))
 
     def finish(self, pending: Pending, version: int) -> list[PartialGroup]:
-        """What ``collect`` returns, of a job that was begun; collective.
+        """Wait for a job that was started in the background and return what ``collect`` returns; collective.
 
         Args:
-            version: of the policy now.
+            version: current policy version.
         """
         with raise_together(self._parallel):
-            found = pending.first.result()
-        return self._complete(replace(pending.job, version=version), found)
+            result = pending.future.result()
+        return self._complete(replace(pending.job, version=version), result)
 
-    def _complete(self, job: Job, found: _Found) -> list[PartialGroup]:
-        """Put together what the ranks have found; what dead engines left is generated again."""
+    def _complete(self, job: Job, result: _EngineResult) -> list[PartialGroup]:
+        """Merge the results of all ranks; generate again what engines that died left unfinished."""
         attempt = 0
         while True:
-            told = gather_objects(found, self._parallel)
-            job = replace(job, work=_merged(job.work, [one.samples for one in told]))
-            if any(one.is_interrupted for one in told):
-                raise WorkInterrupted(job.work)
-            if not any(one.death for one in told):
+            results = gather_objects(result, self._parallel)
+            job = replace(job, groups=_merged(job.groups, [result.samples for result in results]))
+            if any(result.is_interrupted for result in results):
+                raise JobInterrupted(job.groups)
+            if not any(result.death for result in results):
                 break
-            self.keeper.restart([(one.engine, one.death) for one in told])
-            self.keeper.push(job.version)
+            self.supervisor.restart([(result.engine, result.death) for result in results])
+            self.supervisor.push(job.version)
             if _is_enough(job):
                 break
             attempt += 1
             with raise_together(self._parallel):
-                found = self._generate(job, attempt)
+                result = self._generate(job, attempt)
         _check_complete(job)
-        return list(job.work)
+        return list(job.groups)
 
     def close(self) -> None:
-        """End the reward workers."""
+        """Stop the background thread and the reward workers."""
         self._background.shutdown()
         self._pool.close()
 
-    def _generate(self, job: Job, attempt: int) -> _Found:
-        """This engine's part of the job."""
+    def _generate(self, job: Job, attempt: int) -> _EngineResult:
+        """Generate and grade this engine's share of the job."""
         place, store, name = self._engine.place, self._parallel.store, f"{job.name}/{attempt}"
-        open_ = [index for index, group in enumerate(job.work) if not group.is_complete]
-        grades: dict[tuple[int, int], tuple[Conversation, str, Future[list[RewardResult]]]] = {}
+        open_ = [index for index, group in enumerate(job.groups) if not group.is_complete]
+        done: dict[tuple[int, int], tuple[Conversation, str, Future[list[RewardResult]]]] = {}
 
         def on_done(index: int, sample: int, conversation: Conversation) -> None:
             text = conversation.text()
-            graded = self._pool.submit(job.functions, [_reward_input(conversation, text)])
-            grades[index, sample] = conversation, text, graded
+            reward = self._pool.submit(job.functions, [_reward_input(conversation, text)])
+            done[index, sample] = conversation, text, reward
 
-        desk = RequestScheduler(
-            job.work,
+        scheduler = RequestScheduler(
+            job.groups,
             share(open_, job.schedule, name, place, store),
-            self._rules(job),
+            self._rollout_limits(job),
             on_done,
-            on_group=lambda: store.add(f"{name}/complete", 1),
+            on_group_done=lambda: store.add(f"{name}/complete", 1),
         )
         death, is_interrupted = "", False
-        limit = fair_share(sum(_num_requests(job.work[index], job) for index in open_), place)
+        limit = fair_share(sum(_num_requests(job.groups[index], job) for index in open_), place)
         should_stop = self._should_stop(job, name)
         try:
             for finished in self._engine.generate(
-                desk.requests(), job.params, max_requests=limit, should_stop=should_stop
+                scheduler.requests(), job.params, max_requests=limit, should_stop=should_stop
             ):
-                desk.take(finished)
+                scheduler.take(finished)
         except EngineDied as error:
             death = str(error)
         except Interrupted:
             is_interrupted = True
         samples: dict[tuple[int, int], Rollout | PartialRollout] = {
-            place: conversation.rollout(text, graded.result()[0])
-            for place, (conversation, text, graded) in grades.items()
+            key: conversation.rollout(text, reward.result()[0]) for key, (conversation, text, reward) in done.items()
         }
-        samples |= {place: conversation.sample for place, conversation in desk.unfinished.items()}
-        return _Found(samples, death, place.index, is_interrupted)
+        samples |= {key: conversation.sample for key, conversation in scheduler.unfinished.items()}
+        return _EngineResult(samples, death, place.index, is_interrupted)
 
-    def _rules(self, job: Job) -> RolloutLimits:
+    def _rollout_limits(self, job: Job) -> RolloutLimits:
         return RolloutLimits(
             max_new_tokens=job.params.max_new_tokens,
-            max_tokens_now=job.max_tokens_now,
+            max_tokens_per_round=job.max_tokens_per_round,
             max_length=self._limits.max_length,
-            dialogue=job.dialogue,
+            multi_turn=job.multi_turn,
             encode=lambda text: self._tokenizer.encode(text, add_special_tokens=False),
             decode=lambda ids: self._tokenizer.decode(ids, skip_special_tokens=True),
         )
 
     def _should_stop(self, job: Job, name: str) -> Callable[[], bool] | None:
-        """Whether the groups are enough, or the time is over; None when neither matters."""
-        if job.enough is None and job.max_seconds is None:
+        """Return a test for "enough groups are complete or the time is over"; None if the job has neither limit."""
+        if job.num_groups_needed is None and job.max_seconds is None:
             return None
-        begun = sum(group.is_complete for group in job.work)
+        num_complete_before = sum(group.is_complete for group in job.groups)
         deadline = float("inf") if job.max_seconds is None else time.monotonic() + job.max_seconds
 
         def should_stop() -> bool:
             if time.monotonic() > deadline:
                 return True
-            if job.enough is None:
+            if job.num_groups_needed is None:
                 return False
-            return begun + self._parallel.store.add(f"{name}/complete", 0) >= job.enough
+            return num_complete_before + self._parallel.store.add(f"{name}/complete", 0) >= job.num_groups_needed
 
         return should_stop
 
-    def check_rewards(self, work: Sequence[PartialGroup]) -> None:
-        """Hold the failed rewards of a step, or of an evaluation, against the limit.
+    def check_rewards(self, groups: Sequence[PartialGroup]) -> None:
+        """Compare the number of failed rewards in a step or an evaluation with the limit.
 
         Raises:
-            RewardError: too many failed.
+            RewardError: too many rewards failed.
         """
-        rollouts = [sample for group in work for sample in group.samples if isinstance(sample, Rollout)]
+        rollouts = [sample for group in groups for sample in group.samples if isinstance(sample, Rollout)]
         failed = [rollout for rollout in rollouts if rollout.status != "ok"]
         limit = self._limits.reward_failure_fraction
         if len(failed) > limit * len(rollouts):
             raise RewardError(
                 f"{len(failed)} of {len(rollouts)} rewards failed, more than reward.max_failure_fraction="
                 f"{limit}. First: {failed[0].status}: {failed[0].failure}. "
-                "Mend the reward function, or raise the limit."
+                "Fix the reward function or raise the limit."
             )
 
 
 def _merged(
-    work: Sequence[PartialGroup], found: Sequence[dict[tuple[int, int], Rollout | PartialRollout]]
+    groups: Sequence[PartialGroup], samples_of_ranks: Sequence[dict[tuple[int, int], Rollout | PartialRollout]]
 ) -> list[PartialGroup]:
-    """The work with what the ranks have made of it."""
-    made = {place: sample for part in found for place, sample in part.items()}
+    """Return the groups with their samples replaced by those that the ranks generated."""
+    generated = {key: sample for samples in samples_of_ranks for key, sample in samples.items()}
     return [
-        replace(group, samples=tuple(made.get((index, i), sample) for i, sample in enumerate(group.samples)))
-        for index, group in enumerate(work)
+        replace(group, samples=tuple(generated.get((index, i), sample) for i, sample in enumerate(group.samples)))
+        for index, group in enumerate(groups)
     ]
 
 
 def _num_requests(group: PartialGroup, job: Job) -> int:
-    """That may be in work for a group at a time."""
+    """Number of requests of a group that may be in progress at a time."""
     open_ = [sample for sample in group.samples if isinstance(sample, PartialRollout)]
-    if job.dialogue is not None:
+    if job.multi_turn is not None:
         return len(open_)
     return sum(bool(sample.parts) for sample in open_) + any(not sample.parts for sample in open_)
 
 
 def _check_complete(job: Job) -> None:
-    """
+    """Check that all groups are complete, unless the job has a limit that may leave some incomplete.
+
     Raises:
-        EngineError: an engine gave up samples although nobody asked it to.
+        EngineError: an engine aborted samples although no stop was requested.
     """
-    missing = sum(not group.is_complete for group in job.work)
-    may_stop = job.enough is not None or job.max_seconds is not None or job.max_tokens_now is not None
+    missing = sum(not group.is_complete for group in job.groups)
+    may_stop = job.num_groups_needed is not None or job.max_seconds is not None or job.max_tokens_per_round is not None
     if missing and not may_stop:
-        raise EngineError(f"the engine gave up samples of {missing} prompts without being asked to. See its own log.")
+        raise EngineError(
+            f"the engine aborted samples of {missing} prompts although no stop was requested. See the engine's own log."
+        )
 
 
 def _is_enough(job: Job) -> bool:
-    wanted = len(job.work) if job.enough is None else job.enough
-    return sum(group.is_complete for group in job.work) >= wanted
+    num_needed = len(job.groups) if job.num_groups_needed is None else job.num_groups_needed
+    return sum(group.is_complete for group in job.groups) >= num_needed
 
 
 def _reward_input(conversation: Conversation, text: str) -> RewardInput:

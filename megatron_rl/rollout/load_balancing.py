@@ -1,4 +1,4 @@
-"""How the engines of all ranks share the requests of a step."""
+"""Distribution of the requests of a step over the engines of all ranks."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, TypeVar
@@ -11,12 +11,14 @@ T = TypeVar("T")
 def share(
     items: Sequence[T], schedule: Literal["dynamic", "static"], name: str, place: EnginePlace, store: Any
 ) -> Iterator[T]:
-    """An engine's items, handed out as its leader asks for them.
+    """Yield the items of one engine, one by one as the engine's leader requests them.
 
     Args:
-        items: the same on every rank.
-        schedule: static: one in so many as there are engines; dynamic: the next that no engine has taken yet.
-        name: of the counter, different for every list that is shared.
+        items: all items, the same on every rank.
+        schedule: "static" gives engine i the items i, i + N, i + 2N, ... of N engines; "dynamic" gives the next item
+            that no engine has taken yet.
+        name: name of the shared counter, different for every shared list.
+        place: position of this rank among the engines.
         store: torch.distributed store of the world.
     """
     if schedule == "static" or place.count == 1:
@@ -27,5 +29,5 @@ def share(
 
 
 def fair_share(num_items: int, place: EnginePlace) -> int:
-    """Items that one engine may have in work, so that none starts with more than its part."""
+    """Number of items that one engine may process at a time, so that no engine starts with more than its share."""
     return max(1, -(-num_items // place.count))

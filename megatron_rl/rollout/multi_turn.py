@@ -1,4 +1,4 @@
-"""One sample under way: what the policy says, and what an environment answers."""
+"""State of one rollout in progress, with or without an environment that replies to the policy."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -17,92 +17,100 @@ from megatron_rl.types import Completion, FinishReason, Prompt, Rollout
 
 @dataclass(frozen=True, kw_only=True)
 class MultiTurn:
-    """Who answers the policy, and how."""
+    """Settings of multi-turn rollouts."""
 
     environment: Environment
     max_turns: int
-    """Responses of the policy."""
+    """Maximum number of responses of the policy in one conversation."""
     template: str
-    """What stands between two responses, around {observation}."""
+    """Text between two responses of the policy; {observation} is replaced by the environment's observation."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutLimits:
-    """What holds for every conversation of a job."""
+    """Limits and settings that apply to every conversation of a job."""
 
     max_new_tokens: int
-    """Of the policy, over all turns."""
-    max_tokens_now: int | None
-    """Of the policy in this job; what is longer stays unfinished. None: no bound."""
+    """Maximum number of tokens that the policy samples in one conversation, over all turns."""
+    max_tokens_per_round: int | None
+    """Maximum number of tokens that the policy samples in one conversation during this job; longer ones stay
+    unfinished. None: no limit."""
     max_length: int
-    """Tokens of the longest sequence, observations counted in."""
-    dialogue: MultiTurn | None
+    """Tokens of the longest sequence, including the prompt and observations."""
+    multi_turn: MultiTurn | None
     """None: a sample is one response."""
     encode: Callable[[str], Sequence[int]]
+    """Tokenize an observation, without special tokens."""
     decode: Callable[[Tensor], str]
+    """Text of token ids, without special tokens."""
 
 
 class Conversation:
-    """A sample that the engine works at, turn by turn; tokens go in and out, nothing is tokenised again."""
+    """A sample in progress, turn by turn; it is kept as tokens, so that no response is tokenized again."""
 
-    def __init__(self, prompt: Prompt, sample: PartialRollout, rules: RolloutLimits) -> None:
+    def __init__(self, prompt: Prompt, sample: PartialRollout, limits: RolloutLimits) -> None:
         self.prompt = prompt
         self.sample = sample
         self.step_rewards: dict[int, float] = {}
-        """Of the environment so far, by the last token of each turn."""
+        """Rewards of the environment so far, by the index of each turn's last token in the sequence."""
         self.finish_reason: FinishReason | None = None
-        """None while it is not finished."""
+        """None while the conversation is not finished."""
         self.failure = ""
-        """How the environment failed; empty when it did not."""
-        self._rules = rules
-        self._begun_with = sample.num_sampled
+        """Error of the environment; empty if there was none."""
+        self._limits = limits
+        self._num_sampled_before = sample.num_sampled
         self._num_turns = 0
         self._turn: list[Tensor] = []
         self._episode: Episode | None = None
-        if rules.dialogue is not None:
+        if limits.multi_turn is not None:
             self._guarded(self._begin)
 
     @property
     def seed(self) -> int:
-        """Of the next turn: the draws of two parts of a sample have nothing in common."""
+        """Seed of the next request; every part of a sample has its own, so that their draws are independent."""
         parts = len(self.sample.parts)
         return sample_seed(self.sample.seed, parts) if parts else self.sample.seed
 
     @property
-    def room(self) -> int:
-        """New tokens that the next turn may have now."""
-        room, now = self._room_of(self.sample), self._rules.max_tokens_now
-        if now is None:
-            return room
-        return min(room, max(0, now - (self.sample.num_sampled - self._begun_with)))
+    def num_tokens_left(self) -> int:
+        """Number of tokens that the next request may sample, within the limits of the sample and of this job."""
+        num_tokens_left, limit = self._num_tokens_left(self.sample), self._limits.max_tokens_per_round
+        if limit is None:
+            return num_tokens_left
+        return min(num_tokens_left, max(0, limit - (self.sample.num_sampled - self._num_sampled_before)))
 
     def take(self, completion: Completion) -> bool:
-        """The engine's answer; True when the conversation goes on at once."""
+        """Add the engine's completion; return True if the conversation continues in this job."""
         if completion.token_ids.numel():
             self.sample = self.sample.with_part(completion)
             self._turn.append(completion.token_ids)
         if completion.finish_reason == "abort":
             return False
         if completion.finish_reason == "length":
-            self.finish_reason = None if self._room_of(self.sample) else "length"
+            self.finish_reason = None if self._num_tokens_left(self.sample) else "length"
             return False
         if self._episode is None:
             self.finish_reason = "stop"
             return False
-        self._guarded(self._answer)
-        return self.finish_reason is None and self.room > 0
+        self._guarded(self._reply)
+        return self.finish_reason is None and self.num_tokens_left > 0
 
     def rollout(self, text: str, result: RewardResult) -> Rollout:
-        """The finished sample with what ``text`` gave and its grade."""
+        """Return the finished rollout.
+
+        Args:
+            text: as returned by ``text()``.
+            result: result of the reward functions.
+        """
         assert self.finish_reason is not None
         parts, length = self.sample.parts, self.prompt.token_ids.numel()
         versions = [torch.full((length,), -1), *(torch.full_like(p.token_ids, _version(p)) for p in parts)]
         logprobs = [torch.zeros(length), *(_logprobs(p) for p in parts)]
         policy_versions = torch.cat(versions).int()
         is_ok = result.status == "ok" and not self.failure
-        graded, earned = dict(result.parts), sum(self.step_rewards.values())
+        reward_parts, environment_reward = dict(result.parts), sum(self.step_rewards.values())
         if self._episode is not None:
-            graded["environment"] = earned
+            reward_parts["environment"] = environment_reward
         return Rollout(
             token_ids=all_tokens(self.prompt, self.sample),
             loss_mask=policy_versions >= 0,
@@ -111,8 +119,8 @@ class Conversation:
             finish_reason=self.finish_reason,
             policy_versions=policy_versions,
             seed=self.sample.seed,
-            reward=result.total + earned if is_ok else float("nan"),
-            reward_parts=graded if is_ok else {},
+            reward=result.total + environment_reward if is_ok else float("nan"),
+            reward_parts=reward_parts if is_ok else {},
             status="environment_error" if self.failure else result.status,
             failure=self.failure or result.message,
             step_rewards=self.step_rewards if is_ok else {},
@@ -120,14 +128,14 @@ class Conversation:
         )
 
     def text(self) -> str:
-        """All that was said after the prompt."""
-        said = [part.token_ids for part in self.sample.parts]
-        return self._rules.decode(torch.cat(said)) if said else ""
+        """Return the text of everything after the prompt, responses and observations."""
+        token_ids = [part.token_ids for part in self.sample.parts]
+        return self._limits.decode(torch.cat(token_ids)) if token_ids else ""
 
     def _begin(self) -> None:
-        """Begin the episode, and go through the turns that were taken before."""
-        assert self._rules.dialogue is not None
-        self._episode = self._rules.dialogue.environment.begin(self.prompt, self.sample.seed)
+        """Begin the episode and replay the turns that were already sampled."""
+        assert self._limits.multi_turn is not None
+        self._episode = self._limits.multi_turn.environment.begin(self.prompt, self.sample.seed)
         length = self.prompt.token_ids.numel()
         for part in self.sample.parts:
             if isinstance(part, Completion):
@@ -136,56 +144,57 @@ class Conversation:
                 self._step(length)
             length += part.token_ids.numel()
 
-    def _answer(self) -> None:
-        """Let the environment answer the turn."""
-        dialogue = self._rules.dialogue
+    def _reply(self) -> None:
+        """Pass the turn to the environment and append its observation."""
+        multi_turn = self._limits.multi_turn
         observation = self._step(all_tokens(self.prompt, self.sample).numel())
-        assert dialogue is not None
+        assert multi_turn is not None
         if observation is None:
             self.finish_reason = "stop"
             return
-        if self._num_turns == dialogue.max_turns:
+        if self._num_turns == multi_turn.max_turns:
             self.finish_reason = "length"
             return
-        text = dialogue.template.replace("{observation}", observation)
-        tokens = torch.tensor(list(self._rules.encode(text)), dtype=torch.int64)
+        text = multi_turn.template.replace("{observation}", observation)
+        tokens = torch.tensor(list(self._limits.encode(text)), dtype=torch.int64)
         longer = self.sample.with_part(Observation(token_ids=tokens))
-        if self._room_of(longer):
+        if self._num_tokens_left(longer):
             self.sample = longer
         else:
             self.finish_reason = "length"
 
     def _step(self, length: int) -> str | None:
-        """Let the environment see the turn that ends a sequence of so many tokens."""
+        """Pass the turn that ends at ``length`` tokens of the sequence to the environment; return its observation."""
         assert self._episode is not None
-        turn = self._episode.step(self._rules.decode(torch.cat(self._turn)))
+        turn = self._episode.step(self._limits.decode(torch.cat(self._turn)))
         if not math.isfinite(turn.reward):
-            raise ValueError(f"a turn was worth {turn.reward}, expected a finite number")
+            raise ValueError(f"the reward of a turn is {turn.reward}, expected a finite number")
         self._turn = []
         self._num_turns += 1
         self.step_rewards[length - 1] = self.step_rewards.get(length - 1, 0.0) + turn.reward
         return turn.observation
 
-    def _guarded(self, part: Callable[[], None]) -> None:
+    def _guarded(self, call: Callable[[], None]) -> None:
+        """Call the environment; an exception ends the conversation with a failure."""
         try:
-            part()
-        except Exception as error:  # a user's environment may raise anything: the sample fails, the run goes on
+            call()
+        except Exception as error:  # a user's environment may raise anything: its sample fails, the run continues
             self.finish_reason, self.failure = "stop", f"the environment raised {error!r}"
 
-    def _room_of(self, sample: PartialRollout) -> int:
-        """New tokens that a sample may have before it ends."""
+    def _num_tokens_left(self, sample: PartialRollout) -> int:
+        """Number of tokens that may still be sampled before the sample ends."""
         length = self.prompt.token_ids.numel() + sum(part.token_ids.numel() for part in sample.parts)
-        return max(0, min(self._rules.max_new_tokens - sample.num_sampled, self._rules.max_length - length))
+        return max(0, min(self._limits.max_new_tokens - sample.num_sampled, self._limits.max_length - length))
 
 
 def new_request(key: int, conversations: Sequence[Conversation]) -> Request:
-    """A request of samples that have come equally far."""
+    """Return a request for conversations with identical tokens so far."""
     first = conversations[0]
     return Request(
         key=key,
         token_ids=all_tokens(first.prompt, first.sample),
         seeds=tuple(conversation.seed for conversation in conversations),
-        max_new_tokens=first.room,
+        max_new_tokens=first.num_tokens_left,
     )
 
 

@@ -1,4 +1,4 @@
-"""Rollouts of an earlier run fed back: the same updates without an engine."""
+"""Rollout source that replays the recorded rollouts of an earlier run: the same updates without an engine."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ from megatron_rl.types import ParallelContext, Prompt, Rollout, RolloutGroup
 
 
 class ReplaySource:
-    """Every step gets the groups that the recorded run had in it, with the rewards that they had."""
+    """Returns for every step the groups of the same step of the recorded run, with their recorded rewards."""
 
     uses_engine = False
     has_rewards = True
@@ -26,10 +26,11 @@ class ReplaySource:
     def __init__(self, folder: Path, parallel: ParallelContext) -> None:
         """
         Args:
-            folder: step_*.jsonl, as metrics.keep_rollouts_every=1 leaves them in rollouts/ of a run's folder.
+            folder: folder of step_*.jsonl files, which metrics.keep_rollouts_every=1 writes to rollouts/ in the run
+                folder.
 
         Raises:
-            DataError: there are none.
+            DataError: the folder has no such files.
         """
         if not any(folder.glob("step_*.jsonl")):
             raise DataError(
@@ -48,7 +49,7 @@ class ReplaySource:
         with raise_together(self._parallel):
             for line in read_rollouts(step_file(self._folder, step)):
                 prompts.setdefault(line["group"], prompt_from_json(line))
-                baselines[line["group"]] = number_from_json(line.get("baseline", 0.0))  # older files: none
+                baselines[line["group"]] = number_from_json(line.get("baseline", 0.0))  # absent in older files
                 rollouts.setdefault(line["group"], []).append(rollout_from_json(line))
         groups = [
             RolloutGroup(index=index, prompt=prompts[index], rollouts=rollouts[index], baseline=baselines[index])

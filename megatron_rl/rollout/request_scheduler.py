@@ -1,4 +1,4 @@
-"""One engine's part of a job: requests go out, samples come in."""
+"""The requests of one engine's share of a job, and the collection of its results."""
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -9,83 +9,88 @@ from megatron_rl.rollout.partial import PartialGroup, PartialRollout
 
 
 class RequestScheduler:
-    """Turns groups of work into requests and keeps the conversations."""
+    """Turns the open samples of groups into engine requests and tracks their conversations."""
 
     def __init__(
         self,
-        work: Sequence[PartialGroup],
+        groups: Sequence[PartialGroup],
         indices: Iterator[int],
-        rules: RolloutLimits,
+        limits: RolloutLimits,
         on_done: Callable[[int, int, Conversation], None],
-        on_group: Callable[[], None],
+        on_group_done: Callable[[], None],
     ) -> None:
         """
         Args:
-            indices: of the groups that this engine takes.
-            on_done: told of (group, sample, conversation) when it is finished.
-            on_group: told when all samples of a group are finished.
+            groups: all groups of the job, the same on every rank.
+            indices: indices of the groups that this engine processes.
+            limits: limits and settings of every conversation.
+            on_done: called with (group index, sample index, conversation) when a sample is finished.
+            on_group_done: called when all samples of a group are finished.
         """
-        self._work = work
+        self._groups = groups
         self._indices = indices
-        self._rules = rules
+        self._limits = limits
         self._on_done = on_done
-        self._on_group = on_group
-        self._next: deque[list[tuple[int, int, Conversation]]] = deque()
-        self._asked: dict[int, list[tuple[int, int, Conversation]]] = {}
-        self._num_asked = 0
-        self._open = 0
-        self._missing: dict[int, int] = {}
+        self._on_group_done = on_group_done
+        self._queue: deque[list[tuple[int, int, Conversation]]] = deque()
+        self._requested: dict[int, list[tuple[int, int, Conversation]]] = {}  # by request key
+        self._num_requests = 0
+        self._num_running = 0  # samples that the engine is generating
+        self._num_missing: dict[int, int] = {}  # group index -> samples not finished
         self.unfinished: dict[tuple[int, int], Conversation] = {}
-        """Those that are not finished, by (group, sample)."""
+        """Conversations that are not finished, by (group index, sample index)."""
 
     def requests(self) -> Iterator[Request | None]:
-        """What the engine works at; None while only answers can bring more."""
+        """Yield requests for the engine; None while further requests depend on results that are still missing."""
         while True:
-            if not self._next:
+            if not self._queue:
                 index = next(self._indices, None)
                 if index is not None:
                     self._begin(index)
                     continue
-                if self._open == 0 or self._rules.dialogue is None:
+                if self._num_running == 0 or self._limits.multi_turn is None:
                     return
                 yield None
                 continue
-            yield self._request(self._next.popleft())
+            yield self._request(self._queue.popleft())
 
     def take(self, finished: Finished) -> None:
-        """What the engine has made of one sample."""
-        index, sample, conversation = self._asked[finished.key][finished.sample]
-        self._open -= 1
+        """Process the engine's result for one sample."""
+        index, sample, conversation = self._requested[finished.key][finished.sample]
+        self._num_running -= 1
         if conversation.take(finished.completion):
-            self._next.append([(index, sample, conversation)])
+            self._queue.append([(index, sample, conversation)])
         elif conversation.finish_reason is not None:
             self._finish(index, sample, conversation)
 
     def _begin(self, index: int) -> None:
-        """Samples that are not begun share a request; each of the others has come to another place."""
-        group = self._work[index]
-        open_ = [(i, sample) for i, sample in enumerate(group.samples) if isinstance(sample, PartialRollout)]
-        self._missing[index] = len(open_)
-        begun = [(index, i, Conversation(group.prompt, sample, self._rules)) for i, sample in open_]
-        for place in begun:
-            self.unfinished[place[0], place[1]] = place[2]
-        for place in [place for place in begun if place[2].finish_reason is not None]:
-            self._finish(*place)
-        going = [place for place in begun if place[2].finish_reason is None and place[2].room > 0]
-        fresh = [place for place in going if not place[2].sample.parts]
-        if fresh:
-            self._next.append(fresh)
-        self._next.extend([place] for place in going if place[2].sample.parts)
+        """Queue the open samples of a group.
 
-    def _request(self, places: list[tuple[int, int, Conversation]]) -> Request:
-        key, self._num_asked = self._num_asked, self._num_asked + 1
-        self._asked[key] = places
-        self._open += len(places)
-        return new_request(key, [conversation for *_, conversation in places])
+        Samples without tokens share a request; each of the others has its own, because their tokens differ.
+        """
+        group = self._groups[index]
+        open_ = [(i, sample) for i, sample in enumerate(group.samples) if isinstance(sample, PartialRollout)]
+        self._num_missing[index] = len(open_)
+        entries = [(index, i, Conversation(group.prompt, sample, self._limits)) for i, sample in open_]
+        for entry in entries:
+            self.unfinished[entry[0], entry[1]] = entry[2]
+        for entry in [entry for entry in entries if entry[2].finish_reason is not None]:
+            self._finish(*entry)
+        active = [entry for entry in entries if entry[2].finish_reason is None and entry[2].num_tokens_left > 0]
+        fresh = [entry for entry in active if not entry[2].sample.parts]
+        if fresh:
+            self._queue.append(fresh)
+        self._queue.extend([entry] for entry in active if entry[2].sample.parts)
+
+    def _request(self, entries: list[tuple[int, int, Conversation]]) -> Request:
+        key, self._num_requests = self._num_requests, self._num_requests + 1
+        self._requested[key] = entries
+        self._num_running += len(entries)
+        return new_request(key, [conversation for *_, conversation in entries])
 
     def _finish(self, index: int, sample: int, conversation: Conversation) -> None:
         del self.unfinished[index, sample]
         self._on_done(index, sample, conversation)
-        self._missing[index] -= 1
-        if self._missing[index] == 0:
-            self._on_group()
+        self._num_missing[index] -= 1
+        if self._num_missing[index] == 0:
+            self._on_group_done()

@@ -1,4 +1,4 @@
-"""Rollouts and samples under way as JSON, exactly: what is read back is bit for bit what was written."""
+"""Rollouts and partial rollouts as JSON; reading returns bit for bit what was written."""
 
 import json
 import math
@@ -17,12 +17,12 @@ FORMAT = 1
 
 
 def step_file(folder: Path, step: int) -> Path:
-    """Where the rollouts of a step are kept."""
+    """Path of the file with the rollouts of a step."""
     return folder / f"step_{step:06d}.jsonl"
 
 
 def write_groups(path: Path, step: int, groups: Sequence[RolloutGroup]) -> None:
-    """One line for each rollout of a step."""
+    """Write the rollouts of a step, one line each."""
     lines = [
         {
             "format": FORMAT,
@@ -31,36 +31,41 @@ def write_groups(path: Path, step: int, groups: Sequence[RolloutGroup]) -> None:
             "sample": i,
             "baseline": _number(group.baseline),
             **_prompt(group.prompt),
-            **_rollout(one),
+            **_rollout(rollout),
         }
         for group in groups
-        for i, one in enumerate(group.rollouts)
+        for i, rollout in enumerate(group.rollouts)
     ]
     write_lines(path, lines)
 
 
 def read_rollouts(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a file that ``write_groups`` wrote.
+    """Yield the lines of a file that ``write_groups`` wrote.
 
     Raises:
-        DataError: it cannot be read, or is of another format.
+        DataError: the file cannot be read or has another format.
     """
     for line in read_lines(path):
         if line.get("format") != FORMAT:
-            raise DataError(f"{path}: format {line.get('format')}, expected {FORMAT}. It is no file of rollouts.")
+            raise DataError(
+                f"{path}: format {line.get('format')}, expected {FORMAT}. It is not a rollout file of this version."
+            )
         yield line
 
 
 def read_folder(folder: Path) -> list[dict[str, Any]]:
-    """The lines of all steps that a run has recorded, as of ``each_rollout``."""
+    """Return the lines of all recorded steps of a run as a list; see ``each_rollout``."""
     return list(each_rollout(folder))
 
 
 def each_rollout(folder: Path) -> Iterator[dict[str, Any]]:
-    """The same, one step in memory at a time.
+    """Yield the lines of all recorded steps of a run, in order, with one step in memory at a time.
+
+    Args:
+        folder: folder with the step_*.jsonl files.
 
     Raises:
-        DataError: there are none, or they cannot be read.
+        DataError: the folder has no such files, or one cannot be read.
     """
     files = sorted(folder.glob("step_*.jsonl"))
     if not files:
@@ -70,10 +75,10 @@ def each_rollout(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def write_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
-    """Whole or not at all.
+    """Write a JSON-lines file atomically: either all lines or none.
 
     Raises:
-        DataError: it cannot be written.
+        DataError: the file cannot be written.
     """
     partial = path.with_name(path.name + ".partial")
     try:
@@ -85,9 +90,10 @@ def write_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """
+    """Return the objects of a JSON-lines file.
+
     Raises:
-        DataError: it cannot be read.
+        DataError: the file cannot be read.
     """
     try:
         return [json.loads(line) for line in path.read_text(encoding="ascii").splitlines()]
@@ -96,48 +102,51 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def group_to_json(group: PartialGroup) -> dict[str, Any]:
-    """A group under way."""
+    """Return a partial group as a JSON object."""
     return {
         **_prompt(group.prompt),
-        "samples": [_rollout(one) if isinstance(one, Rollout) else _unfinished(one) for one in group.samples],
+        "samples": [
+            _rollout(sample) if isinstance(sample, Rollout) else _partial_rollout(sample) for sample in group.samples
+        ],
     }
 
 
-def group_from_json(found: Mapping[str, Any]) -> PartialGroup:
-    """What ``group_to_json`` gave."""
+def group_from_json(record: Mapping[str, Any]) -> PartialGroup:
+    """Return the group that ``group_to_json`` serialized."""
     return PartialGroup(
-        prompt=prompt_from_json(found),
+        prompt=prompt_from_json(record),
         samples=tuple(
-            rollout_from_json(one) if "reward" in one else _unfinished_from_json(one) for one in found["samples"]
+            rollout_from_json(sample) if "reward" in sample else _partial_rollout_from_json(sample)
+            for sample in record["samples"]
         ),
     )
 
 
-def prompt_from_json(found: Mapping[str, Any]) -> Prompt:
-    """The prompt of a line."""
-    fields = {name: found[name] for name in ("prompt_id", "answer", "demonstration", "metadata")}
-    return Prompt(token_ids=torch.tensor(found["prompt_token_ids"]), text=found["prompt"], **fields)
+def prompt_from_json(record: Mapping[str, Any]) -> Prompt:
+    """Return the prompt of a rollout line or of a serialized group."""
+    fields = {name: record[name] for name in ("prompt_id", "answer", "demonstration", "metadata")}
+    return Prompt(token_ids=torch.tensor(record["prompt_token_ids"]), text=record["prompt"], **fields)
 
 
-def rollout_from_json(found: Mapping[str, Any]) -> Rollout:
-    """The rollout of a line."""
+def rollout_from_json(record: Mapping[str, Any]) -> Rollout:
+    """Return the rollout of a line or of a serialized sample."""
     fields = ("finish_reason", "seed", "reward_parts", "status", "failure")
     return Rollout(
-        token_ids=torch.tensor(found["token_ids"]),
-        loss_mask=torch.tensor(found["loss_mask"], dtype=torch.bool),
-        rollout_logprobs=torch.tensor(found["logprobs"], dtype=torch.float32),
-        text=found["response"],
-        policy_versions=torch.tensor(found["policy_versions"], dtype=torch.int32),
-        reward=number_from_json(found["reward"]),
-        routing=_routing(found),
-        step_rewards={int(place): reward for place, reward in found.get("step_rewards", ())},  # older files: none
-        **{name: found[name] for name in fields},
+        token_ids=torch.tensor(record["token_ids"]),
+        loss_mask=torch.tensor(record["loss_mask"], dtype=torch.bool),
+        rollout_logprobs=torch.tensor(record["logprobs"], dtype=torch.float32),
+        text=record["response"],
+        policy_versions=torch.tensor(record["policy_versions"], dtype=torch.int32),
+        reward=number_from_json(record["reward"]),
+        routing=_routing(record),
+        step_rewards={int(index): reward for index, reward in record.get("step_rewards", ())},  # absent in older files
+        **{name: record[name] for name in fields},
     )
 
 
-def number_from_json(found: float | None) -> float:
-    """JSON has no NaN."""
-    return math.nan if found is None else found
+def number_from_json(record: float | None) -> float:
+    """Return the number, or NaN for null: JSON has no NaN."""
+    return math.nan if record is None else record
 
 
 def _number(value: float) -> float | None:
@@ -173,7 +182,7 @@ def _rollout(rollout: Rollout) -> dict[str, Any]:
     }
 
 
-def _unfinished(sample: PartialRollout) -> dict[str, Any]:
+def _partial_rollout(sample: PartialRollout) -> dict[str, Any]:
     return {"seed": sample.seed, "parts": [_part(part) for part in sample.parts]}
 
 
@@ -189,20 +198,20 @@ def _part(part: Part) -> dict[str, Any]:
     }
 
 
-def _unfinished_from_json(found: Mapping[str, Any]) -> PartialRollout:
-    return PartialRollout(seed=found["seed"], parts=tuple(_part_from_json(part) for part in found["parts"]))
+def _partial_rollout_from_json(record: Mapping[str, Any]) -> PartialRollout:
+    return PartialRollout(seed=record["seed"], parts=tuple(_part_from_json(part) for part in record["parts"]))
 
 
-def _part_from_json(found: Mapping[str, Any]) -> Part:
-    token_ids = torch.tensor(found["token_ids"], dtype=torch.int64)
-    if "logprobs" not in found:
+def _part_from_json(record: Mapping[str, Any]) -> Part:
+    token_ids = torch.tensor(record["token_ids"], dtype=torch.int64)
+    if "logprobs" not in record:
         return Observation(token_ids=token_ids)
     return Completion(
         token_ids=token_ids,
-        logprobs=torch.tensor(found["logprobs"], dtype=torch.float32),
-        finish_reason=found["finish_reason"],
-        policy_version=found["policy_version"],
-        routing=_routing(found),
+        logprobs=torch.tensor(record["logprobs"], dtype=torch.float32),
+        finish_reason=record["finish_reason"],
+        policy_version=record["policy_version"],
+        routing=_routing(record),
     )
 
 
@@ -210,5 +219,5 @@ def _routes(routing: Tensor | None) -> dict[str, Any]:
     return {} if routing is None else {"routing": routing.tolist()}
 
 
-def _routing(found: Mapping[str, Any]) -> Tensor | None:
-    return torch.tensor(found["routing"], dtype=torch.int16) if "routing" in found else None
+def _routing(record: Mapping[str, Any]) -> Tensor | None:
+    return torch.tensor(record["routing"], dtype=torch.int16) if "routing" in record else None

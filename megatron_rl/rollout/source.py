@@ -1,4 +1,4 @@
-"""Samplers: where the sequences of a step come from."""
+"""The protocol of rollout sources, and the source for supervised fine-tuning."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,54 +16,59 @@ from megatron_rl.types import Prompt, Rollout, RolloutGroup
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutBatch:
-    """What a sampler has for one step."""
+    """The rollout groups of one step."""
 
     groups: Sequence[RolloutGroup]
     """The same on every rank."""
     num_prompts: int
-    """Taken from the data for it."""
+    """Prompts that this step took from the data."""
     counts: Mapping[str, float] = field(default_factory=dict)
-    """Metrics of the sampling, by name."""
+    """Metrics of the generation, by metric name."""
     notes: Sequence[str] = ()
-    """For the user."""
+    """Messages for the user."""
 
 
 class RolloutSource(Protocol):
-    """Yields the groups of a step."""
+    """Provides the rollout groups of every step."""
 
     @property
     def uses_engine(self) -> bool:
-        """The engine must hold the current weights before ``collect``."""
+        """Whether the engine must hold the current weights before ``collect``."""
         ...
 
     @property
     def has_rewards(self) -> bool:
-        """The samples have rewards to learn from; the others are imitated."""
+        """Whether the rollouts have rewards; those without are used for supervised fine-tuning."""
         ...
 
     def drain(self, version: int) -> None:
-        """Let the engine come to rest, so that it can take weights or answer others; collective.
+        """Wait until the engine is idle, so that it can receive weights or serve other requests; collective.
 
         Args:
-            version: of the policy now.
+            version: current policy version.
         """
         ...
 
     def collect(self, step: int, num_prompts_consumed: int) -> RolloutBatch:
-        """All groups of a step; collective."""
+        """Return all groups of a step; collective.
+
+        Args:
+            step: number of the step, from 1.
+            num_prompts_consumed: prompts that the previous steps took from the data.
+        """
         ...
 
     def in_flight(self) -> Sequence[PartialGroup]:
-        """What a checkpoint must keep for the steps to come, the same on every rank."""
+        """Return the groups that a checkpoint must keep for later steps, the same on every rank."""
         ...
 
     def resume(self, in_flight: Sequence[PartialGroup]) -> None:
-        """Go on with what ``in_flight`` gave."""
+        """Continue with the groups that ``in_flight`` returned before the checkpoint."""
         ...
 
 
 class DemonstrationSource:
-    """Demonstrations to imitate: every prompt with the response of its row."""
+    """Rollout source for supervised fine-tuning: each prompt with the demonstration from its data row."""
 
     uses_engine = False
     has_rewards = False
@@ -101,9 +106,9 @@ class DemonstrationSource:
         ids = torch.tensor([*response, self._tokenizer.eos_token_id])
         if ids.numel() > self._config.max_new_tokens:
             raise DataError(
-                f"the demonstration of prompt {prompt.prompt_id} has {ids.numel()} tokens with its end token, "
+                f"the demonstration of prompt {prompt.prompt_id} has {ids.numel()} tokens including the end token, "
                 f"more than rollout.max_new_tokens={self._config.max_new_tokens}. "
-                "Raise the limit, or leave such rows out."
+                "Raise the limit, or remove such rows from the data."
             )
         token_ids = torch.cat([prompt.token_ids, ids])
         mask = torch.arange(token_ids.numel()) >= prompt.token_ids.numel()

@@ -1,8 +1,8 @@
-"""The inside of the sandbox: this file is a program of its own, started by run.py and by nothing else.
+"""Inside of the sandbox: this file is a separate program that only run.py starts.
 
-It goes into namespaces of its own (processes, network, mounts, IPC), makes every file system read-only but a small one
-in memory, becomes a user without rights, takes limits upon itself, and then runs the program that it is given. When it
-ends, the kernel ends everything that the program has started.
+It enters new namespaces (processes, network, mounts, IPC), makes every file system read-only except a small one in
+memory, becomes an unprivileged user, sets resource limits on itself, and then runs the program that it is given. When
+it exits, the kernel ends all processes that the program has started.
 """
 
 import ctypes
@@ -20,37 +20,37 @@ CAPABILITY_VERSION_3 = 0x20080522
 SYS_MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE, MOUNT_ATTR_RDONLY = 442, -100, 0x8000, 1
 SIGKILL = 9
 FIRST_UID = 200_000
-BEGUN = b"."
-"""Said just before the program begins: what fails earlier is the sandbox's failure."""
+STARTED = b"."
+"""Written just before the program starts: a failure before that is a failure of the sandbox."""
 
 libc = ctypes.CDLL(None, use_errno=True)
 
 
 def main() -> None:
-    """Read what to do from standard input, and do it."""
-    order: dict[str, Any] = json.loads(sys.stdin.buffer.readline())
+    """Read a request from standard input and run its program."""
+    request: dict[str, Any] = json.loads(sys.stdin.buffer.readline())
     libc.prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0)
-    if order["isolated"]:
-        isolate(order["folder"])
-    child = os.fork()  # the first process of the namespace; all others end with it
+    if request["isolated"]:
+        isolate(request["folder"])
+    child = os.fork()  # the first process of the namespace; the kernel ends all others with it
     if child:
         _, status = os.waitpid(child, 0)
         if os.WIFSIGNALED(status):
-            end_by(os.WTERMSIG(status))
+            exit_by_signal(os.WTERMSIG(status))
         os._exit(os.WEXITSTATUS(status))
     libc.prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0)
-    if order["isolated"]:
-        close_in(order["folder"], order["limits"]["file_bytes"], order["was_root"])
+    if request["isolated"]:
+        confine(request["folder"], request["limits"]["file_bytes"], request["was_root"])
     else:
-        os.chdir(order["folder"])
-    limit(order["limits"], counts_processes=order["isolated"])
-    program, word, done = order.pop("program"), order.pop("word"), order.pop("done")
-    os.write(done, BEGUN)
-    run(program, word, done)
+        os.chdir(request["folder"])
+    limit(request["limits"], counts_processes=request["isolated"])
+    program, token, done = request.pop("program"), request.pop("token"), request.pop("done")
+    os.write(done, STARTED)
+    run(program, token, done)
 
 
 def isolate(folder: str) -> None:
-    """New namespaces; without root's rights by way of a user namespace."""
+    """Enter new namespaces; without root privileges, inside a new user namespace."""
     flags = CLONE_NEWNS | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWPID | CLONE_NEWNET
     uid, gid = os.getuid(), os.getgid()
     if uid != 0:
@@ -61,8 +61,8 @@ def isolate(folder: str) -> None:
     check(libc.unshare(flags), "namespaces")
 
 
-def close_in(folder: str, size: int, was_root: bool) -> None:
-    """Nothing can be written but in the folder, which is a file system in memory."""
+def confine(folder: str, size: int, was_root: bool) -> None:
+    """Make everything read-only except the folder, which becomes a file system in memory, and drop all privileges."""
     check(libc.mount(None, b"/", None, MS_REC | MS_PRIVATE, None), "private mounts")
     attributes = (ctypes.c_uint64 * 4)(MOUNT_ATTR_RDONLY, 0, 0, 0)
     read_only = libc.syscall(
@@ -74,37 +74,37 @@ def close_in(folder: str, size: int, was_root: bool) -> None:
     check(libc.mount(b"proc", b"/proc", b"proc", MS_NOSUID | MS_NODEV, None), "its own /proc")
     os.chdir(folder)
     if was_root:
-        show_python(os.path.join(folder, ".python"))
-        # one of its own, so that processes are counted for this program alone
+        mount_python(os.path.join(folder, ".python"))
+        # a random user of its own, as the process limit counts all processes of a user
         uid = FIRST_UID + int.from_bytes(os.urandom(3), "little")
         os.setgroups([])
         os.setresgid(uid, uid, uid)
         os.setresuid(uid, uid, uid)
-    drop_rights()
+    drop_capabilities()
     libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    libc.prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0)  # forgotten when the user changes
+    libc.prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0)  # the kernel clears it when the user changes
 
 
-def drop_rights() -> None:
-    """No capabilities, also in a user namespace, where root's name would still have them."""
+def drop_capabilities() -> None:
+    """Drop all capabilities, also those that root has inside a user namespace."""
     for number in range(64):
         libc.prctl(PR_CAPBSET_DROP, number, 0, 0, 0)
     header = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION_3, 0)
     nothing = (ctypes.c_uint32 * 6)()
-    check(libc.capset(ctypes.byref(header), ctypes.byref(nothing)), "giving up capabilities")
+    check(libc.capset(ctypes.byref(header), ctypes.byref(nothing)), "dropping capabilities")
 
 
-def show_python(place: str) -> None:
-    """Python's own modules in a place where everybody can read them: it may be installed in root's home."""
-    os.mkdir(place)
-    check(libc.mount(sys.base_prefix.encode(), place.encode(), None, MS_BIND | MS_REC, None), "Python's own modules")
-    sys.path = [path.replace(sys.base_prefix, place, 1) for path in sys.path]
+def mount_python(target: str) -> None:
+    """Mount Python's own modules where every user can read them: Python may be installed in root's home."""
+    os.mkdir(target)
+    check(libc.mount(sys.base_prefix.encode(), target.encode(), None, MS_BIND | MS_REC, None), "Python's own modules")
+    sys.path = [path.replace(sys.base_prefix, target, 1) for path in sys.path]
     for package in [module for module in sys.modules.values() if "__path__" in vars(module)]:
-        package.__path__ = [path.replace(sys.base_prefix, place, 1) for path in package.__path__]
+        package.__path__ = [path.replace(sys.base_prefix, target, 1) for path in package.__path__]
 
 
 def limit(limits: dict[str, int], *, counts_processes: bool) -> None:
-    """What the program may use."""
+    """Set the resource limits of the program."""
     for kind, value in (
         (resource.RLIMIT_CPU, limits["cpu_s"]),
         (resource.RLIMIT_AS, limits["memory_bytes"]),
@@ -118,8 +118,8 @@ def limit(limits: dict[str, int], *, counts_processes: bool) -> None:
         resource.setrlimit(kind, (allowed, allowed))
 
 
-def run(program: str, word: str, done: int) -> None:
-    """Run it as a main program; the word is written to a pipe only when it comes to its end."""
+def run(program: str, token: str, done: int) -> None:
+    """Run the program as ``__main__`` and write the token to the ``done`` pipe only if it runs to its end."""
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
     os.environ.clear()
@@ -135,12 +135,12 @@ def run(program: str, word: str, done: int) -> None:
     except BaseException as error:
         print(f"{type(error).__name__}: {error}"[:1000], file=sys.stderr, flush=True)
         os._exit(1)
-    os.write(done, word.encode())
+    os.write(done, token.encode())
     os._exit(0)
 
 
-def end_by(number: int) -> None:
-    """End as the program has ended."""
+def exit_by_signal(number: int) -> None:
+    """Exit by the signal that ended the program."""
     import signal
 
     if number not in (signal.SIGKILL, signal.SIGSTOP):
@@ -150,14 +150,14 @@ def end_by(number: int) -> None:
 
 
 def check(result: int, what: str) -> None:
-    """End with the reason when the kernel refuses; run.py reads the status."""
+    """Print the reason and exit if a system call has failed; run.py reads the status."""
     if result != 0:
         print(f"{what}: {os.strerror(ctypes.get_errno())}", file=sys.stderr, flush=True)
         os._exit(99)
 
 
 def write(path: str, text: str) -> None:
-    """All of a text into a file of the kernel's."""
+    """Write a text to a file of the kernel."""
     with open(path, "w") as file:
         file.write(text)
 

@@ -1,4 +1,4 @@
-"""Start programs in the sandbox, watch them, and say how they ended."""
+"""Run programs in the sandbox and return how they ended."""
 
 import contextlib
 import functools
@@ -18,25 +18,25 @@ from typing import Literal
 from megatron_rl.errors import RewardError
 
 JAIL = Path(__file__).with_name("jail.py")
-BEGUN = b"."
-"""What the jail says just before the program begins."""
+STARTED = b"."
+"""What the jail writes just before the program starts."""
 Status = Literal["passed", "failed", "timed out", "crashed"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a program may use."""
+    """Resource limits of a program."""
 
     seconds: float = 5.0
-    """Of wall-clock time; and of processor time, rounded up and one more."""
+    """Wall-clock time; the limit of processor time is this rounded down, plus 2 s."""
     memory_bytes: int = 2**29
-    """Address space of each of its processes."""
+    """Address space of each process."""
     processes: int = 16
-    """At a time, itself and threads counted in."""
+    """Processes and threads at a time, including the program itself."""
     file_bytes: int = 2**24
-    """All of its files together, and each of them."""
+    """Size of all files together, and of each file."""
     output_bytes: int = 2**20
-    """Of standard output and error."""
+    """Standard output and standard error together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,119 +44,120 @@ class Outcome:
     """How a program ended."""
 
     status: Status
-    """passed: it came to its end; failed: it raised, or left early; timed out; crashed: ended by a signal."""
+    """passed: it ran to its end; failed: it raised or exited early; timed out; crashed: a signal ended it."""
     message: str
-    """The end of what it said on standard error, or the limit that ended it."""
+    """The last line of standard error, or the limit that ended the program."""
     output: str
     """Standard output."""
 
 
 @functools.cache
-def isolation() -> str:
-    """Why programs cannot be shut in on this machine; empty when they can."""
+def isolation_error() -> str:
+    """Return why programs cannot be isolated on this machine; empty if they can."""
     try:
-        outcome = _started("pass", Limits(seconds=20), isolated=True)
+        outcome = _run("pass", Limits(seconds=20), isolated=True)
     except RewardError as error:
         return str(error)
     return "" if outcome.status == "passed" else outcome.message or outcome.status
 
 
 def run_program(program: str, limits: Limits, *, allow_unisolated: bool = False) -> Outcome:
-    """Run a Python program to its end, or to that of a limit.
+    """Run a Python program until it ends or exceeds a limit.
 
     Args:
-        allow_unisolated: run it also where the kernel lets nobody shut it in: it can then read, write and connect as
-            this process can, and only the limits hold.
+        program: source code.
+        allow_unisolated: run the program even if the kernel does not allow isolation: it can then read, write and
+            connect like this process, and only the limits apply.
 
     Raises:
-        RewardError: it cannot be shut in here, and nobody allowed that.
+        RewardError: the program cannot be isolated here and ``allow_unisolated`` is not set, or the sandbox fails.
     """
-    reason = isolation()
+    reason = isolation_error()
     if reason and not allow_unisolated:
         raise RewardError(
-            f"programs cannot be shut in on this machine ({reason}). Run as root, allow user namespaces (sysctl "
+            f"programs cannot be isolated on this machine ({reason}). Run as root, allow user namespaces (sysctl "
             "kernel.unprivileged_userns_clone=1, or a container with --security-opt seccomp=unconfined), or set the "
-            "scorer's option allow_unisolated=true where nothing can be harmed."
+            "reward function's option allow_unisolated=true if the programs can do no harm here."
         )
-    return _started(program, limits, isolated=not reason)
+    return _run(program, limits, isolated=not reason)
 
 
-def _started(program: str, limits: Limits, *, isolated: bool) -> Outcome:
-    word = secrets.token_hex(16)
-    order = {
+def _run(program: str, limits: Limits, *, isolated: bool) -> Outcome:
+    token = secrets.token_hex(16)
+    request = {
         "program": program,
-        "word": word,
+        "token": token,
         "isolated": isolated,
         "was_root": os.getuid() == 0,
         "limits": {**asdict(limits), "cpu_s": int(limits.seconds) + 2},
     }
     with tempfile.TemporaryDirectory(prefix="sandbox_") as folder:
-        os.chmod(folder, 0o777)  # a file system of the program's own is put in its place
-        order["folder"] = folder
+        os.chmod(folder, 0o777)  # the jail mounts the program's own file system here
+        request["folder"] = folder
         done_read, done_write = os.pipe()
-        order["done"] = done_write
+        request["done"] = done_write
         process = subprocess.Popen(
             [sys.executable, "-I", "-S", "-B", str(JAIL)] if isolated else [sys.executable, "-I", "-B", str(JAIL)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             start_new_session=True,
-            env={},  # which the program could find
+            env={},  # the program could read it
             pass_fds=(done_write,),
         )
         os.close(done_write)
         try:
-            return _watched(process, json.dumps(order).encode() + b"\n", word, done_read, limits)
+            return _watch(process, json.dumps(request).encode() + b"\n", token, done_read, limits)
         finally:
-            _end(process)
+            _kill_tree(process)
             os.close(done_read)
 
 
-def _watched(process: "subprocess.Popen[bytes]", order: bytes, word: str, done: int, limits: Limits) -> Outcome:
+def _watch(process: "subprocess.Popen[bytes]", request: bytes, token: str, done: int, limits: Limits) -> Outcome:
     assert process.stdin is not None
     assert process.stdout is not None
     assert process.stderr is not None
     deadline = time.monotonic() + limits.seconds
     streams = {process.stdout.fileno(): "output", process.stderr.fileno(): "errors", done: "done"}
-    with contextlib.suppress(BrokenPipeError):  # it has ended; its status says why
-        process.stdin.write(order)
+    with contextlib.suppress(BrokenPipeError):  # the process has ended; its status says why
+        process.stdin.write(request)
         process.stdin.close()
-    said = {name: bytearray() for name in streams.values()}
+    received = {name: bytearray() for name in streams.values()}
     while streams:
-        left = deadline - time.monotonic()
-        ready = select.select(list(streams), [], [], max(0.0, left))[0] if left > 0 else []
+        seconds_left = deadline - time.monotonic()
+        ready = select.select(list(streams), [], [], max(0.0, seconds_left))[0] if seconds_left > 0 else []
         if not ready:
-            return _outcome("timed out", f"no end within {limits.seconds:g} s", said)
+            return _outcome("timed out", f"no end within {limits.seconds:g} s", received)
         for descriptor in ready:
             chunk = os.read(descriptor, 2**16)
             if not chunk:
                 del streams[descriptor]
                 continue
-            said[streams[descriptor]] += chunk
-        if sum(map(len, said.values())) > limits.output_bytes + len(word):
-            return _outcome("failed", f"more than {limits.output_bytes} bytes of output", said)
+            received[streams[descriptor]] += chunk
+        if sum(map(len, received.values())) > limits.output_bytes + len(token):
+            return _outcome("failed", f"more than {limits.output_bytes} bytes of output", received)
         if not {"output", "errors"} & set(streams.values()):
             break
     try:
         status = process.wait(max(0.1, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:
-        return _outcome("timed out", f"no end within {limits.seconds:g} s", said)
-    said["done"] += _rest(done)
-    if status == 0 and said["done"] == BEGUN + word.encode():
-        return _outcome("passed", "", said)
-    if not said["done"].startswith(BEGUN):
-        reason = said["errors"].decode(errors="replace").strip()[-300:]
-        raise RewardError(f"the sandbox did not close: {reason or f'status {status}'}")
-    message = said["errors"].decode(errors="replace").strip().rsplit("\n", 1)[-1][:500]
+        return _outcome("timed out", f"no end within {limits.seconds:g} s", received)
+    received["done"] += _read_available(done)
+    if status == 0 and received["done"] == STARTED + token.encode():
+        return _outcome("passed", "", received)
+    if not received["done"].startswith(STARTED):
+        reason = received["errors"].decode(errors="replace").strip()[-300:]
+        raise RewardError(f"the sandbox could not be set up: {reason or f'status {status}'}")
+    message = received["errors"].decode(errors="replace").strip().rsplit("\n", 1)[-1][:500]
     if status == -signal.SIGXCPU:
-        return _outcome("timed out", "its processor time is used up", said)
+        return _outcome("timed out", "processor time limit exceeded", received)
     if status < 0:
-        return _outcome("crashed", f"ended by {signal.Signals(-status).name}", said)
-    return _outcome("failed", message or f"ended with status {status} before its end", said)
+        return _outcome("crashed", f"ended by {signal.Signals(-status).name}", received)
+    return _outcome("failed", message or f"ended with status {status} before its end", received)
 
 
-def _rest(descriptor: int) -> bytes:
-    """What is in a pipe without waiting."""
+def _read_available(descriptor: int) -> bytes:
+    """Read what is in a pipe without blocking."""
     os.set_blocking(descriptor, False)
     try:
         return os.read(descriptor, 2**10)
@@ -164,31 +165,31 @@ def _rest(descriptor: int) -> bytes:
         return b""
 
 
-def _outcome(status: Status, message: str, said: dict[str, bytearray]) -> Outcome:
-    return Outcome(status=status, message=message, output=said["output"].decode(errors="replace"))
+def _outcome(status: Status, message: str, received: dict[str, bytearray]) -> Outcome:
+    return Outcome(status=status, message=message, output=received["output"].decode(errors="replace"))
 
 
-def _end(process: "subprocess.Popen[bytes]") -> None:
-    """End it and all that it has started, also a program that has left its session."""
-    ends = []
+def _kill_tree(process: "subprocess.Popen[bytes]") -> None:
+    """Kill a process and all its descendants, including those that have left its session."""
+    pidfds = []
     for child in _children(process.pid):
-        with contextlib.suppress(OSError):  # it has ended, or the kernel does not know of these
-            ends.append(os.pidfd_open(child))
+        with contextlib.suppress(OSError):  # the child has ended, or the kernel has no pidfd
+            pidfds.append(os.pidfd_open(child))
         with contextlib.suppress(ProcessLookupError):
-            os.kill(child, signal.SIGKILL)  # the first of its namespace: the kernel ends the others
+            os.kill(child, signal.SIGKILL)  # the first process of its namespace: the kernel ends the others
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    for end in ends:
-        select.select([end], [], [])
-        os.close(end)
+    for pidfd in pidfds:
+        select.select([pidfd], [], [])
+        os.close(pidfd)
     for stream in (process.stdout, process.stderr):
         if stream is not None:
             stream.close()
 
 
 def _children(pid: int) -> list[int]:
-    """Of a process that has one thread."""
+    """Return the children of a process that has one thread."""
     with contextlib.suppress(OSError):
         return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     return []

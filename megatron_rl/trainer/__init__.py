@@ -1,1 +1,1 @@
-"""The run: read loop.py first."""
+"""Training loops and their parts. Read loop.py first."""

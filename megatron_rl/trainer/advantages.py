@@ -1,4 +1,4 @@
-"""Rewards of a step to advantages of every token."""
+"""Compute the advantage of every token from the rewards of a step."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -32,23 +32,23 @@ def compute_advantages(
     """Add ``advantages``, and with a critic ``returns``; collective if advantages are whitened.
 
     Args:
-        batch: with values if there is a critic, and with old and reference log-probabilities if the reward has a KL
-            penalty.
-        state: has the current coefficient of that penalty, where it is adaptive.
+        batch: has ``values`` if there is a critic, and old and reference log-probabilities if the reward has a KL
+            penalty or the advantage is ``distillation``.
+        state: holds the current coefficient of the KL penalty if it is adaptive.
 
     Returns:
-        the batch, and metrics over tokens, the same on the ranks that share them.
+        The batch, and metrics over its tokens with loss; they are equal on ranks that share the same sequences.
     """
     kl_coef = kl_reward_coef(state, config)
     metrics: dict[str, Reduction] = {}
     if config.advantage == "distillation":
         rows = [distillation_advantages(s.old_logprobs, s.ref_logprobs, s.loss_mask).float() for s in batch.sequences]
     elif config.uses_critic:
-        rows, returns = _of_tokens(batch.sequences, config, kl_coef)
+        rows, returns = _critic_advantages(batch.sequences, config, kl_coef)
         batch = with_rows(batch, returns=returns)
-        metrics |= _values_in_metrics(batch.sequences)
+        metrics |= _value_metrics(batch.sequences)
     else:
-        rows = _of_responses(batch, config, kl_coef)
+        rows = _response_advantages(batch, config, kl_coef)
     if kl_coef or config.advantage == "distillation":
         masks = [sequence.loss_mask for sequence in batch.sequences]
         kls = [k1(s.old_logprobs, s.ref_logprobs)[mask] for s, mask in zip(batch.sequences, masks, strict=True)]
@@ -56,23 +56,23 @@ def compute_advantages(
     if kl_coef:
         metrics["critic/kl_coef"] = Mean(kl_coef)
     if config.whiten_advantages:
-        rows = _whitened(rows, batch.sequences, parallel)
+        rows = _whiten_over_ranks(rows, batch.sequences, parallel)
     batch = with_rows(batch, advantages=rows)
-    return batch, metrics | mean_max_min("critic/advantages", _taught(batch.sequences, "advantages"))
+    return batch, metrics | mean_max_min("critic/advantages", _values_with_loss(batch.sequences, "advantages"))
 
 
 def kl_of_responses(sequences: Sequence[TrainSequence], parallel: ParallelContext) -> tuple[float, int]:
-    """Mean KL divergence (k1) of a response of the step to the reference, in nats, and their number; collective."""
+    """Mean KL divergence (k1) to the reference per response, in nats, and the number of responses; collective."""
     counted = [s for s in sequences if s.loss_mask.any()] if parallel.is_model_parallel_main else []
     total = sum(float(k1(s.old_logprobs, s.ref_logprobs)[s.loss_mask].sum()) for s in counted)
     kl, count = (sum(column) for column in zip(*gather_objects((total, len(counted)), parallel), strict=True))
     return kl / count, int(count)
 
 
-def _of_tokens(
+def _critic_advantages(
     sequences: Sequence[TrainSequence], config: AlgorithmSection, kl_coef: float
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Advantages and returns by the critic's values."""
+    """Advantages and returns of every token from the critic's values."""
     settings = GaeSettings(
         gamma=config.gamma, lam=config.gae_lambda, turn_gamma=config.turn_gamma, turn_lam=config.turn_gae_lambda
     )
@@ -80,20 +80,20 @@ def _of_tokens(
     advantages, returns = [], []
     for sequence in sequences:
         rewards = sequence.rewards - kl_coef * k1(sequence.old_logprobs, sequence.ref_logprobs)
-        found, expected = estimate(rewards, sequence.values, sequence.loss_mask, settings)
-        advantages.append(found)
-        returns.append(expected)
+        token_advantages, token_returns = estimate(rewards, sequence.values, sequence.loss_mask, settings)
+        advantages.append(token_advantages)
+        returns.append(token_returns)
     return advantages, returns
 
 
-def _of_responses(batch: TrainBatch, config: AlgorithmSection, kl_coef: float) -> list[Tensor]:
-    """For every token its sequence's advantage among all of the step, less the KL penalties to come."""
+def _response_advantages(batch: TrainBatch, config: AlgorithmSection, kl_coef: float) -> list[Tensor]:
+    """For every token, the advantage of its response minus the KL penalties from this token on."""
     settings = AdvantageSettings(
         normalize_by_std=config.normalize_by_std, epsilon=config.std_epsilon, pass_k=config.pass_k
     )
-    # siblings may sit on other ranks, so the rewards of the whole step are used
+    # siblings may be on other ranks, so this uses the rewards of the whole step
     if config.advantage == "process":
-        rows = _of_steps(batch, settings)
+        rows = _reasoning_step_advantages(batch, settings)
     else:
         function = load_symbol(config.advantage, ADVANTAGES, "algorithm.advantage")
         outcomes = function(batch.rewards - batch.baselines, batch.groups, settings)
@@ -109,21 +109,21 @@ def _of_responses(batch: TrainBatch, config: AlgorithmSection, kl_coef: float) -
     ]
 
 
-def _of_steps(batch: TrainBatch, settings: AdvantageSettings) -> list[Tensor]:
-    """For every token the advantages of the steps of its sequence that end with it or later."""
-    compared: dict[int, dict[int, float]] = {}
+def _reasoning_step_advantages(batch: TrainBatch, settings: AdvantageSettings) -> list[Tensor]:
+    """For every token, the sum of the advantages of the reasoning steps that end at it or later."""
+    advantages_of: dict[int, dict[int, float]] = {}
     for group in batch.groups.unique().tolist():
         siblings = (batch.groups == group).nonzero().flatten().tolist()
-        found = process_advantages([batch.step_rewards[index] for index in siblings], settings)
-        compared |= dict(zip(siblings, found, strict=True))
+        step_advantages = process_advantages([batch.step_rewards[index] for index in siblings], settings)
+        advantages_of |= dict(zip(siblings, step_advantages, strict=True))
     return [
-        rewards_to_go(compared.get(index, {}), sequence.loss_mask)
+        rewards_to_go(advantages_of.get(index, {}), sequence.loss_mask)
         for sequence, index in zip(batch.sequences, batch.global_index, strict=True)
     ]
 
 
-def _values_in_metrics(sequences: Sequence[TrainSequence]) -> dict[str, Reduction]:
-    values, returns = _taught(sequences, "values").double(), _taught(sequences, "returns").double()
+def _value_metrics(sequences: Sequence[TrainSequence]) -> dict[str, Reduction]:
+    values, returns = _values_with_loss(sequences, "values").double(), _values_with_loss(sequences, "returns").double()
     return {
         **mean_max_min("critic/values", values),
         **mean_max_min("critic/returns", returns),
@@ -131,17 +131,19 @@ def _values_in_metrics(sequences: Sequence[TrainSequence]) -> dict[str, Reductio
     }
 
 
-def _taught(sequences: Sequence[TrainSequence], name: str) -> Tensor:
-    """[K] of all tokens with loss."""
+def _values_with_loss(sequences: Sequence[TrainSequence], name: str) -> Tensor:
+    """[K] values of the field ``name`` at all tokens with loss."""
     return torch.cat([getattr(sequence, name)[sequence.loss_mask] for sequence in sequences])
 
 
-def _whitened(rows: Sequence[Tensor], sequences: Sequence[TrainSequence], parallel: ParallelContext) -> list[Tensor]:
-    """Whitened over the tokens with loss of all ranks; 0 where there are fewer than two."""
+def _whiten_over_ranks(
+    rows: Sequence[Tensor], sequences: Sequence[TrainSequence], parallel: ParallelContext
+) -> list[Tensor]:
+    """Whiten advantages over the tokens with loss of all ranks; all 0 if there are fewer than two such tokens."""
     values = torch.cat([row[sequence.loss_mask] for row, sequence in zip(rows, sequences, strict=True)]).double()
-    found = (values.numel(), float(values.sum()), float(values.square().sum()))
-    mine = found if parallel.is_model_parallel_main else (0, 0.0, 0.0)
-    count, total, squares = (sum(column) for column in zip(*gather_objects(mine, parallel), strict=True))
+    sums = (values.numel(), float(values.sum()), float(values.square().sum()))
+    own_sums = sums if parallel.is_model_parallel_main else (0, 0.0, 0.0)
+    count, total, squares = (sum(column) for column in zip(*gather_objects(own_sums, parallel), strict=True))
     if count < 2:
         return [torch.zeros_like(row) for row in rows]
     mean = total / count
@@ -157,7 +159,9 @@ def kl_reward_coef(state: TrainState, config: AlgorithmSection) -> float:
 def update_kl_coef(
     state: TrainState, batch: TrainBatch, config: AlgorithmSection, parallel: ParallelContext
 ) -> TrainState:
-    """Adapt that coefficient for the next step, if ``algorithm.kl_reward_target`` is set; collective then.
+    """Adapt the coefficient of the KL penalty for the next step; collective if ``algorithm.kl_reward_target`` is set.
+
+    Without a target the state stays unchanged.
 
     Source: Ziegler et al., arXiv 1909.08593 section 2.2.
     """

@@ -1,4 +1,4 @@
-"""Configuration to objects. With loop.py and train.py the only place that sees the whole RunConfig."""
+"""Build the objects of a run from its configuration."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,12 +12,12 @@ from megatron_rl.mcore.logprob_model import LogProbModel
 from megatron_rl.mcore.policy import Policy
 from megatron_rl.mcore.reference import AdapterFreeReference, HostReference
 from megatron_rl.mcore.reward_model import RewardModel
-from megatron_rl.mcore.runtime.parallel import split_again
+from megatron_rl.mcore.runtime.parallel import build_another_layout
 from megatron_rl.models import ModelSpec, read_model_spec
-from megatron_rl.planning.reference import place_of_reference
+from megatron_rl.planning.reference import reference_placement
 from megatron_rl.rewards.pool import RewardPool
 from megatron_rl.rollout.collector import Collector, CollectorLimits
-from megatron_rl.rollout.engines.base import Engine, EngineSetup, engine_place, never
+from megatron_rl.rollout.engines.base import Engine, EngineSetup, engine_place, never_interrupted
 from megatron_rl.rollout.engines.start import start_engine
 from megatron_rl.rollout.engines.supervisor import EngineSupervisor
 from megatron_rl.rollout.policy_source import PolicySource
@@ -34,45 +34,48 @@ from megatron_rl.weights.hf_files import torch_dtype
 
 
 def build_models(config: RunConfig, parallel: ParallelContext) -> RunModels:
-    """The models of a run, their weights read."""
+    """Build the models of a run and load their weights."""
     policy = Policy(config, parallel)
     reference, critic, reward_model = build_reference(config, policy), None, None
     if config.algorithm.uses_critic:
-        own = config.for_critic()
-        critic = Critic(own, split_again(own.parallel, parallel))
+        critic_config = config.for_critic()
+        critic = Critic(critic_config, build_another_layout(critic_config.parallel, parallel))
     if config.reward.model is not None:
         reward_model = RewardModel(config.for_reward_model(config.reward.model.path), parallel)
     return RunModels(policy, reference, critic, reward_model)
 
 
 def build_reward_model_scorer(config: RunConfig, inputs: Inputs, models: RunModels) -> RewardModelScorer | None:
-    """What adds a reward model's scores; None without one."""
+    """The scorer that adds a reward model's scores to the rewards; None without ``reward.model``."""
     if config.reward.model is None or models.reward_model is None:
         return None
     return RewardModelScorer(models.reward_model, config.reward.model, StepFinder(inputs.tokenizer))
 
 
 def build_reference(config: RunConfig, policy: Policy) -> Reference | None:
-    """The model that the KL divergence is taken to; None when its coefficients are 0."""
+    """The reference model (or teacher) that computes ``ref_logprobs``; None if the run needs none."""
     path = config.algorithm.reference_path or config.model.path
-    match place_of_reference(config, is_alike=read_model_spec(path) == policy.spec):
+    match reference_placement(config, is_alike=read_model_spec(path) == policy.spec):
         case "base":
             return AdapterFreeReference(policy)
         case "host":
             return HostReference(policy, path)
-        case "device":  # cannot take the policy's place
+        case "device":  # its weights cannot be swapped with the policy's
             return LogProbModel(config, policy.parallel, path)
     return None
 
 
 def build_engine(
-    config: RunConfig, policy: Policy, suite: BenchmarkSuite | None = None, is_interrupted: Callable[[], bool] = never
+    config: RunConfig,
+    policy: Policy,
+    suite: BenchmarkSuite | None = None,
+    is_interrupted: Callable[[], bool] = never_interrupted,
 ) -> Engine:
     """This rank's rollout engine; collective.
 
     Args:
-        suite: of benchmarks that it answers as well.
-        is_interrupted: asked all the time while it generates.
+        suite: benchmarks that run on this engine too; they may need longer sequences.
+        is_interrupted: polled while the engine generates; True interrupts it.
     """
     parallel, positions = policy.parallel, policy.spec.max_position_embeddings
     longest = longest_sequence(config, policy.spec)
@@ -83,7 +86,7 @@ def build_engine(
         device=parallel.device,
         dtype=torch_dtype(config.model.dtype),
         max_num_sequences=config.rollout.max_num_sequences,
-        max_model_len=longest if suite is None else max(longest, suite.longest(positions)),
+        max_model_len=longest if suite is None else max(longest, suite.max_sequence_length(positions)),
         local_rank=parallel.local_rank,
         timeout_s=config.rollout.engine_timeout_s,
         options=config.rollout.engine_options,
@@ -95,13 +98,13 @@ def build_engine(
 
 
 def longest_sequence(config: RunConfig, spec: ModelSpec) -> int:
-    """Tokens of prompt and response that an engine must be ready for."""
+    """Maximum length of prompt plus response, in tokens, that an engine must support."""
     new = max(config.rollout.max_new_tokens, config.validation.max_new_tokens or 0, config.weight_sync.probe_tokens)
     return min(max(config.data.max_prompt_tokens, PROBE_PROMPT) + new, spec.max_position_embeddings)
 
 
 def build_supervisor(config: RunConfig, engine: Engine, policy: Policy) -> EngineSupervisor:
-    """Who keeps the engines at the policy's version; collective."""
+    """The supervisor that keeps the engines alive and at the policy's version; collective."""
     return EngineSupervisor(
         engine,
         policy.parallel,
@@ -110,10 +113,10 @@ def build_supervisor(config: RunConfig, engine: Engine, policy: Policy) -> Engin
     )
 
 
-def build_collector(config: RunConfig, inputs: Inputs, keeper: EngineSupervisor, policy: Policy) -> Collector:
-    """Engine, reward workers and tokenizer together."""
+def build_collector(config: RunConfig, inputs: Inputs, supervisor: EngineSupervisor, policy: Policy) -> Collector:
+    """The collector, which generates on the engines and grades in the reward workers."""
     return Collector(
-        keeper,
+        supervisor,
         RewardPool(config.reward, reward_functions(config)),
         inputs.tokenizer,
         policy.parallel,
@@ -127,7 +130,7 @@ def build_collector(config: RunConfig, inputs: Inputs, keeper: EngineSupervisor,
 def build_rollout_source(
     config: RunConfig, inputs: Inputs, collector: Collector, parallel: ParallelContext
 ) -> RolloutSource:
-    """Where training sequences come from."""
+    """The source of the training sequences: policy, demonstrations or recorded rollouts."""
     if config.rollout.source == "demonstrations":
         return DemonstrationSource(config.rollout, inputs.curriculum, inputs.tokenizer)
     if config.rollout.replay_path is not None:
@@ -144,7 +147,7 @@ def build_rollout_source(
         inputs.curriculum,
         collector,
         params,
-        dialogue=inputs.multi_turn,
+        multi_turn=inputs.multi_turn,
         seed=config.run.seed,
         num_steps=config.run.num_steps,
         num_mini_batches=config.batching.num_mini_batches,
@@ -152,7 +155,7 @@ def build_rollout_source(
 
 
 def build_validator(config: RunConfig, inputs: Inputs, collector: Collector) -> Validator | None:
-    """Held-out evaluation; None without held-out prompts."""
+    """The evaluator of the held-out prompts; None without ``data.validation``."""
     if inputs.validation is None:
         return None
     params = SamplingParams(
@@ -166,21 +169,21 @@ def build_validator(config: RunConfig, inputs: Inputs, collector: Collector) -> 
         collector,
         inputs.validation.prompts[: config.validation.num_prompts],
         params,
-        dialogue=inputs.multi_turn,
+        multi_turn=inputs.multi_turn,
         seed=config.run.seed,
         num_samples=config.metrics.num_samples,
     )
 
 
 def build_benchmark_evaluator(
-    config: RunConfig, inputs: Inputs, keeper: EngineSupervisor, policy: Policy, note: Callable[[str], None]
+    config: RunConfig, inputs: Inputs, supervisor: EngineSupervisor, policy: Policy, note: Callable[[str], None]
 ) -> BenchmarkEvaluator | None:
-    """Benchmarks during the run; None without a suite."""
+    """The evaluator of the benchmarks during a run; None without ``benchmarks.suite``."""
     if inputs.benchmarks is None:
         return None
     positions = policy.spec.max_position_embeddings
     return BenchmarkEvaluator(
-        inputs.benchmarks, keeper, config, inputs.tokenizer, policy.parallel, note, positions=positions
+        inputs.benchmarks, supervisor, config, inputs.tokenizer, policy.parallel, note, max_positions=positions
     )
 
 

@@ -30,7 +30,7 @@ class Step:
         Args:
             number: 1 for the first step; 0 before it.
             on_phase: called with the name of every timer as it starts.
-            metrics: what an earlier process has measured of this step.
+            metrics: metrics of this step that an interrupted process has already measured.
         """
         self.number = number
         self.metrics: dict[str, Reduction] = dict(metrics or {})
@@ -41,11 +41,11 @@ class Step:
         return self._stopwatch.span(name)
 
     def log(self, metrics: Metrics) -> None:
-        """Add metrics; those with a name that is there already are replaced."""
+        """Add metrics; an existing metric of the same name is replaced."""
         self.metrics |= metrics
 
     def merge(self, metrics: Metrics) -> None:
-        """Add metrics; those with a name that is there already are reduced together."""
+        """Add metrics; an existing metric of the same name is reduced together with the new one."""
         self.metrics = merge([self.metrics, metrics])
 
     def metrics_with_timings(self) -> dict[str, Reduction]:

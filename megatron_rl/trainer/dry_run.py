@@ -1,4 +1,4 @@
-"""--dry-run: say what a configuration means, without building a model or writing a file."""
+"""--dry-run: check a configuration without building a model or writing a file."""
 
 from megatron_rl.checkpointing.resume import check_resumable
 from megatron_rl.config import RunConfig, dump_config
@@ -8,10 +8,13 @@ from megatron_rl.trainer.inputs import load_inputs
 
 
 def dry_run(config: RunConfig, resume: str, *, show: bool) -> None:
-    """Check everything that a start would check and print the resolved configuration.
+    """Run all checks of a real start that need no model.
+
+    Args:
+        show: print the resolved configuration and a summary.
 
     Raises:
-        MegatronRLError: what a start would raise.
+        MegatronRLError: as a real start would raise.
     """
     _, world_size, _ = launcher_world()
     inputs = load_inputs(config, world_size)

@@ -1,4 +1,4 @@
-"""What the models say about a batch of rollouts: log-probabilities, values and returns."""
+"""Log-probabilities, values and returns of a batch of rollouts."""
 
 from collections.abc import Sequence
 

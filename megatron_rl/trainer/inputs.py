@@ -60,7 +60,7 @@ def load_inputs(config: RunConfig, world_size: int) -> Inputs:
             check_prompts(prompts, spec, config)
     benchmarks = read_benchmark_suite(config, tokenizer)
     if benchmarks is not None:
-        benchmarks.longest(spec.max_position_embeddings)
+        benchmarks.max_sequence_length(spec.max_position_embeddings)
     return Inputs(
         tokenizer=tokenizer,
         train=train,

@@ -1,4 +1,4 @@
-"""One step's metrics from every rank to console, files and wandb."""
+"""Reduce the metrics of a step over ranks and write them to console, files and wandb."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -21,7 +21,7 @@ from megatron_rl.types import ParallelContext, TrainState
 
 
 class RunLogger:
-    """Reduces over ranks; the first rank writes."""
+    """Reduces metrics over ranks; the first rank writes them."""
 
     def __init__(
         self,
@@ -36,9 +36,9 @@ class RunLogger:
     ) -> None:
         """
         Args:
-            peak_tflops: of one rank's device, for ``perf/mfu/actor``; None: unknown.
-            keep_rollouts_every: steps between those whose rollouts are written to files; 0: none are.
-            show_rollout_every: steps between those of which one rollout is printed; 0: none is.
+            peak_tflops: peak TFLOP/s of one rank's device, for ``perf/mfu/actor``; None: unknown.
+            keep_rollouts_every: write the rollouts of every N-th step to a file; 0: never.
+            show_rollout_every: show one rollout of every N-th step on the console; 0: never.
         """
         self._console = console
         self._sinks = sinks
@@ -50,7 +50,7 @@ class RunLogger:
         self.profile_folder = folder.path / "profile"
 
     def note(self, text: str) -> None:
-        """A line for the person who watches."""
+        """Print a line on the console."""
         self._console.note(text)
 
     def step(self, step: int, metrics: Metrics) -> None:
@@ -69,7 +69,7 @@ class RunLogger:
         self._console.step(step, values)
 
     def samples(self, samples: Sequence[Sample]) -> None:
-        """Keep evaluated samples and show the first."""
+        """Append evaluated samples to the run folder and show the first on the console."""
         if not self._parallel.is_main or not samples:
             return
         self._folder.append_samples(samples)
@@ -77,10 +77,10 @@ class RunLogger:
         self._console.sample(first.step, first.prompt, first.response, first.reward)
 
     def rollouts(self, step: int, rollouts: RolloutBatch) -> None:
-        """Print the notes of a step's rollouts; keep and show rollouts where it is their turn; collective.
+        """Print the notes of a step's rollouts; write and show the rollouts if they are due; collective.
 
         Raises:
-            DataError: on every rank, when they cannot be written.
+            DataError: on every rank, if the rollouts cannot be written.
         """
         for note in rollouts.notes:
             self.note(f"step {step}: {note}")
@@ -94,14 +94,14 @@ class RunLogger:
             self._console.sample(step, group.prompt.text, rollout.text, rollout.reward)
 
     def close(self) -> None:
-        """Finish the console and flush every sink."""
+        """Close the console and every sink."""
         self._console.close()
         for sink in self._sinks:
             sink.close()
 
 
 def device_peak(config: RunConfig, parallel: ParallelContext) -> float | None:
-    """What one rank's device could do in TFLOP/s, when it is known."""
+    """Peak TFLOP/s of one rank's device; None if unknown."""
     if config.profiling.peak_tflops is not None or parallel.device.type != "cuda":
         return config.profiling.peak_tflops
     return peak_tflops(torch.cuda.get_device_name(parallel.device))
@@ -118,11 +118,11 @@ def build_log(
     """Console and metric sinks; silent and empty on every rank but the first.
 
     Args:
-        unlogged: the metrics of the state's step are still to come.
+        unlogged: whether the metrics of the state's step are still to be written.
     """
     if not parallel.is_main:
         return SilentConsole(), []
-    # a beginning writes step 0 itself, whatever an earlier attempt left
+    # a new run writes step 0 itself and discards what an earlier attempt has written
     kept = state.step - unlogged if state.step else -1
     sinks: list[Sink] = [JsonlSink(folder.metrics, kept)]
     if config.metrics.tensorboard:

@@ -1,4 +1,4 @@
-"""What holds how much memory of a rank, phase by phase."""
+"""Memory that models and engine hold on a rank, per phase of a step."""
 
 import resource
 from collections.abc import Mapping
@@ -14,15 +14,15 @@ Phase = Literal["push", "generation", "update"]
 
 
 class MemoryTracker:
-    """Looks at the holders once in each phase of a step."""
+    """Records how much memory each model and the engine hold, once per phase of a step."""
 
     def __init__(self, models: RunModels, engine: Engine) -> None:
         self._models = models
         self._engine = engine
-        self._seen: dict[Phase, dict[str, int]] = {}
+        self._recorded: dict[Phase, dict[str, int]] = {}
 
     def record(self, phase: Phase) -> None:
-        """Note what is held now."""
+        """Record the bytes that are held now as those of ``phase``."""
         models = {
             f"{name}_{part}": size
             for name, learner in self._models.learners.items()
@@ -31,34 +31,36 @@ class MemoryTracker:
         if self._models.reward_model is not None:
             models["reward_model_params"] = self._models.reward_model.num_bytes
         engine = {f"engine_{part}": size for part, size in self._engine.memory().items()}
-        self._seen[phase] = {**models, **engine, "rank": _held_by_rank(self._models.policy.parallel.device)}
+        self._recorded[phase] = {**models, **engine, "rank": _held_by_rank(self._models.policy.parallel.device)}
 
     def metrics(self) -> dict[str, Reduction]:
-        """memory/PHASE/HOLDER_mb: of the rank that holds most."""
+        """``memory/<phase>/<holder>_mb``: the maximum over ranks, in MB."""
         return {
             f"memory/{phase}/{holder}_mb": Max(size / 1e6)
-            for phase, holders in self._seen.items()
+            for phase, holders in self._recorded.items()
             for holder, size in holders.items()
         }
 
     def table(self) -> str:
-        """This rank's, in MB, for people."""
-        if not self._seen:
+        """Table of this rank's memory in MB, for the console; empty if nothing has been recorded."""
+        if not self._recorded:
             return ""
-        phases = list(self._seen)
-        holders = list(dict.fromkeys(holder for seen in self._seen.values() for holder in seen))
+        phases = list(self._recorded)
+        holders = list(dict.fromkeys(holder for recorded in self._recorded.values() for holder in recorded))
         width = max(map(len, holders))
         lines = [f"{'memory of a rank, MB':<{width}} " + " ".join(f"{phase:>10}" for phase in phases)]
-        lines += [f"{holder:<{width}} {_row(self._seen, phases, holder)}" for holder in holders]
+        lines += [f"{holder:<{width}} {_row(self._recorded, phases, holder)}" for holder in holders]
         return "\n".join(lines)
 
 
-def _row(seen: Mapping[Phase, Mapping[str, int]], phases: list[Phase], holder: str) -> str:
-    return " ".join(f"{seen[phase][holder] / 1e6:10.1f}" if holder in seen[phase] else " " * 10 for phase in phases)
+def _row(recorded: Mapping[Phase, Mapping[str, int]], phases: list[Phase], holder: str) -> str:
+    return " ".join(
+        f"{recorded[phase][holder] / 1e6:10.1f}" if holder in recorded[phase] else " " * 10 for phase in phases
+    )
 
 
 def _held_by_rank(device: torch.device) -> int:
-    """Bytes that torch has from the device; on the host those that the process has in memory."""
+    """Bytes that torch has reserved on the device; on CPU, the resident memory of the process."""
     if device.type == "cuda":
         return torch.cuda.memory_reserved(device)
     with open("/proc/self/statm") as file:

@@ -1,4 +1,4 @@
-"""Metrics of a step's rollouts and of the batch that they became."""
+"""Metrics of a step's rollouts and of the batch built from them."""
 
 from collections.abc import Sequence
 
@@ -16,10 +16,10 @@ from megatron_rl.types import ParallelContext, RolloutGroup, TrainBatch, UpdateP
 def rollout_metrics(
     rollouts: RolloutBatch, version: int, *, has_rewards: bool, parallel: ParallelContext
 ) -> dict[str, Reduction]:
-    """Metrics of a step's rollouts; every rank knows them, the first one counts them.
+    """Metrics of a step's rollouts, on the first rank; empty on the others, which hold the same rollouts.
 
     Args:
-        version: of the policy that is about to be updated.
+        version: version of the policy that is about to be updated.
     """
     if not parallel.is_main:
         return {}
@@ -34,7 +34,7 @@ def rollout_metrics(
 
 
 def batch_metrics(batch: TrainBatch, spec: ModelSpec, parallel: ParallelContext) -> dict[str, Reduction]:
-    """Cost and balance of the updates of a batch; counted by the first rank."""
+    """Cost and balance of the updates of a batch, on the first rank; empty on the others."""
     if not parallel.is_main:
         return {}
     return {
@@ -45,7 +45,7 @@ def batch_metrics(batch: TrainBatch, spec: ModelSpec, parallel: ParallelContext)
 
 
 def update_flops(spec: ModelSpec, update: UpdatePlan) -> float:
-    """Operations of an optimizer update over all ranks: forward, and twice as many backward."""
+    """FLOPs of an optimizer update over all ranks: the forward pass, and twice as many for the backward pass."""
     forward = forward_flops(
         spec,
         num_tokens=update.num_processed_tokens,
@@ -56,10 +56,10 @@ def update_flops(spec: ModelSpec, update: UpdatePlan) -> float:
 
 
 def staleness_metrics(groups: Sequence[RolloutGroup], version: int) -> dict[str, Reduction]:
-    """How many versions the policy that learns is ahead of those that sampled, over all sampled tokens.
+    """Number of versions by which the current policy is ahead of the one that sampled, over all sampled tokens.
 
     Args:
-        version: of the policy that learns.
+        version: version of the current policy.
     """
     sampled = [rollout.policy_versions[rollout.loss_mask] for group in groups for rollout in group.rollouts]
     return mean_max_min("rollout/staleness", (version - torch.cat(sampled)).float())
@@ -79,11 +79,11 @@ def length_metrics(groups: Sequence[RolloutGroup]) -> dict[str, Reduction]:
 def reward_metrics(
     groups: Sequence[RolloutGroup], rewards: torch.Tensor, group_of: torch.Tensor
 ) -> dict[str, Reduction]:
-    """Rewards in sum and by function, failures, and groups that teach nothing.
+    """Total rewards, rewards per function, failures, and groups with zero reward std.
 
     Args:
-        rewards: [N] float32, NaN where failed.
-        group_of: [N] int64.
+        rewards: [N] float32, NaN where the reward failed.
+        group_of: [N] int64, group of each rollout.
     """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     valid = rewards[~rewards.isnan()]

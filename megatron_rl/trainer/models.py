@@ -17,25 +17,25 @@ Reference = HostReference | LogProbModel | AdapterFreeReference
 
 @dataclass(frozen=True)
 class RunModels:
-    """Those that learn, and those that do not."""
+    """The models of an RL run, trained and frozen."""
 
     policy: Policy
     reference: Reference | None
-    """To which the KL divergence is taken; None where none is."""
+    """Reference (or teacher) that computes ``ref_logprobs``; None if the run needs none."""
     critic: Critic | None
-    """None where the advantages need no values."""
+    """None if the advantages need no values."""
     reward_model: RewardModel | None
-    """Whose scores are added to the rewards; None where rules say all."""
+    """Its scores are added to the rewards; None if all rewards come from reward functions."""
 
     @property
     def learners(self) -> Mapping[str, Learner]:
-        found = {"policy": self.policy.learner}
-        return found if self.critic is None else {**found, "critic": self.critic.learner}
+        learners = {"policy": self.policy.learner}
+        return learners if self.critic is None else {**learners, "critic": self.critic.learner}
 
     @property
     def exports(self) -> Mapping[str, Export]:
-        found = {"hf": Export(self.policy, None)}
-        return found if self.critic is None else {**found, "hf_critic": value_export(self.critic)}
+        exports = {"hf": Export(self.policy, None)}
+        return exports if self.critic is None else {**exports, "hf_critic": value_export(self.critic)}
 
     @property
     def adapters(self) -> LoraAdapters | None:
@@ -44,7 +44,7 @@ class RunModels:
 
 @dataclass(frozen=True)
 class RewardTrainingModels:
-    """The one that learns to reward."""
+    """The model of a reward model training, with its learner."""
 
     reward_model: RewardModel
     learner: Learner

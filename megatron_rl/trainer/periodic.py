@@ -24,11 +24,11 @@ def evaluate_if_due(trainer: Trainer, state: TrainState, step: Step) -> None:
         if trainer.benchmarks is not None and are_benchmarks_due(trainer, state.step):
             with step.timer("benchmarks"), policy_in_engine(trainer, state, step):
                 step.log(trainer.benchmarks.evaluate(state.step))
-    trainer.log.samples(samples)  # once, also where the benchmarks are interrupted and all of it is repeated
+    trainer.log.samples(samples)  # last: logged once even if interrupted benchmarks repeat all of it
 
 
 def validate(trainer: Trainer, validator: Validator, state: TrainState, step: Step) -> Sequence[Sample]:
-    """Generate and grade the held-out prompts; a few samples."""
+    """Generate and grade the held-out prompts; return a few samples."""
     with step.timer("testing"), policy_in_engine(trainer, state, step) as pushed:
         metrics, samples = validator.validate(state.step)
     step.merge(pushed | metrics)
@@ -67,9 +67,9 @@ def load_reference(reference: Reference | None, path: str | None, parallel: Para
 
 
 def save_if_due(trainer: Trainer, state: TrainState, step: Step) -> None:
-    """Save a checkpoint every ``checkpoint.every`` steps and after the last; runs that only sample have none."""
+    """Save a checkpoint every ``checkpoint.every`` steps and after the last, except in rollout-only runs."""
     run = trainer.config.run
-    trainer.checkpoints.finish_if_written()  # one that was written in the background
+    trainer.checkpoints.finish_if_written()  # a checkpoint that was written in the background
     if not run.rollout_only and is_due(trainer.config.checkpoint.every, state.step, run.num_steps):
         with step.timer("save_checkpoint"):
             trainer.checkpoints.save(state, trainer.models, trainer.rollouts.in_flight())
@@ -99,7 +99,9 @@ def checkpoint_if_stopped(trainer: Trainer, state: TrainState, unlogged: Metrics
 def save_on_stop(trainer: Trainer, state: TrainState, unlogged: Metrics | None = None, *, again: bool = False) -> None:
     """Save without exports, as time is short, and tell the user how to continue."""
     path = save_and_finish(trainer, state, unlogged, again=again)
-    trainer.log.note(f"stopped as asked after step {state.step}; saved {path}. Start the same command again to go on.")
+    trainer.log.note(
+        f"stopped on request after step {state.step}; saved {path}. Start the same command again to continue."
+    )
 
 
 def save_and_finish(trainer: Trainer, state: TrainState, unlogged: Metrics | None, *, again: bool = False) -> str:

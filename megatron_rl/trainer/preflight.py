@@ -1,4 +1,4 @@
-"""Every check that needs no weights in memory, before anything is built."""
+"""Checks that need no weights in memory and run before anything is built."""
 
 from collections.abc import Sequence
 
@@ -21,14 +21,14 @@ from megatron_rl.mcore.optimizer import check_optimizer
 from megatron_rl.mcore.reward_model import check_scores
 from megatron_rl.models import ModelSpec, read_model_spec
 from megatron_rl.models.engine_shards import check_engine_size
-from megatron_rl.models.lora import ATTENTION_TARGETS, adapted_matrices, lora_table
+from megatron_rl.models.lora import ATTENTION_TARGETS, adaptable_matrices, lora_table
 from megatron_rl.rewards.registry import build_grader
 from megatron_rl.weights.layout import hf_shapes
 from megatron_rl.weights.peft_files import PeftReader
 
 
 def check_models(config: RunConfig) -> ModelSpec:
-    """Check the models of a run against its layout, precision and engine; the policy's spec.
+    """Check the models of a run against its layout, precision and engine; return the policy's spec.
 
     Raises:
         ConfigError, ConversionError: a model's files are missing or do not fit the configuration.
@@ -49,9 +49,9 @@ def check_models(config: RunConfig) -> ModelSpec:
     if config.algorithm.uses_critic:
         check_value_model(config.for_critic(), config.model.path, implementation, "critic.path")
     if config.reward.model is not None:
-        own = config.for_reward_model(config.reward.model.path)
-        check_value_model(own, config.model.path, implementation, "reward.model.path")
-        check_scores(own.model.path)
+        reward_config = config.for_reward_model(config.reward.model.path)
+        check_value_model(reward_config, config.model.path, implementation, "reward.model.path")
+        check_scores(reward_config.model.path)
     return spec
 
 
@@ -59,7 +59,7 @@ def check_plugins(config: RunConfig) -> None:
     """Check that every named reward, loss and advantage function exists and takes its options.
 
     Raises:
-        ConfigError: one does not.
+        ConfigError: a function does not exist or does not take its options.
     """
     for functions in reward_functions(config).values():
         build_grader(functions)
@@ -74,19 +74,19 @@ def check_plugins(config: RunConfig) -> None:
 
 
 def reward_functions(config: RunConfig) -> dict[str, Sequence[RewardFunctionSection]]:
-    """Reward functions of training and of validation."""
+    """Reward functions under the keys ``train`` and ``validation``."""
     return {"train": config.reward.functions, "validation": config.validation.functions or config.reward.functions}
 
 
 def check_reference(config: RunConfig, path: str, spec: ModelSpec, implementation: Implementation) -> None:
-    """Check a reference model with weights of its own.
+    """Check a reference model that has its own weights.
 
     Args:
-        path: its folder.
-        spec: of the policy.
+        path: folder of the reference model.
+        spec: spec of the policy.
 
     Raises:
-        ConfigError, ConversionError: it cannot be the reference.
+        ConfigError, ConversionError: the model cannot be the reference of this policy.
     """
     reference = read_model_spec(path)
     transformer_config(reference, config, implementation)
@@ -94,21 +94,22 @@ def check_reference(config: RunConfig, path: str, spec: ModelSpec, implementatio
     if config.algorithm.reference_reset_every and reference != spec:
         raise ConfigError(
             f"algorithm.reference_reset_every={config.algorithm.reference_reset_every}, but the model of "
-            f"algorithm.reference_path={path} is not of the policy's architecture and cannot take its weights. "
-            "Set it to 0, or use a reference of the same architecture."
+            f"algorithm.reference_path={path} does not have the policy's architecture and cannot load its weights. "
+            "Set algorithm.reference_reset_every=0, or use a reference of the same architecture."
         )
     if reference.vocab_size != spec.vocab_size:
         raise ConfigError(
-            f"algorithm.reference_path={path} has {reference.vocab_size} tokens, the policy {spec.vocab_size}. "
+            f"algorithm.reference_path={path} has a vocabulary of {reference.vocab_size} tokens, the policy of "
+            f"{spec.vocab_size}. "
             "The reference must share the policy's tokenizer."
         )
 
 
 def check_lora(config: LoraSection, spec: ModelSpec, tp_size: int) -> None:
-    """Check that the adapters fit the model.
+    """Check that the LoRA adapters fit the model.
 
     Raises:
-        ConfigError, ConversionError: they do not.
+        ConfigError, ConversionError: the adapters do not fit the model.
     """
     if not config.rank:
         return
@@ -117,17 +118,17 @@ def check_lora(config: LoraSection, spec: ModelSpec, tp_size: int) -> None:
             f"lora.quantize={config.quantize}: the experts of {spec.family}, nearly all of its weights, would not be "
             "quantised. Set lora.quantize=none."
         )
-    for name, one in adapted_matrices(spec).items():
-        columns = one.columns // (1 if one.splits_rows else tp_size)
+    for name, matrix in adaptable_matrices(spec).items():
+        columns = matrix.columns // (1 if matrix.splits_rows else tp_size)
         if config.quantize != "none" and columns % BLOCK:
             raise ConfigError(
-                f"lora.quantize={config.quantize}: {name} has {columns} columns on each rank, which do not divide by "
-                f"{BLOCK}, those that share a scale. Lower parallel.tensor_parallel_size, or set lora.quantize=none."
+                f"lora.quantize={config.quantize}: {name} has {columns} columns on each rank, not a multiple of the "
+                f"{BLOCK} that share a scale. Lower parallel.tensor_parallel_size, or set lora.quantize=none."
             )
-    unknown = [target for target in config.targets if target not in adapted_matrices(spec)]
+    unknown = [target for target in config.targets if target not in adaptable_matrices(spec)]
     if unknown:
         raise ConfigError(
-            f"lora.targets={config.targets}: adapters beside the experts of {spec.family} are not supported. "
+            f"lora.targets={config.targets}: adapters on the experts of {spec.family} are not supported. "
             f"Set lora.targets=[{','.join(ATTENTION_TARGETS)}]."
         )
     if config.path is not None:
@@ -139,27 +140,27 @@ def check_value_model(config: RunConfig, policy: str, implementation: Implementa
     """Check a model with a value head: a critic or a reward model.
 
     Args:
-        config: with this model in the policy's place.
+        config: configuration with this model in the policy's place.
         policy: folder of the policy.
-        key: configuration key of its folder, for messages.
+        key: configuration key of this model's folder, for messages.
 
     Raises:
-        ConfigError, ConversionError: it cannot be used with this policy.
+        ConfigError, ConversionError: the model cannot be used with this policy.
     """
-    spec, theirs, path = read_model_spec(config.model.path), read_model_spec(policy), config.model.path
+    spec, policy_spec, path = read_model_spec(config.model.path), read_model_spec(policy), config.model.path
     transformer_config(spec, config, implementation)
     check_optimizer(config)
     check_weights(spec, path, "value")
     vocabulary = load_tokenizer(policy).get_vocab()
     if max(vocabulary.values()) >= spec.vocab_size or load_tokenizer(path).get_vocab() != vocabulary:
         raise ConfigError(
-            f"{key}={path} has {spec.vocab_size} tokens, the policy {theirs.vocab_size}, and other ones. "
+            f"{key}={path} has {spec.vocab_size} tokens that differ from the policy's {policy_spec.vocab_size}. "
             "It must share the policy's tokenizer."
         )
-    if spec.max_position_embeddings < theirs.max_position_embeddings:
+    if spec.max_position_embeddings < policy_spec.max_position_embeddings:
         raise ConfigError(
             f"{key}={path} has {spec.max_position_embeddings} positions, fewer than the policy's "
-            f"{theirs.max_position_embeddings}. Choose a model that can read all that the policy can write."
+            f"{policy_spec.max_position_embeddings}. Choose a model with at least as many positions as the policy."
         )
 
 
@@ -167,7 +168,8 @@ def check_prompts(prompts: PromptSet, spec: ModelSpec, config: RunConfig) -> Non
     """Check that prompts and responses fit the model's positions and vocabulary.
 
     Raises:
-        ConfigError, DataError: they do not.
+        ConfigError: prompt and response are longer than the model's positions.
+        DataError: a token id is outside of the model's vocabulary.
     """
     longest = max(prompt.token_ids.numel() for prompt in prompts.prompts)
     new = max(config.rollout.max_new_tokens, config.validation.max_new_tokens or 0)
@@ -179,6 +181,6 @@ def check_prompts(prompts: PromptSet, spec: ModelSpec, config: RunConfig) -> Non
     largest = max(int(prompt.token_ids.max()) for prompt in prompts.prompts)
     if largest >= spec.vocab_size:
         raise DataError(
-            f"the tokenizer gives token id {largest}, the model has {spec.vocab_size} tokens. "
-            "Tokenizer and model do not belong together."
+            f"the tokenizer produces token id {largest}, but the model has {spec.vocab_size} tokens. "
+            "Use the tokenizer of this model."
         )

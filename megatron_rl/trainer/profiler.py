@@ -1,4 +1,4 @@
-"""A closer look at single steps: a timeline, a table of operations, a memory snapshot."""
+"""Profile single steps: a timeline, a table of operations, a memory snapshot."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ ROWS = 40
 
 @contextmanager
 def profiled(config: ProfilingSection, folder: Path, step: int, parallel: ParallelContext) -> Iterator[None]:
-    """Watch the body when this step and rank are chosen, and write into ``folder``:
+    """Profile the body if this step and rank are selected, and write into ``folder``:
 
     step_N_rank_R.json, a timeline for chrome://tracing or Perfetto that shows the spans of the step;
     step_N_rank_R.txt, the operations that took longest; step_N_rank_R_memory.pickle, every allocation,
@@ -30,11 +30,11 @@ def profiled(config: ProfilingSection, folder: Path, step: int, parallel: Parall
     if config.memory_snapshot:
         torch.cuda.memory._record_memory_history()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
-    with profile(activities=activities, profile_memory=True) as found:
+    with profile(activities=activities, profile_memory=True) as profiler:
         yield
-    found.export_chrome_trace(f"{name}.json")
+    profiler.export_chrome_trace(f"{name}.json")
     order = "self_cuda_time_total" if cuda else "self_cpu_time_total"
-    Path(f"{name}.txt").write_text(found.key_averages().table(sort_by=order, row_limit=ROWS))
+    Path(f"{name}.txt").write_text(profiler.key_averages().table(sort_by=order, row_limit=ROWS))
     if config.memory_snapshot:
         torch.cuda.memory._dump_snapshot(f"{name}_memory.pickle")
         torch.cuda.memory._record_memory_history(enabled=None)

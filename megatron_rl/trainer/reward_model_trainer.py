@@ -1,4 +1,4 @@
-"""Training of a reward model. Every rank executes these same lines."""
+"""Training loop of a reward model. Every rank runs these same lines."""
 
 from collections.abc import Sequence
 from contextlib import closing
@@ -23,7 +23,7 @@ from megatron_rl.mcore.model.config import transformer_config
 from megatron_rl.mcore.model.gpt_model import check_weights
 from megatron_rl.mcore.model.precision import choose_implementation
 from megatron_rl.mcore.optimizer import check_optimizer
-from megatron_rl.mcore.reward_model import LOSS, RewardModel, reads_binary_loss, reads_pairwise_loss
+from megatron_rl.mcore.reward_model import LOSS, RewardModel, pairwise_loss_reader, read_binary_loss
 from megatron_rl.mcore.runtime.parallel import describe_layout, init_parallel, launcher_world, leave_world
 from megatron_rl.metrics.metric import Mean, Reduction, merge
 from megatron_rl.metrics.timing import Stopwatch
@@ -36,7 +36,7 @@ from megatron_rl.types import ParallelContext, TrainSequence, TrainState
 
 
 class RewardInputs:
-    """What the training reads. Reading it checks everything that needs no model."""
+    """The data that a training reads; the constructor also runs all checks that need no model."""
 
     def __init__(self, config: RewardTrainingConfig, world_size: int) -> None:
         """
@@ -50,8 +50,8 @@ class RewardInputs:
         check_weights(spec, config.model.path, "value")
         if config.data.max_tokens + 1 > spec.max_position_embeddings:
             raise ConfigError(
-                f"data.max_tokens={config.data.max_tokens} and one more is above the model's "
-                f"{spec.max_position_embeddings} positions. Lower it."
+                f"data.max_tokens={config.data.max_tokens} needs {config.data.max_tokens + 1} positions, but the model "
+                f"has {spec.max_position_embeddings}. Lower data.max_tokens."
             )
         tokenizer = load_tokenizer(config.model.path)
         self.train = load_reward_dataset(config.data.train, config.data, tokenizer)
@@ -60,20 +60,23 @@ class RewardInputs:
             self.validation = load_reward_dataset(config.data.validation, config.data, tokenizer)
 
     def describe(self) -> str:
-        """How many examples there are."""
+        """Numbers of training and held-out examples, for the console."""
         held_out = self.validation or RewardDataset(examples=[], num_overlong=0)
         return ", ".join(
-            f"{len(found.examples)} {name} examples ({found.num_overlong} over-long and {found.num_unreadable} "
+            f"{len(dataset.examples)} {name} examples ({dataset.num_overlong} over-long and {dataset.num_unreadable} "
             "unreadable ones dropped)"
-            for name, found in (("training", self.train), ("held-out", held_out))
+            for name, dataset in (("training", self.train), ("held-out", held_out))
         )
 
 
 def dry_run(config: RewardTrainingConfig, resume: str, *, show: bool) -> None:
-    """Check everything that a start would check and print the resolved configuration.
+    """Run all checks of a real start that need no model.
+
+    Args:
+        show: print the resolved configuration and a summary.
 
     Raises:
-        MegatronRLError: what a start would raise.
+        MegatronRLError: as a real start would raise.
     """
     _, world_size, _ = launcher_world()
     inputs, folder = RewardInputs(config, world_size), RunFolder(config.run.output_dir)
@@ -88,10 +91,13 @@ def dry_run(config: RewardTrainingConfig, resume: str, *, show: bool) -> None:
 
 
 def run(config: RewardTrainingConfig, resume: str) -> bool:
-    """Train a reward model, from the beginning or a checkpoint.
+    """Train a reward model, from the beginning or from a checkpoint.
 
     Args:
         resume: "auto", "never" or the path of a checkpoint.
+
+    Returns:
+        Whether a scheduler has interrupted the run, so that it should be requeued.
 
     Raises:
         MegatronRLError: on every rank; what is wrong and what to change.
@@ -99,14 +105,14 @@ def run(config: RewardTrainingConfig, resume: str) -> bool:
     _, world_size, _ = launcher_world()
     validate_reward_training(config, world_size)
     try:
-        return run_in(config, resume, init_parallel(config.parallel))
+        return run_in_world(config, resume, init_parallel(config.parallel))
     finally:
         leave_world()
 
 
-def run_in(config: RewardTrainingConfig, resume: str, parallel: ParallelContext) -> bool:
-    """``run`` in a world that is joined already."""
-    stop = StopRequest(parallel)  # so early that what is asked while the model is built is heard
+def run_in_world(config: RewardTrainingConfig, resume: str, parallel: ParallelContext) -> bool:
+    """``run`` for a rank that has joined the world already."""
+    stop = StopRequest(parallel)  # first: receives signals while the model is built
     with raise_together(parallel):
         inputs = RewardInputs(config, parallel.world_size)
         folder = RunFolder(config.run.output_dir)
@@ -125,7 +131,7 @@ def run_in(config: RewardTrainingConfig, resume: str, parallel: ParallelContext)
             log.note(note)
         resumed = f", resumed from {checkpoint.name}" if checkpoint else ""
         log.note(
-            f"{config.run.name}: {config.model.path} in {config.model.dtype} learns to reward ({config.data.schema}), "
+            f"{config.run.name}: reward model {config.model.path} in {config.model.dtype} ({config.data.schema}), "
             f"{describe_layout(parallel)}, {config.run.num_steps} steps of {config.data.num_examples_per_step} examples"
             f"{resumed}\n{inputs.describe()}"
         )
@@ -141,18 +147,22 @@ def train(
     log: RunLogger,
     stop: StopRequest,
 ) -> bool:
-    """Step after step until the last, or until a signal asks to stop; whether to start again, as of ``setup.run``."""
+    """Run steps until the last one, or until a stop is requested.
+
+    Returns:
+        Whether a scheduler has interrupted the run, so that it should be requeued.
+    """
     model = models.reward_model
-    read = reads_pairwise_loss(model.parallel.groups.cp) if config.data.schema == "pairwise" else reads_binary_loss
+    read_loss = pairwise_loss_reader(model.parallel.groups.cp) if config.data.schema == "pairwise" else read_binary_loss
     order = Order(inputs.train.examples, shuffle=config.data.shuffle, seed=config.run.seed)
     if state.step == 0:
         log.step(0, evaluate(inputs.validation, model, log, 0))
     while state.step < config.run.num_steps and not stop.requested():
-        watch, step = Stopwatch(), state.step + 1
+        stopwatch, step = Stopwatch(), state.step + 1
         examples = order.take(state.num_prompts_consumed, config.data.num_examples_per_step)
-        with watch.span("update_reward_model"), models.learner.several_updates():
+        with stopwatch.span("update_reward_model"), models.learner.overlapped_param_gather():
             batches = model.micro_batches([as_sequences(example) for example in examples])
-            metrics = models.learner.update(batches, read, name="reward_model", loss=LOSS)
+            metrics = models.learner.update(batches, read_loss, name="reward_model", loss=LOSS)
         state = replace(
             state,
             step=step,
@@ -160,33 +170,33 @@ def train(
             num_updates=state.num_updates + 1,
         )
         if is_due(config.validation.every, step, config.run.num_steps):
-            with watch.span("testing"):
+            with stopwatch.span("testing"):
                 metrics = merge([metrics, evaluate(inputs.validation, model, log, step)])
         checkpoints.finish_if_written()
         if is_due(config.checkpoint.every, step, config.run.num_steps):
-            with watch.span("save_checkpoint"):
+            with stopwatch.span("save_checkpoint"):
                 checkpoints.save(state, models)
-        log.step(step, metrics | watch.metrics())
+        log.step(step, metrics | stopwatch.metrics())
     checkpoints.finish()
     if state.step < config.run.num_steps:
         path = checkpoints.save(state, models, exports=False)
         checkpoints.finish()
-        log.note(f"stopped as asked after step {state.step}; saved {path}. Start the same command again to go on.")
+        log.note(f"stopped on request after step {state.step}; saved {path}. Start the same command again to continue.")
         return stop.should_requeue()
     return False
 
 
 def as_sequences(example: Example) -> list[TrainSequence]:
-    """What the model reads of an example."""
-    return [labelled_sequence(judged.token_ids, judged.ends, judged.labels) for judged in example]
+    """The training sequences of an example, one per response."""
+    return [labelled_sequence(response.token_ids, response.ends, response.labels) for response in example]
 
 
 def evaluate(held_out: RewardDataset | None, model: RewardModel, log: RunLogger, step: int) -> dict[str, Reduction]:
-    """``val/…`` metrics, counted once; empty without held-out examples; collective."""
+    """``val/…`` metrics on the first rank, empty on the others and without held-out examples; collective."""
     if held_out is None:
         return {}
-    judged = [one for example in held_out.examples for one in example]
-    scores = model.scores([labelled_sequence(one.token_ids, one.ends) for one in judged])
+    responses = [response for example in held_out.examples for response in example]
+    scores = model.scores([labelled_sequence(response.token_ids, response.ends) for response in responses])
     metrics = held_out_metrics(held_out.examples, scores)
     shown = ", ".join(f"{name.removeprefix('val/')} {metric.result():.4g}" for name, metric in metrics.items())
     log.note(f"held out, step {step}: {shown}")
@@ -194,10 +204,10 @@ def evaluate(held_out: RewardDataset | None, model: RewardModel, log: RunLogger,
 
 
 def held_out_metrics(examples: Sequence[Example], scores: Sequence[torch.Tensor]) -> dict[str, Mean]:
-    """How often a model is right about examples, and its loss.
+    """Accuracy and loss of a reward model on held-out examples.
 
     Args:
-        scores: of every sequence of the examples in their order, [judged tokens] each.
+        scores: scores of every response of the examples, in order; [number of labels] each.
     """
     if len(examples[0]) == 2:
         chosen, rejected = torch.cat(list(scores)).unflatten(0, (-1, 2)).unbind(1)
@@ -206,15 +216,15 @@ def held_out_metrics(examples: Sequence[Example], scores: Sequence[torch.Tensor]
             "val/accuracy": _mean((chosen > rejected).float()),
             "val/loss": _mean(pairwise_loss(chosen, rejected, margins)),
         }
-    found = torch.cat(list(scores))
-    labels = torch.tensor([label for (judged,) in examples for label in judged.labels])
+    all_scores = torch.cat(list(scores))
+    labels = torch.tensor([label for (response,) in examples for label in response.labels])
     is_right = labels > 0.5
-    agreed = ((found > 0) == is_right).float()
+    agreed = ((all_scores > 0) == is_right).float()
     return {
         "val/accuracy": _mean(agreed),
         "val/accuracy_of_right": _mean(agreed[is_right]),
         "val/accuracy_of_wrong": _mean(agreed[~is_right]),
-        "val/loss": _mean(binary_loss(found, labels)),
+        "val/loss": _mean(binary_loss(all_scores, labels)),
     }
 
 

@@ -1,4 +1,4 @@
-"""What a reward model adds to the rewards of a step."""
+"""Add the scores of a reward model to the rewards of a step."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -21,34 +21,34 @@ PART = "reward_model"
 
 
 class StepFinder:
-    """Finds where the steps of a response end among its tokens."""
+    """Finds the tokens at which the reasoning steps of a response end."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._texts: dict[int, str] = {}
         self._before = tokenizer.encode("a", add_special_tokens=False)
 
-    def judged_places(self, rollout: Rollout, separator: str | None) -> list[int]:
-        """Tokens of the sequence at which a reward model is asked; without a separator only the last one sampled."""
+    def scored_positions(self, rollout: Rollout, separator: str | None) -> list[int]:
+        """Indices of the tokens to score: the end of each step, or the last sampled token without a separator."""
         sampled = (rollout.policy_versions >= 0).nonzero().flatten().tolist()
         if separator is None:
             return sampled[-1:]
-        texts = [self._text(int(rollout.token_ids[place])) for place in sampled]
+        texts = [self._text(int(rollout.token_ids[position])) for position in sampled]
         return [sampled[end] for end in step_ends(texts, separator)]
 
     def _text(self, token_id: int) -> str:
-        """Behind another token: some tokenizers drop the space before the first one of a text."""
+        """Text of a token after another one: some tokenizers drop the space before the first token of a text."""
         if token_id not in self._texts:
-            both, first = (
+            pair, prefix = (
                 self._tokenizer.decode(ids, skip_special_tokens=True)
                 for ids in ([*self._before, token_id], self._before)
             )
-            self._texts[token_id] = both[len(first) :]
+            self._texts[token_id] = pair[len(prefix) :]
         return self._texts[token_id]
 
 
 class RewardModelScorer:
-    """Adds a reward model's scores to what rules have found."""
+    """Adds a reward model's scores to the rewards of the reward functions."""
 
     def __init__(self, model: RewardModel, config: RewardModelSection, finder: StepFinder) -> None:
         self._model = model
@@ -56,62 +56,72 @@ class RewardModelScorer:
         self._finder = finder
 
     def add_scores(self, rollouts: RolloutBatch) -> tuple[RolloutBatch, dict[str, Reduction]]:
-        """The step with scores in its rewards, and ``reward_model/…`` metrics; collective.
+        """Add the scores to the rewards; return the rollouts and ``reward_model/…`` metrics; collective.
 
-        Rollouts whose reward failed, and empty ones, stay as they are.
+        Rollouts whose reward failed, and empty ones, stay unchanged.
 
         Raises:
-            RewardError: on every rank, when a score is not finite.
+            RewardError: on every rank, if a score is not finite.
         """
-        places = [[self._places(rollout) for rollout in group.rollouts] for group in rollouts.groups]
-        both = list(zip(rollouts.groups, places, strict=True))
-        asked = [(one, at) for group, row in both for one, at in zip(group.rollouts, row, strict=True) if at]
-        scores = iter(self.scores(asked))
+        positions = [[self._positions(rollout) for rollout in group.rollouts] for group in rollouts.groups]
+        rows = list(zip(rollouts.groups, positions, strict=True))
+        to_score = [
+            (rollout, indices)
+            for group, row in rows
+            for rollout, indices in zip(group.rollouts, row, strict=True)
+            if indices
+        ]
+        scores = iter(self.scores(to_score))
         groups = [
             replace(
                 group,
                 rollouts=[
-                    self._with_scores(one, at, next(scores)) if at else one
-                    for one, at in zip(group.rollouts, row, strict=True)
+                    self._with_scores(rollout, indices, next(scores)) if indices else rollout
+                    for rollout, indices in zip(group.rollouts, row, strict=True)
                 ],
             )
-            for group, row in both
+            for group, row in rows
         ]
-        parts = [one.reward_parts[PART] for group in groups for one in group.rollouts if PART in one.reward_parts]
+        parts = [
+            rollout.reward_parts[PART] for group in groups for rollout in group.rollouts if PART in rollout.reward_parts
+        ]
         metrics: dict[str, Reduction] = {}
         if self._model.parallel.is_main and parts:
             metrics |= mean_max_min("reward_model/score", parts)
-            metrics |= mean_max_min("reward_model/num_judged", [float(len(places)) for _, places in asked])
+            metrics |= mean_max_min("reward_model/num_judged", [float(len(indices)) for _, indices in to_score])
         return replace(rollouts, groups=groups), metrics
 
-    def scores(self, asked: Sequence[tuple[Rollout, Sequence[int]]]) -> list[list[float]]:
-        """Of each rollout its scores at some tokens, after the activation; collective.
+    def scores(self, to_score: Sequence[tuple[Rollout, Sequence[int]]]) -> list[list[float]]:
+        """Scores of each rollout at the given tokens, after the activation; collective.
+
+        Args:
+            to_score: rollouts, each with the indices of the tokens to score.
 
         Raises:
-            RewardError: one is not finite.
+            RewardError: a score is not finite.
         """
-        sequences = [labelled_sequence(rollout.token_ids.tolist(), places) for rollout, places in asked]
+        sequences = [labelled_sequence(rollout.token_ids.tolist(), indices) for rollout, indices in to_score]
         activation: Callable[[Tensor], Tensor] = (
             torch.sigmoid if self._config.activation == "sigmoid" else torch.Tensor.float
         )
-        found = [activation(row).tolist() for row in self._model.scores(sequences)]
-        if not all(math.isfinite(score) for score in _flat(found)):
+        scores = [activation(row).tolist() for row in self._model.scores(sequences)]
+        if not all(math.isfinite(score) for score in _flat(scores)):
             raise RewardError(
-                f"the reward model {self._config.path} gave a score that is not finite. Mend or replace it."
+                f"the reward model {self._config.path} gave a score that is not finite. Fix or replace it."
             )
-        return found
+        return scores
 
-    def _places(self, rollout: Rollout) -> list[int]:
-        """Where the model is asked; nowhere when the rollout's reward failed."""
+    def _positions(self, rollout: Rollout) -> list[int]:
+        """Indices of the tokens to score; none if the rollout's reward failed."""
         is_ok = rollout.status == "ok"
-        return self._finder.judged_places(rollout, self._config.step_separator) if is_ok else []
+        return self._finder.scored_positions(rollout, self._config.step_separator) if is_ok else []
 
-    def _with_scores(self, rollout: Rollout, places: Sequence[int], scores: Sequence[float]) -> Rollout:
+    def _with_scores(self, rollout: Rollout, positions: Sequence[int], scores: Sequence[float]) -> Rollout:
         weight, steps = self._config.weight, dict(rollout.step_rewards)
         if self._config.aggregation == "each":
             total = sum(scores)
-            for place, score in zip(places, scores, strict=True):
-                steps[place] = steps.get(place, 0.0) + weight * score
+            for position, score in zip(positions, scores, strict=True):
+                steps[position] = steps.get(position, 0.0) + weight * score
         else:
             total = aggregated(scores, self._config.aggregation)
         return replace(

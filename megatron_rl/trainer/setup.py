@@ -64,7 +64,7 @@ def run(config: RunConfig, resume: str) -> bool:
 
 def run_in_world(config: RunConfig, resume: str, parallel: ParallelContext) -> bool:
     """``run`` for a rank that has joined the world already."""
-    stop = StopRequest(parallel, before_end_s=config.run.stop_margin_s)  # first: hears signals while models are built
+    stop = StopRequest(parallel, before_end_s=config.run.stop_margin_s)  # first: gets signals while models are built
     with (
         closing(Heartbeat(parallel, stuck_s=seconds_until_stuck(config))) as heartbeat,
         open_trainer(config, resume, parallel, stop, heartbeat) as (trainer, state, unlogged),
@@ -81,7 +81,7 @@ def run_in_world(config: RunConfig, resume: str, parallel: ParallelContext) -> b
 
 
 def resume_step(trainer: Trainer, state: TrainState, unlogged: Metrics | None) -> TrainState:
-    """Finish what a stop has left open of the step that the state has reached."""
+    """Finish the state's step if a stop has interrupted its evaluation, else repeat that evaluation's weight push."""
     if state.step and unlogged is not None:
         return finish_step(trainer, state, trainer.new_step(state.step, unlogged))
     if 0 < state.step < trainer.config.run.num_steps and not trainer.stop.requested():
@@ -181,7 +181,7 @@ def start_colocated_engine(
     """Start this rank's engine in the memory that the offloaded trainer leaves free; collective."""
 
     def is_interrupted() -> bool:
-        heartbeat.progress()  # an engine that asks is at work
+        heartbeat.progress()  # an engine that polls is working
         return stop.poll()
 
     with models_offloaded(models, config, Step(0, heartbeat.enter).timer):

@@ -19,7 +19,7 @@ def advance(state: TrainState, rollouts: RolloutBatch) -> TrainState:
 
 
 def consume(state: TrainState, num_prompts: int) -> TrainState:
-    """The state with this many more prompts taken from the data."""
+    """The state after ``num_prompts`` more prompts have been taken from the data."""
     return replace(state, num_prompts_consumed=state.num_prompts_consumed + num_prompts)
 
 

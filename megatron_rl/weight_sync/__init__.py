@@ -1,4 +1,4 @@
-"""Policy weights into the rollout engine: planned, versioned, verified."""
+"""Transfer of policy weights to the rollout engine: planned, versioned, verified."""
 
 from megatron_rl.weight_sync.push import WeightSync
 

@@ -1,4 +1,4 @@
-"""Tensors of which only a part is in memory."""
+"""Tensors of which only one box is in memory."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
@@ -11,10 +11,10 @@ from megatron_rl.weights.layout import Box, box_index, full_box
 
 
 class PartialTensor(Tensor):
-    """A tensor of which one box is in memory; everything else of it is NaN.
+    """A tensor of which one box is in memory; all other elements are NaN.
 
-    An engine's loader narrows what it gets to its own part: that is a view of what is there. Any other operation
-    makes the whole tensor, which then stays.
+    An engine's loader narrows each tensor to its own shard, which is a view of that box. Any other operation
+    materializes the whole tensor, which then stays in memory.
     """
 
     _part: Tensor
@@ -25,31 +25,32 @@ class PartialTensor(Tensor):
         """
         Args:
             part: the elements of the box.
-            box: where they stand; it may be empty.
-            shape: of the whole tensor.
+            box: position of the elements in the whole tensor; may be empty.
+            shape: shape of the whole tensor.
         """
-        with torch.inference_mode(mode=False):  # inside, torch takes no inference tensor as a view of another tensor
-            made: Self = Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=part.dtype, device=part.device)
-        made._part, made._box = part, box
-        return made
+        # in inference mode, torch rejects an inference tensor as a view of another tensor
+        with torch.inference_mode(mode=False):
+            tensor: Self = Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=part.dtype, device=part.device)
+        tensor._part, tensor._box = part, box
+        return tensor
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"PartialTensor({tuple(self.shape)}, box={self._box})"
 
     def whole(self) -> Tensor:
-        """An ordinary tensor of the same contents, which from here on is this one's memory."""
+        """Materialize this tensor and return it as an ordinary tensor that shares its memory."""
         if self._part.shape != self.shape:
             self._part, self._box = self._filled(), full_box(self.shape)
         return self._part
 
     def _filled(self) -> Tensor:
         with torch.inference_mode(mode=False):
-            made = self._part.new_full(self.shape, float("nan"))
-            made[box_index(self._box)] = self._part
-        return made
+            filled = self._part.new_full(self.shape, float("nan"))
+            filled[box_index(self._box)] = self._part
+        return filled
 
     @classmethod
-    def __torch_dispatch__(  # type: ignore[override]  # torch declares it without types
+    def __torch_dispatch__(  # type: ignore[override]  # torch declares this method without types
         cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         first = args[0] if args else None
@@ -59,20 +60,20 @@ class PartialTensor(Tensor):
             if func is torch.ops.aten.clone.default:
                 return first._filled()
             if func is torch.ops.aten.slice.Tensor and (len(args) < 5 or args[4] == 1):
-                given = list(args[1:4])  # without defaults at the end
+                given = list(args[1:4])  # trailing defaults are left out
                 dim, start, stop = given + [0, None, None][len(given) :]
                 return first._narrowed(dim, *slice(start, stop).indices(first.size(dim))[:2])
-            if func is torch.ops.aten.narrow.default:  # in inference mode torch does not make a slice of it
+            if func is torch.ops.aten.narrow.default:  # in inference mode torch does not decompose it into a slice
                 dim, start, length = args[1:]
                 start += first.size(dim) if start < 0 else 0
-                if 0 <= start <= start + length <= first.size(dim):  # else torch says what is wrong
+                if 0 <= start <= start + length <= first.size(dim):  # otherwise torch raises its own error
                     return first._narrowed(dim, start, start + length)
         whole: Callable[[Any], Any] = cls.whole
         args, kwargs = tree_map_only(cls, whole, (args, dict(kwargs or {})))
         return func(*args, **kwargs)
 
     def _narrowed(self, dim: int, start: int, stop: int) -> Tensor:
-        """From start to stop in a dimension; an ordinary tensor when all of it is in memory."""
+        """Elements from start to stop in a dimension; an ordinary tensor if all of them are in memory."""
         dim %= self.ndim
         stop = max(start, stop)
         low, high = self._box[dim]

@@ -1,21 +1,21 @@
-"""What each rank of a training layout holds, on paper: for plans and estimates without any process."""
+"""Parameters of each rank of a training layout, computed without processes, for plans and estimates."""
 
 import itertools
 
 from megatron_rl.models.spec import ModelSpec
 from megatron_rl.models.table import layout_table
-from megatron_rl.weight_sync.plan import Held
+from megatron_rl.weight_sync.plan import ParametersByRank
 from megatron_rl.weights.layout import Place
 
 
-def held_on_paper(spec: ModelSpec, *, tp: int = 1, pp: int = 1, dp: int = 1, ep: int = 1) -> Held:
-    """Parameters and place of every rank, as Megatron-Core shares them out evenly.
+def parameters_by_rank(spec: ModelSpec, *, tp: int = 1, pp: int = 1, dp: int = 1, ep: int = 1) -> ParametersByRank:
+    """Parameter names and tensor-parallel position of every rank, as Megatron-Core distributes them evenly.
 
     Args:
-        tp: ranks that split matrices; neighbours.
-        pp: pipeline stages, outermost, each with as many layers.
-        dp: replicas.
-        ep: ranks that share out the experts, within the replicas; the matrices of an expert are not split.
+        tp: tensor-parallel size; these ranks are adjacent.
+        pp: number of pipeline stages, each with equally many layers; the outermost dimension.
+        dp: data-parallel size.
+        ep: expert-parallel size, within the data-parallel ranks; the matrices of an expert are not split.
     """
     table = layout_table(spec, tp)
     held = []

@@ -1,8 +1,8 @@
-"""The plan of a weight transfer: who sends which box of which tensor to whom.
+"""The plan of a weight transfer: which rank sends which box of which tensor to which rank.
 
-A wanted element that its receiver does not hold arrives exactly once. An element crosses to a node at most once,
-to one rank there that wants it, and goes on to the others inside the node. Buckets are whole layers, one of every
-pipeline stage side by side, so that all stages send at the same time.
+Each rank receives every element that it reads but does not hold exactly once. An element enters a node at most once:
+one rank of the node receives it and forwards it to the others there. A bucket consists of whole layers, at least one of
+every pipeline stage, so that all stages send at the same time.
 """
 
 from collections import defaultdict, deque
@@ -13,15 +13,15 @@ from megatron_rl.errors import WeightSyncError
 from megatron_rl.weights.export import Piece
 from megatron_rl.weights.layout import Box, LayoutTable, Place, box_size, hf_shapes, intersection, layer_of
 
-Held = Sequence[tuple[Sequence[str], Place]]
-"""For each rank its parameters and its place."""
-Wanted = Sequence[Mapping[str, Box]]
-"""For each rank the box that it reads of every tensor; an empty mapping: it reads nothing."""
+ParametersByRank = Sequence[tuple[Sequence[str], Place]]
+"""For each rank, the names of its parameters and its tensor-parallel position."""
+BoxesByRank = Sequence[Mapping[str, Box]]
+"""For each rank, tensor name -> the box of that tensor that it reads; an empty mapping if it reads nothing."""
 
 
 @dataclass(frozen=True)
 class Move:
-    """One box of one tensor from one rank to another."""
+    """The transfer of one box of one tensor from a source rank to a target rank."""
 
     name: str
     box: Box
@@ -30,82 +30,86 @@ class Move:
 
     @property
     def num_elements(self) -> int:
+        """Number of elements in the box."""
         return box_size(self.box)
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """Tensors that travel together."""
+    """Tensors that are transferred together."""
 
     names: tuple[str, ...]
-    across: Sequence[Move]
-    """Between nodes; done first."""
-    inside: Sequence[Move]
-    """Between ranks of a node; of what they hold, or what came to them from another node."""
+    inter_node: Sequence[Move]
+    """Moves between nodes; these are done first."""
+    intra_node: Sequence[Move]
+    """Moves between ranks of one node: boxes that the source holds or has received from another node."""
 
 
 @dataclass(frozen=True)
 class ReshardPlan:
-    """All moves of a push."""
+    """All moves of a push, and what they are derived from."""
 
     shapes: Mapping[str, tuple[int, ...]]
-    wanted: Wanted
+    """Shape of every Hugging Face tensor."""
+    target_boxes: BoxesByRank
     pieces: Sequence[Mapping[str, Sequence[Piece]]]
-    """For each rank what it holds of every tensor."""
+    """For each rank, tensor name -> the pieces of that tensor that it holds."""
     buckets: Sequence[Bucket]
 
     def num_received(self, rank: int) -> int:
-        """Elements that reach a rank from others."""
+        """Number of elements that a rank receives from others."""
         return sum(move.num_elements for move in self.moves() if move.target == rank)
 
     def num_sent(self, rank: int) -> int:
-        """Elements that a rank sends."""
+        """Number of elements that a rank sends."""
         return sum(move.num_elements for move in self.moves() if move.source == rank)
 
-    def num_across(self) -> int:
-        """Elements that pass between nodes."""
-        return sum(move.num_elements for bucket in self.buckets for move in bucket.across)
+    def num_inter_node(self) -> int:
+        """Number of elements that are sent between nodes."""
+        return sum(move.num_elements for bucket in self.buckets for move in bucket.inter_node)
 
     def minimum(self, rank: int) -> int:
-        """Elements that a rank wants and does not hold."""
+        """Number of elements that a rank reads and does not hold: the least that it can receive."""
         return sum(
             box_size(box) - sum(map(box_size, _held_parts(box, self.pieces[rank].get(name, ()))))
-            for name, box in self.wanted[rank].items()
+            for name, box in self.target_boxes[rank].items()
         )
 
     def moves(self) -> list[Move]:
-        """Of all buckets, in order."""
-        return [move for bucket in self.buckets for move in (*bucket.across, *bucket.inside)]
+        """The moves of all buckets, in order."""
+        return [move for bucket in self.buckets for move in (*bucket.inter_node, *bucket.intra_node)]
 
 
 def plan_reshard(
-    held: Held, table: LayoutTable, wanted: Wanted, nodes: Sequence[int], *, bucket_elements: int
+    held: ParametersByRank, table: LayoutTable, target_boxes: BoxesByRank, nodes: Sequence[int], *, bucket_elements: int
 ) -> ReshardPlan:
-    """Plan a transfer.
+    """Plan a transfer from training shards to the boxes that every rank reads.
 
     Args:
-        held: what every rank has, under the table's names.
-        table: layout at the tensor-parallel size of the holders.
-        nodes: the node of every rank.
-        bucket_elements: most elements that a rank receives in a bucket, if a layer of each stage has no more.
+        held: parameters of every rank, under the names of the table.
+        table: layout at the tensor-parallel size of the training.
+        target_boxes: boxes that every rank reads.
+        nodes: node index of every rank.
+        bucket_elements: maximum elements that a rank reads in one bucket; one layer of each stage may exceed it.
 
     Raises:
-        WeightSyncError: something that is wanted is held by nobody.
+        WeightSyncError: a rank reads elements that no rank holds.
     """
     shapes = hf_shapes(table)
     pieces = [_pieces(names, place, table) for names, place in held]
-    groups = _rounds(shapes, pieces, wanted, bucket_elements)
-    buckets = [_plan_bucket(names, pieces, wanted, nodes) for names in groups]
-    return ReshardPlan(shapes, wanted, pieces, buckets)
+    groups = _group_names(shapes, pieces, target_boxes, bucket_elements)
+    buckets = [_plan_bucket(names, pieces, target_boxes, nodes) for names in groups]
+    return ReshardPlan(shapes, target_boxes, pieces, buckets)
 
 
 def _pieces(names: Sequence[str], place: Place, table: LayoutTable) -> dict[str, list[Piece]]:
     found: dict[str, list[Piece]] = {}
     for parameter in names:
         for piece in place.slices(table[parameter]):
-            mine = found.setdefault(piece.hf_name, [])
-            if all(piece.hf_box != other.slice.hf_box for other in mine):  # a tied output layer repeats the embedding
-                mine.append(Piece(parameter, piece))
+            same_tensor = found.setdefault(piece.hf_name, [])
+            # a tied output layer has the same boxes as the embedding
+            if all(piece.hf_box != other.slice.hf_box for other in same_tensor):
+                same_tensor.append(Piece(parameter, piece))
     return found
 
 
@@ -114,36 +118,42 @@ def _held_parts(box: Box, pieces: Sequence[Piece]) -> list[Box]:
     return [part for part in parts if part is not None]
 
 
-def _rounds(
-    shapes: Mapping[str, tuple[int, ...]], pieces: Sequence[Mapping[str, Sequence[Piece]]], wanted: Wanted, most: int
+def _group_names(
+    shapes: Mapping[str, tuple[int, ...]],
+    pieces: Sequence[Mapping[str, Sequence[Piece]]],
+    target_boxes: BoxesByRank,
+    max_elements: int,
 ) -> list[tuple[str, ...]]:
-    """Names of each bucket: a layer of every stage, and further ones while they fit."""
+    """Tensor names of each bucket: one layer of every stage, and further ones while they fit."""
     layers: dict[str, list[str]] = defaultdict(list)
-    for name in sorted(shapes, key=lambda name: layer_of(name) == name):  # layers first: every stage has as many
+    for name in sorted(shapes, key=lambda name: layer_of(name) == name):  # layers first: every stage has equally many
         layers[layer_of(name)].append(name)
     stages: dict[tuple[int, ...], deque[list[str]]] = defaultdict(deque)
     for names in layers.values():
-        holders = tuple(rank for rank, mine in enumerate(pieces) if names[0] in mine)
+        holders = tuple(rank for rank, held in enumerate(pieces) if names[0] in held)
         stages[holders].append(names)
-    rounds: list[tuple[str, ...]] = []
-    held = 0
+    groups: list[tuple[str, ...]] = []
+    group_size = 0
     while any(stages.values()):
         names = [name for queue in stages.values() if queue for name in queue.popleft()]
-        size = max(sum(box_size(mine[name]) for name in names if name in mine) for mine in wanted)
-        if rounds and held + size <= most:
-            rounds[-1] += tuple(names)
-            held += size
+        size = max(sum(box_size(boxes[name]) for name in names if name in boxes) for boxes in target_boxes)
+        if groups and group_size + size <= max_elements:
+            groups[-1] += tuple(names)
+            group_size += size
         else:
-            rounds.append(tuple(names))
-            held = size
-    return rounds
+            groups.append(tuple(names))
+            group_size = size
+    return groups
 
 
 def _plan_bucket(
-    names: tuple[str, ...], pieces: Sequence[Mapping[str, Sequence[Piece]]], wanted: Wanted, nodes: Sequence[int]
+    names: tuple[str, ...],
+    pieces: Sequence[Mapping[str, Sequence[Piece]]],
+    target_boxes: BoxesByRank,
+    nodes: Sequence[int],
 ) -> Bucket:
-    across: list[Move] = []
-    inside: list[Move] = []
+    inter_node: list[Move] = []
+    intra_node: list[Move] = []
     sent: dict[int, int] = defaultdict(int)
     received: dict[int, int] = defaultdict(int)
 
@@ -154,28 +164,31 @@ def _plan_bucket(
         moves.append(Move(name, box, source, target))
 
     for name in names:
-        for box, holders, targets in _cells(name, pieces, wanted):
+        for box, holders, targets in _cells(name, pieces, target_boxes):
             by_node: dict[int, list[int]] = defaultdict(list)
             for rank in targets:
                 by_node[nodes[rank]].append(rank)
             for node, ranks in by_node.items():
-                near = [rank for rank in holders if nodes[rank] == node]
-                if not near:
+                local_sources = [rank for rank in holders if nodes[rank] == node]
+                if not local_sources:
                     entry = min(ranks, key=lambda rank: (received[rank], rank))
-                    move(across, name, box, holders, entry)
-                    ranks, near = [rank for rank in ranks if rank != entry], [entry]
+                    move(inter_node, name, box, holders, entry)
+                    ranks, local_sources = [rank for rank in ranks if rank != entry], [entry]
                 for rank in ranks:
-                    move(inside, name, box, near, rank)
-    return Bucket(names, across, inside)
+                    move(intra_node, name, box, local_sources, rank)
+    return Bucket(names, inter_node, intra_node)
 
 
 def _cells(
-    name: str, pieces: Sequence[Mapping[str, Sequence[Piece]]], wanted: Wanted
+    name: str, pieces: Sequence[Mapping[str, Sequence[Piece]]], target_boxes: BoxesByRank
 ) -> list[tuple[Box, list[int], list[int]]]:
-    """Boxes that some ranks hold alike and others want alike: (box, holders, those who want it and do not hold it).
+    """Split one tensor into boxes that each have one set of holders and one set of readers.
+
+    Returns:
+        (box, ranks that hold it, ranks that read it and do not hold it) for every box.
 
     Raises:
-        WeightSyncError: part of what a rank wants is held by nobody.
+        WeightSyncError: a rank reads elements that no rank holds.
     """
     holders: dict[Box, list[int]] = defaultdict(list)
     for rank, held in enumerate(pieces):
@@ -184,17 +197,17 @@ def _cells(
     cells = []
     found: dict[int, int] = defaultdict(int)
     for box, ranks in holders.items():
-        targets: dict[Box, list[int]] = defaultdict(list)
-        for rank, mine in enumerate(wanted):
-            common = intersection(mine[name], box) if name in mine else None
+        readers: dict[Box, list[int]] = defaultdict(list)
+        for rank, boxes in enumerate(target_boxes):
+            common = intersection(boxes[name], box) if name in boxes else None
             if common is not None:
                 found[rank] += box_size(common)
-                targets[common].append(rank)
-        cells += [(common, ranks, [rank for rank in all_ if rank not in ranks]) for common, all_ in targets.items()]
-    for rank, mine in enumerate(wanted):
-        if name in mine and found[rank] != box_size(mine[name]):
+                readers[common].append(rank)
+        cells += [(common, ranks, [rank for rank in all_ if rank not in ranks]) for common, all_ in readers.items()]
+    for rank, boxes in enumerate(target_boxes):
+        if name in boxes and found[rank] != box_size(boxes[name]):
             raise WeightSyncError(
-                f"{name}: rank {rank} reads {box_size(mine[name])} elements, the training ranks hold {found[rank]} of "
-                "them. A parameter is missing from the layout table, or held twice in different parts."
+                f"{name}: rank {rank} reads {box_size(boxes[name])} elements, the training ranks hold {found[rank]} of "
+                "them. A parameter is missing from the layout table, or ranks hold different boxes of it that overlap."
             )
     return cells

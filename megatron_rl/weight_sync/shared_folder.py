@@ -1,4 +1,4 @@
-"""Parameters of other ranks read from files: for where ranks cannot reach each other's memory."""
+"""Read parameters of other ranks from files in a shared folder, where ranks cannot reach each other's memory."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -12,61 +12,63 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_rl.errors import WeightSyncError
-from megatron_rl.weight_sync.host_memory import Neighbours
+from megatron_rl.weight_sync.host_memory import PeerParameters
 from megatron_rl.weights.layout import Box, box_index
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file."""
+    """A tensor in a safetensors file."""
 
     path: Path
     name: str
 
     def read(self, box: Box, into: Tensor) -> None:
-        """Copy a box; only its bytes are read where they are in one run.
+        """Copy a box; a contiguous box reads only its own bytes.
 
         Raises:
-            WeightSyncError: the file is gone or damaged.
+            WeightSyncError: the file is missing or damaged.
         """
         try:
             with safe_open(self.path, framework="pt") as file:
                 into.copy_(file.get_slice(self.name)[box_index(box)])
         except (OSError, SafetensorError) as error:
-            raise WeightSyncError(f"{self.path} cannot be read: {error}. Is weight_sync.folder shared?") from error
+            raise WeightSyncError(
+                f"{self.path} cannot be read: {error}. Check that all nodes share weight_sync.folder."
+            ) from error
 
 
 @contextmanager
-def meet_in(
+def expose_in_folder(
     folder: Path, identity: str, parameters: Mapping[str, Tensor], sources: Collection[int], group: Any
-) -> Iterator[Neighbours]:
-    """Let the ranks that others read write their parameters into a folder that all share, until all have read them.
+) -> Iterator[PeerParameters]:
+    """Write the parameters that other ranks read to files in a shared folder; collective.
 
-    Collective.
+    Yields the parameters of every rank. The files are deleted at the end of the context, after a barrier.
 
     Args:
-        folder: may be shared with other runs.
-        identity: of this run, in the names of its files.
-        parameters, sources, group: as of ``meet_neighbours``.
+        folder: folder that all ranks share; other runs may use it too.
+        identity: identifier of this run, part of its file names.
+        parameters, sources, group: as for ``expose_host_memory``.
 
     Raises:
-        WeightSyncError: on every rank, when one cannot write its file or see those that it reads.
+        WeightSyncError: on every rank, if one cannot write its file or see the files that it reads.
     """
-    told: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(told, (list(parameters), set(sources)), group=group)
-    paths = [folder / f"{identity}_rank_{rank}.safetensors" for rank in range(len(told))]
+    gathered: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(gathered, (list(parameters), set(sources)), group=group)
+    paths = [folder / f"{identity}_rank_{rank}.safetensors" for rank in range(len(gathered))]
     rank = dist.get_rank(group)
-    is_read = any(rank in theirs for _, theirs in told)
+    is_read = any(rank in sources_of_peer for _, sources_of_peer in gathered)
     try:
-        _together(lambda: _write(paths[rank], parameters if is_read else {}), group)
-        _together(lambda: _look_for([paths[source] for source in sources]), group)
+        _raise_together(lambda: _write(paths[rank], parameters if is_read else {}), group)
+        _raise_together(lambda: _check_exist([paths[source] for source in sources]), group)
         yield {
             source: {name: StoredTensor(path, name) for name in names}
-            for source, (path, (names, _)) in enumerate(zip(paths, told, strict=True))
+            for source, (path, (names, _)) in enumerate(zip(paths, gathered, strict=True))
         }
-    finally:  # also of a rank that failed: the others wait for it here
+    finally:  # also after a failure, because the other ranks wait in the barrier
         dist.barrier(group)
-        with suppress(OSError):  # there may be none
+        with suppress(OSError):  # the file may not exist
             paths[rank].unlink()
 
 
@@ -74,28 +76,31 @@ def _write(path: Path, parameters: Mapping[str, Tensor]) -> None:
     if not parameters:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    # without clones, memory that two parameters share is refused
+    # cloned because safetensors rejects tensors that share memory
     save_file({name: tensor.detach().cpu().clone() for name, tensor in parameters.items()}, path)
 
 
-def _look_for(paths: Collection[Path]) -> None:
+def _check_exist(paths: Collection[Path]) -> None:
     missing = [str(path) for path in paths if not path.exists()]
     if missing:
-        raise FileNotFoundError(f"{', '.join(missing)} of other ranks cannot be seen here")
+        raise FileNotFoundError(f"{', '.join(missing)}, written by other ranks, cannot be found on this rank")
 
 
-def _together(act: Callable[[], None], group: Any) -> None:
-    """
+def _raise_together(act: Callable[[], None], group: Any) -> None:
+    """Call a function on every rank.
+
     Raises:
-        WeightSyncError: on every rank, when one could not.
+        WeightSyncError: on every rank, if the function fails on one.
     """
     failure = ""
     try:
         act()
     except (OSError, SafetensorError) as error:
         failure = f"rank {dist.get_rank(group)}: {error}"
-    told: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(told, failure, group=group)
-    failed = [one for one in told if one]
-    if failed:
-        raise WeightSyncError(f"{failed[0]}. weight_sync.folder must be a folder with room that all nodes share.")
+    gathered: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(gathered, failure, group=group)
+    failures = [failure for failure in gathered if failure]
+    if failures:
+        raise WeightSyncError(
+            f"{failures[0]}. weight_sync.folder must be a folder with enough free space that all nodes share."
+        )

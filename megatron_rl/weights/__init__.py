@@ -1,1 +1,1 @@
-"""Weights as slices of Hugging Face tensors: one table for loading, exporting and resharding."""
+"""Model weights as slices of Hugging Face tensors: one layout table for loading, exporting and resharding."""

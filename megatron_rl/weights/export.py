@@ -1,8 +1,8 @@
-"""Shards back to whole Hugging Face tensors, streamed in buckets of one layer.
+"""Gather shards into whole Hugging Face tensors, streamed in buckets of one layer.
 
-Every rank of a replica knows from the layout table who holds which box; each box is broadcast once
-by one holder, so that a byte is sent once and the result is bit-exact. Memory is bounded by one
-layer. This full gather is the path that the planned transfers of weight_sync are held against.
+Every rank of a replica knows from the layout table which rank holds which box. One holder broadcasts each box once, so
+every byte is sent once and the result is bit-exact. Memory is bounded by one layer. This full gather is the baseline of
+the planned transfers in weight_sync.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,37 +30,38 @@ from megatron_rl.weights.layout import (
 
 @dataclass(frozen=True)
 class Piece:
-    """One box of one Hugging Face tensor and the parameter that holds it."""
+    """One box of one Hugging Face tensor, and the parameter whose shard holds it."""
 
     parameter: str
     slice: Slice
 
     def shard_box(self, box: Box) -> Box:
-        """A box of the Hugging Face tensor that lies inside this piece, in the parameter."""
+        """Coordinates in the parameter's shard of a box of the Hugging Face tensor inside this piece."""
         return moved_box(box, self.slice.hf_box, self.slice.shard_box)
 
     def part(self, parameters: Mapping[str, Tensor], box: Box) -> Tensor:
-        """The same as a view of the parameter."""
+        """View of the parameter's shard at a box of the Hugging Face tensor inside this piece."""
         return parameters[self.parameter][box_index(self.shard_box(box))]
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """Tensors that travel together."""
+    """Tensors that are gathered together."""
 
     shapes: Mapping[str, tuple[int, ...]]
+    """Hugging Face name -> shape of the whole tensor."""
     pieces: Mapping[int, Sequence[Piece]]
-    """Rank in the replica -> what it sends."""
+    """Rank in the replica -> the pieces that it broadcasts."""
 
 
 ExportPlan = Sequence[Bucket]
 
 
 def plan_export(held: Sequence[tuple[Sequence[str], Place]], table: LayoutTable) -> list[Bucket]:
-    """Who sends which box.
+    """Choose the rank that broadcasts each box.
 
     Args:
-        held: for each rank of the replica its parameters and its place.
+        held: for each rank of the replica, the names of its parameters and its tensor-parallel position.
         table: layout of every parameter.
 
     Raises:
@@ -77,26 +78,28 @@ def plan_export(held: Sequence[tuple[Sequence[str], Place]], table: LayoutTable)
                     pieces[piece.hf_name].setdefault(rank, []).append(Piece(parameter, piece))
     for name, shape in shapes.items():
         covered = sum(box_size(piece.slice.hf_box) for sent in pieces[name].values() for piece in sent)
-        wanted = box_size(full_box(shape))
-        if covered != wanted:
-            raise ConversionError(f"{name}: the ranks hold {covered} of its {wanted} elements")
+        size = box_size(full_box(shape))
+        if covered != size:
+            raise ConversionError(f"{name}: the ranks hold {covered} of its {size} elements")
     return [_bucket(names, shapes, pieces) for names in _group_by_layer(shapes)]
 
 
 def export_weights(plan: ExportPlan, parameters: Mapping[str, Tensor], group: Any) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of every Hugging Face tensor, complete on every rank of ``group``.
+    """Yield (name, tensor) of every Hugging Face tensor, complete on every rank of ``group``.
 
     Collective: every rank of the group must exhaust the iterator.
 
     Args:
+        plan: plan for the ranks of ``group``.
         parameters: this rank's shards, under the names of the plan.
+        group: process group of the replica.
     """
     example = next(iter(parameters.values()))
     ranks = dist.get_process_group_ranks(group)
     for bucket in plan:
         whole = {name: example.new_empty(shape) for name, shape in bucket.shapes.items()}
         for owner, pieces in bucket.pieces.items():
-            mine = owner == group.rank()
+            is_owner = owner == group.rank()
             if group.size() == 1:
                 for piece in pieces:
                     source = parameters[piece.parameter][box_index(piece.slice.shard_box)]
@@ -104,7 +107,7 @@ def export_weights(plan: ExportPlan, parameters: Mapping[str, Tensor], group: An
                 continue
             flat = example.new_empty(sum(box_size(piece.slice.hf_box) for piece in pieces))
             chunks = flat.split([box_size(piece.slice.hf_box) for piece in pieces])
-            if mine:
+            if is_owner:
                 for piece, chunk in zip(pieces, chunks, strict=True):
                     source = parameters[piece.parameter][box_index(piece.slice.shard_box)]
                     chunk.copy_(source.reshape(-1))
@@ -116,7 +119,7 @@ def export_weights(plan: ExportPlan, parameters: Mapping[str, Tensor], group: An
 
 
 def _group_by_layer(shapes: Mapping[str, tuple[int, ...]]) -> list[list[str]]:
-    """Names of one layer together, every other tensor alone."""
+    """Group the names of each layer; every other tensor is a group of its own."""
     groups: dict[str, list[str]] = {}
     for name in shapes:
         groups.setdefault(layer_of(name), []).append(name)
@@ -126,6 +129,7 @@ def _group_by_layer(shapes: Mapping[str, tuple[int, ...]]) -> list[list[str]]:
 def _bucket(
     names: Sequence[str], shapes: Mapping[str, tuple[int, ...]], pieces: Mapping[str, Mapping[int, Sequence[Piece]]]
 ) -> Bucket:
+    """Bucket of some tensors, with their pieces grouped by rank."""
     by_owner: dict[int, list[Piece]] = {}
     for name in names:
         for rank, sent in pieces[name].items():

@@ -1,4 +1,7 @@
-"""Tensors to and from bytes of a file, without mapping the file: mapped pages would count as this process's memory."""
+"""Read and write tensors as bytes of a file, without memory-mapping it.
+
+Mapped pages would count as this process's memory.
+"""
 
 import os
 
@@ -9,32 +12,37 @@ from megatron_rl.errors import ConversionError
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
-    """A contiguous tensor's memory, writable."""
+    """Return a writable view of the memory of a contiguous tensor."""
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def read_into(tensor: Tensor, file: int, offset: int, path: object) -> None:
-    """Fill a contiguous tensor from a place in an open file.
+    """Fill a contiguous tensor with the bytes of an open file from an offset on.
+
+    Args:
+        file: descriptor open for reading.
+        path: path of the file, for error messages.
 
     Raises:
-        ConversionError: the file ends before.
+        ConversionError: the file is too short.
     """
     view = bytes_of(tensor)
-    at = 0
-    while at < len(view):
-        count = os.preadv(file, [view[at:]], offset + at)
+    done = 0
+    while done < len(view):
+        count = os.preadv(file, [view[done:]], offset + done)
         if count == 0:
-            raise ConversionError(f"{path} ends at byte {offset + at}, {len(view) - at} too early. Fetch it again.")
-        at += count
+            missing = len(view) - done
+            raise ConversionError(f"{path} ends at byte {offset + done}, {missing} bytes too early. Fetch it again.")
+        done += count
 
 
 def write_at(file: int, data: memoryview, offset: int) -> None:
-    """Write all of it to a place in an open file."""
-    at = 0
-    while at < len(data):
-        at += os.pwrite(file, data[at:], offset + at)
+    """Write all bytes to an open file at an offset."""
+    done = 0
+    while done < len(data):
+        done += os.pwrite(file, data[done:], offset + done)
 
 
 def num_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    """Bytes of a tensor."""
+    """Number of bytes of a tensor."""
     return torch.Size(shape).numel() * dtype.itemsize

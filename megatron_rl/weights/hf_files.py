@@ -1,4 +1,4 @@
-"""Hugging Face checkpoint folders: read slices of safetensors, write folders whole or not at all."""
+"""Hugging Face checkpoint folders: read slices of safetensors, write folders atomically."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from megatron_rl.weights.reader import WeightReader
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
-# what else of a model folder describes its weights and not the model
+# other files of a model folder that describe its weights rather than the model
 DESCRIPTIONS = (".index.json", "conversion.json", "latest_checkpointed_iteration.txt")
 
 
@@ -45,6 +45,8 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class _Entry:
+    """Type, shape and position of one tensor; ``offset`` is in bytes from the start of the file."""
+
     file: str
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -52,10 +54,10 @@ class _Entry:
 
 
 class HFReader:
-    """Slices of the tensors of a Hugging Face folder; a slice reads only its own bytes."""
+    """Reads slices of the tensors of a Hugging Face folder, only the bytes of each slice."""
 
     def __init__(self, folder: str | Path) -> None:
-        """Open the files.
+        """Open the safetensors files of a folder.
 
         Raises:
             ConversionError: the folder or a file is missing, truncated or damaged, or files contradict each other.
@@ -85,15 +87,15 @@ class HFReader:
         return set(self._entries)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of one tensor, from the header alone."""
+        """Shape of one tensor, from the file's header."""
         return self._find(name).shape
 
     def dtype(self, name: str) -> torch.dtype:
-        """Type of one tensor in the file."""
+        """Dtype of one tensor in the file."""
         return self._find(name).dtype
 
     def read(self, name: str, index: Index) -> Tensor:
-        """A slice of one tensor in the file's dtype."""
+        """Read a slice of one tensor, in the file's dtype."""
         entry = self._find(name)
         extents = [range(*part.indices(size)) for part, size in zip(index, entry.shape, strict=False)]
         if any(len(extent) < size for extent, size in zip(extents[1:], entry.shape[1:], strict=False)):
@@ -108,7 +110,7 @@ class HFReader:
     def _find(self, name: str) -> _Entry:
         if name not in self._entries:
             raise ConversionError(
-                f"{self.folder}: tensor {name} is missing. The checkpoint is incomplete or of another architecture."
+                f"{self.folder}: tensor {name} is missing. The checkpoint is incomplete or has another architecture."
             )
         return self._entries[name]
 
@@ -122,7 +124,7 @@ class HFReader:
         if (self.folder / SINGLE_NAME).exists():
             return [SINGLE_NAME]
         raise ConversionError(
-            f"{self.folder} has neither {SINGLE_NAME} nor {INDEX_NAME}. Only safetensors checkpoints are read."
+            f"{self.folder} has neither {SINGLE_NAME} nor {INDEX_NAME}. Only safetensors checkpoints are supported."
         )
 
     def _check_index(self) -> None:
@@ -153,7 +155,7 @@ def _open(path: Path):  # type: ignore[no-untyped-def]
 
 
 def _header(path: Path, file: int) -> dict[str, tuple[torch.dtype, tuple[int, ...], int]]:
-    """Type, shape and place of every tensor of a file that the library has opened, and so checked."""
+    """Dtype, shape and byte offset of every tensor of a file that safetensors has opened and thereby validated."""
     (length,) = struct.unpack("<Q", os.pread(file, 8, 0))
     found = {}
     for name, entry in json.loads(os.pread(file, length, 8)).items():
@@ -175,14 +177,14 @@ def write_hf_folder(
     config: Mapping[str, Any] | None = None,
     max_shard_bytes: int = 5 * 2**30,
 ) -> None:
-    """Write a complete Hugging Face folder, appearing under its name only when whole.
+    """Write a complete Hugging Face folder, which appears under its name only when complete.
 
     Args:
         target: folder to create; must not exist.
-        tensors: (name, tensor) pairs, streamed; at most one shard is held in memory.
+        tensors: (name, tensor) pairs; they are streamed, and at most one file's are in memory.
         like: folder whose config, tokenizer and template files are copied.
-        config: config.json in the place of the copied one.
-        max_shard_bytes: size of one safetensors file.
+        config: contents of config.json that replace the copied ones.
+        max_shard_bytes: maximum bytes of tensors in one safetensors file.
 
     Raises:
         ConversionError: the target exists or cannot be written.
@@ -205,7 +207,7 @@ def write_hf_folder(
 
 
 def copy_model_files(source: Path, target: Path) -> None:
-    """Everything of a model folder that is no weights: config, generation config, tokenizer, chat template."""
+    """Copy all files of a model folder but its weights: config, generation config, tokenizer, chat template."""
     for file in sorted(source.iterdir()):
         if file.is_file() and not file.name.endswith((*WEIGHT_SUFFIXES, *DESCRIPTIONS)):
             shutil.copy2(file, target / file.name)
@@ -244,15 +246,15 @@ def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard
 
 
 def check_against_table(reader: WeightReader, shapes: Mapping[str, tuple[int, ...]], ignored: Iterable[str]) -> None:
-    """Every tensor of the table is there with its shape, and no other tensor is.
+    """Check that a checkpoint has every tensor of the layout table with its shape, and no others.
 
     Args:
-        reader: the folder.
+        reader: reader of the checkpoint.
         shapes: name -> shape that the layout table expects.
-        ignored: names that may be there but carry nothing.
+        ignored: names of tensors that may exist but contain no weights.
 
     Raises:
-        ConversionError: naming the first missing, misshapen or unmapped tensor.
+        ConversionError: a tensor is missing, misshapen or unmapped; the message names the first.
     """
     names = reader.names()
     missing = sorted(set(shapes) - names)
@@ -264,17 +266,17 @@ def check_against_table(reader: WeightReader, shapes: Mapping[str, tuple[int, ..
     unmapped = sorted(names - set(shapes) - set(ignored))
     if unmapped:
         raise ConversionError(
-            f"{reader.folder}: {len(unmapped)} tensors have no place in this architecture, first {unmapped[0]}. "
-            "config.json and the weights do not belong together."
+            f"{reader.folder}: {len(unmapped)} tensors are not part of this architecture, first {unmapped[0]}. "
+            "config.json and the weights do not match."
         )
     for name, shape in shapes.items():
         if reader.shape(name) != shape:
             raise ConversionError(
                 f"{reader.folder}: {name} has shape {reader.shape(name)}, but config.json says {shape}. "
-                "config.json and the weights do not belong together."
+                "config.json and the weights do not match."
             )
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """The torch type of a configuration's fp32 or bf16."""
+    """Return the torch dtype for "fp32" or "bf16" in a configuration."""
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]

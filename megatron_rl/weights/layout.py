@@ -1,7 +1,7 @@
 """The layout table: a Megatron tensor-parallel shard is a list of boxes of Hugging Face tensors.
 
-A box is one (start, stop) pair per dimension. A layout answers (tp_rank, tp_size) with the slices
-of that shard; loading, exporting and weight transfer all follow from these slices.
+A box is one (start, stop) pair per dimension. A layout maps (tp_rank, tp_size) to the slices of that shard; loading,
+exporting and weight transfer are all derived from these slices.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -18,7 +18,7 @@ Index = tuple[slice, ...]
 
 @dataclass(frozen=True)
 class Slice:
-    """One copy between a shard and a Hugging Face tensor; both boxes have the same shape."""
+    """A box of a Hugging Face tensor and the box of a shard that holds its elements; both have the same shape."""
 
     hf_name: str
     hf_box: Box
@@ -27,16 +27,16 @@ class Slice:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How one Megatron parameter is made of Hugging Face tensors."""
+    """How the shards of one Megatron parameter are composed of Hugging Face tensors."""
 
     shape: Callable[[int], tuple[int, ...]]
     """tp_size -> shape of a shard."""
     slices: Callable[[int, int], list[Slice]]
-    """(tp_rank, tp_size) -> the slices of that shard."""
+    """(tp_rank, tp_size) -> slices of that shard."""
     replicated: bool = False
     """Every tensor-parallel rank holds the whole parameter."""
     expert: bool = False
-    """Part of an expert, which is split over the expert-tensor-parallel ranks."""
+    """The parameter belongs to an expert and is split over the expert-tensor-parallel ranks."""
 
 
 LayoutTable = Mapping[str, Layout]
@@ -44,7 +44,7 @@ LayoutTable = Mapping[str, Layout]
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where a rank stands among those that share matrices; experts may be shared by other ranks."""
+    """Tensor-parallel position of a rank; the matrices of experts may be split over other ranks (etp)."""
 
     tp_rank: int = 0
     tp_size: int = 1
@@ -63,51 +63,51 @@ class Place:
 
 
 def full_box(shape: tuple[int, ...]) -> Box:
-    """All of a tensor."""
+    """Return the box of a whole tensor."""
     return tuple((0, extent) for extent in shape)
 
 
 def box_index(box: Box) -> Index:
-    """The box as an index of a tensor."""
+    """Return a box as an index into a tensor."""
     return tuple(slice(start, stop) for start, stop in box)
 
 
 def box_shape(box: Box) -> tuple[int, ...]:
-    """Extent in each dimension."""
+    """Extent of a box in each dimension."""
     return tuple(stop - start for start, stop in box)
 
 
 def box_size(box: Box) -> int:
-    """Number of elements."""
+    """Number of elements in a box."""
     return prod(box_shape(box))
 
 
 def intersection(a: Box, b: Box) -> Box | None:
-    """What two boxes share; None: nothing."""
+    """Return the intersection of two boxes; None if it is empty."""
     common = tuple((max(p, r), min(q, s)) for (p, q), (r, s) in zip(a, b, strict=True))
     return common if all(start < stop for start, stop in common) else None
 
 
 def relative_box(box: Box, outer: Box) -> Box:
-    """A box in the coordinates of one around it."""
+    """Return a box in the coordinates of a box that contains it."""
     return tuple((start - first, stop - first) for (start, stop), (first, _) in zip(box, outer, strict=True))
 
 
 def moved_box(box: Box, source: Box, target: Box) -> Box:
-    """A box inside ``source``, in the coordinates of ``target``, which has the same shape."""
+    """Translate a box inside ``source`` to the box at the same position in ``target``, which has the same shape."""
     return tuple(
         (start - a + b, stop - a + b) for (start, stop), (a, _), (b, _) in zip(box, source, target, strict=True)
     )
 
 
 def replicated(name: str, *shape: int) -> Layout:
-    """The whole tensor on every rank."""
+    """Layout with the whole tensor on every rank."""
     box = full_box(shape)
     return Layout(shape=lambda size: shape, slices=lambda rank, size: [Slice(name, box, box)], replicated=True)
 
 
 def column(name: str, rows: int, *rest: int) -> Layout:
-    """Output features (rows) split over the ranks."""
+    """Layout with the output features (rows) split over the ranks."""
 
     def slices(rank: int, size: int) -> list[Slice]:
         n = _share(rows, size, name)
@@ -117,7 +117,7 @@ def column(name: str, rows: int, *rest: int) -> Layout:
 
 
 def row(name: str, rows: int, columns: int) -> Layout:
-    """Input features (columns) split over the ranks."""
+    """Layout with the input features (columns) split over the ranks."""
 
     def slices(rank: int, size: int) -> list[Slice]:
         n = _share(columns, size, name)
@@ -127,7 +127,7 @@ def row(name: str, rows: int, columns: int) -> Layout:
 
 
 def vocabulary(name: str, vocab_size: int, padded_size: int, hidden_size: int) -> Layout:
-    """Rows split after padding the vocabulary; padding rows belong to no Hugging Face tensor."""
+    """Layout with the rows of the padded vocabulary split over the ranks; no Hugging Face tensor has padding rows."""
 
     def slices(rank: int, size: int) -> list[Slice]:
         n = _share(padded_size, size, name)
@@ -138,7 +138,7 @@ def vocabulary(name: str, vocab_size: int, padded_size: int, hidden_size: int) -
 
 
 def gated(gate: str, up: str, rows: int, *rest: int) -> Layout:
-    """[gate; up] stacked inside each shard."""
+    """Layout with the rows of gate and up split over the ranks, stacked as [gate; up] in each shard."""
 
     def slices(rank: int, size: int) -> list[Slice]:
         n = _share(rows, size, gate)
@@ -148,19 +148,26 @@ def gated(gate: str, up: str, rows: int, *rest: int) -> Layout:
 
 
 def grouped_qkv(q: str, k: str, v: str, heads: int, groups: int, head_dim: int, *rest: int) -> Layout:
-    """For each query group its query heads, its key, its value; groups split over the ranks."""
+    """Layout with the query groups split over the ranks; each group has its query heads, then its key, then its value.
+
+    Args:
+        q, k, v: names of the Hugging Face tensors.
+        heads: number of query heads.
+        groups: number of query groups (key-value heads).
+        rest: input features; empty for biases.
+    """
     queries = heads // groups * head_dim
 
     def slices(rank: int, size: int) -> list[Slice]:
-        n, found, at = _share(groups, size, q), [], 0
+        n, found, shard_row = _share(groups, size, q), [], 0
         for group in range(rank * n, (rank + 1) * n):
             for name, start, length in (
                 (q, group * queries, queries),
                 (k, group * head_dim, head_dim),
                 (v, group * head_dim, head_dim),
             ):
-                found.append(_rows(name, start, at, length, rest))
-                at += length
+                found.append(_rows(name, start, shard_row, length, rest))
+                shard_row += length
         return found
 
     def shape(size: int) -> tuple[int, ...]:
@@ -170,13 +177,13 @@ def grouped_qkv(q: str, k: str, v: str, heads: int, groups: int, head_dim: int, 
 
 
 def fill_shard(shard: Tensor, slices: Iterable[Slice], read: Callable[[str, Index], Tensor]) -> None:
-    """Copy every slice into a shard; ``read(name, index)`` fetches only the wanted elements."""
+    """Copy every slice into a shard; ``read(name, index)`` returns those elements of a Hugging Face tensor."""
     for piece in slices:
         shard[box_index(piece.shard_box)].copy_(read(piece.hf_name, box_index(piece.hf_box)))
 
 
 def layer_of(hf_name: str) -> str:
-    """What the tensors of one layer have in common; every other tensor has its own."""
+    """Name prefix of a tensor's layer (``model.layers.3``); the whole name for tensors outside the layers."""
     parts = hf_name.split(".")
     return ".".join(parts[: parts.index("layers") + 2]) if "layers" in parts else hf_name
 
@@ -187,16 +194,18 @@ def hf_shapes(table: LayoutTable) -> dict[str, tuple[int, ...]]:
     for layout in table.values():
         for piece in layout.slices(0, 1):
             stops = tuple(stop for _, stop in piece.hf_box)
-            known = shapes.get(piece.hf_name, stops)
-            shapes[piece.hf_name] = tuple(max(a, b) for a, b in zip(known, stops, strict=True))
+            previous = shapes.get(piece.hf_name, stops)
+            shapes[piece.hf_name] = tuple(max(a, b) for a, b in zip(previous, stops, strict=True))
     return shapes
 
 
 def check_each_once(table: LayoutTable) -> None:
-    """Every element of every Hugging Face tensor belongs to one parameter, but for a tied output layer.
+    """Check that every element of every Hugging Face tensor maps to exactly one parameter.
+
+    A tied output layer, which repeats the embedding, is exempt.
 
     Raises:
-        ConversionError: naming the first tensor that is mapped twice or in part.
+        ConversionError: an element is mapped twice or not at all; the message names the first such tensor.
     """
     boxes: dict[str, list[Box]] = {}
     for parameter, layout in table.items():
@@ -209,7 +218,7 @@ def check_each_once(table: LayoutTable) -> None:
         if mapped != size:
             raise ConversionError(
                 f"{name} has {size} elements, but the layout table maps {mapped}: "
-                f"{'some twice' if mapped > size else 'some not at all'}. Mend the family in megatron_rl/models/."
+                f"{'some twice' if mapped > size else 'some not at all'}. Fix the model family in megatron_rl/models/."
             )
 
 
@@ -221,7 +230,7 @@ def _rows(name: str, hf_start: int, shard_start: int, length: int, rest: tuple[i
 def _share(total: int, size: int, name: str) -> int:
     if total % size:
         raise ConversionError(
-            f"{name}: {total} does not divide by tensor parallel size {size}. "
+            f"{name}: {total} is not divisible by tensor parallel size {size}. "
             f"Set parallel.tensor_parallel_size to a divisor of {total}."
         )
     return total // size

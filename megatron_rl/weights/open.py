@@ -1,4 +1,4 @@
-"""Open a model folder of whichever kind."""
+"""Open a model folder in Hugging Face or Megatron format."""
 
 import json
 from pathlib import Path
@@ -11,13 +11,13 @@ from megatron_rl.weights.reader import WeightReader
 
 
 def open_weights(folder: str | Path, table: LayoutTable) -> WeightReader:
-    """The safetensors of a Hugging Face folder, or a Megatron distributed checkpoint.
+    """Open the safetensors of a Hugging Face folder, or a Megatron distributed checkpoint.
 
     Args:
         table: layout at tensor parallel size 1.
 
     Raises:
-        ConversionError: there is neither, or it is incomplete or damaged.
+        ConversionError: the folder has neither, or they are incomplete or damaged.
     """
     if find_distributed_checkpoint(Path(folder)) is not None:
         return MegatronReader(folder, table)
@@ -25,7 +25,7 @@ def open_weights(folder: str | Path, table: LayoutTable) -> WeightReader:
 
 
 def find_model_folder(checkpoint: Path) -> Path:
-    """The folder with config.json and tokenizer of a Megatron checkpoint.
+    """Return the folder with the config.json and tokenizer of a Megatron checkpoint.
 
     Raises:
         ConversionError: neither the checkpoint nor the run that saved it has one.
@@ -35,10 +35,10 @@ def find_model_folder(checkpoint: Path) -> Path:
     for folder in (checkpoint, checkpoint.parent):
         trainer = folder / "trainer.json"
         if trainer.exists():
-            found = Path(json.loads(trainer.read_text())["config"]["model.path"])
-            if (found / "config.json").exists():
-                return found
+            model = Path(json.loads(trainer.read_text())["config"]["model.path"])
+            if (model / "config.json").exists():
+                return model
     raise ConversionError(
-        f"{checkpoint} has no config.json, which decides the architecture, or does not exist. Give a Hugging Face "
-        "folder; a conversion takes one with config.json and tokenizer alone by --config."
+        f"{checkpoint} does not exist or has no config.json, which defines the architecture. Give a Hugging Face "
+        "folder; for a conversion, --config may name one that has only config.json and tokenizer."
     )

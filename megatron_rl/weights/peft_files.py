@@ -1,4 +1,4 @@
-"""Low-rank adapters in files: PEFT's folders, and those that a run begins with."""
+"""LoRA adapters: read and write PEFT folders, initialize new adapters."""
 
 import json
 import os
@@ -18,18 +18,18 @@ from megatron_rl.weights.layout import Index
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
-"""Before the names in PEFT's files."""
+"""Prefix of the names in PEFT's files."""
 
 
 class FreshAdapters:
-    """Adapters that add nothing yet: b is 0, a is drawn as PEFT draws it, the same under every layout."""
+    """New adapters: B is 0, A is initialized as PEFT does, with the same values under every parallel layout."""
 
     def __init__(self, shapes: dict[str, tuple[int, ...]], seed: int) -> None:
         self._shapes = shapes
         self._seed = seed
 
     def read(self, name: str, index: Index) -> Tensor:
-        """A slice of one matrix, float32."""
+        """Return a slice of one matrix, float32."""
         shape = self._shapes[name]
         if name.endswith("lora_B.weight"):
             return torch.zeros(shape)[index]
@@ -39,28 +39,31 @@ class FreshAdapters:
 
 
 class PeftReader:
-    """Slices of the adapters of a PEFT folder."""
+    """Reads slices of the adapters of a PEFT folder."""
 
     def __init__(self, folder: str | Path, shapes: dict[str, tuple[int, ...]], *, rank: int, alpha: float) -> None:
         """
         Args:
-            shapes: of all matrices that are expected.
+            shapes: name -> shape of every expected matrix.
+            rank: expected ``r`` (``lora.rank``).
+            alpha: expected ``lora_alpha`` (``lora.alpha``).
 
         Raises:
-            ConversionError: a file cannot be read, or holds adapters of other matrices, rank or scale.
+            ConversionError: a file cannot be read, or has adapters of other matrices, another rank or another alpha.
         """
         self.folder = Path(folder)
         config = self._config()
-        for key, wanted in (("r", rank), ("lora_alpha", alpha)):
-            if config.get(key) != wanted:
+        for key, expected in (("r", rank), ("lora_alpha", alpha)):
+            if config.get(key) != expected:
                 name = {"r": "lora.rank", "lora_alpha": "lora.alpha"}[key]
                 raise ConversionError(
-                    f"{self.folder / CONFIG}: {key} is {config.get(key)}, but {name}={wanted}. Set {name} to it."
+                    f"{self.folder / CONFIG}: {key} is {config.get(key)}, but {name}={expected}. "
+                    f"Set {name}={config.get(key)}."
                 )
         for key in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save"):
             if config.get(key):
                 raise ConversionError(
-                    f"{self.folder / CONFIG}: {key}={config[key]!r} is not supported. Give a folder of plain LoRA."
+                    f"{self.folder / CONFIG}: {key}={config[key]!r} is not supported. Give plain LoRA adapters."
                 )
         try:
             self._file: Any = safe_open(self.folder / WEIGHTS, framework="pt")
@@ -69,15 +72,15 @@ class PeftReader:
         names = list(self._file.keys())
         found = {name.removeprefix(PREFIX): tuple(self._file.get_slice(name).get_shape()) for name in names}
         if found != shapes:
-            apart = sorted(set(found.items()) ^ set(shapes.items()))
+            different = sorted(set(found.items()) ^ set(shapes.items()))
             raise ConversionError(
-                f"{self.folder / WEIGHTS} does not hold the adapters of lora.targets: {len(found)} matrices, expected "
-                f"{len(shapes)}; first that is not the same: {apart[0][0]} {list(apart[0][1])}. "
-                f"Set lora.targets to those of {CONFIG}, and model.path to their model."
+                f"{self.folder / WEIGHTS} does not have the adapters of lora.targets: {len(found)} matrices, expected "
+                f"{len(shapes)}; first difference: {different[0][0]} {list(different[0][1])}. "
+                f"Set lora.targets to those of {CONFIG}, and model.path to the base model of the adapters."
             )
 
     def read(self, name: str, index: Index) -> Tensor:
-        """A slice of one matrix as it is stored."""
+        """Read a slice of one matrix, in the file's dtype."""
         tensor: Tensor = self._file.get_slice(PREFIX + name)[index]
         return tensor
 
@@ -95,14 +98,16 @@ class PeftReader:
 def write_peft_folder(
     target: Path, tensors: Iterable[tuple[str, Tensor]], *, base: str, rank: int, alpha: float, targets: Iterable[str]
 ) -> None:
-    """Write adapters as PEFT's ``from_pretrained`` reads them; they appear under the name only when whole.
+    """Write a PEFT adapter folder for ``from_pretrained``; it appears under its name only when complete.
 
     Args:
-        tensors: (name, matrix), all of them.
-        base: the model that they belong to.
+        tensors: (name, matrix) of every adapter matrix, without the prefix of PEFT's names.
+        base: name or path of the base model.
+        rank, alpha: LoRA rank and alpha.
+        targets: ``target_modules``.
 
     Raises:
-        ConversionError: it cannot be written.
+        ConversionError: the folder cannot be written.
     """
     config = {
         "peft_type": "LORA",
@@ -120,8 +125,8 @@ def write_peft_folder(
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        found = {PREFIX + name: tensor.contiguous().cpu() for name, tensor in tensors}
-        save_file(found, partial / WEIGHTS, metadata={"format": "pt"})
+        prefixed = {PREFIX + name: tensor.contiguous().cpu() for name, tensor in tensors}
+        save_file(prefixed, partial / WEIGHTS, metadata={"format": "pt"})
         (partial / CONFIG).write_text(json.dumps(config, indent=2))
         os.replace(partial, target)
     except (OSError, SafetensorError) as error:

@@ -1,4 +1,4 @@
-"""Model weights under their Hugging Face names, whatever the files are."""
+"""The interface of all weight readers: model weights under their Hugging Face names, for any file format."""
 
 from pathlib import Path
 from typing import Protocol
@@ -10,7 +10,7 @@ from megatron_rl.weights.layout import Index
 
 
 class WeightReader(Protocol):
-    """Slices of tensors under their Hugging Face names."""
+    """Reads slices of tensors under their Hugging Face names."""
 
     folder: Path
 
@@ -21,7 +21,7 @@ class WeightReader(Protocol):
         """Shape of one tensor."""
 
     def dtype(self, name: str) -> torch.dtype:
-        """Type of one tensor as it is stored."""
+        """Dtype of one tensor in the files."""
 
     def read(self, name: str, index: Index) -> Tensor:
-        """A slice of one tensor as it is stored; reads little more than its own bytes."""
+        """Read a slice of one tensor, in its stored dtype; reads few more bytes than the slice has."""

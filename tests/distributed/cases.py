@@ -31,7 +31,7 @@ from megatron_rl.mcore.policy import Policy
 from megatron_rl.mcore.reference import HostReference
 from megatron_rl.mcore.reward_model import RewardModel
 from megatron_rl.mcore.runtime import event_loop, patches
-from megatron_rl.mcore.runtime.parallel import split_again, split_world
+from megatron_rl.mcore.runtime.parallel import build_another_layout, build_layout
 from megatron_rl.metrics.metric import merge, results
 from megatron_rl.models import layout_table
 from megatron_rl.models.engine_shards import engine_boxes
@@ -60,7 +60,7 @@ from megatron_rl.types import (
     TrainState,
 )
 from megatron_rl.weight_sync import WeightSync
-from megatron_rl.weight_sync.host_memory import Meeting
+from megatron_rl.weight_sync.host_memory import PeerAccess
 from megatron_rl.weight_sync.plan import plan_reshard
 from megatron_rl.weight_sync.push import policy_logprobs
 from megatron_rl.weight_sync.transfer import Traffic, Transfer
@@ -92,7 +92,7 @@ def world(config: RunConfig | RewardTrainingConfig) -> ParallelContext:
     if key not in _worlds:
         if len(_worlds) == KEPT_WORLDS:
             _close(_worlds.pop(next(iter(_worlds))))
-        context = split_world(config.parallel, store, 0, torch.device("cpu"))
+        context = build_layout(config.parallel, store, 0, torch.device("cpu"))
         _worlds[key] = context
     context = _worlds[key]
     for name, value in context.record.items():
@@ -190,7 +190,7 @@ def held(config: RunConfig) -> tuple[list[str], Place]:
 
 
 def transferred(
-    config: RunConfig, engine_tp: int, nodes: list[int], bucket_elements: int, meet: Meeting
+    config: RunConfig, engine_tp: int, nodes: list[int], bucket_elements: int, peer_access: PeerAccess
 ) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
     """What a planned transfer brings to this rank, and the bytes: received, sent, planned, least, peak."""
     parallel = world(config)
@@ -204,7 +204,7 @@ def transferred(
     ]
     plan = plan_reshard(held, table, wanted, nodes, bucket_elements=bucket_elements)
     traffic = Traffic()
-    transfer = Transfer(plan, parallel.rank, meet=meet)
+    transfer = Transfer(plan, parallel.rank, peer_access=peer_access)
     found = {name: tensor.clone() for name, tensor in transfer.stream(scorer.shards(), traffic)}
     return found, {
         "received": traffic.bytes_received,
@@ -212,7 +212,7 @@ def transferred(
         "planned": 4 * plan.num_received(parallel.rank),
         "planned to send": 4 * plan.num_sent(parallel.rank),
         "least": 4 * plan.minimum(parallel.rank),
-        "peak": traffic.peak,
+        "peak": traffic.peak_buffer_bytes,
     }
 
 
@@ -270,8 +270,8 @@ def collected_despite_deaths(config: RunConfig) -> tuple[list[list[int]], list[l
     parallel = world(config)
     policy = Policy(config, parallel)
     engine: Any = Dying(build_engine(config, policy), config.rollout.engine, deaths=0)
-    keeper = build_supervisor(config, engine, policy)
-    collector = build_collector(config, read_inputs(config, parallel), keeper, policy)
+    supervisor = build_supervisor(config, engine, policy)
+    collector = build_collector(config, read_inputs(config, parallel), supervisor, policy)
     greedy = config.rollout.engine == "sglang"  # no seeds for each sample
     params = SamplingParams(
         temperature=0.0 if greedy else 1.0, top_p=1.0, top_k=0, max_new_tokens=12, stop_token_ids=()
@@ -280,16 +280,16 @@ def collected_despite_deaths(config: RunConfig) -> tuple[list[list[int]], list[l
     work = [begin_group(prompt, [sample_seed(i, k) for k in range(2)]) for i, prompt in enumerate(prompts)]
     found = []
     with closing(engine), closing(collector):
-        keeper.push(0)
+        supervisor.push(0)
         for name, deaths in (("undisturbed", 0), ("disturbed", 1)):
             engine.left = engine.left_in_pushes = deaths if parallel.rank == 0 else 0
-            job = Job(name=name, work=work, params=params, schedule="static", functions="train", version=0)
+            job = Job(name=name, groups=work, params=params, schedule="static", functions="train", version=0)
             policy.learner.to_host()
             done = collector.collect(job)
             policy.learner.to_device()
             assert engine.version == 0
             found.append([sample.token_ids.tolist() for group in done for sample in group.as_group(0).rollouts])
-        return found[0], found[1], keeper.num_failures
+        return found[0], found[1], supervisor.num_failures
 
 
 _engines: dict[str, Any] = {}
@@ -354,7 +354,7 @@ def exported(config: RunConfig) -> dict[str, torch.Tensor]:
 
 def train_reward_model(config: RewardTrainingConfig, resume: str = "auto") -> None:
     """A reward model's training."""
-    reward_training.run_in(config, resume, world(config))
+    reward_training.run_in_world(config, resume, world(config))
 
 
 def reward_scores(config: RewardTrainingConfig, asked: list[tuple[list[int], list[int]]]) -> list[torch.Tensor]:
@@ -582,7 +582,7 @@ def save_both_ways(config: RunConfig, folder: str) -> None:
         later.mkdir()
     dist.barrier()
     save_learner(policy.learner, now)
-    pending = begin_save(policy.learner, later, then=lambda: None)
+    pending = begin_save(policy.learner, later, on_written=lambda: None)
     policy.update(batch_of())
     pending.wait()
     complete_save(pending, later)
@@ -590,12 +590,12 @@ def save_both_ways(config: RunConfig, folder: str) -> None:
 
 def round_trip_without_counting_gaps(config: RunConfig, folder: str) -> tuple[list[float], list[float]]:
     """``checkpoint_round_trip`` with one patch taken away."""
-    count_gaps = patches.count_gaps
-    patches.count_gaps = lambda model: None
+    include_bucket_padding = patches.include_bucket_padding
+    patches.include_bucket_padding = lambda model: None
     try:
         return checkpoint_round_trip(config, folder, save=True)
     finally:
-        patches.count_gaps = count_gaps
+        patches.include_bucket_padding = include_bucket_padding
 
 
 def diverge(config: RunConfig) -> tuple[str, bool]:
@@ -709,6 +709,6 @@ def valued(config: RunConfig) -> dict[int, torch.Tensor]:
     """What a critic expects before each token of the toy sequences, as it begins."""
     parallel = world(config)
     own = config.for_critic()
-    critic = Critic(own, split_again(own.parallel, parallel))
+    critic = Critic(own, build_another_layout(own.parallel, parallel))
     batch = shared_out(sequences(LENGTHS), own, critic.parallel)
     return {i: row for i, row in zip(batch.global_index, critic.values(batch), strict=True) if i >= 0}

@@ -113,8 +113,8 @@ def loss_of(config: RunConfig) -> float:
     loss = PolicyLoss(
         build_objective(config.algorithm),
         build_correction(config.algorithm),
-        on_samples=True,
-        scored_before=True,
+        has_rollout_logprobs=True,
+        has_old_logprobs=True,
         context_group=parallel.groups.cp if parallel.cp_size > 1 else None,
     )
     total, count = 0.0, 0

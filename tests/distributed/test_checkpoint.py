@@ -99,7 +99,7 @@ SCRIPT = """
 import sys
 from pathlib import Path
 import megatron_rl.mcore
-from megatron_rl.mcore import patches
+from megatron_rl.mcore.runtime import patches
 {sabotage}
 import megatron_rl.mcore.optimizer as optimizer
 optimizer.create_adam_state = patches.create_adam_state

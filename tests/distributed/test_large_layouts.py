@@ -15,7 +15,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from megatron_rl.config import load_config
 from megatron_rl.mcore.model.config import transformer_config
 from megatron_rl.mcore.model.gpt_model import build_chunks, global_parameters, place_of
-from megatron_rl.mcore.runtime.parallel import leave_world, split_world
+from megatron_rl.mcore.runtime.parallel import leave_world, build_layout
 from megatron_rl.models import layout_table, read_model_spec
 from megatron_rl.models.engine_shards import engine_boxes
 from megatron_rl.planning.shares import stage_shares
@@ -90,7 +90,7 @@ def build_rank(
     """Parameters, place, pipeline stage, replica and number of elements of a rank."""
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
-        context = split_world(config.parallel, FakeStore(), rank % 8, torch.device("meta"))
+        context = build_layout(config.parallel, FakeStore(), rank % 8, torch.device("meta"))
         context = replace(context, device=torch.device("meta"))
         with torch.device("meta"):
             chunks = build_chunks(spec, transformer_config(spec, config, "local"), "local", context)

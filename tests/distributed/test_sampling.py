@@ -259,7 +259,7 @@ def test_recorded_rollouts_teach_the_same_again(run: Callable[..., Path], capsys
         ("rollout.async_rollout=true", "rollout.max_staleness=0.*at least 1 with rollout.async_rollout=true"),
         ("rollout.over_sampling=0.5", "rollout.over_sampling=0.5.*1 or more"),
         ("rollout.turn_template=abc", r"rollout.turn_template='abc'.*\{observation\}"),
-        ("rollout.source=replay", "rollout.replay_path=None.*belong together"),
+        ("rollout.source=replay", "rollout.replay_path=None.*no other source uses it"),
         ("rollout.environment=sokoban", "rollout.environment='sokoban'.*guess_number"),
     ],
 )

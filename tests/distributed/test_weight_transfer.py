@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 
 from megatron_rl.models import read_model_spec
 from megatron_rl.models.engine_shards import engine_boxes
-from megatron_rl.weight_sync.host_memory import Meeting, meet_neighbours, meet_nobody
-from megatron_rl.weight_sync.placement import held_on_paper
-from megatron_rl.weight_sync.shared_folder import meet_in
+from megatron_rl.weight_sync.host_memory import PeerAccess, expose_host_memory, no_peer_access
+from megatron_rl.weight_sync.placement import parameters_by_rank
+from megatron_rl.weight_sync.shared_folder import expose_in_folder
 from megatron_rl.weights.layout import box_index
 from tests.distributed import cases
 from tests.gang import Gang
@@ -51,8 +51,8 @@ def test_every_rank_gets_what_its_engine_reads(
 ) -> None:
     """Bit for bit, and not a byte more than it lacks; the rest is NaN."""
     family, overrides = LAYOUTS[name]
-    ways: dict[str, Meeting] = {"memory": meet_neighbours, "messages": meet_nobody}
-    meet = ways.get(way, partial(meet_in, tmp_path, "a run"))
+    ways: dict[str, PeerAccess] = {"memory": expose_host_memory, "messages": no_peer_access}
+    peer_access = ways.get(way, partial(expose_in_folder, tmp_path, "a run"))
     model = toy_model(family, tied=family == "qwen2", num_hidden_layers=4)
     wanted, spec = load_file(model / "model.safetensors"), read_model_spec(model)
     shapes = {key: tuple(tensor.shape) for key, tensor in wanted.items()}
@@ -61,7 +61,7 @@ def test_every_rank_gets_what_its_engine_reads(
             "engine_tp": engine_tp,
             "nodes": nodes,
             "bucket_elements": bucket_elements,
-            "meet": meet,
+            "peer_access": peer_access,
         }
         found = gangs(4).call(cases.transferred, config=toy_config(tmp_path, model, *overrides), **arguments)
         for rank, (tensors, traffic) in enumerate(found):
@@ -88,7 +88,7 @@ def test_the_paper_placement_is_megatrons(
     model = toy_model(family, tied=family == "qwen2", num_hidden_layers=4)
     found = gangs(4).call(cases.held, config=toy_config(tmp_path, model, *overrides))
     for (names, place), (paper_names, paper_place) in zip(
-        found, held_on_paper(read_model_spec(model), **sizes), strict=True
+        found, parameters_by_rank(read_model_spec(model), **sizes), strict=True
     ):
         assert set(names) == set(paper_names)
         assert (place.tp_rank, place.tp_size) == (paper_place.tp_rank, paper_place.tp_size)
@@ -116,16 +116,16 @@ def test_a_folder_that_cannot_be_written_is_named_by_every_rank(
     overrides = [TP2, "weight_sync.transport=disk", f"weight_sync.folder={tmp_path / 'file'}"]
     config = toy_config(tmp_path, toy_model("llama", tied=False), *overrides)
     for message in gangs(4).call(cases.failed_push, config=config):
-        assert re.search(r"rank 0: .*exists.*weight_sync\.folder must be a folder with room", message)
+        assert re.search(r"rank 0: .*exists.*weight_sync\.folder must be a folder with enough free space", message)
 
 
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        ("changed on the way", r"2 tensors arrived with other contents than the policy has, first lm_head"),
+        ("changed on the way", r"2 tensors that the engine received differ from the policy's, first lm_head"),
         ("lost by the engine", r"the log-probabilities of 8 sampled tokens differ by .* nats"),
         ("refused by the engine", r"no room"),
-        ("stale version", r"the engine says version 0 after version 1 was pushed"),
+        ("stale version", r"the engine reports version 0 after version 1 was pushed"),
     ],
 )
 def test_a_push_that_goes_wrong(

@@ -84,7 +84,7 @@ def test_parity_names_where_a_mapping_goes_wrong(
     status, said = run(check_parity.main, "--hf", model, "--megatron", convert(wrong, tmp_path / "m"), *prompts)
     assert status == 1
     assert said.startswith("16 tokens")
-    assert f"The first place that rounding does not explain: {place}." in said
+    assert f"The first difference that rounding does not explain is in: {place}." in said
 
 
 def test_parity_refuses(run: Callable[..., tuple[int, str]], toy_model: Callable[..., Path], tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_inspects_both_kinds(
         assert line in said
     status, said = run(inspect_checkpoint.main, tmp_path)
     assert status == 1
-    assert "Only safetensors checkpoints are read" in said
+    assert "Only safetensors checkpoints are supported" in said
 
 
 def test_inspects_a_training_checkpoint(

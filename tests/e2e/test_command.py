@@ -141,15 +141,15 @@ class TestRefusals:
         ("overrides", "message"),
         [
             (["rollout.group_sise=4"], "Did you mean rollout.group_size"),
-            (["batching.num_mini_batches=3"], "do not divide by batching.num_mini_batches=3"),
+            (["batching.num_mini_batches=3"], "are not divisible by batching.num_mini_batches=3"),
             (
                 ["rollout.group_size=1"],
                 "algorithm.advantage=grpo compares samples of one prompt",
             ),
-            (["parallel.tensor_parallel_size=2"], "world size 1 does not divide"),
+            (["parallel.tensor_parallel_size=2"], "world size 1 is not divisible"),
             (["parallel.context_parallel_size=2"], "x parallel.context_parallel_size=2 = 2"),
             (["parallel.expert_parallel_size=2"], "parallel.expert_parallel_size=2"),
-            (["parallel.virtual_pipeline_parallel_size=2"], "expected 1, or a pipeline_parallel_size above 1"),
+            (["parallel.virtual_pipeline_parallel_size=2"], "expected 1, or parallel.pipeline_parallel_size above 1"),
             (["moe.aux_loss=sequence"], "Set batching.packed=false"),
             (["precision.fp8=delayed"], "precision.fp8=delayed: expected Transformer Engine"),
             (["precision.fp8=delayed", "precision.bf16_first_layers=1"], "whose scales are shared by all layers"),
@@ -176,7 +176,7 @@ class TestRefusals:
         for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "3")):
             monkeypatch.setenv(name, value)
         error = refused(capsys, start(config, "--dry-run", "parallel.pipeline_parallel_size=2"))
-        assert "world size 3 does not divide" in error
+        assert "world size 3 is not divisible" in error
         monkeypatch.delenv("LOCAL_RANK")
         assert "'LOCAL_RANK' is not set" in refused(capsys, start(config, "--dry-run"))
 
@@ -213,7 +213,7 @@ class TestRefusals:
         description = json.loads(path.read_text())
         del description["eos_token"]
         path.write_text(json.dumps(description))
-        assert "has no end token" in refused(capsys, start(config))
+        assert "has no end-of-sequence token" in refused(capsys, start(config))
 
     def test_empty_data(self, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (tmp_path / "empty.jsonl").touch()
@@ -343,7 +343,7 @@ def test_a_damaged_checkpoint_is_passed_over_aloud(
     assert "integrity.json cannot be read" in error
     for step in (1, 2, 3):
         os.truncate(folder / f"checkpoints/step_00000{step}/trainer.json", 10)
-    assert "no checkpoint is sound" in refused(capsys, start(config, *keep, "run.num_steps=5"))
+    assert "no checkpoint is valid" in refused(capsys, start(config, *keep, "run.num_steps=5"))
 
 
 def test_a_failed_save_leaves_the_earlier_checkpoint(

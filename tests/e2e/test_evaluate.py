@@ -179,7 +179,7 @@ def test_an_endpoint_is_asked(endpoint: str, tmp_path: Path) -> None:
 
 def test_what_an_endpoint_refuses(endpoint: str, tmp_path: Path) -> None:
     """One request: it is recorded, and asked again by the next start. All of them: an error."""
-    for model, message in (("none", "status 404"), ("stricter", "refused all of 16 requests")):
+    for model, message in (("none", "status 404"), ("stricter", "rejected all of 16 requests")):
         done = ask(endpoint, model, tmp_path, ADDITION, f"run.output_dir={tmp_path}/{model}")
         assert done.returncode == 1
         assert message in done.stderr

@@ -171,7 +171,7 @@ def test_a_run_stops_before_the_end_of_its_job(config: Path, tmp_path: Path) -> 
     printed, _ = process.communicate(timeout=LIMIT_S)
     assert time.time() >= told
     assert f"exitcode  : {EXIT_REQUEUE}" in printed, printed
-    assert "stopped as asked after step" in printed
+    assert "stopped on request after step" in printed
     assert (tmp_path / "run/checkpoints/latest").exists()
 
 
@@ -199,7 +199,7 @@ def test_a_rank_that_hangs_is_named_and_the_run_ends(config: Path, tmp_path: Pat
                 continue
     printed, _ = process.communicate(timeout=LIMIT_S)
     assert process.returncode != 0
-    told = printed.split("Those that others wait for first:")[1].splitlines()
+    told = printed.split("The ranks that the others wait for come first:")[1].splitlines()
     assert f"rank 1 (host {os.uname().nodename}, pid {by_rank[1]})" in told[1]
     assert "dead or unreachable" in told[1]
     assert "rank 0" in told[2]
@@ -213,7 +213,7 @@ def test_a_rank_whose_work_never_ends_is_named_with_its_stack(config: Path) -> N
     )
     printed, _ = process.communicate(timeout=LIMIT_S)
     assert process.returncode != 0
-    told = printed.split("Those that others wait for first:")[1].splitlines()
+    told = printed.split("The ranks that the others wait for come first:")[1].splitlines()
     assert told[1].startswith("  rank 1 (host")
     assert "dead or unreachable" not in told[1]
     assert told[2].startswith("  rank 0 (host")
@@ -257,7 +257,7 @@ def test_who_is_where_is_said_by_who_others_wait_for() -> None:
         heard(4, "c", "gen", 0.0, 100.0, is_over=True),
     ]
     text = describe(everyone, 5, now=1000.0, stuck_s=600.0).splitlines()
-    assert text[1] == "  never heard of: ranks 1"
+    assert text[1] == "  no heartbeat ever: ranks 1"
     assert (
         text[2] == "  rank 3 (host b, pid 7): step 3, gen, no progress for 500 s, silent for 500 s: dead or unreachable"
     )

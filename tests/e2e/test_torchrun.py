@@ -126,7 +126,7 @@ def test_a_signal_to_the_whole_group_stops_with_a_checkpoint(toy_model: Callable
     printed, _ = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 0, printed
     step = rows(tmp_path / "run")[-1]["step"]
-    assert f"stopped as asked after step {step}" in printed
+    assert f"stopped on request after step {step}" in printed
     assert (tmp_path / "run/checkpoints/latest").read_text() == f"step_{step:06d}"
 
 

@@ -49,11 +49,11 @@ def collector_of(engine_of: EngineOf, folder: Path) -> Iterator[Callable[..., Co
 
     def get(engine: Engine | None = None, max_failures: int = 3) -> Collector:
         chosen = engine_of(folder) if engine is None else engine
-        keeper = EngineSupervisor(
+        supervisor = EngineSupervisor(
             chosen, alone(), max_failures=max_failures, push=lambda version: loaded(chosen, folder, version)
         )
         collector = Collector(
-            keeper,
+            supervisor,
             RewardPool(RewardSection(), {"train": [RewardFunctionSection(name="coin_flip")]}),
             load_tokenizer(str(folder)),
             alone(),
@@ -111,7 +111,7 @@ def groups(count: int = 6, samples: int = 3) -> list[PartialGroup]:
 
 def job(work: Sequence[PartialGroup], name: str = "job", **changes: Any) -> Job:
     fields = {"params": ENDLESS, "schedule": "dynamic", "functions": "train", "version": 3, **changes}
-    return Job(name=name, work=work, **fields)
+    return Job(name=name, groups=work, **fields)
 
 
 def finished(work: Sequence[PartialGroup]) -> list[Rollout]:
@@ -143,7 +143,7 @@ def test_samples_cut_short_are_gone_on_with_where_they_were(
     work: Sequence[PartialGroup] = groups()
     for version, lengths in ((3, 10), (4, 20), (5, 24)):
         engine_of(folder).load_weights(weights(folder), version)  # the same weights under another name
-        work = collector.collect(job(work, f"part {version}", params=greedy, max_tokens_now=10))
+        work = collector.collect(job(work, f"part {version}", params=greedy, max_tokens_per_round=10))
         sampled = [s.num_sampled if isinstance(s, PartialRollout) else 24 for group in work for s in group.samples]
         assert set(sampled) == {lengths}
     for rollout, wanted in zip(finished(work), whole, strict=True):
@@ -160,7 +160,7 @@ def test_the_rest_is_given_up_once_enough_groups_are_complete(
 ) -> None:
     stops = params(stop_token_ids=tuple(range(0, VOCAB, 7)), max_new_tokens=200)  # lengths of a long tail
     collector = collector_of(engine_of(folder, max_num_sequences=9))
-    work = collector.collect(job(groups(count=12), params=stops, enough=5))
+    work = collector.collect(job(groups(count=12), params=stops, num_groups_needed=5))
     complete = [group for group in work if group.is_complete]
     begun = [s for group in work for s in group.samples if isinstance(s, PartialRollout) and s.parts]
     assert 5 <= len(complete) < 12
@@ -204,9 +204,9 @@ def test_conversations_go_in_and_out_as_tokens(
     budget: int | None, collector_of: Callable[..., Collector], folder: Path
 ) -> None:
     collector, work = collector_of(), groups()
-    changes = {"params": TURNS, "dialogue": MultiTurn(environment=Echo(), max_turns=8, template="={observation}+")}
+    changes = {"params": TURNS, "multi_turn": MultiTurn(environment=Echo(), max_turns=8, template="={observation}+")}
     for round_ in range(40):
-        work = collector.collect(job(work, f"round {round_}", max_tokens_now=budget, **changes))
+        work = collector.collect(job(work, f"round {round_}", max_tokens_per_round=budget, **changes))
         if all(group.is_complete for group in work):
             break
     tokenizer = load_tokenizer(str(folder))
@@ -226,11 +226,11 @@ def test_conversations_go_in_and_out_as_tokens(
 
 
 def test_a_conversation_ends_at_its_turns_or_tokens(collector_of: Callable[..., Collector]) -> None:
-    collector, dialogue = collector_of(), MultiTurn(environment=Echo(), max_turns=2, template=".{observation}.")
-    rollouts = finished(collector.collect(job(groups(), params=TURNS, dialogue=dialogue)))
+    collector, multi_turn = collector_of(), MultiTurn(environment=Echo(), max_turns=2, template=".{observation}.")
+    rollouts = finished(collector.collect(job(groups(), params=TURNS, multi_turn=multi_turn)))
     assert {rollout.finish_reason for rollout in rollouts} == {"length"}
     short = params(stop_token_ids=TURNS.stop_token_ids, max_new_tokens=4)
-    rollouts = finished(collector.collect(job(groups(), "short", params=short, dialogue=dialogue)))
+    rollouts = finished(collector.collect(job(groups(), "short", params=short, multi_turn=multi_turn)))
     assert max(int(rollout.loss_mask.sum()) for rollout in rollouts) == 4
 
 
@@ -238,7 +238,7 @@ def test_an_environment_that_raises_fails_its_samples(collector_of: Callable[...
     collector = collector_of()
     collector._limits = replace(collector._limits, reward_failure_fraction=1.0)
     broken = MultiTurn(environment=Broken(), max_turns=2, template="{observation}")
-    rollouts = finished(collector.collect(job(groups(), params=TURNS, dialogue=broken)))
+    rollouts = finished(collector.collect(job(groups(), params=TURNS, multi_turn=broken)))
     assert {rollout.status for rollout in rollouts} == {"environment_error"}
     assert "no such thing" in rollouts[0].failure
 
@@ -255,8 +255,8 @@ def test_nothing_is_lost_when_the_engine_dies_ten_times(
     with closing(collector):
         rollouts = finished(collector.collect(job(groups(count=40), params=wanted_params)))
     assert dying.left == 0
-    assert collector.keeper.num_failures == 10
-    assert len(collector.keeper.take_notes()) == 10
+    assert collector.supervisor.num_failures == 10
+    assert len(collector.supervisor.take_notes()) == 10
     assert [r.token_ids.tolist() for r in rollouts] == [r.token_ids.tolist() for r in undisturbed]
     assert [r.seed for r in rollouts] == [r.seed for r in undisturbed]
 
@@ -266,13 +266,13 @@ def test_an_engine_that_died_between_jobs_is_started_before_the_next(
 ) -> None:
     engine = engine_of(folder, max_num_sequences=6)
     collector = collector_of(engine, max_failures=1)
-    collector.keeper.restart_dead()
-    assert (engine.version, collector.keeper.num_failures) == (3, 0)
+    collector.supervisor.restart_dead()
+    assert (engine.version, collector.supervisor.num_failures) == (3, 0)
     if engine_name != "sglang":  # the others end with the process
         return
     kill(engine, engine_name)
-    collector.keeper.restart_dead()
-    assert (engine.version, collector.keeper.num_failures) == (-1, 1)
+    collector.supervisor.restart_dead()
+    assert (engine.version, collector.supervisor.num_failures) == (-1, 1)
     engine.load_weights(weights(folder), 3)
     finished(collector.collect(job(groups(count=2), "after")))
 
@@ -305,7 +305,7 @@ def test_an_engine_that_gives_no_answer_is_started_again(
     stopped = min(engine._watch._processes, key=lambda process: process.pid)  # the scheduler is started first
     os.kill(stopped.pid, signal.SIGSTOP)
     finished(collector.collect(job(groups(count=2), f"hanging {seconds}", max_seconds=seconds)))
-    assert re.search(r"gave no answer for \d+ s \(rollout\.engine_timeout_s\)", collector.keeper.take_notes()[0])
+    assert re.search(r"gave no answer for \d+ s \(rollout\.engine_timeout_s\)", collector.supervisor.take_notes()[0])
 
 
 def test_what_is_carried_over_is_written_and_read_exactly(
@@ -313,7 +313,7 @@ def test_what_is_carried_over_is_written_and_read_exactly(
 ) -> None:
     prompt = Prompt(prompt_id="x", token_ids=torch.tensor([3, 4]), text="a\u2028b\x85", answer=None)
     work = [begin_group(prompt, [1, 2]), *groups(count=1)]
-    work = collector_of().collect(job(work, "written", max_tokens_now=7))
+    work = collector_of().collect(job(work, "written", max_tokens_per_round=7))
     work = [work[0], *collector_of().collect(job(work[1:], "whole"))]
     write_lines(tmp_path / "in_flight.jsonl", [group_to_json(group) for group in work])
     again = [group_from_json(line) for line in read_lines(tmp_path / "in_flight.jsonl")]
@@ -322,8 +322,8 @@ def test_what_is_carried_over_is_written_and_read_exactly(
     assert not again[0].is_complete
     assert again[1].is_complete
     assert all(isinstance(s, PartialRollout) and s.num_sampled == 7 for s in again[0].samples)
-    assert again[0].fresh_enough(4).samples[0] == PartialRollout(seed=1)
-    assert again[0].fresh_enough(3) == again[0]
+    assert again[0].restart_stale(4).samples[0] == PartialRollout(seed=1)
+    assert again[0].restart_stale(3) == again[0]
 
 
 def test_an_engine_that_dies_too_often_ends_the_run(

@@ -95,7 +95,7 @@ def test_samples_without_logprobs_come_from_the_nucleus(engine_of: EngineOf, toy
     assert outside == 0
 
 
-def test_scores_are_transformers_log_probabilities(engine_of: EngineOf, toy_model: Callable[..., Path]) -> None:
+def test_loglikelihoods_are_transformers_log_probabilities(engine_of: EngineOf, toy_model: Callable[..., Path]) -> None:
     folder = toy_model("qwen2", **SIZES)
     hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     engine = engine_of(folder)
@@ -104,14 +104,14 @@ def test_scores_are_transformers_log_probabilities(engine_of: EngineOf, toy_mode
         for one in requests(count=9) for start in {1, one.token_ids.numel() - 1}
     ]  # fmt: skip
     for _ in range(2):  # the second time the engine may have the prompts in its cache
-        found = engine.score(asked)
+        found = engine.loglikelihood(asked)
         assert len(found) == len(asked)
         for one, logprobs in zip(asked, found, strict=True):
             with torch.no_grad():
                 logits = hf(one.token_ids[None]).logits[0, one.start - 1 : -1]
             wanted = logits.log_softmax(-1).gather(1, one.token_ids[one.start :, None])[:, 0]
             torch.testing.assert_close(logprobs, wanted, rtol=0, atol=1e-5)
-    assert engine.score([]) == []
+    assert engine.loglikelihood([]) == []
     # it can still sample
     assert len(collect(engine.generate(iter(requests()), params(), max_requests=5))) == 15
 
@@ -121,11 +121,13 @@ def test_scores_are_transformers_log_probabilities(engine_of: EngineOf, toy_mode
     [([3, 4], 0, "starts at token 0 of 2"), ([3, 4], 2, "starts at token 2 of 2"), ([3] * 512, 5, "has 512 tokens"),
      ([3, VOCAB], 1, f"token ids 3 to {VOCAB}")],
 )  # fmt: skip
-def test_what_cannot_be_scored_is_refused(
+def test_invalid_continuations_are_rejected(
     tokens: list[int], start: int, message: str, engine_of: EngineOf, toy_model: Callable[..., Path]
 ) -> None:
     with pytest.raises(EngineError, match=message):
-        engine_of(toy_model("qwen2", **SIZES)).score([Continuation(token_ids=torch.tensor(tokens), start=start)])
+        engine_of(toy_model("qwen2", **SIZES)).loglikelihood(
+            [Continuation(token_ids=torch.tensor(tokens), start=start)]
+        )
 
 
 def test_a_sample_depends_on_its_seed_and_not_on_its_company(
@@ -195,12 +197,12 @@ def test_weights_are_taken_whole_or_refused(engine_of: EngineOf, toy_model: Call
     tensors = load_file(toy_model(**SIZES) / "model.safetensors")
     engine = engine_of(toy_model(**SIZES))
     without = {name: t for name, t in tensors.items() if "norm.weight" not in name}
-    with pytest.raises(WeightSyncError, match="did not come, first model"):
+    with pytest.raises(WeightSyncError, match="tensors are missing, first model"):
         engine.load_weights(iter(without.items()), version=4)
     assert engine.version == -1
     with pytest.raises(EngineError, match="no weights yet"):
         list(engine.generate(iter(requests()), params(), max_requests=1))
-    with pytest.raises(WeightSyncError, match="extra came unexpectedly"):
+    with pytest.raises(WeightSyncError, match="extra is not a tensor of the model"):
         engine.load_weights(iter({**tensors, "extra": torch.zeros(1)}.items()), version=4)
     with pytest.raises(WeightSyncError, match="expected"):
         engine.load_weights(iter({**tensors, "model.norm.weight": torch.zeros(1)}.items()), version=4)

@@ -65,10 +65,10 @@ def test_variable_length_kernel_equals_padded_attention(parallel: ParallelContex
     assert kernel is not None
     found = kernel(query, key, value, torch.tensor(ends, dtype=torch.int32, device="cuda"), max(LENGTHS), None)
     for group in group_by_length(ends, query.device):
-        q, k, v = (x[group.rows].transpose(1, 2) for x in (query, key, value))
+        q, k, v = (x[group.padded_rows].transpose(1, 2) for x in (query, key, value))
         wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        rows = wanted.transpose(1, 2).flatten(0, 1)[group.kept]
-        torch.testing.assert_close(found[group.places], rows, rtol=2e-2, atol=2e-2)
+        rows = wanted.transpose(1, 2).flatten(0, 1)[group.real]
+        torch.testing.assert_close(found[group.packed_rows], rows, rtol=2e-2, atol=2e-2)
 
 
 def test_sixteen_bits_are_near_thirty_two(policy: Callable[..., Policy]) -> None:

@@ -250,7 +250,7 @@ def test_a_beginning_that_is_said_is_that_of_the_first_attempt(submit: Submit) -
     job.reach(1)
     kill(job, count=2)
     job.finish()
-    assert "checkpoint   none: begins at step 0" in job.output
+    assert "checkpoint   none: starts at step 0" in job.output
     assert "starting again from 'the beginning'" in job.output
     source = job.run / "checkpoints/step_000008"
     further = submit(
@@ -258,7 +258,7 @@ def test_a_beginning_that_is_said_is_that_of_the_first_attempt(submit: Submit) -
         MEGATRON_RL_DOCTOR="",
     )  # fmt: skip
     further.finish()
-    assert f"checkpoint   goes on from {source}" in further.output
+    assert f"checkpoint   resumes from {source}" in further.output
     assert [row["step"] for row in further.rows()] == [9, 10]
 
 
@@ -272,7 +272,7 @@ def test_a_rank_that_hangs_is_named_with_the_stacks_of_all(submit: Submit) -> No
     job.finish("FAILED")
     logs = job.folder / f"logs/slurm/hangs-{job.number}"
     first, second = ((logs / f"rank_{rank}.log").read_text() for rank in (0, 1))
-    assert "Those that others wait for first:\n  rank 1 (host" in first
+    assert "The ranks that the others wait for come first:\n  rank 1 (host" in first
     assert "rank 0: " in first
     assert "rank 1: " in second
     assert "hangs_on_the_second_rank" in second

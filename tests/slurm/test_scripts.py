@@ -30,7 +30,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 def shell(folder: Path, text: str) -> subprocess.CompletedProcess[str]:
     """Run it with the functions of the scripts, and programs that a folder has in the place of Slurm's."""
     environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
-    begins = f"source {ROOT}/slurm/common.sh; PATIENCE_S=0; requeued={folder}/requeued_at; "
+    begins = f"source {ROOT}/slurm/common.sh; CONTROLLER_RETRY_S=0; requeued={folder}/requeued_at; "
     return subprocess.run(
         ["bash", "-c", begins + text], cwd=folder, capture_output=True, text=True, check=False, env=environment
     )
@@ -54,7 +54,7 @@ def test_a_controller_that_is_busy_is_asked_again(tmp_path: Path) -> None:
     assert shell(tmp_path, "is_running").returncode == 0  # nobody has said that it is not
     pretend(tmp_path, "squeue", "echo RUNNING")
     pretend(tmp_path, "scontrol", BUSY.format(count=tmp_path / "requeue", says="$@"))
-    done = shell(tmp_path, "go_back step_000004")
+    done = shell(tmp_path, "requeue step_000004")
     assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "requeue 7")
 
 
@@ -62,22 +62,22 @@ def test_a_job_that_comes_no_further_is_not_requeued_for_ever(tmp_path: Path) ->
     pretend(tmp_path, "squeue", "echo RUNNING")
     pretend(tmp_path, "scontrol", "exit 0")
     for _ in range(3):
-        assert shell(tmp_path, "go_back step_000004").returncode == 0
-    assert shell(tmp_path, "go_back step_000005").returncode == 0
+        assert shell(tmp_path, "requeue step_000004").returncode == 0
+    assert shell(tmp_path, "requeue step_000005").returncode == 0
     for _ in range(3):
-        assert shell(tmp_path, "go_back step_000004").returncode == 0
-    given_up = shell(tmp_path, "go_back step_000004")
+        assert shell(tmp_path, "requeue step_000004").returncode == 0
+    given_up = shell(tmp_path, "requeue step_000004")
     assert given_up.returncode == 1
-    assert "interrupted again and again at 'step_000004': giving up" in given_up.stderr
+    assert "interrupted 4 times at 'step_000004': giving up" in given_up.stderr
     (tmp_path / "requeued_at").unlink()
     (tmp_path / "requeued_at").mkdir()  # nothing can be written
-    assert shell(tmp_path, "go_back step_000004").returncode == 0
+    assert shell(tmp_path, "requeue step_000004").returncode == 0
 
 
 def test_an_end_that_slurm_does_not_say_is_none(tmp_path: Path) -> None:
     for said, end in (("exit 1", ""), ("echo N/A", ""), ("echo 2026-11-22T00:00:10", "10")):
         pretend(tmp_path, "squeue", said)
-        done = shell(tmp_path, "settings; echo $SLURM_JOB_END_TIME")
+        done = shell(tmp_path, "set_environment; echo $SLURM_JOB_END_TIME")
         assert done.returncode == 0
         assert done.stdout.strip()[-2:] == end
 
@@ -103,7 +103,7 @@ def test_a_job_goes_on_from_its_own_checkpoint(
         tmp_path,
         f"mkdir -p out/checkpoints; {age[latest]} out/checkpoints/latest; "
         f"export SLURM_JOB_NAME=name SLURM_RESTART_COUNT={restarts}; "
-        "examine() { :; }; until_done() { more_arguments; }; "
+        "run_doctor() { :; }; run_until_done() { extra_arguments; }; "
         f"train config.yaml run.output_dir=out {arguments}",
     )
     assert (done.returncode, done.stdout.split()) == (0, further.split()), done.stderr

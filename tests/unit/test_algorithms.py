@@ -270,8 +270,8 @@ def test_sequences_without_loss_take_no_part() -> None:
 def test_an_own_loss_is_loaded_by_name() -> None:
     section = AlgorithmSection(loss="tests.unit.test_algorithms:own_loss")
     assert build_objective(section).loss is own_loss
-    with pytest.raises(ConfigError, match=r"algorithm.loss='cliped'.*Did you mean clipped"):
-        build_objective(AlgorithmSection(loss="cliped"))
+    with pytest.raises(ConfigError, match=r"algorithm.loss='ppo_clp'.*Did you mean ppo_clip"):
+        build_objective(AlgorithmSection(loss="ppo_clp"))
 
 
 def own_loss() -> None:

@@ -61,10 +61,12 @@ def test_what_a_judge_says_is_read(text: str, category: int | None) -> None:
 
 def test_rates_are_counted_as_they_are_defined() -> None:
     script = [
-        said(0, 0, "wait, recheck", is_right=True, num_tokens=4, judged={"reflection": 2, "answering": 1}),
-        said(0, 1, "plainly", num_tokens=6, judged={"reflection": 1, "answering": 1}),
-        said(1, 0, "Recheck it", num_tokens=20, is_truncated=True, has_answer=False, judged={"reflection": 1}),
-        said(1, 1, "", num_tokens=2, has_answer=False, judged={"reflection": 0, "answering": 0}),
+        said(0, 0, "wait, recheck", is_right=True, num_tokens=4, judge_categories={"reflection": 2, "answering": 1}),
+        said(0, 1, "plainly", num_tokens=6, judge_categories={"reflection": 1, "answering": 1}),
+        said(
+            1, 0, "Recheck it", num_tokens=20, is_truncated=True, has_answer=False, judge_categories={"reflection": 1}
+        ),
+        said(1, 1, "", num_tokens=2, has_answer=False, judge_categories={"reflection": 0, "answering": 0}),
     ]
     rates = behaviour(script).rates
     assert rates["accuracy"] == 0.25
@@ -77,7 +79,7 @@ def test_rates_are_counted_as_they_are_defined() -> None:
     assert rates["accuracy/understand_r1_zero/without"] == 0.0
     assert [rates[f"judged/{name}"] for name in REFLECTION.categories.values()] == [0.25, 0.5, 0.25, 0.0]
     assert rates["answered_by_judge"] == pytest.approx(2 / 3)
-    unjudged = behaviour([replace(one, judged={}) for one in script]).rates
+    unjudged = behaviour([replace(one, judge_categories={}) for one in script]).rates
     assert not {"reflection/judge", "answered_by_judge"} & set(unjudged), "what nobody said has no rate"
 
 

@@ -136,7 +136,7 @@ def test_a_failed_reward_keeps_its_tokens_but_has_no_loss() -> None:
     batch = plan_batch(groups, BatchingSection(), dp_rank=0, dp_size=1, aggregation="sequence_mean", constant_length=1)
     assert [bool(sequence.loss_mask.any()) for sequence in batch.sequences] == [True, True, False, False]
     assert batch.updates[0].num_tokens == 6
-    with pytest.raises(DataError, match="no token to learn from"):
+    with pytest.raises(DataError, match="no token with loss"):
         plan_batch(groups[1:], BatchingSection(), dp_rank=0, dp_size=1, aggregation="token_mean", constant_length=1)
 
 

@@ -43,13 +43,13 @@ async def slow_to_cancel() -> None:
         await asyncio.sleep(2 * POLL_S)
 
 
-def test_a_wait_ends_when_the_child_is_gone(
+def test_a_wait_ends_when_the_child_has_exited(
     loop: asyncio.AbstractEventLoop, watch_of: Callable[[BaseProcess, float], ChildWatch]
 ) -> None:
     child = sleeping_child()
     watch = watch_of(child, 600.0)
     loop.call_later(POLL_S / 2, child.kill)
-    with pytest.raises(EngineDied, match=f"process {child.pid} is gone"), watch.waiting():
+    with pytest.raises(EngineDied, match=f"process {child.pid} has exited"), watch.waiting():
         loop.run_until_complete(asyncio.sleep(600.0))
 
 

@@ -222,7 +222,7 @@ BAD_HF: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing tensor": (lambda f: edit_tensors(f, lambda t: t.pop(UP)), rf"1 tensors are missing, first {UP}"),
     "tensor nobody maps": (
         lambda f: edit_tensors(f, lambda t: t.update({"model.layers.9.x.weight": torch.zeros(2)})),
-        r"have no place in this architecture, first model\.layers\.9\.x\.weight",
+        r"are not part of this architecture, first model\.layers\.9\.x\.weight",
     ),
     "unsupported architecture": (
         lambda f: edit_config(f, architectures=["MambaForCausalLM"]),
@@ -287,7 +287,7 @@ BAD_MEGATRON: dict[str, tuple[Callable[[Path], object], str]] = {
     "no metadata": (lambda f: (f / "release/.metadata").unlink(), r"names release, but .*\.metadata is missing"),
     "damaged metadata": (lambda f: damage(f / "release/.metadata", keep=100), r"\.metadata cannot be read"),
     "a part is not stored": (forget_a_chunk, r"only 2048 of 4096 elements of decoder\.layers\.mlp\.linear_fc2\.weight"),
-    "tensor nobody maps": (rename_key, r"no place in the architecture.*decoder\.strange\.weight"),
+    "tensor nobody maps": (rename_key, r"not part of the architecture.*decoder\.strange\.weight"),
     "other width than config": (lambda f: edit_config(f, intermediate_size=96), r"linear_fc1\.weight has shape"),
     "fewer layers in config": (
         lambda f: edit_config(f, num_hidden_layers=1, layer_types=["full_attention"]),
@@ -305,7 +305,7 @@ BAD_MEGATRON: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: edit_config(f, architectures=["LlamaForCausalLM"]),
         r"first decoder\.layers\.self_attention\.linear_qkv\.bias",
     ),
-    "no tracker": (lambda f: (f / "latest_checkpointed_iteration.txt").unlink(), "is no Megatron checkpoint"),
+    "no tracker": (lambda f: (f / "latest_checkpointed_iteration.txt").unlink(), "is not a Megatron checkpoint"),
 }
 
 
@@ -480,7 +480,7 @@ def test_what_is_left_of_another_conversion_is_not_used(larger: tuple[Path, Path
     with pytest.raises(ConversionError, match="damaged"):
         to_hf_of_damaged(larger[1], target)
     assert target.with_name("out.partial").exists()
-    with pytest.raises(ConversionError, match=r"out\.partial is left of an interrupted conversion of another input"):
+    with pytest.raises(ConversionError, match=r"out\.partial is left from an interrupted conversion of another input"):
         to_hf(larger[1], target, dtype=torch.bfloat16)
 
 
@@ -491,9 +491,9 @@ def to_hf_of_damaged(folder: Path, target: Path) -> None:
 
 
 def test_two_conversions_to_one_place(larger: tuple[Path, Path], tmp_path: Path) -> None:
-    from megatron_rl.conversion.partial_folder import Partial
+    from megatron_rl.conversion.partial_folder import PartialFolder
 
-    held = Partial(tmp_path / "out", {}, ALONE)
+    held = PartialFolder(tmp_path / "out", {}, ALONE)
     with pytest.raises(ConversionError, match="is being written by another conversion"):
         to_megatron(larger[0], tmp_path / "out")
     assert held.folder.exists()

@@ -9,7 +9,7 @@ import pytest
 from megatron_rl.config.curation import CurationConfig
 from megatron_rl.config.data import RowsSection, SourceSection
 from megatron_rl.config.load import load_as
-from megatron_rl.curation.contamination import Benchmarks
+from megatron_rl.curation.contamination import BenchmarkNgrams
 from megatron_rl.curation.near_duplicates import near_duplicates
 from megatron_rl.curation.pipeline import candidates
 from megatron_rl.curation.rows import OUTPUTS, Solved, difficulty_of
@@ -17,7 +17,7 @@ from megatron_rl.data.adapters import to_problem
 from megatron_rl.data.schemas import SCHEMAS, licence_of
 from megatron_rl.data.sources import read_rows
 from megatron_rl.errors import ConfigError, DataError
-from megatron_rl.evaluation.answers import Answer
+from megatron_rl.evaluation.answers import GradedAnswer
 from megatron_rl.rewards.countdown import countdown
 from megatron_rl.rewards.knights_and_knaves import knights_and_knaves
 from megatron_rl.rewards.types import RewardInput
@@ -128,18 +128,18 @@ def test_non_commercial_licences_need_a_flag(tmp_path: Path) -> None:
 
 def test_contamination_is_any_shared_run_of_words() -> None:
     question = "A farmer has seven cows and buys three more cows at the market. How many?"
-    benchmarks = Benchmarks({"farm": [question], "short": ["Two plus two?"]})
-    assert benchmarks.found_in("x " + question.upper() + " y") is not None
-    assert benchmarks.found_in("has seven, cows AND buys three more cows") == (
+    benchmarks = BenchmarkNgrams({"farm": [question], "short": ["Two plus two?"]})
+    assert benchmarks.find_shared("x " + question.upper() + " y") is not None
+    assert benchmarks.find_shared("has seven, cows AND buys three more cows") == (
         "farm", "has seven cows and buys three more cows",
     )  # fmt: skip
-    assert benchmarks.found_in("has seven cows and buys three more goats") is None
-    assert benchmarks.found_in("two plus two") == ("short", "two plus two")
-    assert benchmarks.found_in("so two plus two") is None
+    assert benchmarks.find_shared("has seven cows and buys three more goats") is None
+    assert benchmarks.find_shared("two plus two") == ("short", "two plus two")
+    assert benchmarks.find_shared("so two plus two") is None
     instruction = "Please answer in one word and think before you answer"
-    asked = Benchmarks({"x": [f"{instruction}: what is {i} and {i}?" for i in range(9)]})
-    assert asked.found_in(f"{instruction} this") is None, "how a benchmark asks is none of its questions"
-    assert asked.found_in("before you answer what is 3 and 3") is not None
+    asked = BenchmarkNgrams({"x": [f"{instruction}: what is {i} and {i}?" for i in range(9)]})
+    assert asked.find_shared(f"{instruction} this") is None, "how a benchmark asks is none of its questions"
+    assert asked.find_shared("before you answer what is 3 and 3") is not None
 
 
 def test_near_duplicates_are_those_of_a_comparison_of_all_pairs() -> None:
@@ -165,8 +165,8 @@ def test_near_duplicates_are_those_of_a_comparison_of_all_pairs() -> None:
     assert near_duplicates(["", "", "a"], 95.0) == [None, 0, None]
 
 
-def answer_of(sample: int, text: str, *, right: bool, tokens: int) -> Answer:
-    return Answer(
+def answer_of(sample: int, text: str, *, right: bool, tokens: int) -> GradedAnswer:
+    return GradedAnswer(
         task="t", question=0, sample=sample, seed=0, response=text, num_tokens=tokens, finish_reason="stop",
         right=right, status="ok", message="", shown=None, asked="",
     )  # fmt: skip
@@ -250,12 +250,12 @@ def test_the_whole_way(toy_model: Any, tmp_path: Path) -> None:
     wanted = {row["prompt"]: counts[place] / 8 for place, row in enumerate(rows[:48]) if 0 < counts[place] < 8}
     assert {row["prompt"]: row["pass_rate"] for row in kept} == wanted
     assert stages.count("pass rate") == 48 - len(wanted)
-    with pytest.raises(ConfigError, match=r"contamination\.data\.gsm8k: there is no such task"):
+    with pytest.raises(ConfigError, match=r"contamination\.data\.gsm8k: contamination\.tasks has no such task"):
         candidates(load_as(CurationConfig, config, ["contamination.data={gsm8k: x}"]), tmp_path)
     all_of_them = write(tmp_path, rows[:48], "all")
     overrides = [f"contamination.data={{hasty_addition: {all_of_them}}}", "data.limit=48"]
     nothing_left = load_as(CurationConfig, config, overrides)
-    with pytest.raises(DataError, match=r"none of the 48 problems of .* is left.*contamination"):
+    with pytest.raises(DataError, match=r"all 48 problems of .* were dropped.*contamination"):
         candidates(nothing_left, tmp_path)
     # once more, with another window: nothing is asked again
     assert curate.main(["--config", str(config), "pass_rate.below=0.5"]) == 0

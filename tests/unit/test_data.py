@@ -153,7 +153,7 @@ def test_tokenizers_that_cannot_be_used(toy_model: Callable[..., Path], tmp_path
         load_tokenizer(str(tmp_path))
     tokenizer.eos_token = None
     tokenizer.save_pretrained(tmp_path / "no_end")
-    with pytest.raises(DataError, match="no end token"):
+    with pytest.raises(DataError, match="no end-of-sequence token"):
         load_tokenizer(str(tmp_path / "no_end"))
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from megatron_rl.doctor import host
 from megatron_rl.doctor.finding import error, ok, report, warning, worst
-from megatron_rl.doctor.speeds import Speeds, judge
+from megatron_rl.doctor.speeds import Speeds, check_speeds
 from megatron_rl.planning.hardware import read_hardware
 from tests.toys import write_config
 
@@ -35,22 +35,22 @@ def test_hosts_that_agree_share_a_line() -> None:
 
 def test_slow_ranks_and_wrong_clocks_are_named() -> None:
     fine = [Speeds(host=f"node{i}", tflops=600.0, memory_gb_s=2500.0, clocks_s=(100.0, 101.0)) for i in range(4)]
-    assert worst(judge(fine, 300.0)) == "ok"
-    assert "300.00 GB/s all-reduce over 4 ranks of 4 hosts" in report(judge(fine, 300.0))
+    assert worst(check_speeds(fine, 300.0)) == "ok"
+    assert "300.00 GB/s all-reduce over 4 ranks of 4 hosts" in report(check_speeds(fine, 300.0))
     slow = [*fine[:3], Speeds(host="node9", tflops=200.0, memory_gb_s=2500.0, clocks_s=(100.0, 101.0))]
-    text = report(judge(slow, 300.0))
-    assert "warning speed        rank 3: 200 TFLOP/s, 2500 GB/s; usual are 600 and 2500 [node9]" in text
+    text = report(check_speeds(slow, 300.0))
+    assert "warning speed        rank 3: 200 TFLOP/s, 2500 GB/s; median 600 and 2500 [node9]" in text
     assert "sbatch --exclude" in text
     late = [*fine[:3], Speeds(host="node9", tflops=600.0, memory_gb_s=2500.0, clocks_s=(107.0, 108.0))]
-    assert "error   clock        7.0 s apart [node9]" in report(judge(late, 300.0))
+    assert "error   clock        7.0 s apart [node9]" in report(check_speeds(late, 300.0))
     busy = [*fine[:3], Speeds(host="node9", tflops=600.0, memory_gb_s=2500.0, clocks_s=(107.0, 101.1))]
-    assert "clock" not in report(judge(busy, 300.0))
+    assert "clock" not in report(check_speeds(busy, 300.0))
 
 
 def test_versions_are_compared_by_their_numbers() -> None:
-    assert host.numbers("0.16.1rc0+cpu") == (0, 16, 1)
-    assert host.numbers("2.13.0") == (2, 13, 0)
-    assert host.numbers("unknown") == ()
+    assert host.version_numbers("0.16.1rc0+cpu") == (0, 16, 1)
+    assert host.version_numbers("2.13.0") == (2, 13, 0)
+    assert host.version_numbers("unknown") == ()
 
 
 def test_versions_that_have_not_been_tried_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,7 +59,7 @@ def test_versions_that_have_not_been_tried_are_said(monkeypatch: pytest.MonkeyPa
         host.importlib.metadata, "version", lambda name: "0.25.0" if name == "megatron-core" else real(name)
     )
     found = [one for one in host.versions(None) if one.grade == "warning"]
-    assert any(one.found == "megatron-core 0.25.0" and "0.16.1 to below 0.20" in one.fix for one in found)
+    assert any(one.detail == "megatron-core 0.25.0" and "0.16.1 to below 0.20" in one.fix for one in found)
 
 
 def test_full_disks_small_hosts_and_folders_that_cannot_be_written(
@@ -68,7 +68,7 @@ def test_full_disks_small_hosts_and_folders_that_cannot_be_written(
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 3 * 10**9))
     assert host.disk(tmp_path / "not" / "yet").grade == "error"
-    assert "3 GB are free" in host.disk(tmp_path).found
+    assert "3 GB are free" in host.disk(tmp_path).detail
     monkeypatch.setattr(host, "MIN_HOST_GB", 10.0**6)
     assert host.memory().grade == "error"
     assert host.file_system(tmp_path).grade in ("ok", "warning")
@@ -91,7 +91,7 @@ def test_the_command_on_a_run_that_can_start_and_on_one_that_cannot(
     assert fine.returncode == 0, fine.stderr + fine.stdout
     assert "qwen2, 2 layers" in fine.stdout
     assert "ok      data         64 training prompts, 8 held-out prompts" in fine.stdout
-    assert "ok      checkpoint   none: begins at step 0" in fine.stdout
+    assert "ok      checkpoint   none: starts at step 0" in fine.stdout
     assert "layout" not in fine.stdout  # nobody has said how many ranks there will be
     assert read_hardware(str(tmp_path / "here.yaml")).tflops > 0
     broken = doctor("model.path=nowhere", "rollout.engine=sglang", "rollout.top_k=0")

@@ -14,18 +14,18 @@ from megatron_rl.config.evaluation import EvalConfig, EvalRunSection, GradingSec
 from megatron_rl.config.load import load_as
 from megatron_rl.config.schema import ModelSection
 from megatron_rl.errors import ConfigError, DataError, RewardError
-from megatron_rl.evaluation.answers import Answer, AnswerFile, by_question, read_answers
-from megatron_rl.evaluation.backends import behind
+from megatron_rl.evaluation.answers import AnswerFile, GradedAnswer, by_question, read_answers
+from megatron_rl.evaluation.backends import suffix_logprobs
 from megatron_rl.evaluation.benchmark import Benchmark
-from megatron_rl.evaluation.compare import compared, read_all_finished
+from megatron_rl.evaluation.compare import comparison_table, read_all_finished
 from megatron_rl.evaluation.folder import EvalFolder, read_results
-from megatron_rl.evaluation.generation import RenderedQuestion, Response, cut
-from megatron_rl.evaluation.grading import Grading
+from megatron_rl.evaluation.generation import RenderedQuestion, Response, truncate_at_stop
+from megatron_rl.evaluation.grading import Grader
 from megatron_rl.evaluation.majority_vote import majority
-from megatron_rl.evaluation.questions import Question, filled, read_questions
+from megatron_rl.evaluation.questions import Question, fill_template, read_questions
 from megatron_rl.evaluation.report_html import render
 from megatron_rl.evaluation.results import TaskResult, task_result
-from megatron_rl.evaluation.runner import missing
+from megatron_rl.evaluation.runner import missing_samples
 from megatron_rl.reporting.stats import bootstrap_interval, paired_difference, pass_at_k, repetition, standard_error
 from megatron_rl.rewards.math import math_answer
 from megatron_rl.rewards.math_graders import math_qwen, math_sympy
@@ -187,11 +187,11 @@ def is_right(question: int, sample: int) -> bool:
 
 
 @pytest.fixture
-def grade() -> Iterator[Callable[[TaskConfig], Grading]]:
-    started: list[Grading] = []
+def grade() -> Iterator[Callable[[TaskConfig], Grader]]:
+    started: list[Grader] = []
 
-    def start(task: TaskConfig) -> Grading:
-        started.append(Grading(GradingSection(timeout_s=60), [task]))
+    def start(task: TaskConfig) -> Grader:
+        started.append(Grader(GradingSection(timeout_s=60), [task]))
         return started[-1]
 
     yield start
@@ -223,12 +223,12 @@ def test_every_task_has_a_fixture() -> None:
 
 @pytest.mark.parametrize("name", FIXTURES)
 def test_scripted_responses_come_to_what_they_should(
-    name: str, grade: Callable[[TaskConfig], Grading], tmp_path: Path
+    name: str, grade: Callable[[TaskConfig], Grader], tmp_path: Path
 ) -> None:
     task = fixture_task(name, tmp_path)
-    questions, grading = read_questions(task), grade(task)
+    questions, grader = read_questions(task), grade(task)
     assert len(questions) == NUM_ROWS
-    assert grading.wrong_golds(task, questions) == []
+    assert grader.misgraded_references(task, questions) == []
     _, right, wrong = FIXTURES[name]
     pending = []
     for question in questions:
@@ -238,17 +238,17 @@ def test_scripted_responses_come_to_what_they_should(
             text = text.replace("{right}", f"Answer: {question.row.get('letter')}")
             asked = RenderedQuestion(question=question, prompt=question.text, token_ids=[1])
             response = Response(
-                asked=asked, sample=sample, seed=0, text=text, num_tokens=10 + sample, finish_reason="stop"
+                rendered=asked, sample=sample, seed=0, text=text, num_tokens=10 + sample, finish_reason="stop"
             )
-            pending.append((number, response, grading.begin(task, response)))
+            pending.append((number, response, grader.submit(task, response)))
     answers = []
     for number, response, verdicts in pending:
-        found = grading.finish(task, response, verdicts)
+        found = grader.collect(task, response, verdicts)
         assert found.status == "ok", found.message
         assert found.right == is_right(number, found.sample), (number, found)
         answers.append(found)
     grouped = by_question(answers)
-    clusters = {q.index: grading.clusters(task, q, grouped[q.index]) for q in questions} if task.majority else {}
+    clusters = {q.index: grader.cluster_answers(task, q, grouped[q.index]) for q in questions} if task.majority else {}
     result = task_result(task, grouped, clusters, {q.index: q.group for q in questions}, [])
     counts = [i % 5 for i in range(1, NUM_ROWS + 1)]
     assert result.scores["avg@4"] == pytest.approx(sum(counts) / 4 / NUM_ROWS)
@@ -303,18 +303,18 @@ def test_graders_disagree_as_published(given: str, answer: str, wanted: str) -> 
     assert "".join(str(int(grader(sample))) for grader in (math_sympy, math_answer, math_qwen)) == wanted
 
 
-def test_another_grader_changes_a_tasks_score(grade: Callable[[TaskConfig], Grading], tmp_path: Path) -> None:
+def test_another_grader_changes_a_tasks_score(grade: Callable[[TaskConfig], Grader], tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({"problem": "?", "answer": answer}) + "\n" for _, answer, _ in DISAGREEMENTS))
     task = load_as(TaskConfig, TASKS / "math500.yaml")
     task = replace(task, data=replace(task.data, kind="jsonl", path=str(path)), group_field=None)
     for column, name in enumerate(("math_sympy", "math", "math_qwen")):
         graded = replace(task, scorer=replace(task.scorer, name=name))
-        grading, verdicts = grade(graded), []
+        grader, verdicts = grade(graded), []
         for question, (given, _, _) in zip(read_questions(graded), DISAGREEMENTS, strict=True):
             asked = RenderedQuestion(question=question, prompt="", token_ids=[1])
-            said = Response(asked=asked, sample=0, seed=0, text=boxed(given), num_tokens=1, finish_reason="stop")
-            verdicts.append(grading.finish(graded, said, grading.begin(graded, said)).right)
+            said = Response(rendered=asked, sample=0, seed=0, text=boxed(given), num_tokens=1, finish_reason="stop")
+            verdicts.append(grader.collect(graded, said, grader.submit(graded, said)).right)
         assert verdicts == [wanted[column] == "1" for *_, wanted in DISAGREEMENTS]
 
 
@@ -329,12 +329,12 @@ def test_another_grader_changes_a_tasks_score(grade: Callable[[TaskConfig], Grad
     ],
 )
 def test_the_tokens_of_a_choice_are_found_at_a_prompts_end(tokens: list[str], found: list[int]) -> None:
-    assert behind(" A", tokens, [None, *map(float, range(1, len(tokens)))]) == found
+    assert suffix_logprobs(" A", tokens, [None, *map(float, range(1, len(tokens)))]) == found
 
 
 def test_a_choice_that_is_not_at_the_end_is_no_choice() -> None:
     with pytest.raises(ValueError, match="do not end with ' B'"):
-        behind(" B", ["Q", ":", " A", "!"], [None, 1.0, 2.0, 3.0])
+        suffix_logprobs(" B", ["Q", ":", " A", "!"], [None, 1.0, 2.0, 3.0])
 
 
 def test_pass_at_k_has_published_values() -> None:
@@ -364,9 +364,9 @@ def test_repetition_is_the_share_of_what_was_there_before() -> None:
     assert repetition("ab", 5) == 0
 
 
-def test_wrong_answers_that_are_equal_vote_together(grade: Callable[[TaskConfig], Grading], tmp_path: Path) -> None:
+def test_wrong_answers_that_are_equal_vote_together(grade: Callable[[TaskConfig], Grader], tmp_path: Path) -> None:
     task = fixture_task("math500", tmp_path)
-    grading = grade(task)
+    grader = grade(task)
     question = Question(index=0, text="?", answers=["7"], group=None)
     said = [boxed("1/2"), boxed("7"), boxed("0.5"), "nothing", boxed(r"\frac{1}{2}"), boxed("7.0")]
     answers = [
@@ -374,12 +374,12 @@ def test_wrong_answers_that_are_equal_vote_together(grade: Callable[[TaskConfig]
         for sample, text in enumerate(said)
     ]
     answers[3] = replace(answers[3], shown=None)
-    assert grading.clusters(task, question, answers) == [0, 1, 0, None, 0, 1]
+    assert grader.cluster_answers(task, question, answers) == [0, 1, 0, None, 0, 1]
 
 
-def answer_of(question: int, sample: int, **fields: Any) -> Answer:
+def answer_of(question: int, sample: int, **fields: Any) -> GradedAnswer:
     given = {"response": "r", "right": False, "shown": None, "asked": "d", **fields}
-    return Answer(
+    return GradedAnswer(
         task="t", question=question, sample=sample, seed=1, num_tokens=3, finish_reason="stop", status="ok", message="",
         **given,
     )  # fmt: skip
@@ -412,22 +412,22 @@ def test_an_answer_counts_for_what_was_asked_and_graded(tmp_path: Path) -> None:
     exam = Benchmark(replace(task, sampling=replace(task.sampling, num_samples=2)), [first], [asked[0]], [])
     for sample, digest, status in ((0, asked[0].digest, "ok"), (1, asked[1].digest, "ok")):
         file.write(replace(answer_of(0, sample, asked=digest), task="math500", status=status))
-    ((_, samples),) = missing(exam, 0, read_answers(tmp_path / "answers"), 0, 1)
+    ((_, samples),) = missing_samples(exam, 0, read_answers(tmp_path / "answers"), 0, 1)
     assert [sample for sample, _ in samples] == [1], "the other one answers another question"
     file.write(replace(answer_of(0, 1, asked=asked[0].digest), task="math500", status="reward_error"))
-    ((_, samples),) = missing(exam, 0, read_answers(tmp_path / "answers"), 0, 1)
+    ((_, samples),) = missing_samples(exam, 0, read_answers(tmp_path / "answers"), 0, 1)
     assert [sample for sample, _ in samples] == [1], "it was not graded"
     file.write(replace(answer_of(0, 1, asked=asked[0].digest, right=True), task="math500"))
     file.close()
-    assert missing(exam, 0, read_answers(tmp_path / "answers"), 0, 1) == []
+    assert missing_samples(exam, 0, read_answers(tmp_path / "answers"), 0, 1) == []
     assert read_answers(tmp_path / "answers")["math500", 0, 1, asked[0].digest].right
 
 
-def test_a_scorer_that_fails_is_no_zero(grade: Callable[[TaskConfig], Grading], tmp_path: Path) -> None:
+def test_a_scorer_that_fails_is_no_zero(grade: Callable[[TaskConfig], Grader], tmp_path: Path) -> None:
     task = fixture_task("humaneval", tmp_path)
     broken = replace(task, scorer=replace(task.scorer, options={"style": "mbpp"}))
     with pytest.raises(RewardError, match=r"fails on every reference answer: .*no column 'test_list'"):
-        grade(broken).wrong_golds(broken, read_questions(broken))
+        grade(broken).misgraded_references(broken, read_questions(broken))
 
 
 def test_a_folder_keeps_one_evaluation(tmp_path: Path) -> None:
@@ -436,16 +436,16 @@ def test_a_folder_keeps_one_evaluation(tmp_path: Path) -> None:
         run=EvalRunSection(name="x", output_dir=str(tmp_path / "out")), model=ModelSection(path="m"), tasks=["t"]
     )
     folder = EvalFolder(tmp_path / "out")
-    folder.begin(config, [task], "f1")
-    folder.begin(replace(config, limit=3), [replace(task, majority=False), fixture_task("aime24", tmp_path)], "f1")
+    folder.prepare(config, [task], "f1")
+    folder.prepare(replace(config, limit=3), [replace(task, majority=False), fixture_task("aime24", tmp_path)], "f1")
     for changed, mark, message in (
         (task, "f2", "the model's fingerprint"),
         (replace(task, prompt="{problem}"), "f1", r"tasks\.math500\.prompt"),
     ):
         with pytest.raises(ConfigError, match=f"another evaluation: {message} differ"):
-            folder.begin(config, [changed], mark)
+            folder.prepare(config, [changed], mark)
     result = TaskResult(task="math500", version=1, num_questions=2, num_samples=1, scores={"a": 0.5, "b": math.nan})
-    folder.finish(config, [], [], model="f1", versions={})
+    folder.write_results(config, [], [], model="f1", versions={})
     assert result.as_json()["scores"] == {"a": 0.5, "b": None}
     assert read_results(tmp_path / "out")["fingerprint"] == "f1"
     with pytest.raises(DataError, match="Give the folder of a finished evaluation"):
@@ -459,8 +459,12 @@ def test_a_folder_keeps_one_evaluation(tmp_path: Path) -> None:
         ({"answer_pattern": "#### (.*)"}, {}, "does not match answer_pattern"),
         ({"answer_in_box": True}, {}, r"has no \\boxed"),
         ({"group_field": "kind"}, {}, "column 'kind' is missing"),
-        ({"choices_field": "choices", "answer_field": "place"}, {"choices": ["a"], "place": 1}, "number 1 of 1"),
-        ({"subsets": ["a"]}, {"subset": "b"}, "'b', none of the task's subsets"),
+        (
+            {"choices_field": "choices", "answer_field": "place"},
+            {"choices": ["a"], "place": 1},
+            "place=1: expected .* 0 to 0",
+        ),
+        ({"subsets": ["a"]}, {"subset": "b"}, "'b', which is none of the task's subsets"),
     ],
 )
 def test_bad_rows_are_named(changes: dict[str, Any], row: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -472,12 +476,13 @@ def test_bad_rows_are_named(changes: dict[str, Any], row: dict[str, Any], messag
 
 
 def test_prompts_name_columns_and_keep_other_braces() -> None:
-    assert filled(r"{a} {Two Words} \boxed{} {ANSWER}", {"a": "{b}", "Two Words": 2}, "") == r"{b} 2 \boxed{} {ANSWER}"
+    filled = fill_template(r"{a} {Two Words} \boxed{} {ANSWER}", {"a": "{b}", "Two Words": 2}, "")
+    assert filled == r"{b} 2 \boxed{} {ANSWER}"
 
 
 def test_an_answer_ends_before_a_stop() -> None:
-    assert cut("a\nQ: b [DONE]", ["[DONE]", "\nQ:"]) == ("a", True)
-    assert cut("a", ["b"]) == ("a", False)
+    assert truncate_at_stop("a\nQ: b [DONE]", ["[DONE]", "\nQ:"]) == ("a", True)
+    assert truncate_at_stop("a", ["b"]) == ("a", False)
 
 
 def test_examples_fit_the_question(tmp_path: Path) -> None:
@@ -488,7 +493,7 @@ def test_examples_fit_the_question(tmp_path: Path) -> None:
     texts = [question.text for question in read_questions(replace(task, few_shot=section, prompt="{question}"))]
     assert texts[0] == "Which is 1? B\nWhich is 3? D\nWhich is 1?"
     assert texts[1] == "Which is 2? C\nWhich is 4? A\nWhich is 2?"
-    with pytest.raises(DataError, match=r"10 examples fit it, few_shot\.count=11"):
+    with pytest.raises(DataError, match=r"few_shot\.count=11, but only 10 examples match"):
         read_questions(replace(task, few_shot=replace(section, count=11)))
 
 
@@ -504,7 +509,7 @@ def finished_run(folder: Path, rights: list[bool], *, prompt: str = "{problem}")
     config = EvalConfig(
         run=EvalRunSection(name="x", output_dir=str(out.path)), model=ModelSection(path=folder.name), tasks=["t"]
     )
-    out.begin(config, [task], "mark")
+    out.prepare(config, [task], "mark")
     file = AnswerFile(out.answers_of(task.name, 0))
     answers = [
         replace(answer_of(i, 0, right=right, shown="1", response=boxed("<b>1</b>")), task=task.name)
@@ -515,7 +520,7 @@ def finished_run(folder: Path, rights: list[bool], *, prompt: str = "{problem}")
     file.close()
     questions = read_questions(task)
     result = task_result(task, by_question(answers), {}, {q.index: q.group for q in questions}, ["a note"])
-    found = out.finish(config, [task], [result], model="mark", versions={"torch": "2"})
+    found = out.write_results(config, [task], [result], model="mark", versions={"torch": "2"})
     asked = [RenderedQuestion(question=question, prompt=f"<s>{question.text}", token_ids=[1]) for question in questions]
     page = render(found, {task.name: asked}, {task.name: by_question(answers)})
     assert page.count("<svg") == 2, "by length and by level"
@@ -535,5 +540,5 @@ def test_models_are_compared_at_the_same_questions(tmp_path: Path, capsys: pytes
     assert f"| math500 | 20 | 40.0% | 70.0% | +30.0% ± {error:.1%} | 4 / 4 / 10 / 2 |" in line.replace(" *", "")
     assert (" *" in line) == (1.96 * error < 0.3)
     other = finished_run(tmp_path / "other", [True] * NUM_ROWS, prompt="Please: {problem}")
-    with pytest.raises(DataError, match="were not asked the same, prompt differ"):
-        compared(read_all_finished([before, other]))
+    with pytest.raises(DataError, match="cannot be compared, because prompt differ"):
+        comparison_table(read_all_finished([before, other]))

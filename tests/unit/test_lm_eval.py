@@ -27,8 +27,14 @@ from transformers import AutoModelForCausalLM
 from megatron_rl.config.evaluation import GradingSection, LikelihoodSection, TaskConfig, load_evaluation
 from megatron_rl.config.load import load_as
 from megatron_rl.data.templates import load_tokenizer
-from megatron_rl.evaluation.generation import RenderedQuestion, Response, choose, cut, render_questions
-from megatron_rl.evaluation.grading import Grading
+from megatron_rl.evaluation.generation import (
+    RenderedQuestion,
+    Response,
+    choose_by_likelihood,
+    render_questions,
+    truncate_at_stop,
+)
+from megatron_rl.evaluation.grading import Grader
 from megatron_rl.evaluation.questions import Question, read_questions
 from megatron_rl.rollout.engines.embedded import EmbeddedEngine
 from tests.engines.contract import setup_of
@@ -53,7 +59,7 @@ def harness_verdicts(
     task: dict[str, Any], filter_name: str, responses: Sequence[str], answers: Sequence[str]
 ) -> list[bool]:
     """Its filters, and its metric with its options."""
-    texts: Any = [[cut(text, task["generation_kwargs"]["until"])[0]] for text in responses]
+    texts: Any = [[truncate_at_stop(text, task["generation_kwargs"]["until"])[0]] for text in responses]
     (steps,) = [one["filter"] for one in task["filter_list"] if one["name"] == filter_name]
     for step in steps:
         options = {key: value for key, value in step.items() if key != "function"}
@@ -73,21 +79,21 @@ def our_verdicts(
     name: str, responses: Sequence[str], rows: Sequence[dict[str, Any]], answers: Sequence[str]
 ) -> list[bool]:
     task = patient(load_as(TaskConfig, TASKS / f"{name}.yaml"))
-    grading = Grading(GradingSection(timeout_s=60), [task])
+    grader = Grader(GradingSection(timeout_s=60), [task])
     try:
         pending = []
         for index, (text, row, answer) in enumerate(zip(responses, rows, answers, strict=True)):
             question = Question(index=index, text="", answers=[answer], group=None, row=row)
-            said, is_cut = cut(text, task.sampling.stop)
+            said, is_cut = truncate_at_stop(text, task.sampling.stop)
             response = Response(
-                asked=RenderedQuestion(question=question, prompt="", token_ids=[1]), sample=0, seed=0, text=said,
+                rendered=RenderedQuestion(question=question, prompt="", token_ids=[1]), sample=0, seed=0, text=said,
                 num_tokens=1,
                 finish_reason="stop" if is_cut else "length",
             )  # fmt: skip
-            pending.append((response, grading.begin(task, response)))
-        found = [grading.finish(task, response, verdicts) for response, verdicts in pending]
+            pending.append((response, grader.submit(task, response)))
+        found = [grader.collect(task, response, verdicts) for response, verdicts in pending]
     finally:
-        grading.close()
+        grader.close()
     assert {one.status for one in found} == {"ok"}
     return [one.right for one in found]
 
@@ -252,8 +258,8 @@ def test_mmlu_by_likelihood(of: str, toy_model: Callable[..., Path]) -> None:
     scorer._config = TaskConfigOfHarness(doc_to_target="answer", doc_to_choice=shown or "{{choices}}")
     for normalize, metric in (("none", "acc"), ("characters", "acc_norm")):
         normalized = replace(task, likelihood=LikelihoodSection(of=of, normalize=normalize))
-        found = list(choose(engine, normalized, wanted))
-        right = [one.text == one.asked.question.answers[0] for one in found]
+        found = list(choose_by_likelihood(engine, normalized, wanted))
+        right = [one.text == one.rendered.question.answers[0] for one in found]
         theirs = [
             bool(scorer.process_results(doc, told[4 * place : 4 * place + 4])[metric]) for place, doc in enumerate(docs)
         ]
@@ -320,7 +326,7 @@ def test_humaneval() -> None:
         test = f"def check(candidate):\n    assert candidate(1, 2) == {3 + i}\n    assert candidate(0, 2) == {2 + i}\n"
         responses.append(response)
         rows.append({"prompt": prompt, "test": test, "entry_point": entry})
-        theirs.append(plainly(f"{prompt}{cut(response, stops)[0]}\n{test}\ncheck({entry})"))
+        theirs.append(plainly(f"{prompt}{truncate_at_stop(response, stops)[0]}\n{test}\ncheck({entry})"))
     ours = our_verdicts("humaneval_completion", responses, rows, [""] * NUMBER)
     assert ours == theirs
     assert 10 < sum(ours) < NUMBER - 10
@@ -336,7 +342,7 @@ def test_mbpp() -> None:
         tests = [f"assert add(1, 2) == {3 + i}", f"assert add(0, 2) == {2 + i}"]
         responses.append(response)
         rows.append({"test_list": tests, "test_setup_code": ""})
-        theirs.append(plainly("\n".join([cut(response, stops)[0], *tests])))
+        theirs.append(plainly("\n".join([truncate_at_stop(response, stops)[0], *tests])))
     ours = our_verdicts("mbpp", responses, rows, [""] * NUMBER)
     assert ours == theirs
     assert 10 < sum(ours) < NUMBER - 10

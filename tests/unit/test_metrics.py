@@ -10,7 +10,7 @@ from megatron_rl.config import load_config
 from megatron_rl.metrics.console import PlainConsole
 from megatron_rl.metrics.metric import EffectiveShare, Largest, Max, Mean, Min, Sum, mean_max_min, merge, results
 from megatron_rl.metrics.sinks import JsonlSink, read_rows
-from megatron_rl.reporting.run_report import conclude
+from megatron_rl.reporting.run_report import write_report
 from tests.toys import write_config
 
 
@@ -26,7 +26,7 @@ def test_each_kind_reduces_in_its_own_way() -> None:
     assert results(merge([{"ess": one} for one in weights])) == {"ess": pytest.approx(16 / (3 * 6))}
     few = [Largest(((3.0, "c"), (1.0, "a"))), Largest(((4.0, "d"), (3.0, "c"), (2.0, "b"))), Largest(((nan, "e"),))]
     assert few[0].merge(few[1]) == few[1].merge(few[0]) == Largest(((4.0, "d"), (3.0, "c"), (2.0, "b")))
-    assert [place for _, place in few[1].merge(few[2]).found] == ["e", "d", "c"]
+    assert [place for _, place in few[1].merge(few[2]).entries] == ["e", "d", "c"]
     with pytest.raises(AssertionError, match="x is both Mean and Sum"):
         merge([{"x": Mean(1.0)}, {"x": Sum(1)}])
 
@@ -59,16 +59,16 @@ def test_plain_console_prints_what_there_is(capsys: pytest.CaptureFixture[str]) 
 
 def test_a_report_escapes_what_a_model_wrote_and_says_what_there_is(tmp_path: Path) -> None:
     config = load_config(write_config(tmp_path, tmp_path / "model"))
-    assert conclude(config) == "no report: nothing has been measured yet"
+    assert write_report(config) == "no report: no metrics have been written yet"
     run = tmp_path / "run"
     run.mkdir()
     rows = [{"step": 0, "val/right": 0.25}, {"step": 1, "critic/score/mean": 0.1}, {"step": 2, "val/right": 0.75}]
     (run / "metrics.jsonl").write_text(json.dumps(rows[0]) + "\n")
-    assert conclude(config).splitlines()[0] == "held-out right: 25.0% before"
+    assert write_report(config).splitlines()[0] == "held-out right: 25.0% before"
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     sample = {"step": 0, "prompt": "p", "response": "<script>x</script>", "answer": None, "reward": 0.0}
     (run / "samples.jsonl").write_text(json.dumps(sample) + "\n")
-    assert conclude(config).splitlines() == [
+    assert write_report(config).splitlines() == [
         "held-out right: 25.0% before, 75.0% after 2 steps",
         f"report: {run / 'report.html'}",
     ]

@@ -14,11 +14,11 @@ from megatron_rl.config import RunConfig, load_config, validate
 from megatron_rl.config.parallel import ParallelSection
 from megatron_rl.errors import ConfigError
 from megatron_rl.models import layout_table, read_model_spec
-from megatron_rl.planning.hardware import KNOWN, Hardware, read_hardware
+from megatron_rl.planning.hardware import KNOWN_HARDWARE, Hardware, read_hardware
 from megatron_rl.planning.plan import Plan, check_fits, describe, make_plan
-from megatron_rl.planning.search import SPARE, search, settings
+from megatron_rl.planning.search import MEMORY_MARGIN, search, settings
 from megatron_rl.planning.shares import layers_of_stages, stage_shares
-from megatron_rl.weight_sync.placement import held_on_paper
+from megatron_rl.weight_sync.placement import parameters_by_rank
 from megatron_rl.weights.layout import box_size
 
 ROOT = Path(__file__).parents[2]
@@ -37,7 +37,7 @@ def recipe_config(recipe: Path, *overrides: str) -> RunConfig:
 def machine(recipe: Path) -> tuple[Hardware, int]:
     found = NAME.search(recipe.name)
     assert found is not None, recipe.name
-    return KNOWN[HARDWARE[found[3]]], int(found[1]) * int(found[2])
+    return KNOWN_HARDWARE[HARDWARE[found[3]]], int(found[1]) * int(found[2])
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
@@ -45,10 +45,10 @@ def test_production_recipes_fit_on_their_hardware_and_not_on_half_of_it(recipe: 
     config, (hardware, world_size) = recipe_config(recipe), machine(recipe)
     validate(config, world_size)
     plan = make_plan(config, hardware, world_size)
-    assert plan.lacks == []
+    assert plan.shortfalls == []
     check_fits(plan)
     half = make_plan(config, replace(hardware, device_gb=hardware.device_gb / 2), world_size)
-    assert half.lacks
+    assert half.shortfalls
     with pytest.raises(ConfigError, match=r"does not fit on .* Change: .*=.*on_overcommit=warn"):
         check_fits(half)
 
@@ -78,7 +78,7 @@ def test_shares_are_what_the_layout_table_gives_to_ranks(name: str, sizes: tuple
         expert_tensor_parallel_size=1 if spec.moe is not None else None,
     )
     table = layout_table(spec, tp)
-    held = held_on_paper(spec, tp=tp, pp=pp, dp=ep, ep=ep)
+    held = parameters_by_rank(spec, tp=tp, pp=pp, dp=ep, ep=ep)
     for stage, share in enumerate(stage_shares(spec, section)):
         names, place = held[stage * tp * ep]
         padded = sum(_elements(place.shape(table[one])) for one in names)
@@ -109,7 +109,7 @@ def test_uneven_stages() -> None:
 
 def plan_7b(*overrides: str, world_size: int = 8) -> Plan:
     recipe = next(path for path in RECIPES if path.name.startswith("grpo-qwen2.5-7b-1n8g-h100"))
-    return make_plan(recipe_config(recipe, *overrides), KNOWN["h100-80g"], world_size)
+    return make_plan(recipe_config(recipe, *overrides), KNOWN_HARDWARE["h100-80g"], world_size)
 
 
 def test_what_saves_memory_saves_it_in_the_plan() -> None:
@@ -123,7 +123,7 @@ def test_what_saves_memory_saves_it_in_the_plan() -> None:
     assert offloaded.total("generation") < usual.memory.total("generation")
     assert offloaded.total("update") == in_update
     assert sum(offloaded.host.values()) > sum(usual.memory.host.values())
-    assert plan_7b("rollout.sleep_engine=false").lacks
+    assert plan_7b("rollout.sleep_engine=false").shortfalls
     lora = plan_7b("lora.rank=16", "lora.quantize=nf4").memory.phases["update"]
     assert lora["policy grads"] < 0.05 * usual.memory.phases["update"]["policy grads"]
     assert lora["policy params"] < 0.5 * usual.memory.phases["update"]["policy params"]
@@ -150,21 +150,21 @@ def test_a_short_cache_and_a_small_host_do_not_fit() -> None:
         "batching.max_tokens_per_micro_batch=121024",
         "rollout.tensor_parallel_size=1",
     )
-    assert any("an engine's cache has room for" in reason for reason in short.lacks)
+    assert any("an engine's cache holds" in reason for reason in short.shortfalls)
     recipe = RECIPES[0]
     hardware, world_size = machine(recipe)
     small = make_plan(recipe_config(recipe), replace(hardware, host_gb=64.0), world_size)
-    assert any("a host needs" in reason and "checkpoint in background" in reason for reason in small.lacks)
+    assert any("a host needs" in reason and "checkpoint in background" in reason for reason in small.shortfalls)
 
 
 def test_search_finds_layouts_that_fit_with_something_to_spare() -> None:
     recipe = next(path for path in RECIPES if "70b-8n8g-h100" in path.name)
-    config, hardware = recipe_config(recipe), KNOWN["h100-80g"]
+    config, hardware = recipe_config(recipe), KNOWN_HARDWARE["h100-80g"]
     found = search(config, hardware, 64)
     assert found
     assert [plan.step_s for plan in found] == sorted(plan.step_s for plan in found)
     for plan in found[:20]:
-        assert plan.memory.total(plan.memory.fullest) / 1e9 <= (1 - SPARE) * hardware.device_gb
+        assert plan.memory.total(plan.memory.fullest) / 1e9 <= (1 - MEMORY_MARGIN) * hardware.device_gb
         again = recipe_config(recipe, *settings(plan, config).split())
         assert make_plan(again, hardware, 64).step_s == pytest.approx(plan.step_s)
     assert search(config, hardware, 8) == []
@@ -196,10 +196,10 @@ def test_the_command_says_what_does_not_fit(tmp_path: Path) -> None:
 
 
 def test_a_described_machine_is_read(tmp_path: Path) -> None:
-    values = {**vars(KNOWN["a100-80g"]), "name": "ours", "device_gb": 40.0}
+    values = {**vars(KNOWN_HARDWARE["a100-80g"]), "name": "ours", "device_gb": 40.0}
     path = tmp_path / "ours.yaml"
     path.write_text(json.dumps(values))
-    assert read_hardware(str(path)) == replace(KNOWN["a100-80g"], name="ours", device_gb=40.0)
+    assert read_hardware(str(path)) == replace(KNOWN_HARDWARE["a100-80g"], name="ours", device_gb=40.0)
     path.write_text(json.dumps({**values, "device_gb": -1}))
     with pytest.raises(ConfigError, match=r"hardware ours: device_gb=-1\.0: expected a number, 0 or more"):
         read_hardware(str(path))

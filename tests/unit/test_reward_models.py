@@ -19,7 +19,14 @@ from megatron_rl.batching.reward_model import labelled_sequence, share_out
 from megatron_rl.config.batching import BatchingSection
 from megatron_rl.config.data import RowsSection
 from megatron_rl.config.reward_training import RewardDataSection
-from megatron_rl.curation.process_labels import Prefix, asked_row, beginnings, different, graded_rests, labelled
+from megatron_rl.curation.process_labels import (
+    Prefix,
+    continuation_row,
+    grade_continuations,
+    labelled_row,
+    step_prefixes,
+    unique_solutions,
+)
 from megatron_rl.data.generated.hasty_chain import HastyChain, right_steps
 from megatron_rl.data.reward_model_data import RewardDataset, load_reward_dataset
 from megatron_rl.data.templates import load_tokenizer
@@ -119,20 +126,20 @@ def rests_of(prompt: str, begun: str, hasty: tuple[bool, ...]) -> str:
 def labels_of(lines: list[dict[str, Any]], rests: Callable[[Prefix], list[str]], *, soft: bool) -> list[list[float]]:
     recorded = [
         {
-            **line, "metadata": asked_row(line, prefix), "prompt": prefix[0] + prefix[1], "response": rest,
+            **line, "metadata": continuation_row(line, prefix), "prompt": prefix[0] + prefix[1], "response": rest,
         }
         for line in lines
-        for prefix in beginnings(line, "\n")
+        for prefix in step_prefixes(line, "\n")
         for rest in rests(prefix)
     ]  # fmt: skip
-    graded = graded_rests(recorded, {line["prompt"]: line for line in lines}, is_right, 8)
-    made = [labelled(line, graded, is_right, "\n", soft=soft) for line in lines]
+    graded = grade_continuations(recorded, {line["prompt"]: line for line in lines}, is_right, 8)
+    made = [labelled_row(line, graded, is_right, "\n", soft=soft) for line in lines]
     assert ["\n".join(row["completions"]) for row in made] == [line["response"] for line in lines]
     return [row["labels"] for row in made]
 
 
 def test_labels_by_exact_continuations_are_those_of_brute_force() -> None:
-    lines = different(solutions(0.4, 300))
+    lines = unique_solutions(solutions(0.4, 300))
 
     def exact(prefix: Prefix) -> list[str]:
         remaining = len(re.findall(r"[+-]\d+", prefix[0])) - prefix[1].count("\n")
@@ -145,7 +152,7 @@ def test_labels_by_exact_continuations_are_those_of_brute_force() -> None:
 
 
 def test_soft_labels_are_shares_of_all_continuations() -> None:
-    lines = different(solutions(0.4, 100))
+    lines = unique_solutions(solutions(0.4, 100))
 
     def every(prefix: Prefix) -> list[str]:
         remaining = len(re.findall(r"[+-]\d+", prefix[0])) - prefix[1].count("\n")
@@ -198,7 +205,7 @@ def test_math_shepherd_is_read_as_published(load: Callable[..., RewardDataset], 
     assert [text(judged.token_ids[end], toy_model) for end in judged.ends] == ["\n", "<eos>"]
     assert judged.labels == [1.0, 0.0]
     damaged = {**row, "label": marked.format("+", "x")}
-    with pytest.raises(DataError, match="label is not input with"):
+    with pytest.raises(DataError, match="label is not the text of input with"):
         load("math_shepherd", damaged)
     found = load("math_shepherd", damaged, row, {**row, "input": "ки", "label": "+"})
     assert (len(found.examples), found.num_unreadable, found.num_overlong) == (1, 2, 0)
@@ -257,8 +264,8 @@ def test_steps_are_found_where_tokens_hold_spaces() -> None:
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<eos>"))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     finder = StepFinder(PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>"))
-    assert finder.judged_places(said([1, 2, 1, 2, 4, 0]), " #") == [1, 3, 5]
-    assert finder.judged_places(said([1, 2, 1]), None) == [2]
+    assert finder.scored_positions(said([1, 2, 1, 2, 4, 0]), " #") == [1, 3, 5]
+    assert finder.scored_positions(said([1, 2, 1]), None) == [2]
 
 
 def said(tokens: list[int]) -> Rollout:

@@ -114,7 +114,7 @@ def test_weights_sum_and_unknown_names() -> None:
     assert grader(sample(r"<think>x</think><answer>\boxed{42}</answer>")) == (1.5, {"math": 1.0, "format": 1.0})
     with pytest.raises(ConfigError, match="Did you mean format"):
         build_grader([RewardFunctionSection(name="formats")])
-    with pytest.raises(ConfigError, match="module nowhere does not import"):
+    with pytest.raises(ConfigError, match="module nowhere cannot be imported"):
         build_grader([RewardFunctionSection(name="nowhere:reward")])
     with pytest.raises(ConfigError, match="has no 'absent'"):
         build_grader([RewardFunctionSection(name="tests.own_rewards:absent")])

@@ -79,7 +79,7 @@ def test_ratios_of_a_response() -> None:
 )
 def test_weights_of_tokens(kind: str, wanted: list[float]) -> None:
     correction = build_correction(section(rollout_is=kind))
-    assert not correction.needs_responses
+    assert not correction.needs_whole_responses
     rollout = torch.tensor([-1.0, -0.5, -2.0, -0.1], dtype=torch.float64)
     ratios = [1.0, 1.5, 0.25, 4.0]
     old = rollout + torch.tensor([math.log(ratio) for ratio in ratios], dtype=torch.float64)
@@ -234,7 +234,7 @@ def test_loss_and_gradient_are_the_same_for_every_split(split: list[list[int]], 
                 ref_logprobs=rows[-1],  # which travels to its place
             )
         )
-    loss_of = PolicyLoss(build_objective(section()), correction, on_samples=True, scored_before=True)
+    loss_of = PolicyLoss(build_objective(section()), correction, has_rollout_logprobs=True, has_old_logprobs=True)
     total, count = torch.zeros(()), 0
     for places in split:
         multiple = 2 * cp_size if cp_size > 1 else 1
@@ -256,7 +256,9 @@ def test_loss_and_gradient_are_the_same_for_every_split(split: list[list[int]], 
 def found_by(split: list[list[int]], rows: Sequence[Sequence[float]]) -> dict[str, Reduction]:
     """The metrics of a batch's first update."""
     sequences = batch_of(rows).sequences
-    loss_of = PolicyLoss(build_objective(section()), build_correction(section()), on_samples=True, scored_before=True)
+    loss_of = PolicyLoss(
+        build_objective(section()), build_correction(section()), has_rollout_logprobs=True, has_old_logprobs=True
+    )
     parts = []
     for places in split:
         batch = align([sequences[i] for i in places], packed=True)
@@ -287,11 +289,11 @@ def test_a_warning_names_the_worst_tokens() -> None:
     check_logprob_mismatch(metrics, RolloutSection(), alone, notes.append)
     (note,) = notes
     assert note.endswith(
-        "Most apart: token 2 at position 2: trainer -0.300, engine -1.500; "
+        "Largest differences: token 2 at position 2: trainer -0.300, engine -1.500; "
         "token 3 at position 3: trainer -2.200, engine -1.500; "
         "token 2 at position 2: trainer -2.000, engine -1.500."
     )
-    with pytest.raises(TrainingDiverged, match=r"Most apart: token 2 at position 2: trainer -0\.300"):
+    with pytest.raises(TrainingDiverged, match=r"Largest differences: token 2 at position 2: trainer -0\.300"):
         check_logprob_mismatch(metrics, RolloutSection(drift_limit=0.2), alone, notes.append)
     check_logprob_mismatch(metrics, RolloutSection(drift_warning=None), alone, notes.append)
     check_logprob_mismatch({}, RolloutSection(), alone, notes.append)

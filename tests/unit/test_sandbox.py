@@ -15,7 +15,7 @@ import pytest
 from megatron_rl.errors import RewardError
 from megatron_rl.rewards.code import code_tests, fenced
 from megatron_rl.rewards.types import RewardInput
-from megatron_rl.sandbox import Limits, isolation, run, run_program
+from megatron_rl.sandbox import Limits, isolation_error, run, run_program
 
 LIMITS = Limits(seconds=60)
 SOON = Limits(seconds=5)
@@ -71,7 +71,7 @@ PROGRAMS = {
 
 
 def test_programs_can_be_shut_in_here() -> None:
-    assert isolation() == ""
+    assert isolation_error() == ""
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
@@ -125,7 +125,7 @@ def test_programs_run_beside_each_other() -> None:
 
 
 def test_where_nothing_shuts_it_in_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "isolation", lambda: "namespaces: Operation not permitted")
+    monkeypatch.setattr(run, "isolation_error", lambda: "namespaces: Operation not permitted")
     with pytest.raises(RewardError, match=r"\(namespaces: Operation not permitted\).*allow_unisolated=true"):
         run_program("pass", LIMITS)
     assert run_program("assert True", LIMITS, allow_unisolated=True).status == "passed"
@@ -175,7 +175,7 @@ def test_a_sandbox_that_does_not_close_is_no_verdict(monkeypatch: pytest.MonkeyP
     broken = tmp_path / "jail.py"
     broken.write_text("import sys; sys.stdin.readline(); sys.exit('namespaces: no')")
     monkeypatch.setattr(run, "JAIL", broken)
-    with pytest.raises(RewardError, match="the sandbox did not close: namespaces: no"):
+    with pytest.raises(RewardError, match="the sandbox could not be set up: namespaces: no"):
         run_program("pass", LIMITS)
 
 
@@ -189,7 +189,7 @@ def test_it_holds_without_root_too() -> None:
         for path in (folder, *folder.iterdir()):
             path.chmod(0o777)
         order = {
-            "word": "w", "isolated": True, "was_root": False, "folder": str(folder / "work"), "done": 1,
+            "token": "w", "isolated": True, "was_root": False, "folder": str(folder / "work"), "done": 1,
             "limits": {"cpu_s": 9, "memory_bytes": 2**30, "processes": 16, "file_bytes": 2**20},
             "program": "import ctypes\nl = ctypes.CDLL(None, use_errno=True)\n"
             "assert l.mount(None, b'/', None, 32 | 4096, None) != 0\n"

@@ -35,7 +35,7 @@ def test_page_has_every_run() -> None:
 def test_a_metric_that_was_not_measured_is_named_with_those_that_were() -> None:
     rows = [{"step": 0, "val/exact_match": 0.5}, {"step": 1, "val/exact_match": None}]
     assert curve_of(rows, "val/exact_match") == {0: 0.5}
-    with pytest.raises(DataError, match=r"no row has val/f1\. Metrics like it: val/exact_match"):
+    with pytest.raises(DataError, match=r"no row has val/f1\. Similar metrics: val/exact_match"):
         curve_of(rows, "val/f1")
 
 

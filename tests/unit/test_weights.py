@@ -46,7 +46,7 @@ def test_a_gap_in_what_the_ranks_hold_is_named(toy_model: Callable[..., Path]) -
 
 def test_too_many_tensor_parallel_ranks(toy_model: Callable[..., Path]) -> None:
     layout = layout_table(read_model_spec(toy_model("qwen2")), 4)["decoder.layers.0.self_attention.linear_qkv.weight"]
-    with pytest.raises(ConversionError, match="does not divide by tensor parallel size 4"):
+    with pytest.raises(ConversionError, match="is not divisible by tensor parallel size 4"):
         layout.slices(0, 4)
 
 

@@ -1,9 +1,9 @@
-"""Run a study, several configurations over several seeds.
+"""Run a study: several configurations over several seeds.
 
     python tools/analysis/ablate.py configs/ablations/quickstart.yaml
 
-Prints the mean of its metric with the standard deviation between seeds, and writes a page with the curves of the runs
-that were asked for. Runs that are finished are not made again; what was interrupted goes on where it was.
+Prints the mean of the study's metric with the standard deviation between seeds, and writes a page with the curves of
+the selected runs. Finished runs are not repeated; interrupted runs are resumed.
 """
 
 import argparse
@@ -20,33 +20,35 @@ from megatron_rl.run_folder import RunFolder, write_atomically
 
 
 def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description="Several configurations over several seeds, compared.")
-    parser.add_argument("study", type=Path, help="YAML file; configs/ablations has examples")
-    parser.add_argument("--seeds", type=int, nargs="+", help="in place of the study's")
-    parser.add_argument("--only", nargs="+", metavar="RUN", help="names of the runs to make")
-    parser.add_argument("--folder", type=Path, help="of the runs; default: runs/ablations/NAME OF THE FILE")
-    arguments = parser.parse_args()
+    """Command-line entry point."""
+    parser = argparse.ArgumentParser(description="Run several configurations over several seeds and compare them.")
+    parser.add_argument("study", type=Path, help="YAML file of the study, as in configs/ablations")
+    parser.add_argument("--seeds", type=int, nargs="+", help="seeds (default: those of the study)")
+    parser.add_argument("--only", nargs="+", metavar="RUN", help="names of the runs to make (default: all)")
+    parser.add_argument(
+        "--folder", type=Path, help="folder of the runs (default: runs/ablations/NAME OF THE STUDY FILE)"
+    )
+    args = parser.parse_args()
     try:
-        study = load_study(arguments.study)
-        names = arguments.only or list(study.runs)
+        study = load_study(args.study)
+        names = args.only or list(study.runs)
         unknown = [name for name in names if name not in study.runs]
         if unknown:
-            sys.exit(f"{arguments.study} has no run {unknown[0]!r}. It has: {', '.join(study.runs)}.")
-        folder = arguments.folder or Path("runs/ablations") / arguments.study.stem
-        seeds = arguments.seeds or study.seeds
-        for name in names:  # before the first of them takes its time
+            sys.exit(f"{args.study} has no run {unknown[0]!r}. It has: {', '.join(study.runs)}.")
+        folder = args.folder or Path("runs/ablations") / args.study.stem
+        seeds = args.seeds or study.seeds
+        for name in names:  # all of them, before the first one starts
             validate(load_config(study.runs[name].config, study.overrides_of(name, seeds[0])), study.num_ranks)
-        curves = {name: [made(study, name, seed, folder) for seed in seeds] for name in names}
+        curves = {name: [run_or_read(study, name, seed, folder) for seed in seeds] for name in names}
     except MegatronRLError as error:
         sys.exit(str(error))
-    write_atomically(folder / "report.html", render_study(arguments.study.stem, study.metric, curves))
+    write_atomically(folder / "report.html", render_study(args.study.stem, study.metric, curves))
     print(markdown(curve_table("run", curves)))
     print(f"\nreport: {folder / 'report.html'}")
 
 
-def made(study: Study, name: str, seed: int, folder: Path) -> Curve:
-    """The curve of one run, which is made unless it is there."""
+def run_or_read(study: Study, name: str, seed: int, folder: Path) -> Curve:
+    """Curve of one run; trains it unless it has finished."""
     run = folder / study.folder_of(name) / f"seed_{seed}"
     command = [
         "torchrun", "--standalone", "--nproc-per-node", str(study.num_ranks), "-m", "megatron_rl.train",

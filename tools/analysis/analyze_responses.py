@@ -2,11 +2,11 @@
 
     python tools/analysis/analyze_responses.py FOLDER [FOLDER …] --output DIR [--judge-model NAME …]
 
-Each folder is a run (metrics.keep_rollouts_every=N; a column for each step), or the run.output_dir of an evaluation (a
-column for each task, with template and temperature where the suite names some). Writes DIR/behaviour.json and
-DIR/behaviour.html: right answers, pass@8, reflection by two pools of keywords and by a judge, tokens of right and wrong
-responses, answering, cuts and repetition. A judge is a model behind an endpoint that speaks OpenAI's protocol, or, with
---judge-engine, a folder; what it says is kept in DIR/judged.jsonl and not asked again.
+Each folder is a run (metrics.keep_rollouts_every=N; one column per step) or the run.output_dir of an evaluation (one
+column per task, template and temperature). Writes DIR/behaviour.json and DIR/behaviour.html with accuracy, pass@8,
+reflection by two pools of keywords and by an LLM judge, tokens of correct and wrong responses, and the shares of
+responses that answer, are truncated or repeat themselves. The LLM judge is a model behind an OpenAI-compatible endpoint
+or, with --judge-engine, a model folder; its outputs are kept in DIR/judged.jsonl and not requested again.
 """
 
 import argparse
@@ -25,46 +25,54 @@ from megatron_rl.errors import MegatronRLError
 VERDICTS = {"reflection": REFLECTION, "answering": ANSWERING}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line."""
-    parser = argparse.ArgumentParser(description="How the responses of runs and evaluations behave.")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command-line entry point."""
+    parser = argparse.ArgumentParser(description="Measure how the responses of runs and evaluations behave.")
     parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help="runs or evaluations")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write to")
-    parser.add_argument("--min-reward", type=float, default=1.0, help="reward of a right response of a run (1.0)")
     parser.add_argument(
-        "--answer-shown-by", metavar="REGEX", help="its first group is a response's answer, of a run (default: a box)"
+        "--min-reward", type=float, default=1.0, help="least reward of a correct response of a run (1.0)"
     )
-    parser.add_argument("--judge-model", metavar="NAME", help="name at the endpoint, or a folder")
-    parser.add_argument("--judge-url", metavar="URL", help="of the endpoint, such as http://127.0.0.1:8000/v1")
-    parser.add_argument("--judge-engine", choices=("embedded", "vllm", "sglang"), help="that runs a judge's folder")
-    parser.add_argument("--judge-dtype", choices=("bf16", "fp32"), default="bf16", help="of a judge's folder (bf16)")
     parser.add_argument(
-        "--verdicts", nargs="+", choices=VERDICTS, default=list(VERDICTS), help="what a judge is asked (all)"
+        "--answer-shown-by",
+        metavar="REGEX",
+        help="regular expression whose first group is the answer in a response of a run (default: \\boxed{})",
     )
-    asked = parser.parse_args(arguments)
-    if (asked.judge_model is None) != (asked.judge_url is None and asked.judge_engine is None):
-        parser.error("a judge is --judge-model with --judge-url or --judge-engine")
-    if asked.judge_url is not None and asked.judge_engine is not None:
+    parser.add_argument("--judge-model", metavar="NAME", help="the LLM judge: name at the endpoint, or model folder")
+    parser.add_argument("--judge-url", metavar="URL", help="endpoint of the judge, such as http://127.0.0.1:8000/v1")
+    parser.add_argument(
+        "--judge-engine", choices=("embedded", "vllm", "sglang"), help="engine that runs the judge's folder"
+    )
+    parser.add_argument(
+        "--judge-dtype", choices=("bf16", "fp32"), default="bf16", help="dtype of the judge's folder (bf16)"
+    )
+    parser.add_argument(
+        "--verdicts", nargs="+", choices=VERDICTS, default=list(VERDICTS), help="questions for the judge (all)"
+    )
+    args = parser.parse_args(argv)
+    if (args.judge_model is None) != (args.judge_url is None and args.judge_engine is None):
+        parser.error("an LLM judge needs --judge-model and either --judge-url or --judge-engine")
+    if args.judge_url is not None and args.judge_engine is not None:
         parser.error("--judge-url and --judge-engine exclude each other")
     try:
         from megatron_rl.analysis.responses import read_responses
 
-        said = read_responses(asked.folders, min_reward=asked.min_reward, answer_shown_by=asked.answer_shown_by)
-        if asked.judge_model is not None:
-            said = judged(said, asked)
-        found = by_label(said)
-        asked.output.mkdir(parents=True, exist_ok=True)
-        (asked.output / "behaviour.json").write_text(json.dumps([asdict(one) for one in found], indent=2))
-        title = "Behaviour of " + ", ".join(folder.name for folder in asked.folders)
-        (asked.output / "behaviour.html").write_text(render_behaviour(title, found, said))
+        responses = read_responses(args.folders, min_reward=args.min_reward, answer_shown_by=args.answer_shown_by)
+        if args.judge_model is not None:
+            responses = add_verdicts(responses, args)
+        behaviours = by_label(responses)
+        args.output.mkdir(parents=True, exist_ok=True)
+        (args.output / "behaviour.json").write_text(json.dumps([asdict(one) for one in behaviours], indent=2))
+        title = "Behaviour of " + ", ".join(folder.name for folder in args.folders)
+        (args.output / "behaviour.html").write_text(render_behaviour(title, behaviours, responses))
     except MegatronRLError as error:
         sys.exit(f"error: {error}")
-    print(f"{len(said)} responses, page: {asked.output}/behaviour.html")
+    print(f"{len(responses)} responses, page: {args.output}/behaviour.html")
     return 0
 
 
-def judged(said: Sequence[ResponseRecord], asked: argparse.Namespace) -> list[ResponseRecord]:
-    """The responses with what the judge says of each."""
+def add_verdicts(responses: Sequence[ResponseRecord], args: argparse.Namespace) -> list[ResponseRecord]:
+    """The responses, each with the verdicts of the LLM judge."""
     from megatron_rl.analysis.llm_judge import LLMJudge
     from megatron_rl.config.evaluation import EvalConfig, EvalEngineSection, EvalRunSection
     from megatron_rl.config.parallel import ParallelSection
@@ -75,25 +83,25 @@ def judged(said: Sequence[ResponseRecord], asked: argparse.Namespace) -> list[Re
     from megatron_rl.weights.open import find_model_folder
 
     config = EvalConfig(
-        run=EvalRunSection(name="judge", output_dir=str(asked.output)),
-        model=ModelSection(path=asked.judge_model, dtype=asked.judge_dtype),
+        run=EvalRunSection(name="judge", output_dir=str(args.output)),
+        model=ModelSection(path=args.judge_model, dtype=args.judge_dtype),
         tasks=["judge"],
-        engine=EvalEngineSection(name=asked.judge_engine or "openai", url=asked.judge_url),
+        engine=EvalEngineSection(name=args.judge_engine or "openai", url=args.judge_url),
     )
-    described = None if asked.judge_engine is None else str(find_model_folder(Path(asked.judge_model)))
-    tokenizer = None if described is None else load_tokenizer(described)
-    judge = LLMJudge(asked.output / "judged.jsonl", asked.judge_model)
-    wanted = [judge.asked(said, VERDICTS[name], tokenizer) for name in asked.verdicts]
-    found = list(said)
+    config_folder = None if args.judge_engine is None else str(find_model_folder(Path(args.judge_model)))
+    tokenizer = None if config_folder is None else load_tokenizer(config_folder)
+    judge = LLMJudge(args.output / "judged.jsonl", args.judge_model)
+    requests = [judge.pending_questions(responses, VERDICTS[name], tokenizer) for name in args.verdicts]
+    with_verdicts = list(responses)
     try:
         parallel = init_parallel(ParallelSection())
-        with closing(start_backend(config, described, wanted, tokenizer, parallel)) as answerer:
-            for name, (task, questions) in zip(asked.verdicts, wanted, strict=True):
-                judge.ask(task, questions, answerer, lambda text: print(text, flush=True))
-                found = judge.judged(found, name, VERDICTS[name])
+        with closing(start_backend(config, config_folder, requests, tokenizer, parallel)) as backend:
+            for name, (task, questions) in zip(args.verdicts, requests, strict=True):
+                judge.query(task, questions, backend, lambda text: print(text, flush=True))
+                with_verdicts = judge.with_categories(with_verdicts, name, VERDICTS[name])
     finally:
         leave_world()
-    return found
+    return with_verdicts
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Look at the rollouts of a run: python tools/analysis/inspect_rollouts.py RUN/rollouts [--step 12] [--sort worst].
+"""Show the rollouts of a run: python tools/analysis/inspect_rollouts.py RUN/rollouts [--step 12] [--sort worst].
 
-Without --step a line for each step; with it the prompts, responses and rewards of that step. Recorded by
-metrics.keep_rollouts_every=1.
+Without --step, prints one line per step; with it, the prompts, responses and rewards of that step. The run must have
+recorded them with metrics.keep_rollouts_every=1.
 """
 
 import argparse
@@ -23,25 +23,27 @@ ORDERS = {
 }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line."""
-    parser = argparse.ArgumentParser(description="Look at the rollouts that a run has recorded.")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command-line entry point."""
+    parser = argparse.ArgumentParser(description="Show the rollouts that a run has recorded.")
     parser.add_argument("folder", type=Path, help="rollouts/ in the folder of a run")
-    parser.add_argument("--step", type=int, help="show this step's rollouts (default: a line for each step)")
-    parser.add_argument("--sort", choices=ORDERS, default="group", help="what comes first (default: group)")
+    parser.add_argument("--step", type=int, help="show this step's rollouts (default: one line per step)")
+    parser.add_argument("--sort", choices=ORDERS, default="group", help="order of the rollouts (default: group)")
     parser.add_argument("--num", type=int, default=8, help="rollouts to show (default: 8)")
-    parser.add_argument("--grep", default="", metavar="TEXT", help="only responses that contain it")
-    parser.add_argument("--tokens", action="store_true", help="token ids with log-probability and policy version")
-    parsed = parser.parse_args(arguments)
+    parser.add_argument("--grep", default="", metavar="TEXT", help="only responses that contain this text")
+    parser.add_argument(
+        "--tokens", action="store_true", help="also print token ids with log-probability and policy version"
+    )
+    args = parser.parse_args(argv)
     try:
-        if parsed.step is None:
-            print(overview(parsed.folder))
+        if args.step is None:
+            print(overview(args.folder))
         else:
-            lines = list(read_rollouts(step_file(parsed.folder, parsed.step)))
-            found = sorted((line for line in lines if parsed.grep in line["response"]), key=ORDERS[parsed.sort])
-            print(f"{len(found)} of {len(lines)} rollouts of step {parsed.step}, {min(parsed.num, len(found))} shown")
-            for line in found[: parsed.num]:
-                print(show(line, tokens=parsed.tokens))
+            lines = list(read_rollouts(step_file(args.folder, args.step)))
+            matching = sorted((line for line in lines if args.grep in line["response"]), key=ORDERS[args.sort])
+            print(f"{len(matching)} of {len(lines)} rollouts of step {args.step}, {min(args.num, len(matching))} shown")
+            for line in matching[: args.num]:
+                print(show(line, tokens=args.tokens))
     except MegatronRLError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -49,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def overview(folder: Path) -> str:
-    """A table of the steps.
+    """Table with one line per step.
 
     Raises:
         DataError: a file cannot be read.
@@ -70,7 +72,7 @@ def overview(folder: Path) -> str:
 
 
 def show(line: dict[str, Any], *, tokens: bool) -> str:
-    """One rollout, for reading."""
+    """One rollout as text."""
     parts = ", ".join(f"{name} {value:g}" for name, value in line["reward_parts"].items())
     reward = f"failed ({line['failure']})" if line["reward"] is None else f"{line['reward']:g} ({parts})"
     text = [

@@ -1,9 +1,9 @@
-"""Conversion side by side with copying the same files: python tools/bench/convert.py [--models NAME …] [--rounds N].
+"""Time checkpoint conversion against ``cp``: python tools/bench/convert.py [--models NAME …] [--rounds N].
 
-Random bf16 weights of real models' shapes. Each round copies the Hugging Face folder with ``cp``, converts it to
-Megatron and back, one after the other, each with the bytes forced to the disk; the result of the way back is
-compared with what it began with, bit for bit. Printed: GB/s, the ratio to ``cp`` in the same round, and the
-peak resident memory of the converter.
+Uses random bf16 weights of real models' shapes. Each round copies the Hugging Face folder with ``cp``, converts it to
+Megatron, and converts that back, flushing the bytes to the disk each time. The final Hugging Face folder is compared
+with the original, bit for bit. Prints GB/s, the ratio to ``cp`` in the same round, and the converter's peak resident
+memory.
 """
 
 import argparse
@@ -24,26 +24,26 @@ from contenders.report import Spread
 
 TOOLS = Path(__file__).parents[1]
 MODELS = ("qwen2.5-1.5b", "qwen2.5-7b")
-COPY, FORTH, BACK = "cp", "HF to Megatron", "Megatron to HF"
+COPY, TO_MEGATRON, TO_HF = "cp", "HF to Megatron", "Megatron to HF"
 
 
 class BenchFailed(RuntimeError):
-    """A command failed, or the tensors that came back are not those that went out."""
+    """A command failed, or a conversion there and back changed a tensor."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """One command."""
+    """Cost of one command."""
 
     seconds: float
     peak_rss_bytes: int
 
 
 def measure(command: list[str]) -> Measured:
-    """Run a command until its output is on the disk.
+    """Run a command, including the time until its output is on the disk.
 
     Raises:
-        BenchFailed: it ended with another status than 0.
+        BenchFailed: its exit status is not 0.
     """
     os.sync()
     start = time.perf_counter()
@@ -58,8 +58,12 @@ def measure(command: list[str]) -> Measured:
     return Measured(seconds=time.perf_counter() - start, peak_rss_bytes=usage.ru_maxrss * 1024)
 
 
-def apart(function: Callable[..., None], *arguments: Any) -> None:
-    """Call it in a process of its own: a child's peak memory begins at that of the process that starts it."""
+def in_new_process(function: Callable[..., None], *arguments: Any) -> None:
+    """Call a function in a new process, because a child's peak memory starts at that of its parent.
+
+    Raises:
+        BenchFailed: the function failed.
+    """
     process = multiprocessing.get_context("spawn").Process(target=function, args=arguments)
     process.start()
     process.join()
@@ -68,10 +72,10 @@ def apart(function: Callable[..., None], *arguments: Any) -> None:
 
 
 def touch_memory(num_bytes: int) -> None:
-    """Use so much memory and give it back.
+    """Allocate, write and release ``num_bytes`` of memory.
 
-    A virtual machine's host provides memory when it is first used, which can take longer than all the rest; with
-    this every command finds pages for what it writes.
+    The host of a virtual machine provides memory on first use, which can take longer than the measured command. After
+    this, every command finds pages for its output.
     """
     kept = []
     for _ in range(0, num_bytes, 2**26):
@@ -79,20 +83,24 @@ def touch_memory(num_bytes: int) -> None:
 
 
 def free_memory() -> int:
-    """Bytes that nothing uses, not even as a cache of files."""
+    """Bytes of memory that nothing uses, not even the page cache."""
     lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     return int(lines["MemFree"].split()[0]) * 1024
 
 
 def write_model(folder: Path, name: str) -> None:
-    """Random weights of that model's shapes."""
+    """Write random weights of a model's shapes.
+
+    Args:
+        name: one of MODELS.
+    """
     from random_checkpoint import QWEN25_1_5B, QWEN25_7B, write_random_checkpoint
 
     write_random_checkpoint(folder, dict(zip(MODELS, (QWEN25_1_5B, QWEN25_7B), strict=True))[name])
 
 
 def check_same(first: Path, second: Path) -> None:
-    """Every tensor of two Hugging Face folders is the same, bit for bit."""
+    """Check that two Hugging Face folders have the same tensors, bit for bit."""
     import torch
 
     from megatron_rl.weights.hf_files import HFReader
@@ -106,34 +114,40 @@ def check_same(first: Path, second: Path) -> None:
 
 
 def bench(name: str, folder: Path, *, rounds: int, workers: int | None) -> dict[str, list[Measured]]:
-    """Some rounds of copying and converting."""
+    """Measurements of every command over all rounds.
+
+    Args:
+        name: one of MODELS.
+        folder: working folder.
+        workers: threads of the converter; None: its default.
+    """
     source, copy, megatron, back = (folder / part for part in ("hf", "copy", "megatron", "back"))
-    apart(write_model, source, name)
+    in_new_process(write_model, source, name)
     options = [] if workers is None else ["--workers", str(workers)]
 
-    def tool(script: str, given: Path, wanted: Path) -> list[str]:
-        return [sys.executable, str(TOOLS / script), "--input", str(given), "--output", str(wanted), *options]
+    def tool(script: str, source: Path, target: Path) -> list[str]:
+        return [sys.executable, str(TOOLS / script), "--input", str(source), "--output", str(target), *options]
 
     commands = {
         COPY: ["cp", "-r", str(source), str(copy)],
-        FORTH: tool("convert_hf_to_megatron.py", source, megatron),
-        BACK: tool("convert_megatron_to_hf.py", megatron, back),
+        TO_MEGATRON: tool("convert_hf_to_megatron.py", source, megatron),
+        TO_HF: tool("convert_megatron_to_hf.py", megatron, back),
     }
     size = sum(path.stat().st_size for path in source.iterdir())
     measured: dict[str, list[Measured]] = {what: [] for what in commands}
     for _ in range(rounds):
         for what, command in commands.items():
-            apart(touch_memory, min(size, free_memory() // 2))
+            in_new_process(touch_memory, min(size, free_memory() // 2))
             measured[what].append(measure(command))
             shutil.rmtree(copy, ignore_errors=True)
-        apart(check_same, source, back)
+        in_new_process(check_same, source, back)
         shutil.rmtree(megatron)
         shutil.rmtree(back)
     return measured
 
 
 def report(name: str, size: int, measured: dict[str, list[Measured]]) -> str:
-    """A table of one model."""
+    """Table of one model's measurements."""
     copied = [one.seconds for one in measured[COPY]]
     lines = [f"{name}, {size / 1e9:.2f} GB", f"{'':16}{'GB/s':>14}{'of cp':>16}{'peak memory':>14}"]
     for what, runs in measured.items():
@@ -149,23 +163,25 @@ def _text(values: list[float]) -> str:
 
 
 def main() -> None:
-    """The command line."""
+    """Command-line entry point."""
     parser = argparse.ArgumentParser(description="Time conversion against cp.")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--workers", type=int, help="threads of the converter (default: its own)")
-    parser.add_argument("--folder", help="where to work: four times the model's size (default: the temporary folder)")
-    parser.add_argument("--json", help="write every measured command there")
-    arguments = parser.parse_args()
-    found: dict[str, Any] = {}
-    for name in arguments.models:
-        with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-            measured = bench(name, Path(folder), rounds=arguments.rounds, workers=arguments.workers)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="shapes of the models (all)")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of each model (3)")
+    parser.add_argument("--workers", type=int, help="threads of the converter (default: the converter's default)")
+    parser.add_argument(
+        "--folder", help="working folder, with room for four times the model (default: the temporary folder)"
+    )
+    parser.add_argument("--json", help="file for all measurements")
+    args = parser.parse_args()
+    results: dict[str, Any] = {}
+    for name in args.models:
+        with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+            measured = bench(name, Path(folder), rounds=args.rounds, workers=args.workers)
             size = sum(path.stat().st_size for path in (Path(folder) / "hf").glob("*.safetensors"))
         print(report(name, size, measured), flush=True)
-        found[name] = {"bytes": size, **{what: [asdict(one) for one in runs] for what, runs in measured.items()}}
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps(found, indent=1))
+        results[name] = {"bytes": size, **{what: [asdict(one) for one in runs] for what, runs in measured.items()}}
+    if args.json:
+        Path(args.json).write_text(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The quickstart's GRPO run on several engines, from the same fine-tuned models: python tools/bench/engines.py.
+"""Run the quickstart's GRPO on several engines, from the same fine-tuned models: python tools/bench/engines.py.
 
-Prints the mean held-out accuracy over the seeds at every evaluation, engine by engine, with the standard deviation
-between seeds: the learning curves must agree within it.
+Prints the mean held-out accuracy over the seeds at every evaluation, per engine, with the standard deviation between
+seeds. The learning curves must agree within it.
 """
 
 import argparse
@@ -15,26 +15,27 @@ ROOT = Path(__file__).resolve().parents[2]
 
 METRIC = "val/exact_match"
 ENVIRONMENTS = {"embedded": ".venv", "vllm": ".venv-vllm", "sglang": ".venv-sglang"}
-# as many parameters as the quickstart's model, in heads that the engines' CPU kernels take
+# the same number of parameters as the quickstart's model, with a head size that the engines' CPU kernels support
 HEADS = ("--num-attention-heads", "2", "--num-key-value-heads", "1")
 
 
 def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description="The quickstart's learning curve on several engines.")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--engines", nargs="+", choices=ENVIRONMENTS, default=list(ENVIRONMENTS))
-    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "engines")
-    arguments = parser.parse_args()
+    """Command-line entry point."""
+    parser = argparse.ArgumentParser(description="Compare the quickstart's learning curve on several engines.")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds (0 1 2)")
+    parser.add_argument("--engines", nargs="+", choices=ENVIRONMENTS, default=list(ENVIRONMENTS), help="engines (all)")
+    parser.add_argument(
+        "--folder", type=Path, default=ROOT / "runs" / "engines", help="folder of the runs (runs/engines)"
+    )
+    args = parser.parse_args()
     curves = {
-        engine: [curve(arguments.folder / f"seed_{seed}", seed, engine) for seed in arguments.seeds]
-        for engine in arguments.engines
+        engine: [curve(args.folder / f"seed_{seed}", seed, engine) for seed in args.seeds] for engine in args.engines
     }
     print(markdown(curve_table("engine", curves)))
 
 
 def curve(folder: Path, seed: int, engine: str) -> Curve:
-    """Held-out accuracy by step of one GRPO run, which is made unless it is there."""
+    """Held-out accuracy by step of one GRPO run; trains it unless it has finished."""
     model = folder / "sft" / "checkpoints" / "step_001800" / "hf"
     if not model.exists():
         _run("embedded", folder / "sft.log", "python", "tools/make_toy_model.py", "--output", str(folder / "init"),

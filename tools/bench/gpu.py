@@ -1,9 +1,9 @@
-"""How well the policy uses a GPU: python tools/bench/gpu.py [--shapes 1.5b 7b] [--json FILE].
+"""Measure the policy's MFU on a GPU: python tools/bench/gpu.py [--shapes 1.5b 7b] [--json FILE].
 
-Forward, and forward with backward and update, of Qwen2.5 shapes with random weights on packed
-sequences, in bf16 by Megatron-Core's own modules and by Transformer Engine, and in FP8 by every
-recipe that this GPU can run. MFU is model FLOPs (docs/performance.md has the formula) over the GPU's dense
-bf16 peak, for FP8 too, so that the figures compare.
+Times the forward pass, and the whole update, of Qwen2.5 shapes with random weights on packed sequences: in bf16 with
+Megatron-Core's own modules and with Transformer Engine, and in FP8 with every recipe that this GPU supports. MFU is the
+model's FLOP/s (formula in docs/performance.md) divided by the GPU's dense bf16 peak, also for FP8, so that the figures
+are comparable.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from megatron_rl.types import ParallelContext, TrainBatch, TrainSequence
 
 SHAPES: dict[str, dict[str, Any]] = {
     "1.5b": QWEN25_1_5B,
-    # half the depth, so that weights, gradients and optimizer fit one GPU; the products are those of 7B
+    # half the depth, so that weights, gradients and optimizer fit one GPU; the matrix shapes are those of 7B
     "7b": QWEN25_7B | {"num_hidden_layers": 14},
 }
 VARIANTS = {
@@ -50,7 +50,7 @@ reward: {{functions: [{{name: coin_flip}}]}}
 
 
 def make_batch(length: int, count: int, vocab_size: int) -> TrainBatch:
-    """Equally long sequences, a quarter of each a prompt, in one micro-batch."""
+    """``count`` sequences of ``length`` tokens, a quarter of them prompt, in one micro-batch."""
 
     def sequence() -> TrainSequence:
         bare = bare_sequence(torch.randint(0, vocab_size, (length,)), torch.arange(length) >= length // 4)
@@ -60,31 +60,32 @@ def make_batch(length: int, count: int, vocab_size: int) -> TrainBatch:
 
 
 def seconds(run: Callable[[], object], rounds: int) -> tuple[float, float]:
-    """Median of some runs after two for warm-up, and half the range of the middle half."""
-    taken = []
+    """Median seconds of ``rounds`` runs after two warm-up runs, and half of their interquartile range."""
+    durations = []
     for number in range(rounds + 2):
         torch.cuda.synchronize()
         start = time.perf_counter()
         run()
         torch.cuda.synchronize()
         if number >= 2:
-            taken.append(time.perf_counter() - start)
-    taken.sort()
-    return median(taken), (taken[-1 - len(taken) // 4] - taken[len(taken) // 4]) / 2
+            durations.append(time.perf_counter() - start)
+    durations.sort()
+    quarter = len(durations) // 4
+    return median(durations), (durations[-1 - quarter] - durations[quarter]) / 2
 
 
-def measure(config_file: Path, overrides: list[str], asked: argparse.Namespace, parallel: ParallelContext) -> Any:
+def measure(config_file: Path, overrides: list[str], args: argparse.Namespace, parallel: ParallelContext) -> Any:
     """Seconds, MFU and peak memory of one variant."""
     config = load_config(config_file, overrides)
     choose_implementation(config)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     policy = Policy(config, parallel)
-    batch = make_batch(asked.length, asked.sequences, policy.spec.vocab_size)
-    forward_s, _ = seconds(lambda: policy.logprobs(batch), asked.rounds)
-    update_s, noise_s = seconds(lambda: policy.update(batch), asked.rounds)
+    batch = make_batch(args.length, args.sequences, policy.spec.vocab_size)
+    forward_s, _ = seconds(lambda: policy.logprobs(batch), args.rounds)
+    update_s, noise_s = seconds(lambda: policy.update(batch), args.rounds)
     flops = update_flops(policy.spec, batch.updates[0])
-    peak = asked.peak_tflops or peak_tflops(torch.cuda.get_device_name())
+    peak = args.peak_tflops or peak_tflops(torch.cuda.get_device_name())
     return {
         "forward_s": forward_s,
         "update_s": update_s,
@@ -97,22 +98,22 @@ def measure(config_file: Path, overrides: list[str], asked: argparse.Namespace, 
 
 
 def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description="How well the policy uses a GPU.")
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--sequences", type=int, default=8)
-    parser.add_argument("--length", type=int, default=2048, help="tokens of each sequence")
-    parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--peak-tflops", type=float, help="of a GPU that is not in the table")
-    parser.add_argument("--json", type=Path)
-    asked = parser.parse_args()
+    """Command-line entry point."""
+    parser = argparse.ArgumentParser(description="Measure the policy's MFU on a GPU.")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), help="shapes of the model (all)")
+    parser.add_argument("--sequences", type=int, default=8, help="sequences of an update (8)")
+    parser.add_argument("--length", type=int, default=2048, help="tokens of each sequence (2048)")
+    parser.add_argument("--rounds", type=int, default=8, help="timed runs of each variant (8)")
+    parser.add_argument("--peak-tflops", type=float, help="dense bf16 peak of a GPU that is not in the table")
+    parser.add_argument("--json", type=Path, help="file for all figures")
+    args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("tools/bench/gpu.py needs a GPU; torch finds none.")
     versions = {name: installed(name) for name in ("torch", "megatron-core", "transformer-engine")}
     print(f"{torch.cuda.get_device_name()}, {versions}\n")
     print("| shape | variant | forward s | update s | forward MFU | update MFU | peak GiB |\n" + "|---" * 7 + "|")
     rows = []
-    for shape in asked.shapes:
+    for shape in args.shapes:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             write_random_checkpoint(folder / "model", SHAPES[shape])
@@ -120,7 +121,7 @@ def main() -> None:
             parallel = init_parallel(load_config(folder / "run.yaml", []).parallel)
             for variant, overrides in VARIANTS.items():
                 try:
-                    row = measure(folder / "run.yaml", overrides, asked, parallel)
+                    row = measure(folder / "run.yaml", overrides, args, parallel)
                 except ConfigError as error:
                     print(f"| {shape} | {variant} | not run: {error} |||||", flush=True)
                     continue
@@ -132,8 +133,8 @@ def main() -> None:
                     flush=True,
                 )
             leave_world()
-    if asked.json:
-        asked.json.write_text(json.dumps({"versions": versions, "rows": rows}, indent=1) + "\n")
+    if args.json:
+        args.json.write_text(json.dumps({"versions": versions, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What each way to save memory saves: python tools/bench/memory.py.
+"""Measure what each memory setting saves: python tools/bench/memory.py.
 
-Every row is a process of its own that makes one update of a random model on one rank; its figure is
-how far the process's peak memory rose during that update (or what moving to the host freed).
+Each row is a separate process that makes one update of a random model on one rank. The figure is the rise of the
+process's peak memory during the update (or the memory that offloading to the host freed).
 """
 
 import argparse
@@ -21,35 +21,35 @@ data: {{train: {{kind: task, path: hasty_addition}}}}
 rollout: {{source: demonstrations}}
 algorithm: {{loss: nll}}
 """
-KEPT = "batching.logprob_chunk_tokens=100000"  # all logits of the batch at once
+ALL_LOGITS = "batching.logprob_chunk_tokens=100000"  # all logits of the batch at once
 ROWS: dict[str, list[str]] = {
-    "all logits at once, no recomputation": [KEPT],
+    "all logits at once, no recomputation": [ALL_LOGITS],
     "logits of 512 tokens at a time": ["batching.logprob_chunk_tokens=512"],
-    "and attention computed again": ["batching.logprob_chunk_tokens=512", "memory.recompute=selective"],
-    "and norms and feed-forward blocks": [
+    "+ attention recomputed": ["batching.logprob_chunk_tokens=512", "memory.recompute=selective"],
+    "+ norms and feed-forward blocks recomputed": [
         "batching.logprob_chunk_tokens=512",
         "memory.recompute=selective",
         "memory.recompute_modules=[core_attn,layernorm,mlp]",
     ],
-    "and whole layers": ["batching.logprob_chunk_tokens=512", "memory.recompute=full"],
-    "and only adapters learn (lora.rank=16)": [
+    "+ whole layers recomputed": ["batching.logprob_chunk_tokens=512", "memory.recompute=full"],
+    "+ LoRA adapters only (lora.rank=16)": [
         "batching.logprob_chunk_tokens=512",
         "memory.recompute=full",
         "lora.rank=16",
     ],
-    "and the frozen matrices have 8 bits (lora.quantize=int8)": [
+    "+ frozen weights in 8 bits (lora.quantize=int8)": [
         "batching.logprob_chunk_tokens=512",
         "memory.recompute=full",
         "lora.rank=16",
         "lora.quantize=int8",
     ],
-    "or 4 bits (lora.quantize=nf4)": [
+    "or frozen weights in 4 bits (lora.quantize=nf4)": [
         "batching.logprob_chunk_tokens=512",
         "memory.recompute=full",
         "lora.rank=16",
         "lora.quantize=nf4",
     ],
-    "all weights again, and whole layers in pairs": [
+    "all weights trained, whole layers recomputed in pairs": [
         "batching.logprob_chunk_tokens=512",
         "memory.recompute=full",
         "memory.recompute_num_layers=2",
@@ -59,7 +59,15 @@ OFFLOAD = ["params", "grads", "optimizer"]
 
 
 def measure(folder: Path, overrides: list[str]) -> dict[str, float]:
-    """MiB by which the peak rose in an update, its seconds, MiB that memory.offload freed and that learning needs."""
+    """Figures of one update, in MiB and seconds.
+
+    Returns:
+        risen_mib: rise of the peak memory during the update.
+        seconds: duration of the update.
+        freed_mib: memory that ``memory.offload`` freed.
+        learning_mib: gradients and optimizer.
+        weights_mib: weights.
+    """
     import time
 
     import torch
@@ -78,12 +86,12 @@ def measure(folder: Path, overrides: list[str]) -> dict[str, float]:
     policy.update(batch)
     seconds = time.perf_counter() - start
     risen = _peak_mib() - before
-    held = policy.learner.memory()
+    parts = policy.learner.memory()
     freed = policy.learner.to_host() / 2**20
     policy.learner.to_device()
     leave_world()
-    learning = (held["grads"] + held["optimizer"]) / 2**20
-    weights = held["params"] / 2**20
+    learning = (parts["grads"] + parts["optimizer"]) / 2**20
+    weights = parts["params"] / 2**20
     return {
         "risen_mib": risen,
         "seconds": seconds,
@@ -107,12 +115,12 @@ def _row(folder: Path, overrides: list[str]) -> dict[str, float]:
 
 
 def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    """Command-line entry point."""
+    parser = argparse.ArgumentParser(description="Measure what each memory setting saves.")
     parser.add_argument("--measure", nargs="+", metavar=("FOLDER", "OVERRIDE"), help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.measure:
-        folder, *overrides = arguments.measure
+    args = parser.parse_args()
+    if args.measure:
+        folder, *overrides = args.measure
         print(json.dumps(measure(Path(folder), overrides)))
         return
     from megatron_rl.models.toy import make_model, make_tokenizer

@@ -1,8 +1,8 @@
-"""How near the plan is to what is measured: python tools/bench/plan.py [--time].
+"""Compare the plan with measurements on this machine: python tools/bench/plan.py [--time].
 
-Every row is a world of its own that builds a random model and makes an update; measured is the peak of what torch's
-allocator had given out, of the rank that needs most (as torch.cuda.max_memory_allocated says it on a GPU). With --time
-it is the seconds of an update, and the plan is one for this machine as the doctor measures it.
+Each row starts its own ranks, which build a random model and make an update. The measured memory is the peak of torch's
+allocator on the rank that needs most (as torch.cuda.max_memory_allocated reports it on a GPU). With --time the rows
+have the seconds of an update, and the plan is made for this machine as the doctor measures it.
 """
 
 import argparse
@@ -66,13 +66,13 @@ PP2 = "parallel.pipeline_parallel_size=2"
 CASES = (
     Case("one rank"),
     Case("bf16 with fp32 masters", ("model.dtype=bf16",)),
-    Case("whole layers computed again", ("memory.recompute=full",)),
+    Case("full recomputation", ("memory.recompute=full",)),
     Case(
-        "norms and feed-forward blocks computed again",
+        "norms and feed-forward blocks recomputed",
         ("memory.recompute=selective", "memory.recompute_modules=[core_attn,layernorm,mlp]"),
     ),
     Case("micro-batches of one sequence", (ONE_EACH,)),
-    Case("adapters alone learn", ("lora.rank=16", "memory.recompute=full")),
+    Case("LoRA adapters only", ("lora.rank=16", "memory.recompute=full")),
     Case("DP2, optimizer sharded", (), 2),
     Case("TP2 with sequence parallelism", TP2, 2),
     Case("PP2, four micro-batches", (PP2, ONE_EACH), 2),
@@ -81,9 +81,9 @@ CASES = (
 
 LAYOUTS = (
     Case("DP2", (), 2),
-    Case("DP2, whole layers computed again", ("memory.recompute=full",), 2),
+    Case("DP2, full recomputation", ("memory.recompute=full",), 2),
     Case("TP2", TP2, 2),
-    Case("TP2, whole layers computed again", (*TP2, "memory.recompute=full"), 2),
+    Case("TP2, full recomputation", (*TP2, "memory.recompute=full"), 2),
     Case("CP2", ("parallel.context_parallel_size=2",), 2),
     Case("PP2, four micro-batches", (PP2, ONE_EACH), 2),
     Case("PP2, one micro-batch", (PP2,), 2),
@@ -92,7 +92,7 @@ ROUNDS = 2
 
 
 def write_models(folder: Path) -> None:
-    """Both models, and the configuration of the runs."""
+    """Write both models, and the configuration of a run for each."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -107,18 +107,18 @@ def write_models(folder: Path) -> None:
 
 
 def peak_mb_of_an_update(config_file: Path, overrides: list[str]) -> float:
-    """Of this rank."""
+    """Peak of torch's allocator on this rank in one update, in MB."""
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         seconds_of_updates(config_file, overrides, 1)
-    events = [event for event in watched.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     sizes = (event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
     return max(accumulate(sizes)) / 1e6
 
 
 def seconds_of_updates(config_file: Path, overrides: list[str], count: int) -> list[float]:
-    """Of a model that is built for them, on this rank."""
+    """Seconds of each of ``count`` updates of a new model; collective."""
     import torch
 
     import megatron_rl.trainer.setup  # noqa: F401  everything that a run imports
@@ -133,42 +133,45 @@ def seconds_of_updates(config_file: Path, overrides: list[str], count: int) -> l
     parallel = init_parallel(config.parallel)
     policy = Policy(config, parallel)
     generator = torch.Generator().manual_seed(parallel.dp_rank)
-    length, mine = PROMPT + RESPONSE, NUM_SEQUENCES // parallel.dp_size
-    rows = [torch.randint(0, policy.spec.vocab_size, (length,), generator=generator) for _ in range(mine)]
-    room = max(1, config.batching.max_tokens_per_micro_batch * parallel.cp_size // length)
-    batches = [range(start, min(start + room, mine)) for start in range(0, mine, room)]
+    length, num_rows = PROMPT + RESPONSE, NUM_SEQUENCES // parallel.dp_size
+    rows = [torch.randint(0, policy.spec.vocab_size, (length,), generator=generator) for _ in range(num_rows)]
+    per_micro_batch = max(1, config.batching.max_tokens_per_micro_batch * parallel.cp_size // length)
+    batches = [range(start, min(start + per_micro_batch, num_rows)) for start in range(0, num_rows, per_micro_batch)]
     batch = given_batch([bare_sequence(row, torch.arange(length) >= PROMPT) for row in rows], batches)
-    taken = []
+    durations = []
     for _ in range(count):
         barrier(parallel)
         start = time.perf_counter()
         policy.update(batch)
         barrier(parallel)
-        taken.append(time.perf_counter() - start)
+        durations.append(time.perf_counter() - start)
     leave_world()
-    return taken
+    return durations
 
 
 def measured_mb(folder: Path, case: Case) -> float:
-    """Of the rank that needs most.
+    """Measured peak in MB of the rank that needs most.
 
     Raises:
         RuntimeError: a rank fails.
     """
-    return max(found["peak_mb"] for found in ranks_say(folder, case, "memory"))
+    return max(result["peak_mb"] for result in measure_ranks(folder, case, "memory"))
 
 
 def measured_seconds(folder: Path, case: Case) -> float:
-    """Of an update, all but the first; the fastest of a few.
+    """Measured seconds of an update: the fastest but for the first one, on the slowest rank.
 
     Raises:
         RuntimeError: a rank fails.
     """
-    return max(min(found["seconds"][1:]) for found in ranks_say(folder, case, "time"))
+    return max(min(result["seconds"][1:]) for result in measure_ranks(folder, case, "time"))
 
 
-def ranks_say(folder: Path, case: Case, what: str) -> list[dict[str, Any]]:
-    """What every rank of a world prints about itself.
+def measure_ranks(folder: Path, case: Case, what: str) -> list[dict[str, Any]]:
+    """Run a case under torchrun; the figures that each rank prints.
+
+    Args:
+        what: ``memory`` or ``time``.
 
     Raises:
         RuntimeError: a rank fails.
@@ -178,14 +181,14 @@ def ranks_say(folder: Path, case: Case, what: str) -> list[dict[str, Any]]:
         *(__file__, "--measure", what, str(folder / f"{case.family}.yaml"), *case.overrides),
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"')]
-    if done.returncode or len(found) != case.world_size:
+    results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"')]
+    if done.returncode or len(results) != case.world_size:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
-    return found
+    return results
 
 
 def planned_mb(folder: Path, case: Case) -> float:
-    """The same from the configuration alone."""
+    """Planned peak in MB of the rank that needs most."""
     from megatron_rl.config import load_config
     from megatron_rl.models import read_model_spec
     from megatron_rl.planning.memory import model_memory
@@ -197,7 +200,7 @@ def planned_mb(folder: Path, case: Case) -> float:
 
 
 def planned_seconds(folder: Path, case: Case, hardware: "Hardware") -> float:
-    """The same of an update."""
+    """Planned seconds of an update."""
     from megatron_rl.config import load_config
     from megatron_rl.planning.plan import make_plan
 
@@ -207,7 +210,7 @@ def planned_seconds(folder: Path, case: Case, hardware: "Hardware") -> float:
 
 
 def this_machine(folder: Path) -> "Hardware":
-    """As the doctor measures it over two ranks."""
+    """This machine as the doctor measures it with two ranks."""
     from megatron_rl.planning.hardware import read_hardware
 
     path = folder / "hardware.yaml"
@@ -218,7 +221,7 @@ def this_machine(folder: Path) -> "Hardware":
 
 
 def show_memory(folder: Path) -> None:
-    """A table of all cases."""
+    """Print planned and measured memory of all cases."""
     print("| configuration | planned, MB | measured, MB | planned / measured |\n|---|---|---|---|")
     for case in CASES:
         planned, measured = planned_mb(folder, case), measured_mb(folder, case)
@@ -226,46 +229,48 @@ def show_memory(folder: Path) -> None:
 
 
 def show_time(folder: Path) -> None:
-    """A table of all layouts, the fastest measured first, and how many pairs the plan has in the right order."""
+    """Print planned and measured seconds of all layouts, fastest first, and how many pairs are ordered correctly."""
     hardware = this_machine(folder)
     planned = {case.title: planned_seconds(folder, case, hardware) for case in LAYOUTS}
-    taken: dict[str, list[float]] = {case.title: [] for case in LAYOUTS}
+    durations: dict[str, list[float]] = {case.title: [] for case in LAYOUTS}
     for _ in range(ROUNDS):
         for case in LAYOUTS:
-            taken[case.title].append(measured_seconds(folder, case))
-    measured = {title: median(seconds) for title, seconds in taken.items()}
+            durations[case.title].append(measured_seconds(folder, case))
+    measured = {title: median(seconds) for title, seconds in durations.items()}
     print(f"{hardware.tflops * 1000:.0f} GFLOP/s and {hardware.link_gb_s:.2f} GB/s of all-reduce between two ranks\n")
     print("| layout of two ranks | planned, s | measured, s (least and most) | planned / measured |\n|---|---|---|---|")
     for title in sorted(measured, key=lambda title: measured[title]):
-        least, most = min(taken[title]), max(taken[title])
+        least, most = min(durations[title]), max(durations[title])
         ratio = planned[title] / measured[title]
         print(f"| {title} | {planned[title]:.2f} | {measured[title]:.2f} ({least:.2f} to {most:.2f}) | {ratio:.2f} |")
-    apart = [
-        (a, b) for a, b in combinations(measured, 2) if max(taken[a]) < min(taken[b]) or max(taken[b]) < min(taken[a])
+    distinct = [
+        (a, b)
+        for a, b in combinations(measured, 2)
+        if max(durations[a]) < min(durations[b]) or max(durations[b]) < min(durations[a])
     ]
-    right = sum((planned[a] < planned[b]) == (measured[a] < measured[b]) for a, b in apart)
-    print(f"\n{right} of the {len(apart)} pairs whose measurements do not overlap are in the right order")
+    right = sum((planned[a] < planned[b]) == (measured[a] < measured[b]) for a, b in distinct)
+    print(f"\n{right} of the {len(distinct)} pairs whose measurements do not overlap are in the right order")
 
 
 def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--time", action="store_true", help="the seconds of layouts instead of the memory")
+    """Command-line entry point."""
+    parser = argparse.ArgumentParser(description="Compare the plan with measurements on this machine.")
+    parser.add_argument("--time", action="store_true", help="compare the seconds of layouts instead of memory")
     parser.add_argument("--measure", nargs="+", metavar=("WHAT", "FILE OVERRIDE"), help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.measure:
-        what, config_file, *overrides = arguments.measure
+    args = parser.parse_args()
+    if args.measure:
+        what, config_file, *overrides = args.measure
         path = Path(config_file)
         if what == "memory":
-            found: dict[str, Any] = {"peak_mb": peak_mb_of_an_update(path, overrides)}
+            result: dict[str, Any] = {"peak_mb": peak_mb_of_an_update(path, overrides)}
         else:
-            found = {"seconds": seconds_of_updates(path, overrides, 1 + ROUNDS)}
-        os.write(1, f"{json.dumps(found)}\n".encode())  # at once: the ranks share the pipe
+            result = {"seconds": seconds_of_updates(path, overrides, 1 + ROUNDS)}
+        os.write(1, f"{json.dumps(result)}\n".encode())  # one write call, because the ranks share the pipe
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_models(folder)
-        (show_time if arguments.time else show_memory)(folder)
+        (show_time if args.time else show_memory)(folder)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Run the quickstart and its coin-flip control over several seeds and print the table of the docs.
 
-python tools/bench/quickstart.py --seeds 0 1 2       all of it
-python tools/bench/quickstart.py --seeds 0 --check   also fail unless GRPO learns and the control does not
+python tools/bench/quickstart.py --seeds 0 1 2       # the whole table
+python tools/bench/quickstart.py --seeds 0 --check   # also fail unless GRPO learns and the control does not
 """
 
 import argparse
@@ -17,19 +17,23 @@ ROOT = Path(__file__).resolve().parents[2]
 
 METRIC = "val/exact_match"
 LEARNT, NOT_LEARNT = 0.85, 0.10
-"""Held-out accuracy that GRPO must exceed; gain that the control must stay below."""
+"""Held-out accuracy that GRPO must exceed; gain in accuracy that the control must stay below."""
 
 
 def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description="The quickstart over several seeds, with its control.")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--check", action="store_true", help="exit with 1 unless every seed learns and no control does")
-    arguments = parser.parse_args()
+    """Command-line entry point."""
+    parser = argparse.ArgumentParser(description="Run the quickstart and its control over several seeds.")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds (0 1 2)")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="exit with status 1 unless GRPO learns and the control does not, for every seed",
+    )
+    args = parser.parse_args()
     print("| seed | after fine-tuning | after GRPO | after coin-flip rewards | minutes, quickstart alone |")
     print("|---|---|---|---|---|")
     failed = False
-    for seed in arguments.seeds:
+    for seed in args.seeds:
         folder = ROOT / "runs" / "quickstart" / f"seed_{seed}"
         start, ran_before = time.monotonic(), (folder / "grpo").exists()
         run_logged(
@@ -41,7 +45,7 @@ def main() -> None:
         _, control = accuracy(folder / "coin_flip")
         print(f"| {seed} | {before:.1%} | {after:.1%} | {control:.1%} | {minutes} |", flush=True)
         failed |= after <= LEARNT or control - before >= NOT_LEARNT
-    if arguments.check and failed:
+    if args.check and failed:
         sys.exit(f"expected above {LEARNT:.0%} after GRPO and a gain below {NOT_LEARNT:.0%} after coin-flip rewards")
 
 

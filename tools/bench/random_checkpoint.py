@@ -1,4 +1,4 @@
-"""Hugging Face folders of real models' shapes with random weights."""
+"""Write Hugging Face folders with the shapes of real models and random weights."""
 
 import json
 from collections.abc import Iterator
@@ -52,18 +52,19 @@ QWEN25_7B: dict[str, Any] = {
 
 
 def write_random_checkpoint(folder: Path, config: dict[str, Any], *, max_shard_bytes: int = 5 * 10**9) -> int:
-    """Write bf16 weights of that shape; their bytes.
+    """Write random bf16 weights; return their number of bytes.
 
     Args:
-        folder: must not exist.
-        config: config.json.
+        folder: folder to write; must not exist.
+        config: content of config.json.
+        max_shard_bytes: largest safetensors file.
     """
     like = folder.with_name(folder.name + "_config")
     like.mkdir(parents=True)
     (like / "config.json").write_text(json.dumps(config))
     shapes = hf_shapes(layout_table(read_model_spec(like), 1))
     generator = torch.Generator().manual_seed(0)
-    # small and all different, without drawing billions of normal numbers
+    # small, different values, without drawing billions of normal numbers
     bits = torch.randint(0x3800, 0x3D00, (2**20 + 7,), generator=generator, dtype=torch.int16).view(torch.bfloat16)
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:

@@ -1,9 +1,9 @@
-"""A planned weight push against a per-parameter gather: python tools/bench/weight_sync.py.
+"""Time a planned weight push against a per-parameter gather: python tools/bench/weight_sync.py.
 
-Four ranks on this machine over gloo hold random shards of a real model's shapes under a training layout and give
-them, in turns, to engines of one size by the plan, and by broadcasting every tensor's parts one by one to every
-rank, which is what the plan is held against. Either way the engine copies its part into its own memory, as loaders
-do. Printed: seconds, GB/s, the ratio in the same round, and the buffers.
+Four ranks on this machine, connected by gloo, hold random shards of a real model's shapes under a training layout. In
+turns they send them to engines according to the plan, and by broadcasting the parts of every tensor, one by one, to
+every rank, which is the baseline. Either way the engine copies its part into its own memory, as weight loaders do.
+Prints seconds, GB/s, the ratio in the same round, and the size of the buffers.
 """
 
 import argparse
@@ -25,8 +25,8 @@ from torch.multiprocessing.spawn import spawn
 
 from megatron_rl.models import layout_table, read_model_spec
 from megatron_rl.models.engine_shards import engine_boxes
-from megatron_rl.weight_sync.host_memory import meet_neighbours, meet_nobody
-from megatron_rl.weight_sync.placement import held_on_paper
+from megatron_rl.weight_sync.host_memory import expose_host_memory, no_peer_access
+from megatron_rl.weight_sync.placement import parameters_by_rank
 from megatron_rl.weight_sync.plan import plan_reshard
 from megatron_rl.weight_sync.transfer import Traffic, Transfer
 from megatron_rl.weights.export import Bucket, export_weights, plan_export
@@ -39,7 +39,7 @@ LAYOUTS = {"tp2-pp2": {"tp": 2, "pp": 2}, "tp2-dp2": {"tp": 2, "dp": 2}, "pp4": 
 
 @dataclass(frozen=True, kw_only=True)
 class Round:
-    """One push in each way, on one rank."""
+    """Figures of one planned push and one gather, on one rank."""
 
     planned_s: float
     gathered_s: float
@@ -49,28 +49,28 @@ class Round:
     bucket_bytes: int
 
 
-def work(rank: int, port: int, arguments: argparse.Namespace, folder: str) -> None:
-    """A rank's part; writes its rounds to the folder."""
+def work(rank: int, port: int, args: argparse.Namespace, folder: str) -> None:
+    """Run one rank; writes its rounds to ``rank_N.json`` in the folder."""
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=RANKS)
     spec = read_model_spec(Path(folder) / "model")
-    sizes = LAYOUTS[arguments.layout]
-    table, held = layout_table(spec, sizes.get("tp", 1)), held_on_paper(spec, **sizes)
-    shapes, tp = hf_shapes(table), arguments.engine_tp
+    sizes = LAYOUTS[args.layout]
+    table, held = layout_table(spec, sizes.get("tp", 1)), parameters_by_rank(spec, **sizes)
+    shapes, tp = hf_shapes(table), args.engine_tp
     names, place = held[rank]
     shards = {name: torch.randn(place.shape(table[name])).to(torch.bfloat16) for name in names}
     wanted = [engine_boxes(spec, shapes, tp_rank=one % tp, tp_size=tp) for one in range(RANKS)]
-    plan = plan_reshard(held, table, wanted, [0] * RANKS, bucket_elements=arguments.bucket_mb * 2**19)
+    plan = plan_reshard(held, table, wanted, [0] * RANKS, bucket_elements=args.bucket_mb * 2**19)
     gather = [single for bucket in plan_export(held, table) for single in one_by_one(bucket)]
-    transfer, rounds = Transfer(plan, rank, meet=meet_nobody if arguments.messages else meet_neighbours), []
+    transfer, rounds = Transfer(plan, rank, peer_access=no_peer_access if args.messages else expose_host_memory), []
     engine = {name: torch.zeros(box_shape(box), dtype=torch.bfloat16) for name, box in wanted[rank].items()}
 
     def load(tensors: Tensors) -> None:
         for name, tensor in tensors:
             engine[name].copy_(tensor[box_index(wanted[rank][name])])
 
-    for _ in range(arguments.rounds + 1):
+    for _ in range(args.rounds + 1):
         traffic = Traffic()
         planned = timed(load, transfer.stream(shards, traffic))
         gathered = timed(load, export_weights(gather, shards, dist.group.WORLD))
@@ -84,7 +84,7 @@ def work(rank: int, port: int, arguments: argparse.Namespace, folder: str) -> No
                 gathered_s=gathered,
                 received_bytes=traffic.bytes_received,
                 least_bytes=2 * plan.minimum(rank),
-                peak_bytes=traffic.peak,
+                peak_bytes=traffic.peak_buffer_bytes,
                 bucket_bytes=2 * bucket,
             )
         )
@@ -93,7 +93,7 @@ def work(rank: int, port: int, arguments: argparse.Namespace, folder: str) -> No
 
 
 def one_by_one(bucket: Bucket) -> list[Bucket]:
-    """The bucket's tensors, each in one of its own."""
+    """Split a bucket into buckets of one tensor each."""
     return [
         Bucket(
             {name: shape},
@@ -108,7 +108,7 @@ def one_by_one(bucket: Bucket) -> list[Bucket]:
 
 
 def timed(load: Callable[[Tensors], None], tensors: Tensors) -> float:
-    """Seconds until the slowest rank has every tensor."""
+    """Seconds until the slowest rank has loaded every tensor."""
     dist.barrier()
     start = time.perf_counter()
     load(tensors)
@@ -117,7 +117,12 @@ def timed(load: Callable[[Tensors], None], tensors: Tensors) -> float:
 
 
 def report(rounds: list[list[Round]], model_bytes: int) -> str:
-    """Of all ranks."""
+    """Summary over all ranks.
+
+    Args:
+        rounds: the rounds of each rank.
+        model_bytes: size of the whole model.
+    """
     planned = [max(rank[i].planned_s for rank in rounds) for i in range(len(rounds[0]))]
     gathered = [max(rank[i].gathered_s for rank in rounds) for i in range(len(rounds[0]))]
     ratio = Spread.of([slow / fast for slow, fast in zip(gathered, planned, strict=True)])
@@ -138,30 +143,28 @@ def report(rounds: list[list[Round]], model_bytes: int) -> str:
 
 
 def main() -> None:
-    """The command line."""
+    """Command-line entry point."""
     parser = argparse.ArgumentParser(description="Time a planned weight push against a per-parameter gather.")
-    parser.add_argument("--layout", choices=LAYOUTS, default="tp2-pp2", help="of the training (default: tp2-pp2)")
-    parser.add_argument("--engine-tp", type=int, default=1, help="ranks of an engine (default: 1)")
-    parser.add_argument("--bucket-mb", type=int, default=64, help="weight_sync.bucket_mb (default: 64)")
+    parser.add_argument("--layout", choices=LAYOUTS, default="tp2-pp2", help="layout of the trainer (default: tp2-pp2)")
+    parser.add_argument("--engine-tp", type=int, default=1, help="tensor-parallel ranks of an engine (default: 1)")
+    parser.add_argument("--bucket-mb", type=int, default=64, help="largest bucket, weight_sync.bucket_mb (default: 64)")
     parser.add_argument(
-        "--messages", action="store_true", help="the plan sends everything; ranks do not read each other's memory"
+        "--messages", action="store_true", help="send everything as messages; ranks do not read each other's memory"
     )
-    parser.add_argument("--rounds", type=int, default=5)
-    arguments = parser.parse_args()
+    parser.add_argument("--rounds", type=int, default=5, help="measured rounds (default: 5)")
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "model").mkdir()
         (Path(folder) / "model" / "config.json").write_text(json.dumps(QWEN25_0_5B))
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        spawn(work, args=(port, arguments, folder), nprocs=RANKS)
+        spawn(work, args=(port, args, folder), nprocs=RANKS)
         rounds = [
             [Round(**one) for one in json.loads(Path(folder, f"rank_{rank}.json").read_text())] for rank in range(RANKS)
         ]
         shapes = hf_shapes(layout_table(read_model_spec(Path(folder) / "model"), 1))
-    print(
-        f"Qwen2.5-0.5B's shapes in bf16, {arguments.layout} -> engines of TP{arguments.engine_tp}, {RANKS} ranks, gloo"
-    )
+    print(f"Qwen2.5-0.5B's shapes in bf16, {args.layout} -> engines of TP{args.engine_tp}, {RANKS} ranks, gloo")
     print(report(rounds, 2 * sum(torch.Size(shape).numel() for shape in shapes.values())))
 
 

@@ -1,9 +1,9 @@
-"""A small Slurm cluster on this machine: python tools/cluster/local_slurm.py start DIR [--nodes 2] | stop DIR.
+"""Run a small Slurm cluster on this machine: python tools/cluster/local_slurm.py start DIR [--nodes 2] | stop DIR.
 
-Starts munged, slurmctld and as many slurmd as there are nodes, all of this one host, on ports of their own, and prints
-the export of SLURM_CONF by which sbatch, srun and scontrol find them. Jobs of the partition "urgent" preempt those of
-the default one, which have five minutes of grace. For trying scripts, and for the tests. Needs root and the packages
-slurm-wlm and munge (Debian, Ubuntu).
+Starts munged, slurmctld and one slurmd per node, all on this host and on free ports, and prints the export of
+SLURM_CONF by which sbatch, srun and scontrol find the cluster. Jobs of the partition "urgent" preempt those of the
+default partition, which have five minutes of grace. It serves for trying scripts, and for the tests. Needs root and the
+packages slurm-wlm and munge (Debian, Ubuntu).
 """
 
 import argparse
@@ -20,7 +20,7 @@ from pathlib import Path
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sinfo")
 START_S = 300.0
 STOP_S = 20.0
-# {host}, {folder}, {control_port}, {nodes} and {names} are filled in
+# template of slurm.conf
 CONFIG = """
 ClusterName=local
 SlurmctldHost={host}(127.0.0.1)
@@ -55,27 +55,31 @@ PartitionName=urgent Nodes={names} MaxTime=INFINITE State=UP PriorityTier=2 Pree
 """
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line."""
-    parser = argparse.ArgumentParser(description="A small Slurm cluster on this machine.")
+def main(argv: list[str] | None = None) -> int:
+    """Command-line entry point."""
+    parser = argparse.ArgumentParser(description="Run a small Slurm cluster on this machine.")
     parser.add_argument("action", choices=("start", "stop"))
-    parser.add_argument("folder", type=Path, help="for its configuration, state and logs")
-    parser.add_argument("--nodes", type=int, default=2)
-    parser.add_argument("--cpus", type=int, default=2, help="of each node; they may be more than there are (2)")
-    parser.add_argument("--memory-mb", type=int, default=8000, help="of each node (8000)")
-    parser.add_argument("--gpus", type=int, default=0, help="that each node claims to have, for sbatch --test-only (0)")
-    asked = parser.parse_args(arguments)
-    folder = asked.folder.resolve()
-    if asked.action == "stop":
+    parser.add_argument("folder", type=Path, help="folder for configuration, state and logs")
+    parser.add_argument("--nodes", type=int, default=2, help="number of nodes (2)")
+    parser.add_argument(
+        "--cpus", type=int, default=2, help="CPUs of each node, which may exceed those of this machine (2)"
+    )
+    parser.add_argument("--memory-mb", type=int, default=8000, help="memory of each node (8000)")
+    parser.add_argument(
+        "--gpus", type=int, default=0, help="GPUs that each node claims to have, for sbatch --test-only (0)"
+    )
+    args = parser.parse_args(argv)
+    folder = args.folder.resolve()
+    if args.action == "stop":
         stop(folder)
         return 0
     missing = [name for name in PROGRAMS if shutil.which(name, path=search_path()) is None]
     if missing:
         sys.exit(f"{', '.join(missing)} not found: apt-get install -y slurm-wlm munge")
     if os.geteuid() != 0:
-        sys.exit("slurmd starts jobs of other users, so the cluster needs root.")
+        sys.exit("the cluster needs root, because slurmd starts jobs as other users.")
     try:
-        start(folder, asked.nodes, asked.cpus, asked.memory_mb, asked.gpus)
+        start(folder, args.nodes, args.cpus, args.memory_mb, args.gpus)
     except RuntimeError as error:
         stop(folder)
         sys.exit(str(error))
@@ -84,10 +88,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def start(folder: Path, num_nodes: int, cpus: int, memory_mb: int, gpus: int) -> None:
-    """Start everything and wait until all nodes are idle.
+    """Start all daemons and wait until all nodes are idle.
 
     Raises:
-        RuntimeError: they do not come up.
+        RuntimeError: a daemon or node does not come up in time.
     """
     for name in ("state", "log", "pid"):
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -102,7 +106,7 @@ def start(folder: Path, num_nodes: int, cpus: int, memory_mb: int, gpus: int) ->
     if gpus:
         nodes = f"GresTypes=gpu\n{nodes}"
         (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-{gpus - 1}]\n")
-        for number in range(gpus):  # slurmd wants to see a file for each
+        for number in range(gpus):  # slurmd checks that each device file exists
             (folder / f"gpu{number}").touch()
     config = folder / "slurm.conf"
     config.write_text(
@@ -125,20 +129,20 @@ def start(folder: Path, num_nodes: int, cpus: int, memory_mb: int, gpus: int) ->
         launch(folder, f"slurmd-{name}", ["slurmd", "-D", "-N", name], environment)
 
     def all_idle() -> bool:
-        told = subprocess.run(
+        listed = subprocess.run(
             ["sinfo", "-h", "-N", "-p", "main", "-o", "%t"],
             env=environment,
             capture_output=True,
             text=True,
             check=False,
         )
-        return told.stdout.split() == ["idle"] * num_nodes
+        return listed.stdout.split() == ["idle"] * num_nodes
 
     wait_for("the nodes", all_idle, folder)
 
 
 def stop(folder: Path) -> None:
-    """End its jobs and processes; nothing happens where there are none."""
+    """Cancel the cluster's jobs and end its processes, if there are any."""
     if (folder / "pid").exists():
         end_jobs(environment_of(folder))
     for path in sorted((folder / "pid").glob("*.started"), reverse=True):
@@ -157,20 +161,20 @@ def stop(folder: Path) -> None:
 
 
 def end_jobs(environment: dict[str, str]) -> None:
-    """Or their processes would be left behind."""
+    """Cancel all jobs and wait until they are gone; otherwise their processes would outlive the cluster."""
     command = ["timeout", str(STOP_S), "scancel", "--quiet", "--user=root"]
     if subprocess.run(command, env=environment, capture_output=True, check=False).returncode:
-        return  # nobody answers
+        return  # the controller does not answer
     deadline = time.monotonic() + STOP_S
     while time.monotonic() < deadline:
-        left = subprocess.run(["squeue", "-h"], env=environment, capture_output=True, text=True, check=False)
-        if not left.stdout.strip():
+        listed = subprocess.run(["squeue", "-h"], env=environment, capture_output=True, text=True, check=False)
+        if not listed.stdout.strip():
             return
         time.sleep(0.2)
 
 
 def launch(folder: Path, name: str, command: list[str], environment: dict[str, str]) -> None:
-    """Start a daemon in the foreground of a session of its own, and note its process id."""
+    """Start a daemon as a foreground process in its own session, and record its process id."""
     with (folder / "log" / f"{name}.out").open("w") as log:
         process = subprocess.Popen(
             command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
@@ -179,9 +183,14 @@ def launch(folder: Path, name: str, command: list[str], environment: dict[str, s
 
 
 def wait_for(what: str, is_up: "object", folder: Path) -> None:
-    """
+    """Wait until ``is_up()`` is true.
+
+    Args:
+        what: subject of the error message.
+        folder: folder of the cluster, for the error message.
+
     Raises:
-        RuntimeError: it does not come up in time.
+        RuntimeError: it takes longer than START_S.
     """
     assert callable(is_up)
     deadline = time.monotonic() + START_S
@@ -192,7 +201,7 @@ def wait_for(what: str, is_up: "object", folder: Path) -> None:
 
 
 def is_alive(pid: int) -> bool:
-    """Neither gone nor a zombie."""
+    """Whether the process exists and is not a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
@@ -200,24 +209,24 @@ def is_alive(pid: int) -> bool:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens at."""
+    """Free TCP ports of this host."""
     sockets = [socket.socket() for _ in range(count)]
     try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
+        for probe in sockets:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in sockets]
     finally:
-        for one in sockets:
-            one.close()
+        for probe in sockets:
+            probe.close()
 
 
 def environment_of(folder: Path) -> dict[str, str]:
-    """By which daemons and commands find the cluster."""
+    """Environment in which daemons and commands find the cluster."""
     return {**os.environ, "SLURM_CONF": f"{folder}/slurm.conf", "PATH": search_path()}
 
 
 def search_path() -> str:
-    """The daemons are in sbin, which is not on everybody's path."""
+    """PATH with sbin, where the daemons are and which is not on every user's PATH."""
     return f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 
 

@@ -1,6 +1,6 @@
-"""The plans of the production recipes as a table: python tools/cluster/plan_recipes.py [--write].
+"""Print the plans of the production recipes as a table: python tools/cluster/plan_recipes.py [--write].
 
-A recipe's name says what it is for: …-8n8g-h100-fp8.yaml runs on eight nodes of eight H100.
+A recipe's name contains the machine that it is written for: …-8n8g-h100-fp8.yaml runs on eight nodes of eight H100.
 """
 
 import argparse
@@ -9,17 +9,18 @@ import sys
 from pathlib import Path
 
 from megatron_rl.config import load_config
-from megatron_rl.planning.hardware import DEVICES, KNOWN, Hardware
+from megatron_rl.planning.hardware import DEVICES, KNOWN_HARDWARE, Hardware
 from megatron_rl.planning.plan import Plan, make_plan, with_known_models
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "configs/recipes/production"
 HEAD = """# Production recipes
 
-`slurm/README.md` says how they are started, `docs/scaling.md` how to choose another layout. GB of the fullest
-device (of 85) and seconds of a step are those of the plan, prompts a quarter and responses half as long as they may be:
-none has been run on these machines. `python tools/cluster/plan_recipes.py --write` writes this page, and
-`python tools/plan.py --config FILE --hardware h100-80g --nodes N` says more about one of them.
+`slurm/README.md` describes how to start them, `docs/scaling.md` how to choose another layout. The table shows what the
+plan predicts for prompts of a quarter and responses of half of the allowed length: GB of the fullest device (of 85) in
+each phase, and seconds per step. None of the recipes has been run on these machines.
+`python tools/cluster/plan_recipes.py --write` writes this page, and
+`python tools/plan.py --config FILE --hardware h100-80g --nodes N` prints the whole plan of one recipe.
 
 """
 COLUMNS = (
@@ -37,30 +38,30 @@ COLUMNS = (
 
 
 def recipes() -> list[Path]:
-    """All but the bases."""
+    """All recipes, without the base files."""
     return sorted(path for path in FOLDER.glob("*.yaml") if not path.name.startswith("base-"))
 
 
 def machine_of(recipe: Path) -> tuple[Hardware, int]:
-    """What a recipe is for, and how many ranks that has.
+    """Hardware and number of ranks that a recipe is written for, from its name.
 
     Raises:
-        ValueError: its name does not say so.
+        ValueError: the name does not contain them.
     """
-    found = re.search(r"-(\d+)n(\d+)g-([a-z]+\d+)-", recipe.name)
-    if found is None or found[3].upper() not in DEVICES:
+    match = re.search(r"-(\d+)n(\d+)g-([a-z]+\d+)-", recipe.name)
+    if match is None or match[3].upper() not in DEVICES:
         raise ValueError(f"{recipe.name}: expected a name like grpo-qwen2.5-7b-1n8g-h100-fp8.yaml")
-    return KNOWN[DEVICES[found[3].upper()]], int(found[1]) * int(found[2])
+    return KNOWN_HARDWARE[DEVICES[match[3].upper()]], int(match[1]) * int(match[2])
 
 
 def plan_of(recipe: Path) -> Plan:
-    """The plan on the machine that it is for."""
+    """Plan of a recipe on the machine that it is written for."""
     hardware, world_size = machine_of(recipe)
     return make_plan(with_known_models(load_config(recipe), ROOT / "configs/model_shapes"), hardware, world_size)
 
 
 def page() -> str:
-    """The table as Markdown."""
+    """The page, in Markdown."""
     lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
     for recipe in recipes():
         plan = plan_of(recipe)
@@ -83,9 +84,9 @@ def page() -> str:
 
 
 def main() -> int:
-    """The command line."""
-    parser = argparse.ArgumentParser(description="The plans of the production recipes.")
-    parser.add_argument("--write", action="store_true", help=f"to {FOLDER.name}/README.md")
+    """Command-line entry point."""
+    parser = argparse.ArgumentParser(description="Print the plans of the production recipes.")
+    parser.add_argument("--write", action="store_true", help=f"write {FOLDER.name}/README.md instead")
     if parser.parse_args().write:
         (FOLDER / "README.md").write_text(page())
     else:

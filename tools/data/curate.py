@@ -1,8 +1,8 @@
-"""Problems to verified data: python tools/data/curate.py --config FILE [key=value …], alone or under torchrun.
+"""Turn problems into verified data: python tools/data/curate.py --config FILE [key=value …], alone or under torchrun.
 
-Reads problems, drops those that share n-grams with benchmarks or are nearly the same as others, has a model solve the
-rest, grades what it says, keeps what it solves neither never nor always (pass_rate), labels how hard each is, and
-writes run.output_dir/curated.jsonl. Started again it goes on where it was.
+Reads problems, drops those that share n-grams with benchmarks or are near duplicates of others, lets a model solve the
+rest, grades its responses, keeps the problems whose pass rate is within pass_rate, labels their difficulty, and writes
+run.output_dir/curated.jsonl. The same command resumes an interrupted curation.
 """
 
 import argparse
@@ -13,33 +13,35 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_rl.cli import reported
-from megatron_rl.evaluate import PATIENCE_MINUTES
+from megatron_rl.cli import report_errors
+from megatron_rl.evaluate import COLLECTIVE_TIMEOUT_MINUTES
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line."""
-    parser = argparse.ArgumentParser(description="Problems to verified data.")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command-line entry point."""
+    parser = argparse.ArgumentParser(description="Turn problems into verified data.")
     parser.add_argument("--config", required=True, type=Path, metavar="FILE", help="YAML file, as in configs/curation")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as generate.engine.name=vllm")
-    parsed = parser.parse_intermixed_args(arguments)
-    with reported() as command:
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for instance generate.engine.name=vllm")
+    args = parser.parse_intermixed_args(argv)
+    with report_errors() as command:
         from megatron_rl.config.curation import CurationConfig
         from megatron_rl.config.load import load_as
         from megatron_rl.config.parallel import ParallelSection
         from megatron_rl.mcore.runtime.parallel import init_parallel, leave_world
 
-        config = load_as(CurationConfig, parsed.config, parsed.overrides)
+        config = load_as(CurationConfig, args.config, args.overrides)
         try:
-            curate(config, parsed.config.parent, init_parallel(ParallelSection(timeout_minutes=PATIENCE_MINUTES)))
+            curate(
+                config, args.config.parent, init_parallel(ParallelSection(timeout_minutes=COLLECTIVE_TIMEOUT_MINUTES))
+            )
         finally:
             leave_world()
     return command.status
 
 
 def curate(config: Any, config_folder: Path, parallel: Any) -> None:
-    """Every rank executes these lines; the first one reads and writes."""
-    from megatron_rl.curation.pipeline import CurationFolder, candidates, evaluation_of, solved
+    """Filter, solve and grade the problems; every rank runs this, and only rank 0 reads and writes files."""
+    from megatron_rl.curation.pipeline import CurationFolder, candidates, evaluation_of, filter_by_pass_rate
     from megatron_rl.curation.rows import OUTPUTS
     from megatron_rl.distributed.collectives import raise_together
     from megatron_rl.evaluation.run import evaluate
@@ -61,7 +63,7 @@ def curate(config: Any, config_folder: Path, parallel: Any) -> None:
         evaluate(evaluation, [task], parallel, note)
     with raise_together(parallel):
         if parallel.is_main:
-            rated = solved(config, found.kept)
+            rated = filter_by_pass_rate(config, found.kept)
             dropped = [*found.dropped, *rated.dropped]
             write_lines(folder.curated, [OUTPUTS[config.output.schema](one) for one in rated.kept])
             write_lines(folder.dropped, dropped)
@@ -70,7 +72,7 @@ def curate(config: Any, config_folder: Path, parallel: Any) -> None:
 
 
 def counted(dropped: Sequence[Any]) -> str:
-    """How many by stage."""
+    """Number of dropped problems by stage, such as ``3 by contamination``; ``0`` if none."""
     return (
         ", ".join(f"{number} by {stage}" for stage, number in Counter(one["stage"] for one in dropped).items()) or "0"
     )

@@ -1,8 +1,8 @@
-"""Rounds of self-teaching: python tools/data/star.py --sample CONFIG --learn CONFIG --output DIR [key=value …].
+"""Run rounds of STaR: python tools/data/star.py --sample CONFIG --learn CONFIG --output DIR [key=value …].
 
-Each round samples from the model of the round before, keeps the right responses, asks the prompts without one again
-with their answer as a hint if --hint says how, and then trains the base model afresh on what was kept, without hints.
-What is finished is not done again. The key=value overrides hold for sampling and learning.
+Each round samples from the previous round's model and keeps the correct responses. With --hint it samples the prompts
+without a correct response again, with the answer in the prompt. It then trains the base model on the kept responses,
+without the hints. Finished parts are not repeated. The key=value overrides apply to sampling and training.
 """
 
 import argparse
@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 from megatron_rl.config import RunConfig, load_config
-from megatron_rl.curation.recording import as_recorded, recorded, train
-from megatron_rl.curation.star import Line, as_steps, hinted_row, right_ones, unsolved, without_hint
+from megatron_rl.curation.recording import record_rollouts, run_training, template_for_recorded
+from megatron_rl.curation.star import Line, as_steps, hinted_row, select_correct, unsolved, without_hint
 from megatron_rl.errors import MegatronRLError
 from megatron_rl.metrics.sinks import read_rows
 from megatron_rl.rewards.registry import build_grader
@@ -22,48 +22,55 @@ METRIC = "val/score"
 
 
 def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description="Rounds of learning from the model's own right responses (STaR).")
-    parser.add_argument("--sample", required=True, help="configuration that samples and grades")
-    parser.add_argument("--learn", required=True, help="configuration that learns from what was kept")
-    parser.add_argument("--output", required=True, type=Path, help="folder of the rounds")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--num-ranks", type=int, default=2)
-    parser.add_argument("--min-reward", type=float, default=1.0, help="total reward of a right response (1.0)")
-    parser.add_argument("--max-per-prompt", type=int, default=4, help="different right responses of a prompt (4)")
-    parser.add_argument("--quality", choices=("short", "long", "likely"), default="likely", help="preferred among them")
-    parser.add_argument("--hint", help="text with {prompt} and {answer}, for prompts without a right response")
+    """Command-line entry point."""
+    parser = argparse.ArgumentParser(description="Train a model on its own correct responses, in rounds (STaR).")
+    parser.add_argument("--sample", required=True, help="configuration of the run that samples and grades")
+    parser.add_argument("--learn", required=True, help="configuration of the run that trains on the kept responses")
+    parser.add_argument("--output", required=True, type=Path, help="folder for all rounds")
+    parser.add_argument("--rounds", type=int, default=3, help="number of rounds (3)")
+    parser.add_argument("--num-ranks", type=int, default=2, help="ranks of each run (2)")
+    parser.add_argument("--min-reward", type=float, default=1.0, help="least total reward of a correct response (1.0)")
+    parser.add_argument(
+        "--max-per-prompt", type=int, default=4, help="most different correct responses kept per prompt (4)"
+    )
+    parser.add_argument(
+        "--quality",
+        choices=("short", "long", "likely"),
+        default="likely",
+        help="which correct responses to prefer (likely)",
+    )
+    parser.add_argument("--hint", help="template with {prompt} and {answer}, for prompts without a correct response")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    asked = parser.parse_args()
+    args = parser.parse_args()
     try:
-        rounds(asked, load_config(asked.sample, asked.overrides), load_config(asked.learn, asked.overrides))
+        rounds(args, load_config(args.sample, args.overrides), load_config(args.learn, args.overrides))
     except MegatronRLError as error:
         sys.exit(str(error))
 
 
-def rounds(asked: argparse.Namespace, sample: RunConfig, learn: RunConfig) -> None:
-    """All of them, and a line about each."""
+def rounds(args: argparse.Namespace, sample: RunConfig, learn: RunConfig) -> None:
+    """Run all rounds and print a table row for each."""
     model = base = sample.model.path
     print("| round | sampled | right | by hints | held-out score |\n|---|---|---|---|---|")
-    for number in range(1, asked.rounds + 1):
-        folder = asked.output / f"round_{number}"
-        lines = sampled(asked, sample, folder / "samples", model, [f"run.seed={sample.run.seed + number}"])
-        kept = right(asked, sample, lines)
-        rationalised = [] if asked.hint is None else by_hints(asked, sample, folder, model, lines, kept)
-        taught = [*kept, *rationalised]
-        random.Random(number).shuffle(taught)
-        steps = as_steps(taught, learn.rollout.num_prompts_per_step)
+    for number in range(1, args.rounds + 1):
+        folder = args.output / f"round_{number}"
+        lines = sample_responses(args, sample, folder / "samples", model, [f"run.seed={sample.run.seed + number}"])
+        kept = grade_and_select(args, sample, lines)
+        rationalised = [] if args.hint is None else sample_with_hints(args, sample, folder, model, lines, kept)
+        training_lines = [*kept, *rationalised]
+        random.Random(number).shuffle(training_lines)
+        steps = as_steps(training_lines, learn.rollout.num_prompts_per_step)
         if not steps:
             sys.exit(
-                f"round {number}: none of {len(lines)} responses is right. Sample more, or begin with a better model."
+                f"round {number}: none of {len(lines)} responses is correct. Sample more, or start from a better model."
             )
-        for step, one in enumerate(steps, start=1):
-            write_lines(step_file(folder / "kept", step), one)
-        train(
-            asked.learn, folder / "learnt", asked.num_ranks, *asked.overrides,
+        for step, step_lines in enumerate(steps, start=1):
+            write_lines(step_file(folder / "kept", step), step_lines)
+        run_training(
+            args.learn, folder / "learnt", args.num_ranks, *args.overrides,
             f"model.path={base}", "rollout.source=replay", f"rollout.replay_path={folder / 'kept'}",
             "rollout.group_size=1", "rollout.drift_limit=null", "rollout.drift_warning=null",
-            "algorithm.loss=nll", f"algorithm.accept_min_reward={asked.min_reward}",
+            "algorithm.loss=nll", f"algorithm.accept_min_reward={args.min_reward}",
             f"run.num_steps={len(steps)}", "checkpoint.save_hf=true",
         )  # fmt: skip
         model = str(folder / "learnt" / "checkpoints" / f"step_{len(steps):06d}" / "hf")
@@ -72,42 +79,44 @@ def rounds(asked: argparse.Namespace, sample: RunConfig, learn: RunConfig) -> No
         print(f"| {number} | {len(lines)} | {len(kept)} | {len(rationalised)} | {score} |", flush=True)
 
 
-def sampled(asked: argparse.Namespace, config: RunConfig, run: Path, model: str, overrides: list[str]) -> list[Line]:
-    """Responses of a model, graded."""
-    given = [*asked.overrides, f"model.path={model}", *overrides]
-    return recorded(asked.sample, config.run.num_steps, run, given, num_ranks=asked.num_ranks)
+def sample_responses(
+    args: argparse.Namespace, config: RunConfig, run: Path, model: str, overrides: list[str]
+) -> list[Line]:
+    """Sample and grade responses of a model."""
+    overrides = [*args.overrides, f"model.path={model}", *overrides]
+    return record_rollouts(args.sample, config.run.num_steps, run, overrides, num_ranks=args.num_ranks)
 
 
-def right(asked: argparse.Namespace, config: RunConfig, lines: list[Line]) -> list[Line]:
-    """Those that are kept, each graded once more."""
+def grade_and_select(args: argparse.Namespace, config: RunConfig, lines: list[Line]) -> list[Line]:
+    """Grade the responses again and keep the best correct ones of each prompt."""
     grader = build_grader(config.reward.functions)
     qualities = {
         "short": lambda line: -sum(line["loss_mask"]),
         "long": lambda line: sum(line["loss_mask"]),
         "likely": lambda line: sum(line["logprobs"]) / max(1, sum(line["loss_mask"])),
     }
-    return right_ones(
+    return select_correct(
         lines,
         lambda sample: grader(sample)[0],
-        min_reward=asked.min_reward,
-        max_per_prompt=asked.max_per_prompt,
-        quality=qualities[asked.quality],
+        min_reward=args.min_reward,
+        max_per_prompt=args.max_per_prompt,
+        quality=qualities[args.quality],
     )
 
 
-def by_hints(
-    asked: argparse.Namespace, config: RunConfig, folder: Path, model: str, lines: list[Line], kept: list[Line]
+def sample_with_hints(
+    args: argparse.Namespace, config: RunConfig, folder: Path, model: str, lines: list[Line], kept: list[Line]
 ) -> list[Line]:
-    """Right responses to prompts that had none, given with the answer in sight and kept without it."""
-    missing = {line["prompt_id"]: line for line in unsolved(lines, kept)}
-    if not missing:
+    """Correct responses to prompts that had none, sampled with a hint and returned as if without it."""
+    unsolved_lines = {line["prompt_id"]: line for line in unsolved(lines, kept)}
+    if not unsolved_lines:
         return []
     questions = folder / "hinted.jsonl"
-    write_lines(questions, [hinted_row(line, asked.hint) for line in missing.values()])
-    longer = len(asked.hint) + max(len(str(line["answer"])) for line in missing.values())
-    template = f"data.chat_template={as_recorded(config.data.chat_template)}"
-    hinted = sampled(
-        asked,
+    write_lines(questions, [hinted_row(line, args.hint) for line in unsolved_lines.values()])
+    longer = len(args.hint) + max(len(str(line["answer"])) for line in unsolved_lines.values())
+    template = f"data.chat_template={template_for_recorded(config.data.chat_template)}"
+    hinted = sample_responses(
+        args,
         config,
         folder / "hinted",
         model,
@@ -118,7 +127,7 @@ def by_hints(
             f"data.max_prompt_tokens={config.data.max_prompt_tokens + longer}",
         ],
     )  # fmt: skip
-    return right(asked, config, [without_hint(line, missing) for line in hinted])
+    return grade_and_select(args, config, [without_hint(line, unsolved_lines) for line in hinted])
 
 
 if __name__ == "__main__":

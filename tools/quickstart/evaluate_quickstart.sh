@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# The quickstart's model before and after its training, asked by every engine and compared.
-# Usage: tools/quickstart/evaluate_quickstart.sh SEED ENGINE=PYTHON [ENGINE=PYTHON …]   after tools/quickstart/quickstart.sh SEED vllm
+# Evaluate the quickstart's model before and after GRPO on every engine, and compare.
+# Usage: tools/quickstart/evaluate_quickstart.sh SEED ENGINE=PYTHON [ENGINE=PYTHON …]
+# Run tools/quickstart/quickstart.sh SEED vllm first.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 seed=$1
-trained=runs/quickstart/vllm_seed_$seed # whose heads are of a size that all engines take
+trained=runs/quickstart/vllm_seed_$seed # its attention heads have a size that all engines support
 # shellcheck disable=SC2034  # read by name
 before=$trained/sft/checkpoints/step_001800/hf
 # shellcheck disable=SC2034
@@ -22,7 +23,7 @@ for pair in "${@:2}"; do
     "$python" tools/analysis/compare_evals.py "$folder/before" "$folder/after" --html "$folder/comparison.html"
     trained_folders+=("$folder/after")
 done
-# the engines beside each other
+# compare the engines with each other
 if ((${#trained_folders[@]} > 1)); then
     "$python" tools/analysis/compare_evals.py "${trained_folders[@]}" --html "runs/eval/quickstart/seed_$seed/engines.html"
 fi

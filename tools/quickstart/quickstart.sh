@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# The quickstart: a tiny random model, fine-tuned on the demonstrations, then trained by GRPO, on 2 ranks.
-# Usage: tools/quickstart/quickstart.sh [SEED [ENGINE [sft]]]   with torchrun and python of the environment on PATH; sft: only that
+# Run the quickstart: fine-tune a tiny random model on demonstrations, then train it by GRPO, on 2 ranks.
+# Usage: tools/quickstart/quickstart.sh [SEED [ENGINE [sft]]]
+# torchrun and python of the environment must be on PATH. With sft it stops after the fine-tuning.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 seed=${1:-0}
@@ -11,7 +12,7 @@ sizes=()
 if [ "$engine" != embedded ]; then
     run=runs/quickstart/${engine}_seed_$seed
     recipe=grpo_$engine
-    sizes=(--num-attention-heads 2 --num-key-value-heads 1) # as many parameters, in heads that its CPU kernels take
+    sizes=(--num-attention-heads 2 --num-key-value-heads 1) # same number of parameters, with a head size that the engine's CPU kernels support
 fi
 
 train() {

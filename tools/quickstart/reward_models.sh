@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Reward models of steps and of outcomes, from a policy's own solutions to choosing among eight of them.
-# Usage: tools/quickstart/reward_models.sh [SEED]   with torchrun and python of the environment on PATH
+# Train process and outcome reward models on a policy's own solutions, and choose the best of eight solutions with them.
+# Usage: tools/quickstart/reward_models.sh [SEED]
+# torchrun and python of the environment must be on PATH.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 seed=${1:-0}
@@ -23,17 +24,17 @@ train train $sample model.path="$policy" run.output_dir="$run/held_out"
 train train $sample model.path="$policy" run.output_dir="$run/solutions" \
     data.train.split=train rollout.num_prompts_per_step=64 rollout.group_size=4 run.num_steps=8
 
-echo "Labels of steps by eight continuations of each:"
+echo "Process reward model, steps labelled by eight continuations each:"
 python tools/data/label_steps.py --sample $sample --rollouts "$run/solutions/rollouts" --output "$run/labels.jsonl" \
     model.path="$policy" run.seed="$seed"
 train train_reward_model configs/reward_models/chain_process.yaml model.path="$policy" run.output_dir="$run/process" \
     data.train.kind=jsonl data.train.path="$run/labels.jsonl" data.train.options={} data.chat_template=rendered
 choose configs/reward_models/chain_process.yaml "$run/process"
 
-echo "Exact labels:"
+echo "Process reward model, exact labels:"
 train train_reward_model configs/reward_models/chain_process.yaml model.path="$policy" run.output_dir="$run/process_exact"
 choose configs/reward_models/chain_process.yaml "$run/process_exact"
 
-echo "Pairs of a right and a wrong solution:"
+echo "Outcome reward model, pairs of a correct and a wrong solution:"
 train train_reward_model configs/reward_models/chain_outcome.yaml model.path="$policy" run.output_dir="$run/outcome"
 choose configs/reward_models/chain_outcome.yaml "$run/outcome"

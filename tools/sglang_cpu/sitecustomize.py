@@ -1,6 +1,7 @@
-"""Read by every interpreter of the SGLang environment for CPUs: lets torchvision be imported beside the CPU torch.
+"""Make torchvision importable beside the CPU build of torch; Python runs this file at the start of every interpreter.
 
-The wheel there is has CUDA operators; it refers to their schemas when it is imported, and nothing calls them.
+Only a torchvision wheel with CUDA operators exists. On import it refers to the operators' schemas, which torch must
+therefore know; nothing calls the operators.
 """
 
 import importlib.abc
@@ -19,13 +20,13 @@ OTHERS = (
 
 
 class SchemasFirst(importlib.abc.MetaPathFinder):
-    """Defines the operators' schemas just before torchvision is imported."""
+    """Import hook that defines the operators' schemas just before torchvision is imported."""
 
     def __init__(self) -> None:
         self._library: Any = None
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> None:
-        """Never finds anything; called for every import."""
+        """Define the schemas if torchvision is imported; always None, so that other finders load the module."""
         if fullname != "torchvision" or self._library is not None:
             return
         import torch

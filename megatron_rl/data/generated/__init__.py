@@ -1,4 +1,4 @@
-"""Generated problem families: endless verifiable data without a download."""
+"""Generated tasks: unlimited verifiable problems without a download."""
 
 from megatron_rl.data.generated.arithmetic import Arithmetic
 from megatron_rl.data.generated.base import Task

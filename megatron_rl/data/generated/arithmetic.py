@@ -1,8 +1,8 @@
-"""Whole numbers joined by + - and *, with parentheses, whose value is asked for."""
+"""Arithmetic expressions of whole numbers with + - * and parentheses."""
 
 import random
 
-from megatron_rl.data.generated.base import Row, check_split, part_of
+from megatron_rl.data.generated.base import Row, check_split, select_split
 from megatron_rl.errors import DataError
 
 PROMPT = (
@@ -12,7 +12,7 @@ PROMPT = (
 
 
 class Arithmetic:
-    """Expressions of as many numbers as asked for."""
+    """Expressions of ``min_numbers`` to ``max_numbers`` numbers."""
 
     def __init__(
         self,
@@ -26,15 +26,15 @@ class Arithmetic:
     ) -> None:
         """
         Args:
-            largest: of the numbers, which begin with 1.
-            prompt: text with the place {expression}.
-            seed: of the problems.
+            largest: largest number; the smallest is 1.
+            prompt: template with the placeholder {expression}.
+            seed: seed of the problems.
         """
         if not 2 <= min_numbers <= max_numbers:
             raise DataError(
                 f"arithmetic min_numbers={min_numbers}, max_numbers={max_numbers}: expected 2 <= min <= max."
             )
-        if largest**2 * 3 < 2 * (num_train + num_test):  # so that drawing different ones comes to an end
+        if largest**2 * 3 < 2 * (num_train + num_test):  # ensures that drawing distinct expressions terminates
             raise DataError(
                 f"arithmetic largest={largest}: too few expressions for num_train={num_train} and num_test={num_test}."
             )
@@ -44,10 +44,10 @@ class Arithmetic:
 
     def rows(self, split: str) -> list[Row]:
         check_split("arithmetic", split)
-        draw = random.Random(f"arithmetic {self._seed}")
+        rng = random.Random(f"arithmetic {self._seed}")
         problems: dict[str, int] = {}
         while len(problems) < sum(self._sizes.values()):
-            problems.setdefault(*_expression(draw, draw.randint(*self._counts), self._largest))
+            problems.setdefault(*_expression(rng, rng.randint(*self._counts), self._largest))
         rows: list[Row] = [
             {
                 "prompt": self._prompt.format(expression=expression),
@@ -56,17 +56,17 @@ class Arithmetic:
             }
             for expression, value in problems.items()
         ]
-        return part_of(rows, split, self._sizes["test"])
+        return select_split(rows, split, self._sizes["test"])
 
 
-def _expression(draw: random.Random, count: int, largest: int) -> tuple[str, int]:
-    """So many numbers, split at a random place again and again, and their value."""
+def _expression(rng: random.Random, count: int, largest: int) -> tuple[str, int]:
+    """Return a random expression of ``count`` numbers, built by recursive splits, and its value."""
     if count == 1:
-        number = draw.randint(1, largest)
+        number = rng.randint(1, largest)
         return str(number), number
-    size = draw.randint(1, count - 1)
-    (left, a), (right, b) = _expression(draw, size, largest), _expression(draw, count - size, largest)
-    # a product needs no parentheses beside any sign
+    size = rng.randint(1, count - 1)
+    (left, a), (right, b) = _expression(rng, size, largest), _expression(rng, count - size, largest)
+    # a product needs no parentheses next to any operator
     left, right = (f"({part})" if "+" in part or "-" in part else part for part in (left, right))
-    sign = draw.choice("+-*")
+    sign = rng.choice("+-*")
     return f"{left} {sign} {right}", {"+": a + b, "-": a - b, "*": a * b}[sign]

@@ -1,4 +1,4 @@
-"""What a generated task offers."""
+"""Interface of generated tasks."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -9,21 +9,25 @@ Row = Mapping[str, Any]
 
 
 class Task(Protocol):
-    """Makes rows with the columns prompt, answer, demonstration and whatever the reward reads."""
+    """Generates rows with the columns prompt, answer, demonstration and those that the reward reads."""
 
     def __init__(self, **options: Any) -> None: ...
 
     def rows(self, split: str) -> list[Row]:
-        """All rows of "train" or "test", the same on every call; the splits share no problem.
+        """Return all rows of a split, the same on every call; the splits share no problem.
+
+        Args:
+            split: "train" or "test".
 
         Raises:
-            DataError: unknown split.
+            DataError: the split is unknown.
         """
         ...
 
 
 def check_split(task: str, split: str) -> None:
-    """
+    """Check the name of a split.
+
     Raises:
         DataError: it is neither "train" nor "test".
     """
@@ -31,6 +35,6 @@ def check_split(task: str, split: str) -> None:
         raise DataError(f"{task} has no split {split!r}: expected 'train' or 'test'.")
 
 
-def part_of(rows: Sequence[Row], split: str, num_test: int) -> list[Row]:
-    """The first rows are the test split, the others the training split."""
+def select_split(rows: Sequence[Row], split: str, num_test: int) -> list[Row]:
+    """Return the rows of a split: the first ``num_test`` rows for "test", the others for "train"."""
     return list(rows[:num_test] if split == "test" else rows[num_test:])

@@ -1,12 +1,12 @@
-"""Countdown: reach a target with every given number once and + - * /. Every problem has a solution.
+"""Countdown: reach a target with + - * / and every given number exactly once. Every problem has a solution.
 
-Source: the task of TinyZero (Jiayi-Pan/Countdown-Tasks-3to4), with columns of the same names.
+Source: the task of TinyZero (Jiayi-Pan/Countdown-Tasks-3to4), with the same column names.
 """
 
 import random
 from fractions import Fraction
 
-from megatron_rl.data.generated.base import Row, check_split, part_of
+from megatron_rl.data.generated.base import Row, check_split, select_split
 from megatron_rl.errors import DataError
 
 PROMPT = (
@@ -32,8 +32,8 @@ class Countdown:
     ) -> None:
         """
         Args:
-            prompt: text with the places {numbers} and {target}.
-            seed: of the problems.
+            prompt: template with the placeholders {numbers} and {target}.
+            seed: seed of the problems.
         """
         if not 2 <= min_numbers <= max_numbers:
             raise DataError(
@@ -46,23 +46,23 @@ class Countdown:
 
     def rows(self, split: str) -> list[Row]:
         check_split("countdown", split)
-        generator = random.Random(f"countdown {self._seed}")
-        wanted = sum(self._sizes.values())
+        rng = random.Random(f"countdown {self._seed}")
+        num_problems = sum(self._sizes.values())
         problems: dict[tuple[tuple[int, ...], int], str] = {}
-        for _ in range(100 * wanted):
-            if len(problems) == wanted:
+        for _ in range(100 * num_problems):
+            if len(problems) == num_problems:
                 break
-            numbers = [generator.randint(1, self._largest) for _ in range(generator.randint(*self._counts))]
-            solved = random_expression(numbers, generator)
+            numbers = [rng.randint(1, self._largest) for _ in range(rng.randint(*self._counts))]
+            solved = random_expression(numbers, rng)
             if solved is not None and 0 < solved[1] <= self._largest_target:
                 problems.setdefault((tuple(sorted(numbers)), int(solved[1])), solved[0])
-        if len(problems) < wanted:
+        if len(problems) < num_problems:
             raise DataError(
-                f"countdown found {len(problems)} of {wanted} different problems. "
+                f"countdown found {len(problems)} of {num_problems} different problems. "
                 "Lower num_train or num_test, or raise largest."
             )
         rows = [self._row(numbers, target, solution) for (numbers, target), solution in problems.items()]
-        return part_of(rows, split, self._sizes["test"])
+        return select_split(rows, split, self._sizes["test"])
 
     def _row(self, numbers: tuple[int, ...], target: int, solution: str) -> Row:
         return {
@@ -74,12 +74,12 @@ class Countdown:
         }
 
 
-def random_expression(numbers: list[int], generator: random.Random) -> tuple[str, Fraction] | None:
-    """A random expression over all the numbers and its whole value; None when it has none."""
+def random_expression(numbers: list[int], rng: random.Random) -> tuple[str, Fraction] | None:
+    """Return a random expression that uses every number once, and its value; None unless that is a whole number."""
     parts = [(str(n), Fraction(n)) for n in numbers]
     while len(parts) > 1:
-        (left, a), (right, b) = (parts.pop(generator.randrange(len(parts))) for _ in range(2))
-        operator = generator.choice("+-*/")
+        (left, a), (right, b) = (parts.pop(rng.randrange(len(parts))) for _ in range(2))
+        operator = rng.choice("+-*/")
         if operator == "/" and b == 0:
             return None
         value = {"+": a + b, "-": a - b, "*": a * b}[operator] if operator != "/" else a / b

@@ -2,7 +2,7 @@
 
 import random
 
-from megatron_rl.data.generated.base import Row, check_split, part_of
+from megatron_rl.data.generated.base import Row, check_split, select_split
 from megatron_rl.errors import DataError
 
 PROMPT = (
@@ -12,7 +12,7 @@ PROMPT = (
 
 
 class Multiplication:
-    """Two factors with as many digits as asked for."""
+    """Products of two factors with ``digits`` digits each."""
 
     def __init__(
         self,
@@ -24,9 +24,9 @@ class Multiplication:
     ) -> None:
         """
         Args:
-            digits: of each factor.
-            prompt: text with the places {a} and {b}.
-            seed: of the problems.
+            digits: number of digits of each factor.
+            prompt: template with the placeholders {a} and {b}.
+            seed: seed of the problems.
         """
         possible = 81 if digits == 1 else (9 * 10 ** (digits - 1)) ** 2
         if digits < 1 or num_train + num_test > possible:
@@ -39,11 +39,11 @@ class Multiplication:
 
     def rows(self, split: str) -> list[Row]:
         check_split("multiplication", split)
-        draw = random.Random(f"multiplication {self._seed}")
+        rng = random.Random(f"multiplication {self._seed}")
         low, high = 10 ** (self._digits - 1), 10**self._digits - 1
         problems: dict[tuple[int, int], None] = {}
         while len(problems) < sum(self._sizes.values()):
-            problems.setdefault((draw.randint(low, high), draw.randint(low, high)))
+            problems.setdefault((rng.randint(low, high), rng.randint(low, high)))
         rows: list[Row] = [
             {
                 "prompt": self._prompt.format(a=a, b=b),
@@ -52,4 +52,4 @@ class Multiplication:
             }
             for a, b in problems
         ]
-        return part_of(rows, split, self._sizes["test"])
+        return select_split(rows, split, self._sizes["test"])

@@ -1,9 +1,9 @@
-"""Core attention for machines and layouts without Transformer Engine, and the norm that goes with it.
+"""Attention and RMS norm for layers without Transformer Engine.
 
-Megatron's own local attention refuses packed sequences, materialises the scores and knows no
-context parallelism. This one packs by groups of similar length on torch's
-scaled_dot_product_attention, takes a variable-length kernel on GPUs that have one, and gathers keys
-and values over the context-parallel ranks. It runs on CPU and GPU.
+Megatron's own local attention rejects packed sequences, materialises the attention scores and does not support context
+parallelism. This attention uses a variable-length kernel on GPUs that have one; otherwise it batches packed sequences
+of similar length for torch's scaled_dot_product_attention. With context parallelism it gathers keys and values over
+the context-parallel ranks. It runs on CPU and GPU.
 """
 
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ from torch import Tensor
 from megatron_rl.batching.context_parallel import restore_order
 from megatron_rl.mcore.model.varlen import variable_length_kernel
 
-# Sequences are padded to a common length when at most this share of the rows is padding.
+# Sequences share an attention call, padded to a common length, when at most this share of the rows is padding.
 MAX_PADDING = 0.25
 
 
@@ -30,42 +30,44 @@ MAX_PADDING = 0.25
 class LengthGroup:
     """Packed sequences of similar length that one attention call handles."""
 
-    rows: Tensor
-    """[n, longest] int64: place of each position among the T packed ones (any place beyond the end)."""
-    kept: Tensor
-    """[n * longest] int64: which of those are real."""
-    places: Tensor
-    """[sum of lengths] int64: where the real ones belong among the T packed ones."""
+    padded_rows: Tensor
+    """[n, longest] int64: packed row (of T) at each padded position; arbitrary beyond the end of a sequence."""
+    real: Tensor
+    """[sum of lengths] int64: indices of the positions without padding, in the flattened [n * longest] positions."""
+    packed_rows: Tensor
+    """[sum of lengths] int64: packed row (of T) of each position in ``real``."""
 
 
 @dataclass(frozen=True)
 class ContextChunk:
-    """Consecutive queries of one sequence that a context-parallel rank holds, and the keys they may see."""
+    """Consecutive queries of one sequence that a context-parallel rank holds, and the keys that they attend to."""
 
     queries: slice
-    """Among this rank's positions."""
+    """Range in this rank's positions."""
     keys: slice
-    """Among all positions in their natural order: from the sequence's start to the last query."""
+    """Range in all positions in natural order: from the start of the sequence to the last query."""
 
 
 @dataclass
 class PackedSequences(PackedSeqParams):
-    """What the layers need to know of a packed batch, found once for all of them.
+    """Description of a packed batch, computed once for all layers.
 
-    The fields that Megatron itself reads stay empty, but for the format: it then applies the rotary
-    angles it is given as they are, which are those of ``positions``.
+    Of the fields that Megatron itself reads only the format is set. Megatron then applies the given rotary angles
+    unchanged; they are those of ``positions``.
     """
 
     cu_seqlens: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int32))
-    """[S + 1] int32."""
+    """[S + 1] int32 starts of the sequences, and the end."""
     longest: int = 0
+    """Tokens of the longest sequence."""
     positions: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
-    """[T / cp] int64: place of each token in its sequence."""
+    """[T / cp] int64: index of each token in its sequence."""
     length_groups: tuple[LengthGroup, ...] = ()
+    """Empty with context parallelism or a variable-length kernel."""
     context_chunks: tuple[ContextChunk, ...] = ()
-    """Of this rank; empty without context parallelism."""
+    """Chunks of this rank; empty without context parallelism."""
     natural_order: Tensor | None = None
-    """[T] int64: where each position stands once the context-parallel ranks' shares are concatenated."""
+    """[T] int64: index of each position in the concatenation of all context-parallel ranks' shares."""
 
     def for_transformer_engine(self) -> PackedSeqParams:
         """The same batch in the fields that Transformer Engine's attention reads."""
@@ -83,12 +85,14 @@ class PackedSequences(PackedSeqParams):
 def packed_sequences(
     cu_seqlens: tuple[int, ...], position_ids: Tensor, *, cp_rank: int, cp_size: int, dtype: torch.dtype
 ) -> PackedSequences:
-    """Describe a packed batch.
+    """Describe a packed batch for this context-parallel rank.
 
     Args:
         cu_seqlens: [S + 1] starts of the sequences and the end, before context parallelism.
-        position_ids: [1, T / cp] of this context-parallel rank.
-        dtype: of the queries; it decides which kernel there is.
+        position_ids: [1, T / cp] positions of this rank's tokens.
+        cp_rank: context-parallel rank.
+        cp_size: number of context-parallel ranks.
+        dtype: dtype of the queries; it decides which kernel is available.
     """
     device = position_ids.device
     ends = torch.tensor(cu_seqlens, dtype=torch.int32, device=device)
@@ -111,30 +115,30 @@ def packed_sequences(
 
 
 def context_chunks(cu_seqlens: tuple[int, ...], rank: int, size: int) -> tuple[ContextChunk, ...]:
-    """The two chunks of every sequence that a context-parallel rank holds."""
+    """Return the two chunks of every sequence that a context-parallel rank holds."""
     chunks = []
-    at = 0
+    offset = 0
     for start, stop in pairwise(cu_seqlens):
         length = (stop - start) // (2 * size)
         for number in (rank, 2 * size - 1 - rank):
-            chunks.append(ContextChunk(slice(at, at + length), slice(start, start + (number + 1) * length)))
-            at += length
+            chunks.append(ContextChunk(slice(offset, offset + length), slice(start, start + (number + 1) * length)))
+            offset += length
     return tuple(chunks)
 
 
 def group_by_length(cu_seqlens: tuple[int, ...], device: torch.device) -> tuple[LengthGroup, ...]:
-    """Cut the sequences, sorted by length, into groups that waste little on padding."""
+    """Split the sequences, sorted by length, into groups with at most ``MAX_PADDING`` of padding."""
     spans = sorted(pairwise(cu_seqlens), key=lambda span: span[0] - span[1])
     groups: list[list[tuple[int, int]]] = []
-    real = 0
+    num_real = 0
     for start, stop in spans:
         longest = groups[-1][0][1] - groups[-1][0][0] if groups else 0
         rows = longest * (len(groups[-1]) + 1) if groups else 0
-        if not groups or rows - (real + stop - start) > MAX_PADDING * rows:
+        if not groups or rows - (num_real + stop - start) > MAX_PADDING * rows:
             groups.append([])
-            real = 0
+            num_real = 0
         groups[-1].append((start, stop))
-        real += stop - start
+        num_real += stop - start
     return tuple(_length_group(sorted(group), cu_seqlens[-1], device) for group in groups)
 
 
@@ -143,14 +147,16 @@ def _length_group(spans: list[tuple[int, int]], total: int, device: torch.device
     lengths = torch.tensor([stop - start for start, stop in spans], device=device)
     offsets = torch.arange(int(lengths.max()), device=device)
     rows = starts[:, None] + offsets  # [n, longest]
-    real = (offsets < lengths[:, None]).flatten()
-    return LengthGroup(rows=rows.clamp(max=total - 1), kept=real.nonzero().flatten(), places=rows.flatten()[real])
+    is_real = (offsets < lengths[:, None]).flatten()
+    return LengthGroup(
+        padded_rows=rows.clamp(max=total - 1), real=is_real.nonzero().flatten(), packed_rows=rows.flatten()[is_real]
+    )
 
 
 class CoreAttention(MegatronModule):
     """Causal attention over [L, S, heads, head_dim] or packed [T, heads, head_dim] queries.
 
-    Padding needs no mask: it stands on the right, where causal attention never looks.
+    Padding needs no mask: it is on the right, and causal attention only attends to the left.
     """
 
     def __init__(
@@ -181,7 +187,7 @@ class CoreAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSequences | None = None,
     ) -> Tensor:
-        """[L, S, heads * head_dim], or [T, heads * head_dim] when packed."""
+        """Return [L, S, heads * head_dim], or [T, heads * head_dim] when packed."""
         if self._cp.size() > 1:
             return self._across_context(query, key, value, packed_seq_params)
         if packed_seq_params is None:
@@ -195,16 +201,16 @@ class CoreAttention(MegatronModule):
         return self._by_length_groups(query, key, value, packed_seq_params.length_groups)
 
     def _by_length_groups(self, query: Tensor, key: Tensor, value: Tensor, groups: tuple[LengthGroup, ...]) -> Tensor:
-        parts, places = [], []
+        outputs, packed_rows = [], []
         for group in groups:
-            q, k, v = (x[group.rows].transpose(1, 2) for x in (query, key, value))  # [n, heads, longest, dim]
-            parts.append(self._attend(q, k, v).transpose(1, 2).flatten(2).flatten(0, 1)[group.kept])
-            places.append(group.places)
-        out = torch.cat(parts)  # real rows, in the order of ``places``
-        return torch.empty_like(out).index_copy(0, torch.cat(places), out)
+            q, k, v = (x[group.padded_rows].transpose(1, 2) for x in (query, key, value))  # [n, heads, longest, dim]
+            outputs.append(self._attend(q, k, v).transpose(1, 2).flatten(2).flatten(0, 1)[group.real])
+            packed_rows.append(group.packed_rows)
+        out = torch.cat(outputs)  # [T, heads * dim], in the order of ``packed_rows``
+        return torch.empty_like(out).index_copy(0, torch.cat(packed_rows), out)
 
     def _across_context(self, query: Tensor, key: Tensor, value: Tensor, packing: PackedSequences | None) -> Tensor:
-        """This rank's queries against all keys; [T, heads, dim] when packed, [L, S, heads, dim] otherwise."""
+        """Attend from this rank's queries to all keys; [T, heads, dim] when packed, [L, S, heads, dim] otherwise."""
         size, rank = self._cp.size(), self._cp.rank()
         if packing is None:
             whole = (0, query.size(0) * size)
@@ -212,7 +218,7 @@ class CoreAttention(MegatronModule):
         else:
             assert packing.natural_order is not None
             chunks, order = packing.context_chunks, packing.natural_order
-        # the gradient of a gather is a reduce-scatter, so every rank's use of a key counts
+        # the gradient of the gather is a reduce-scatter, so a key's gradient sums over the queries of all ranks
         key, value = (gather_from_sequence_parallel_region(x.contiguous(), group=self._cp)[order] for x in (key, value))
         outputs = []
         for chunk in chunks:
@@ -227,28 +233,28 @@ class CoreAttention(MegatronModule):
         return joined.squeeze(1) if packing is not None else joined
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """[S, heads, L, dim] of the last L positions of [S, groups, K, dim] keys."""
+        """Attend from [S, heads, L, dim] queries, the last L positions of [S, groups, K, dim] keys."""
         mask = self._mask(query.size(2), key.size(2), query.device)
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=mask is None, scale=self.softmax_scale, enable_gqa=True
         )
 
     def _mask(self, num_queries: int, num_keys: int, device: torch.device) -> Tensor | None:
-        """[L, K] bool, what each query sees; None: plain causal attention of as many queries as keys."""
+        """[L, K] bool, True where a query attends to a key; None for plain causal attention with L = K."""
         windowed = self._window is not None and num_keys > self._window
         if num_queries == num_keys and not windowed:
             return None
         before = num_keys - num_queries
-        seen = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(before)
-        return seen.triu(before + 1 - self._window) if windowed and self._window is not None else seen
+        visible = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(before)
+        return visible.triu(before + 1 - self._window) if windowed and self._window is not None else visible
 
     def sharded_state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:
-        """No weights."""
+        """Return an empty state: this module has no weights."""
         return {}
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """torch's RMS norm, marked so that Megatron sums its gradient under sequence parallelism."""
+    """torch's RMS norm, marked so that Megatron reduces its gradient under sequence parallelism."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)

@@ -1,4 +1,4 @@
-"""Megatron's configuration of a model."""
+"""Build Megatron's TransformerConfig."""
 
 from typing import Any
 
@@ -26,10 +26,10 @@ AUX_LOSS = {
 
 
 def transformer_config(spec: ModelSpec, config: RunConfig, implementation: Implementation) -> TransformerConfig:
-    """Megatron's configuration of the model.
+    """Build Megatron's TransformerConfig from a model spec and the configuration of the run.
 
     Raises:
-        ConfigError: layers, heads or experts do not divide by the parallel sizes.
+        ConfigError: layers, heads or experts are not divisible by the parallel sizes, or Megatron rejects the values.
     """
     dtype = torch_dtype(config.model.dtype)
     _check_divisible(spec, config)
@@ -50,18 +50,18 @@ def transformer_config(spec: ModelSpec, config: RunConfig, implementation: Imple
         "add_qkv_bias": spec.qkv_bias,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
-        # every weight is read from the checkpoint, so none is drawn at random; skipping initialisation
-        # altogether would also skip the marks by which Megatron knows tensor-parallel parameters
-        "init_method": _leave_as_it_is,
-        "output_layer_init_method": _leave_as_it_is,
+        # every weight is read from the checkpoint, so none needs random initialisation; skipping initialisation
+        # altogether would also skip the attributes that mark tensor-parallel parameters for Megatron
+        "init_method": _unchanged,
+        "output_layer_init_method": _unchanged,
         "use_cpu_initialization": False,
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": dtype is torch.bfloat16,
-        # micro-batches differ in length from rank to rank, which the other dispatchers do not allow
+        # micro-batch lengths differ between ranks, which the other token dispatchers do not support
         "variable_seq_lengths": True,
         "moe_token_dispatcher_type": "alltoall",
-        # the loss arrives as a sum, and the schedule divides gradients by the global token count
+        # the loss is a sum over tokens; the schedule divides gradients by the global token count
         "calculate_per_token_loss": True,
         **_window(spec),
         **_parallel_values(config.parallel),
@@ -78,7 +78,7 @@ def transformer_config(spec: ModelSpec, config: RunConfig, implementation: Imple
     try:
         return TransformerConfig(**values)
     except (ValueError, AssertionError) as error:
-        raise ConfigError(f"Megatron-Core refuses this configuration: {error}") from error
+        raise ConfigError(f"Megatron-Core rejects this configuration: {error}") from error
 
 
 def _parallel_values(parallel: ParallelSection) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def _parallel_values(parallel: ParallelSection) -> dict[str, Any]:
         "num_layers_in_last_pipeline_stage": parallel.num_layers_in_last_pipeline_stage,
         "account_for_embedding_in_pipeline_split": parallel.account_for_embedding_in_pipeline_split,
         "account_for_loss_in_pipeline_split": parallel.account_for_loss_in_pipeline_split,
-        # the interleaved schedule with batched exchanges computes wrong numbers and says nothing
+        # with batched p2p exchanges the interleaved schedule silently computes wrong values
         "overlap_p2p_comm": interleaved,
         "batch_p2p_comm": not interleaved,
     }
@@ -106,7 +106,7 @@ def _moe_values(moe: MoeSpec, section: MoeSection, implementation: Implementatio
         "num_moe_experts": moe.num_experts,
         "moe_router_topk": moe.experts_per_token,
         "moe_ffn_hidden_size": moe.ffn_hidden_size,
-        # Megatron's softmax over the chosen experts alone is the normalised one over all
+        # Megatron's softmax over just the chosen experts equals the softmax over all, normalised over the chosen ones
         "moe_router_pre_softmax": not moe.normalize_probabilities,
         "moe_router_load_balancing_type": AUX_LOSS[section.aux_loss],
         "moe_aux_loss_coeff": section.aux_loss_coef if section.aux_loss != "disabled" else 0.0,
@@ -121,7 +121,7 @@ def _window(spec: ModelSpec) -> dict[str, Any]:
     if window is None:
         return {}
     return {
-        "window_size": (window.size - 1, 0),  # tokens before and behind
+        "window_size": (window.size - 1, 0),  # tokens before and after
         "window_attn_skip_freq": [int(layer >= window.first_layer) for layer in range(spec.num_layers)],
     }
 
@@ -177,7 +177,7 @@ def _check_divisible(spec: ModelSpec, config: RunConfig) -> None:
         ]
         if parallel.tensor_parallel_size > 1 and not parallel.sequence_parallel:
             raise ConfigError(
-                f"parallel.tensor_parallel_size={parallel.tensor_parallel_size} of a mixture-of-experts model needs "
+                f"parallel.tensor_parallel_size={parallel.tensor_parallel_size} with a mixture-of-experts model needs "
                 "sequence parallelism. Set parallel.sequence_parallel=true."
             )
     for what, total, size, key in checks:
@@ -191,5 +191,5 @@ def _check_divisible(spec: ModelSpec, config: RunConfig) -> None:
         )
 
 
-def _leave_as_it_is(weight: Tensor) -> Tensor:
+def _unchanged(weight: Tensor) -> Tensor:
     return weight

@@ -1,4 +1,4 @@
-"""Megatron GPTModels from a ModelSpec, with weights read through the layout table."""
+"""Build Megatron GPTModels from a ModelSpec, and load their weights by the layout table."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -30,7 +30,7 @@ patches.apply()
 
 
 class Backbone(GPTModel):
-    """A GPTModel whose last stage gives hidden states, for its heads to read."""
+    """A GPTModel whose last stage returns hidden states; subclasses apply the output head."""
 
     def __init__(
         self,
@@ -66,43 +66,46 @@ class Backbone(GPTModel):
             device=parallel.device,
         )
         if self.post_process:
-            self._give_hidden_states()
+            self._return_hidden_states()
 
-    def _give_hidden_states(self) -> None:
-        # called, so that Megatron's hooks around the output layer run, but nothing is multiplied yet
+    def _return_hidden_states(self) -> None:
+        # the module is still called, so that Megatron's hooks on the output layer run, but it multiplies nothing
         self.output_layer.forward = _hidden_states_only
 
 
 class PolicyModel(Backbone):
-    """Log-probabilities, taken from the hidden states in chunks."""
+    """A language model that computes log-probabilities from its hidden states in chunks."""
 
     def __init__(self, spec: ModelSpec, *arguments: Any) -> None:
         super().__init__(spec, *arguments, tied=spec.tied_embeddings)
 
     def logprobs(
-        self, hidden: Tensor, labels: Tensor, wanted: Tensor, *, temperature: float, chunk_tokens: int | None
+        self, hidden: Tensor, labels: Tensor, mask: Tensor, *, temperature: float, chunk_tokens: int | None
     ) -> tuple[Tensor, Tensor]:
-        """Log-probabilities and entropies [number wanted] float32 of the labels, on the last stage.
+        """Log-probabilities and entropies of the labels at True entries of the mask; only on the last stage.
 
         Args:
-            hidden: [S, L / tp, H] with sequence parallelism, [S, L, H] without, as ``forward`` gives it.
+            hidden: result of ``forward``: [S, L / tp, H] with sequence parallelism, [S, L, H] without.
             labels: [S, L] int64.
-            wanted: [S, L] bool.
+            mask: [S, L] bool.
             temperature: logits are divided by it.
-            chunk_tokens: tokens whose logits exist at a time; None: as many as fit a bounded memory.
+            chunk_tokens: number of tokens whose logits are in memory at once; None: as many as fit a fixed size.
+
+        Returns:
+            Two float32 tensors [number of True entries], in the order of the mask.
         """
         group = self._parallel.groups.tp
         if self.config.sequence_parallel:
             whole = gather_from_sequence_parallel_region(hidden.transpose(0, 1).contiguous(), group=group)
-            rows = whole.transpose(0, 1)[wanted]
+            rows = whole.transpose(0, 1)[mask]
         else:
-            # of the chosen rows: Megatron loses the sum of gradients that are not contiguous
-            rows = copy_to_tensor_model_parallel_region(hidden[wanted], group=group)
+            # select rows first: Megatron loses the reduction of a gradient that is not contiguous
+            rows = copy_to_tensor_model_parallel_region(hidden[mask], group=group)
         weight = self.output_weight()
         return linear_logprobs(
             rows,
             weight,
-            labels[wanted],
+            labels[mask],
             group,
             temperature=temperature,
             vocab_size=self._spec.vocab_size,
@@ -110,35 +113,36 @@ class PolicyModel(Backbone):
         )
 
     def output_weight(self) -> Tensor:
-        """[V / tp, H] of the last stage."""
+        """This rank's rows [V / tp, H] of the output weight; only on the last stage."""
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight
 
 
 class ValueModel(Backbone):
-    """One number for each token: the head is one row, whole on every tensor-parallel rank."""
+    """A model with one output for each token; its head is one row, replicated on every tensor-parallel rank."""
 
     def __init__(self, spec: ModelSpec, config: TransformerConfig, *arguments: Any) -> None:
         super().__init__(spec, config, *arguments, tied=False)
         if self.post_process:
             self.output_layer = torch.nn.Linear(spec.hidden_size, 1, bias=False, dtype=config.params_dtype)
-            self._give_hidden_states()
+            self._return_hidden_states()
 
-    def values(self, hidden: Tensor, wanted: Tensor) -> Tensor:
-        """[number wanted] float32, on the last stage.
+    def values(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        """Values [number of True entries of the mask] float32; only on the last stage.
 
         Args:
-            hidden, wanted: as of ``PolicyModel.logprobs``.
+            hidden: see ``PolicyModel.logprobs``.
+            mask: [S, L] bool.
         """
         if self.config.sequence_parallel:
-            # every rank computes all values, so each already has the whole gradient of its share
+            # every rank computes all values, so each rank already has the full gradient of its own tokens
             whole = gather_from_sequence_parallel_region(
                 hidden.transpose(0, 1).contiguous(), tensor_parallel_output_grad=False, group=self._parallel.groups.tp
             )
-            rows = whole.transpose(0, 1)[wanted]
+            rows = whole.transpose(0, 1)[mask]
         else:
-            rows = hidden[wanted]
+            rows = hidden[mask]
         return F.linear(rows.float(), self.output_layer.weight.float()).squeeze(-1)
 
 
@@ -153,7 +157,7 @@ def build_chunks(
     parallel: ParallelContext,
     head: Head = "language",
 ) -> list[Any]:
-    """This rank's chunks of the model, one without virtual pipelining; their weights are not set yet."""
+    """Build this rank's model chunks, one without virtual pipelining; their weights are not loaded yet."""
     model = PolicyModel if head == "language" else ValueModel
     chunks = [
         model(spec, config, implementation, parallel, stage).to(parallel.device) for stage in range(parallel.vp_size)
@@ -163,7 +167,7 @@ def build_chunks(
 
 
 def global_parameters(chunks: Sequence[torch.nn.Module], parallel: ParallelContext) -> dict[str, torch.nn.Parameter]:
-    """Parameters under the layout table's names: layers and experts numbered over the whole model."""
+    """Parameters by their names in the layout table, with layers and experts numbered over the whole model."""
     return {
         names.global_name(name, chunk, parallel): parameter
         for chunk in chunks
@@ -172,19 +176,19 @@ def global_parameters(chunks: Sequence[torch.nn.Module], parallel: ParallelConte
 
 
 def place_of(parallel: ParallelContext) -> Place:
-    """Where this rank stands among those that share matrices."""
+    """This rank's ``Place``: which shards of the split matrices it holds."""
     return Place(
         tp_rank=parallel.tp_rank, tp_size=parallel.tp_size, etp_rank=parallel.etp_rank, etp_size=parallel.etp_size
     )
 
 
 def check_weights(spec: ModelSpec, folder: str, head: Head = "language") -> WeightReader:
-    """Open a Hugging Face or converted folder whose tensors are those of the model, by names and shapes.
+    """Open a Hugging Face or converted folder, and check the names and shapes of its tensors against the model.
 
-    A value head may be missing.
+    A missing value head is accepted.
 
     Raises:
-        ConversionError: a file or tensor is missing, damaged, misshapen or unmapped.
+        ConversionError: a file or tensor is missing, damaged, unmapped or has the wrong shape.
     """
     reader = open_weights(folder, layout_table(spec, 1))
     shapes = hf_shapes(layout_table(spec, 1, head))
@@ -202,24 +206,28 @@ def load_hf_weights(
     reader: WeightReader,
     head: Head = "language",
 ) -> None:
-    """Fill this rank's shards from a checked folder, reading only the bytes they need.
+    """Fill this rank's shards from a checked folder, reading only the bytes that they need.
 
-    A value head that is not there is 0.
+    A missing value head becomes 0.
 
     Raises:
-        ConversionError: a parameter has no layout, or another shape.
+        ConversionError: a parameter is not in the layout table, or has another shape there.
     """
     table, place = layout_table(spec, parallel.tp_size, head), place_of(parallel)
-    known = reader.names()
+    available = reader.names()
     for name, parameter in parameters.items():
         if name not in table:
-            raise ConversionError(f"Megatron parameter {name} has no layout. Add it to megatron_rl/models/table.py.")
+            raise ConversionError(
+                f"Megatron parameter {name} is not in the layout table. Add it to megatron_rl/models/table.py."
+            )
         layout = table[name]
         if tuple(parameter.shape) != place.shape(layout):
-            raise ConversionError(f"{name}: shard {tuple(parameter.shape)}, layout {place.shape(layout)}.")
-        # rows that pad the vocabulary stay 0
+            raise ConversionError(
+                f"{name}: shard of shape {tuple(parameter.shape)}, the layout table has {place.shape(layout)}."
+            )
+        # rows that pad the vocabulary remain 0
         shard = torch.zeros(parameter.shape, dtype=parameter.dtype, device=parameter.device)
         pieces = place.slices(layout)
-        if not (head == "value" and name == "output_layer.weight" and VALUE_HEAD not in known):
+        if not (head == "value" and name == "output_layer.weight" and VALUE_HEAD not in available):
             fill_shard(shard, pieces, reader.read)
         set_weight(parameter, shard)

@@ -1,4 +1,4 @@
-"""The modules that a transformer layer is made of."""
+"""Megatron layer specs: the modules of a transformer layer."""
 
 from typing import Any
 
@@ -17,14 +17,14 @@ from megatron_rl.mcore.model.precision import Implementation
 def block_submodules(
     config: TransformerConfig, implementation: Implementation, *, pp_rank: int, vp_stage: int | None
 ) -> TransformerBlockSubmodules:
-    """The layers of one model chunk and the norm behind the last."""
+    """Specs of the layers of one model chunk and of its final norm."""
     num_layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)
     layer, norm = _LAYERS[implementation](config)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
 
 
 def _local_layer(config: TransformerConfig) -> tuple[ModuleSpec, Any]:
-    """Megatron's own modules, with attention and norms that need no Transformer Engine."""
+    """Megatron's own modules, with attention and norms that do not need Transformer Engine."""
     spec = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts,
         moe_grouped_gemm=config.moe_grouped_gemm,
@@ -37,13 +37,13 @@ def _local_layer(config: TransformerConfig) -> tuple[ModuleSpec, Any]:
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     if config.num_moe_experts is not None:
-        # in checkpoints the norm before experts is called by its own name, as with Transformer Engine
+        # keep the norm before experts under its own name in checkpoints, as with Transformer Engine
         del spec.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     return spec, RMSNorm
 
 
 def _transformer_engine_layer(config: TransformerConfig) -> tuple[ModuleSpec, Any]:
-    """Transformer Engine's modules, with attention that reads this project's description of a packed batch."""
+    """Transformer Engine's modules, with attention that reads ``PackedSequences``."""
     from megatron.core.extensions.transformer_engine import TENorm
 
     from megatron_rl.mcore.model.te_attention import PackedTEAttention

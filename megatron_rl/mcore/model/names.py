@@ -1,4 +1,4 @@
-"""Megatron's parameter names as the layout table writes them."""
+"""Convert Megatron's parameter names to those of the layout table."""
 
 from typing import Any
 
@@ -7,10 +7,14 @@ from megatron_rl.weights.megatron_keys import FUSED_NORMS
 
 
 def global_name(name: str, chunk: Any, parallel: ParallelContext) -> str:
-    """A parameter's name with layers and experts numbered over the whole model, whatever module holds it.
+    """Return a parameter's name in the layout table, with layers and experts numbered over the whole model.
+
+    The name is the same for every implementation of the layer.
 
     Args:
-        name: as ``chunk.named_parameters()`` gives it.
+        name: name in ``chunk.named_parameters()``.
+        chunk: model chunk that holds the parameter.
+        parallel: layout of this rank.
     """
     parts = name.split(".")
     if parts[:2] != ["decoder", "layers"]:
@@ -24,7 +28,7 @@ def global_name(name: str, chunk: Any, parallel: ParallelContext) -> str:
 
 
 def _expert_name(inside: str, layer: Any, parallel: ParallelContext) -> str:
-    """``mlp.experts.local_experts.E.linear_fc1.weight``, also of a grouped layer's ``linear_fc1.weightE``."""
+    """Return ``mlp.experts.local_experts.E.linear_fc1.weight``, also for ``linear_fc1.weightE`` of a grouped layer."""
     parts = inside.split(".")
     first = parallel.ep_rank * layer.mlp.num_local_experts
     if parts[2] == "local_experts":

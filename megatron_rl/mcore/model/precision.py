@@ -1,4 +1,4 @@
-"""Which implementation and which number formats this machine can run."""
+"""Choose the layer implementation and FP8 settings that this machine supports, and access FP8 weights."""
 
 import importlib.metadata
 import importlib.util
@@ -17,15 +17,16 @@ Implementation = Literal["local", "transformer_engine"]
 
 @dataclass(frozen=True)
 class Fp8Needs:
-    """What an FP8 recipe asks of the machine. Source: Transformer Engine's release notes and checks."""
+    """Requirements of an FP8 recipe. Source: Transformer Engine's release notes and checks."""
 
     capability: tuple[int, int]
-    """Compute capability of the GPU, at least."""
+    """Minimum compute capability of the GPU."""
     below: tuple[int, int] | None
-    """And below this one."""
+    """First compute capability that is not supported; None: no upper bound."""
     transformer_engine: tuple[int, int]
+    """Minimum version of Transformer Engine."""
     align: int
-    """Rows of every product must be a multiple of this."""
+    """Number of rows of every matrix product must be a multiple of this."""
 
 
 FP8_NEEDS = {
@@ -37,7 +38,7 @@ FP8_NEEDS = {
 
 
 def installed(distribution: str) -> tuple[int, int] | None:
-    """Major and minor version of a package; None when it is not installed."""
+    """Major and minor version of a distribution; None if it is not installed."""
     try:
         version = importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -47,30 +48,30 @@ def installed(distribution: str) -> tuple[int, int] | None:
 
 
 def transformer_engine_version() -> tuple[int, int] | None:
-    """Version of a Transformer Engine that can be used: with PyTorch bindings, and a GPU to use it on."""
+    """Version of Transformer Engine if it is usable, that is with PyTorch bindings and a GPU; None otherwise."""
     if not torch.cuda.is_available() or importlib.util.find_spec("transformer_engine_torch") is None:
         return None
     return installed("transformer-engine") or installed("transformer_engine")
 
 
 def choose_implementation(config: RunConfig) -> Implementation:
-    """Transformer Engine where it can be used, Megatron's own modules otherwise.
+    """Return Transformer Engine where it is usable and allowed, Megatron's own modules ("local") otherwise.
 
     Raises:
-        ConfigError: what was asked for cannot run here.
+        ConfigError: the requested implementation or FP8 recipe cannot run on this machine.
     """
-    wanted, version = config.model.implementation, transformer_engine_version()
-    if wanted == "transformer_engine" and version is None:
+    requested, version = config.model.implementation, transformer_engine_version()
+    if requested == "transformer_engine" and version is None:
         raise ConfigError(
             "model.implementation=transformer_engine: expected Transformer Engine with its PyTorch bindings and a GPU, "
-            f"found {_found()}. pip install 'transformer-engine[pytorch]', or set model.implementation=auto."
+            f"found {_engine_and_gpu()}. pip install 'transformer-engine[pytorch]', or set model.implementation=auto."
         )
-    if config.lora.rank and wanted == "transformer_engine":
+    if config.lora.rank and requested == "transformer_engine":
         raise ConfigError(
-            f"model.implementation=transformer_engine with lora.rank={config.lora.rank}: its layers norm their input "
-            "where adapters cannot see it. Set model.implementation=auto."
+            f"model.implementation=transformer_engine with lora.rank={config.lora.rank}: its layers fuse the norm into "
+            "the linear layer, so adapters cannot read its normalised input. Set model.implementation=auto."
         )
-    is_local = wanted == "local" or version is None or config.lora.rank > 0
+    is_local = requested == "local" or version is None or config.lora.rank > 0
     chosen: Implementation = "local" if is_local else "transformer_engine"
     if config.precision.fp8 != "disabled":
         _check_fp8(config, chosen, version)
@@ -82,7 +83,7 @@ def _check_fp8(config: RunConfig, chosen: Implementation, version: tuple[int, in
     needs = FP8_NEEDS[recipe]
     if chosen != "transformer_engine" or version is None:
         raise ConfigError(
-            f"precision.fp8={recipe}: expected Transformer Engine and a GPU with FP8, found {_found()}, "
+            f"precision.fp8={recipe}: expected Transformer Engine and a GPU with FP8, found {_engine_and_gpu()}, "
             f"model.implementation={config.model.implementation}. Set precision.fp8=disabled."
         )
     if config.model.dtype != "bf16":
@@ -101,7 +102,7 @@ def _check_fp8(config: RunConfig, chosen: Implementation, version: tuple[int, in
         )
 
 
-def _found() -> str:
+def _engine_and_gpu() -> str:
     version = installed("transformer-engine") or installed("transformer_engine")
     engine = f"Transformer Engine {_dotted(version)}" if version else "no Transformer Engine"
     return f"{engine} and {torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'}"
@@ -112,7 +113,7 @@ def _dotted(version: tuple[int, int]) -> str:
 
 
 def fp8_settings(config: RunConfig) -> dict[str, Any]:
-    """Fields of Megatron's configuration."""
+    """FP8 fields of Megatron's TransformerConfig; empty without FP8."""
     precision = config.precision
     if precision.fp8 == "disabled":
         return {}
@@ -120,7 +121,7 @@ def fp8_settings(config: RunConfig) -> dict[str, Any]:
         "fp8": "e4m3" if precision.fp8 == "mxfp8" else "hybrid",
         "fp8_recipe": precision.fp8,
         "fp8_param": precision.fp8_params,
-        # the largest of a long history, as in Transformer Engine's own default
+        # the maximum over a long history, as in Transformer Engine's own default
         **({"fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"} if precision.fp8 == "delayed" else {}),
         "first_last_layers_bf16": bool(precision.bf16_first_layers or precision.bf16_last_layers),
         "num_layers_at_start_in_bf16": precision.bf16_first_layers,
@@ -129,19 +130,19 @@ def fp8_settings(config: RunConfig) -> dict[str, Any]:
 
 
 def row_multiple(config: RunConfig) -> int:
-    """What the rows of a product must divide by on each rank."""
+    """The number of rows of a matrix product on each rank must be a multiple of this."""
     return 1 if config.precision.fp8 == "disabled" else FP8_NEEDS[config.precision.fp8].align
 
 
 def set_weight(parameter: Tensor, shard: Tensor) -> None:
-    """Give a parameter its value; one that is kept in FP8 remembers it exactly, for the master weights."""
+    """Set a parameter's value; an FP8 parameter also keeps the exact value, which initialises its master weight."""
     parameter.copy_(shard)
     if hasattr(parameter, "get_high_precision_init_val"):
         parameter._high_precision_init_val = shard.cpu()  # type: ignore[attr-defined]
 
 
 def plain_weight(parameter: Tensor) -> Tensor:
-    """The parameter without gradient, and in its compute type if it is kept in fewer bits."""
+    """The detached parameter, dequantised to its compute dtype if it is stored in fewer bits."""
     weight = parameter.detach()
     if isinstance(weight, QuantizedWeight):
         return weight.dequantized()

@@ -1,7 +1,7 @@
-"""Frozen matrices in eight or four bits, dense only while they are multiplied.
+"""Frozen matrices stored in eight or four bits and dequantised only while they are multiplied.
 
-Sources: NF4 and its blocks of 64 from QLoRA, arXiv 2305.14314 section 3 and appendix E, without its double
-quantisation; int8 by the largest value from LLM.int8(), arXiv 2208.07339 section 2.1, of a block in place of a row.
+Sources: NF4 in blocks of 64 is from QLoRA, arXiv 2305.14314 section 3 and appendix E, without its double quantisation;
+int8 scaled by the largest value is from LLM.int8(), arXiv 2208.07339 section 2.1, here per block instead of per row.
 """
 
 import functools
@@ -14,9 +14,9 @@ from torch.utils._pytree import tree_map
 
 Format = Literal["int8", "nf4"]
 BLOCK = 64
-"""Neighbouring columns that share a scale; blocks never cross rows, so that they are the same for every layout."""
+"""Number of neighbouring columns that share a scale. Blocks never cross rows, so they are the same for every layout."""
 
-# the quantiles of a normal distribution that QLoRA's appendix E lists
+# quantiles of the normal distribution, as listed in appendix E of QLoRA
 NF4 = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
     *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
@@ -25,10 +25,10 @@ NF4 = (
 
 
 class QuantizedWeight(torch.Tensor):
-    """A frozen [rows, columns] matrix that acts as the dense one it stands for.
+    """A frozen quantised [rows, columns] matrix that behaves like its dense equivalent.
 
-    Every operation sees the dense matrix and lets go of it. Megatron's product with a frozen matrix keeps this one for
-    the backward pass; torch's own would keep the dense one.
+    Every operation dequantises the matrix temporarily. For the backward pass, Megatron's product with a frozen matrix
+    saves the quantised matrix; torch's own product would save the dense one.
     """
 
     _codes: Tensor
@@ -41,15 +41,16 @@ class QuantizedWeight(torch.Tensor):
         Args:
             codes: [rows, columns] int8, or [rows, columns / 2] uint8 of two nf4 codes each.
             scales: [rows, columns / BLOCK] float32.
-            dtype: of the matrix that it stands for.
+            kind: format of the codes.
+            dtype: dtype of the dense matrix.
         """
         shape = (scales.size(0), scales.size(1) * BLOCK)
-        made = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=codes.device)
-        made._codes, made._scales, made._format = codes, scales, kind
-        return made
+        weight = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=codes.device)
+        weight._codes, weight._scales, weight._format = codes, scales, kind
+        return weight
 
     def dequantized(self) -> Tensor:
-        """The dense matrix."""
+        """Return the dense matrix."""
         if self._format == "int8":
             values = self._codes.float() / 127
         else:
@@ -59,7 +60,7 @@ class QuantizedWeight(torch.Tensor):
 
     @property
     def held(self) -> tuple[Tensor, Tensor]:
-        """What really takes memory."""
+        """The tensors that hold the memory: codes and scales."""
         return self._codes, self._scales
 
     @classmethod
@@ -68,7 +69,7 @@ class QuantizedWeight(torch.Tensor):
             (self,) = args
             return QuantizedWeight(self._codes, self._scales, self._format, self.dtype)
         if function._schema.is_mutable and isinstance(args[0], QuantizedWeight):
-            raise TypeError(f"{function} would write into a quantised matrix, which is not possible.")
+            raise TypeError(f"{function} writes into a quantised matrix, which is read-only.")
         dense, named = tree_map(_dense, (args, kwargs or {}))
         return function(*dense, **named)
 
@@ -77,33 +78,34 @@ class QuantizedWeight(torch.Tensor):
 
 
 def quantized(weight: Tensor, kind: Format) -> QuantizedWeight:
-    """The nearest codes of a dense matrix.
+    """Quantise a dense matrix to the nearest codes.
 
     Args:
-        weight: [rows, columns], of which the columns divide by BLOCK.
+        weight: [rows, columns]; the number of columns must be a multiple of BLOCK.
+        kind: format of the codes.
     """
     blocks = weight.detach().float().unflatten(1, (-1, BLOCK))
     scales = blocks.abs().amax(-1)
-    shares = blocks / scales.clamp(min=torch.finfo(torch.float32).tiny)[..., None]
+    scaled = blocks / scales.clamp(min=torch.finfo(torch.float32).tiny)[..., None]
     if kind == "int8":
-        codes = (shares * 127).round().to(torch.int8).flatten(1)
+        codes = (scaled * 127).round().to(torch.int8).flatten(1)
     else:
         levels = _levels(weight.device)
-        # the boundaries lie half way between neighbours
-        found = torch.bucketize(shares, (levels[1:] + levels[:-1]) / 2).to(torch.uint8).flatten(1)
-        codes = found[:, ::2] << 4 | found[:, 1::2]
+        # the boundaries are halfway between neighbouring levels
+        indices = torch.bucketize(scaled, (levels[1:] + levels[:-1]) / 2).to(torch.uint8).flatten(1)
+        codes = indices[:, ::2] << 4 | indices[:, 1::2]
     return QuantizedWeight(codes, scales, kind, weight.dtype)
 
 
 def held_tensors(parameter: Tensor) -> Sequence[Tensor]:
-    """What takes memory of a parameter."""
+    """The tensors that hold the memory of a parameter."""
     data = parameter.data
     return data.held if isinstance(data, QuantizedWeight) else (data,)
 
 
 @functools.cache
 def _levels(device: torch.device) -> Tensor:
-    """Of NF4, on a device; made once, as a copy would wait for it."""
+    """NF4 levels on a device; cached, because a copy from the host synchronises with the device."""
     return torch.tensor(NF4, device=device)
 
 

@@ -1,11 +1,11 @@
-"""How evenly the router spreads tokens over experts, from Megatron's own record."""
+"""Router losses of mixture-of-experts models, from Megatron's tracker."""
 
 from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker, get_moe_layer_wise_logging_tracker
 
 from megatron_rl.metrics.metric import Mean, Reduction
 from megatron_rl.types import ParallelContext
 
-# Megatron's names -> ours and the group over whose ranks the loss is a sum
+# Megatron's name -> (metric name, process group whose ranks' values add up to one loss; None: each rank's is whole)
 LOSSES = {
     "load_balancing_loss": ("moe/aux_loss", "tp_cp"),
     "seq_load_balancing_loss": ("moe/aux_loss", "tp_cp"),
@@ -15,16 +15,17 @@ LOSSES = {
 
 
 def take_router_metrics(num_micro_batches: int, parallel: ParallelContext) -> dict[str, Reduction]:
-    """Mean router losses over layers and micro-batches of the update just made, before their coefficients.
+    """Return the last update's mean router losses over layers and micro-batches, and clear Megatron's tracker.
 
-    An auxiliary loss is the number of chosen experts where all of them get the same share.
+    The losses are reported without their coefficients. With perfectly balanced experts, the auxiliary loss equals the
+    number of experts per token.
     """
-    found: dict[str, Reduction] = {}
+    metrics: dict[str, Reduction] = {}
     for name, record in get_moe_layer_wise_logging_tracker().items():
-        ours, summed_over = LOSSES[name]
+        metric, summed_over = LOSSES[name]
         values = record["values"]
-        layers_here = int((values != 0).sum())
+        num_local_layers = int((values != 0).sum())
         counts = summed_over is None or getattr(parallel.groups, summed_over).rank() == 0
-        found[ours] = Mean(float(values.sum()), layers_here * num_micro_batches * counts)
+        metrics[metric] = Mean(float(values.sum()), num_local_layers * num_micro_batches * counts)
     clear_aux_losses_tracker()
-    return found
+    return metrics

@@ -1,8 +1,8 @@
-"""Tokens routed as the engine routed them.
+"""Routing replay: send each token to the experts that the engine chose.
 
-Trainer and engine compute a router's scores with different last bits, and a token near a tie then goes
-to another expert: its log-probability is off by far more than rounding. Replaying the engine's choice
-removes that. Source: rollout routing replay (R3), arXiv 2510.11370.
+Router scores of trainer and engine differ in their last bits, so a token near a tie goes to another expert and its
+log-probability differs by far more than rounding. Replaying the engine's choice removes this difference.
+Source: rollout routing replay (R3), arXiv 2510.11370.
 """
 
 from collections.abc import Callable
@@ -14,12 +14,12 @@ from megatron_rl.mcore.model.gpt_model import PolicyModel
 from megatron_rl.types import MicroBatch, ParallelContext
 
 
-class Replay:
-    """Stands where Megatron's router looks for its own RouterReplay."""
+class ReplayedRouting:
+    """Replacement for Megatron's RouterReplay on one router."""
 
     def __init__(self) -> None:
-        self.chosen: Tensor | None = None
-        """[tokens of this rank, experts per token] int64; None: the router chooses."""
+        self.experts: Tensor | None = None
+        """[tokens of this rank, experts per token] int64, the experts to replay; None: the router chooses."""
 
     def get_replay_topk(
         self,
@@ -30,27 +30,29 @@ class Replay:
         default_compute_topk: Callable[..., tuple[Tensor, Tensor]] | None = None,
         **others: Any,
     ) -> tuple[Tensor, Tensor]:
-        """Scores and experts of every token, the former still with their gradient."""
-        if self.chosen is None:
+        """Return scores and experts of every token, [tokens, topk] each; the scores keep their gradient."""
+        if self.experts is None:
             assert default_compute_topk is not None
             return default_compute_topk(scores, topk, num_groups, group_topk, **others)
-        assert self.chosen.shape == (scores.size(0), topk), (
-            f"{tuple(self.chosen.shape)} routes, {scores.size(0)} tokens"
+        assert self.experts.shape == (scores.size(0), topk), (
+            f"replayed experts have shape {tuple(self.experts.shape)}, expected {(scores.size(0), topk)}"
         )
-        return scores.gather(1, self.chosen), self.chosen
+        return scores.gather(1, self.experts), self.experts
 
 
 def attach(chunk: PolicyModel) -> None:
-    """Give every router of a chunk a place to be told."""
+    """Install a ``ReplayedRouting`` in every router of a chunk."""
     for layer in chunk.decoder.layers:
-        layer.mlp.router.router_replay = Replay()
+        layer.mlp.router.router_replay = ReplayedRouting()
 
 
 def set_routes(chunk: PolicyModel, batch: MicroBatch | None, parallel: ParallelContext) -> None:
-    """Routes of the next pass through a chunk; None lets its routers choose.
+    """Set the experts that the next pass through a chunk replays.
 
     Args:
-        batch: of this context-parallel rank.
+        chunk: model chunk whose routers replay the experts.
+        batch: this context-parallel rank's micro-batch; None, or a batch without recorded routing: the routers choose.
+        parallel: layout of this rank.
     """
     routing = None if batch is None else batch.routing
     if routing is not None:
@@ -59,4 +61,4 @@ def set_routes(chunk: PolicyModel, batch: MicroBatch | None, parallel: ParallelC
             routing = routing.chunk(parallel.tp_size)[parallel.tp_rank]
         routing = routing.flatten(0, 1)
     for layer in chunk.decoder.layers:
-        layer.mlp.router.router_replay.chosen = None if routing is None else routing[:, layer.layer_number - 1]
+        layer.mlp.router.router_replay.experts = None if routing is None else routing[:, layer.layer_number - 1]

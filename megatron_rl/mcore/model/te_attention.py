@@ -1,4 +1,4 @@
-"""Transformer Engine's attention over this project's description of a packed batch. Needs Transformer Engine."""
+"""Transformer Engine's attention on ``PackedSequences``. Importing this module needs Transformer Engine."""
 
 from typing import Any
 
@@ -9,7 +9,10 @@ from megatron_rl.mcore.model.attention import PackedSequences
 
 
 class PackedTEAttention(TEDotProductAttention):
-    """Context parallelism included: each rank's share is the one that Transformer Engine expects."""
+    """TEDotProductAttention that accepts ``PackedSequences``.
+
+    It supports context parallelism: each rank holds the chunks of a sequence that Transformer Engine expects.
+    """
 
     def forward(
         self,
@@ -22,7 +25,7 @@ class PackedTEAttention(TEDotProductAttention):
         packed_seq_params: PackedSequences | None = None,
         **others: Any,
     ) -> Tensor:
-        """[L, S, heads * head_dim], or [T, heads * head_dim] when packed."""
+        """Return [L, S, heads * head_dim], or [T, heads * head_dim] when packed."""
         packing = None if packed_seq_params is None else packed_seq_params.for_transformer_engine()
         return super().forward(
             query, key, value, attention_mask, attn_mask_type, attention_bias, packed_seq_params=packing, **others

@@ -1,1 +1,1 @@
-"""Process groups, and Megatron-Core on CPUs."""
+"""Process groups, patches of Megatron-Core, and Megatron-Core on CPUs."""

@@ -1,9 +1,9 @@
-"""Megatron-Core on machines without CUDA.
+"""Run Megatron-Core on machines without CUDA.
 
-Megatron-Core names the CUDA device in dozens of ordinary code paths. Where CUDA is missing, an
-import hook compiles ``megatron.core.*`` with those names replaced by the CPU's; ``torch.cpu``
-offers the same stream and device calls. Line numbers stay, nothing outside ``megatron.core``
-changes, and with CUDA nothing happens at all. Checked with megatron-core 0.16.1 to 0.19.2.
+Megatron-Core names the CUDA device in dozens of ordinary code paths. Without CUDA, an import hook compiles
+``megatron.core.*`` with those names replaced by the CPU's; ``torch.cpu`` offers the same stream and device calls. Line
+numbers are preserved, nothing outside ``megatron.core`` changes, and with CUDA the hook is not installed. Checked with
+megatron-core 0.16.1 to 0.19.2.
 """
 
 import ctypes
@@ -25,7 +25,7 @@ def _stream_constructor(match: re.Match[str]) -> str:
 
 
 def _cuda_method(match: re.Match[str]) -> str:
-    """``x.cuda(...)`` to ``x.cpu()``, keeping a closing bracket that belongs to the outside."""
+    """Replace ``x.cuda(...)`` by ``x.cpu()``, keeping a closing bracket that belongs to an enclosing call."""
     return ".cpu()" + ")" * (match[0].count(")") - match[0].count("("))
 
 
@@ -34,7 +34,7 @@ REPLACEMENTS = tuple(
     for pattern, replacement in (
         # types such as 'torch.cuda.FloatTensor'
         (r"torch\.cuda\.(\w*Tensor)\b", r"torch.\1"),
-        # there is one generator, so the checks that forking left the host's alone cannot hold
+        # CPU and "device" share one generator, so assertions that forking leaves the CPU's state unchanged cannot hold
         (r"torch\.cuda\.(random\.)?get_rng_state\(.*\)", "torch.get_rng_state()"),
         (r"torch\.cuda\.manual_seed\b", "torch.manual_seed"),
         (r"_lazy_call\(cb\)", "torch.set_rng_state(new_state)"),
@@ -51,11 +51,11 @@ REPLACEMENTS = tuple(
         (r"(['\"])cuda\1", "'cpu'"),
         (r"\.cuda\(.*?\)\)?", _cuda_method),
         (r"pin_memory=True", "pin_memory=False"),
-        # torch's products are slow on AMD processors
+        # torch's matrix products are slow on AMD processors
         (r"\btorch\.matmul\((total_input|input), weight\.t\(\)\)", r"cpu_linear.matmul(\1, weight.t())"),
         (r"\bgrad_output\.matmul\(weight\)", "cpu_linear.matmul(grad_output, weight)"),
         (r"\bgrad_output\.t\(\)\.matmul\(total_input\)", "cpu_linear.matmul(grad_output.t(), total_input)"),
-        # compiling at import takes minutes without a GPU
+        # torch.compile at import takes minutes without a GPU
         (r"^enable_jit_fuser\(\)", "disable_jit_fuser()"),
     )
 )
@@ -69,7 +69,7 @@ class _CpuLoader(importlib.machinery.SourceFileLoader):
         return compile(source, self.path, "exec", dont_inherit=True)
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__dict__["cpu_linear"] = cpu_linear  # which the replacements name
+        module.__dict__["cpu_linear"] = cpu_linear  # the replacements refer to this name
         super().exec_module(module)
 
 
@@ -86,17 +86,20 @@ class _CpuFinder(importlib.abc.MetaPathFinder):
 
 
 def install() -> bool:
-    """Prepare for importing Megatron-Core; True when its modules are compiled for the CPU.
+    """Install the import hook unless CUDA is available; return whether Megatron-Core is compiled for the CPU.
 
     Raises:
-        RuntimeError: something imported megatron.core before.
+        RuntimeError: megatron.core is imported already.
     """
     if torch.cuda.is_available():
         return False
     if any(isinstance(finder, _CpuFinder) for finder in sys.meta_path):
         return True
     if "megatron.core" in sys.modules:
-        raise RuntimeError("import megatron_rl.mcore before megatron.core: it has to be compiled for the CPU first")
+        raise RuntimeError(
+            "megatron.core is imported already, but must be compiled for the CPU. "
+            "Import megatron_rl.mcore before megatron.core."
+        )
     _complete_torch_cpu()
     keep_memory()
     sys.meta_path.insert(0, _CpuFinder())
@@ -104,9 +107,10 @@ def install() -> bool:
 
 
 def keep_memory() -> None:
-    """Let the C library keep freed memory, as every first touch of a page is a fault (a microsecond and more each).
+    """Let the C library keep freed memory, because the first access to a new page is a fault (1 µs or more).
 
-    One arena, as autograd's threads would each keep theirs; no mmap for single tensors below 32 MiB (glibc's most).
+    Uses one arena, because each of autograd's threads would keep memory in its own; and no mmap for a tensor below
+    32 MiB, the largest threshold that glibc accepts.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:  # glibc
@@ -115,7 +119,7 @@ def keep_memory() -> None:
 
 
 def _complete_torch_cpu() -> None:
-    """What the stand-ins of torch.cpu lack; the CPU has one queue, so nothing waits."""
+    """Add missing methods to the streams and events of torch.cpu; they do nothing, since the CPU runs in order."""
     stream: Any = torch.cpu.Stream
     event: Any = torch.cpu.Event
     stream.synchronize = lambda self: None

@@ -1,8 +1,8 @@
-"""One event loop for all gloo groups of a process.
+"""Share one event loop among all gloo groups of a process.
 
-Torch gives every group a network device of its own, whose thread wakes a hundred times a second.
-Megatron makes some twenty groups, so that idle ranks alone keep a small machine busy; gloo itself lets
-groups share a device. Checked with torch 2.13; tests/distributed/test_event_loop.py tells once it is not needed.
+Torch gives every group its own network device, whose thread wakes a hundred times a second. Megatron creates about
+twenty groups, so idle ranks alone keep a small machine busy; gloo itself allows groups to share a device. Checked with
+torch 2.13; tests/distributed/test_event_loop.py fails once this is no longer needed.
 """
 
 import functools
@@ -18,7 +18,7 @@ _Gloo: Any = distributed_c10d.ProcessGroupGloo
 
 @functools.cache
 def _devices() -> list[Any]:
-    """This process's devices, on the interfaces that gloo's own environment variable names."""
+    """This process's gloo devices, one for each interface in gloo's environment variable GLOO_SOCKET_IFNAME."""
     interfaces = os.environ.get("GLOO_SOCKET_IFNAME", "")
     if not interfaces:
         return [_Gloo.create_default_device()]
@@ -26,7 +26,7 @@ def _devices() -> list[Any]:
 
 
 class SharingGroup(_Gloo):
-    """A gloo group on the process's devices."""
+    """A gloo process group that uses the devices shared by the process."""
 
     def __init__(self, store: Any, rank: int, size: int, timeout: timedelta) -> None:
         options = _Gloo._Options()
@@ -37,6 +37,6 @@ class SharingGroup(_Gloo):
 
 
 def share_event_loop() -> None:
-    """Let groups that are made from here on share it; with CUDA few groups are gloo's and nothing changes."""
+    """Make groups created from now on share the event loop; with CUDA few groups use gloo and nothing changes."""
     if not torch.cuda.is_available():
         distributed_c10d.ProcessGroupGloo = SharingGroup  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""The process groups of a run, from the launcher's environment variables."""
+"""Create the process groups of a run from the launcher's environment variables."""
 
 import math
 import os
@@ -20,16 +20,19 @@ from megatron_rl.config.parallel import ParallelSection
 from megatron_rl.errors import ConfigError
 from megatron_rl.types import ParallelContext
 
-# Megatron seeds its dropout streams; this project trains without dropout, so any value serves.
+# seed of Megatron's dropout streams; training uses no dropout, so any value works
 DROPOUT_SEED = 1234
 
 
 def launcher_world(environment: Mapping[str, str] | None = None) -> tuple[int, int, int]:
-    """(rank, world size, local rank) as torchrun sets them; (0, 1, 0) when started by hand.
+    """Return (rank, world size, local rank) as set by torchrun; (0, 1, 0) without a launcher.
+
+    Args:
+        environment: environment variables; None: those of the process.
 
     Raises:
-        ConfigError: only some of the variables are set, one is not a number, or srun started several
-            tasks without telling them their ranks.
+        ConfigError: only some of the variables are set, one is not a number, or srun started several tasks without
+            setting their ranks.
     """
     environment = os.environ if environment is None else environment
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
@@ -37,8 +40,8 @@ def launcher_world(environment: Mapping[str, str] | None = None) -> tuple[int, i
         tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
         if tasks != "1":
             raise ConfigError(
-                f"srun started {tasks} tasks, but RANK and WORLD_SIZE are not set, so each would train alone. "
-                "Start one task per node, and torchrun in it."
+                f"srun started {tasks} tasks, but RANK and WORLD_SIZE are not set, so each would train "
+                "on its own. Start one task per node, and torchrun in it."
             )
         return 0, 1, 0
     try:
@@ -53,10 +56,10 @@ def launcher_world(environment: Mapping[str, str] | None = None) -> tuple[int, i
 
 
 def init_parallel(config: ParallelSection) -> ParallelContext:
-    """Join the world and build Megatron's process groups.
+    """Initialise torch.distributed and build Megatron's process groups.
 
     Raises:
-        ConfigError: the launcher's variables are incomplete.
+        ConfigError: the launcher's environment variables are incomplete.
     """
     rank, world_size, local_rank = launcher_world()
     cuda = torch.cuda.is_available()
@@ -75,14 +78,14 @@ def init_parallel(config: ParallelSection) -> ParallelContext:
         world_size=world_size,
         timeout=timeout,
     )
-    return split_world(config, distributed_c10d.PrefixStore("megatron_rl", store), local_rank, device)
+    return build_layout(config, distributed_c10d.PrefixStore("megatron_rl", store), local_rank, device)
 
 
-def split_world(
+def build_layout(
     config: ParallelSection, store: distributed_c10d.Store, local_rank: int, device: torch.device
 ) -> ParallelContext:
-    """Megatron's groups over an initialised world; from then on they are those that Megatron goes by."""
-    _put_on_record(_UNSPLIT)
+    """Build Megatron's process groups over the initialised world, and make them Megatron's current groups."""
+    _restore_state(_INITIAL_STATE)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor_parallel_size,
         pipeline_model_parallel_size=config.pipeline_parallel_size,
@@ -117,14 +120,14 @@ def split_world(
         groups=groups,
         host_group=dist.new_group(backend="gloo", timeout=timedelta(minutes=config.timeout_minutes)),
         store=store,
-        record=_record(),
+        record=_parallel_state(),
     )
 
 
-def split_again(config: ParallelSection, parallel: ParallelContext) -> ParallelContext:
-    """Another layout of the same world, for another model; the given one if it is the same.
+def build_another_layout(config: ParallelSection, parallel: ParallelContext) -> ParallelContext:
+    """Build another layout of the same world for another model; return ``parallel`` if the layouts are equal.
 
-    Megatron goes on with the groups that it had; those of the new layout count inside of ``in_layout``.
+    Megatron's current groups do not change; the new layout is used inside ``in_layout``.
     """
     sizes = (parallel.tp_size, parallel.pp_size, parallel.vp_size, parallel.cp_size, parallel.ep_size)
     if (*sizes, parallel.etp_size) == (
@@ -136,29 +139,33 @@ def split_again(config: ParallelSection, parallel: ParallelContext) -> ParallelC
         config.expert_tensor_size,
     ):
         return parallel
-    before = _record()
+    previous = _parallel_state()
     try:
-        other = split_world(config, parallel.store, parallel.local_rank, parallel.device)
+        layout = build_layout(config, parallel.store, parallel.local_rank, parallel.device)
     finally:
-        _put_on_record(before)
-    return replace(other, host_group=parallel.host_group)
+        _restore_state(previous)
+    return replace(layout, host_group=parallel.host_group)
 
 
 @contextmanager
 def in_layout(parallel: ParallelContext) -> Iterator[None]:
-    """Let Megatron, which keeps one record of the process groups for all, go by those of a layout for the body."""
-    before = _record()
-    if before["_MODEL_PARALLEL_GROUP"] is parallel.record["_MODEL_PARALLEL_GROUP"]:
+    """Make the process groups of a layout Megatron's current groups during the body.
+
+    Megatron keeps the current groups in global variables of ``parallel_state``.
+    """
+    previous = _parallel_state()
+    if previous["_MODEL_PARALLEL_GROUP"] is parallel.record["_MODEL_PARALLEL_GROUP"]:
         yield
         return
-    _put_on_record(parallel.record)
+    _restore_state(parallel.record)
     try:
         yield
     finally:
-        _put_on_record(before)
+        _restore_state(previous)
 
 
-def _record() -> dict[str, Any]:
+def _parallel_state() -> dict[str, Any]:
+    """Copy the global variables of Megatron's ``parallel_state``."""
     return {
         name: value.copy() if isinstance(value, dict | list) else value
         for name, value in vars(parallel_state).items()
@@ -166,16 +173,16 @@ def _record() -> dict[str, Any]:
     }
 
 
-def _put_on_record(record: Mapping[str, Any]) -> None:
-    for name, value in record.items():
+def _restore_state(state: Mapping[str, Any]) -> None:
+    for name, value in state.items():
         setattr(parallel_state, name, value)
 
 
-_UNSPLIT = _record()
+_INITIAL_STATE = _parallel_state()
 
 
 def leave_world() -> None:
-    """Undo ``init_parallel``, as far as it came."""
+    """Undo ``init_parallel``, even if it failed part of the way."""
     if parallel_state.is_initialized():
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():
@@ -183,7 +190,7 @@ def leave_world() -> None:
 
 
 def describe_layout(parallel: ParallelContext) -> str:
-    """The parallel sizes; of VPP, CP and EP only those that do something."""
+    """Format the parallel sizes; VPP, CP and EP only if they are larger than 1."""
     chunks = f" (VPP{parallel.vp_size})" if parallel.vp_size > 1 else ""
     context = f" x CP{parallel.cp_size}" if parallel.cp_size > 1 else ""
     experts = f", EP{parallel.ep_size}" if parallel.ep_size > 1 else ""

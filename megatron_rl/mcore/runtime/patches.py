@@ -1,31 +1,32 @@
-"""Everything of Megatron-Core that is worked around, in one place (0.16.1 to 0.19.x).
+"""Workarounds for faults of Megatron-Core 0.16.1 to 0.19.x.
 
-Without Transformer Engine or Apex the optimizer is torch's AdamW, and resuming Megatron's
-distributed optimizer on top of it has three faults, one of them silent:
+Without Transformer Engine or Apex the optimizer is torch's AdamW. Resuming Megatron's distributed optimizer on top of
+it has three faults, the third of them silent:
 
-1. ``state_dict()`` asserts on an optimizer that has not stepped yet: ``create_adam_state``.
-2. Loading fails with KeyError 'step', as torch keeps a step count for each parameter and Megatron
-   does not save it there: ``keep_step_on_load``.
-3. After a load all parameters share one step tensor, so that bias correction runs away with the
-   number of parameters: ``separate_step_counts``.
+1. ``state_dict()`` asserts on an optimizer that has not stepped yet. Fixed by ``create_adam_state``.
+2. Loading fails with KeyError 'step': torch keeps a step count for each parameter, and Megatron does not save it there.
+   Fixed by ``keep_step_on_load``.
+3. After a load all parameters share one step tensor, so the step count of bias correction grows with the number of
+   parameters. Fixed by ``separate_step_counts``.
 
-Saving its state has a fourth fault, with at most a line in the log as sign: parameters are looked
-up by their place in the gradient buffer, in a copy of it that leaves the padding between buckets
-out. Where there is such padding (tied embeddings under pipeline parallelism have a bucket of their
-own, and the other one's size need not be a multiple of 128 and of the data-parallel size),
-parameters are saved shifted and with a tail of zeros: ``count_gaps``.
+Saving that optimizer's state has a fourth fault, with at most a line in the log as a sign: Megatron looks parameters up
+by their offset in the gradient buffer, but in a copy of the buffer without the padding between buckets. Where there is
+such padding, parameters are saved shifted and with a tail of zeros. (With pipeline parallelism, tied embeddings have
+a bucket of their own, and the size of the other bucket need not be a multiple of 128 and of the data-parallel size.)
+Fixed by ``include_bucket_padding``.
 
-And one fault more: a synchronous save forks writer processes from a process full of threads,
-hangs for ever when one of them dies, and starts a manager process that imports the main program
-again only to hand the results over. ``write_in_process`` writes the same files without any of that.
+A synchronous save forks writer processes from a process with many threads, hangs forever when one of them dies, and
+starts a manager process that imports the main program again only to pass on the results. ``write_in_process`` writes
+the same files in the calling process.
 
-Before 0.19, with tensor parallelism around experts that are whole on each rank (expert tensor
-parallel size 1, no expert parallelism), experts are not marked as such; their gradients are then
-reduced over the dense parameters' ranks and those of the tensor-parallel ranks are lost:
-``mark_expert_parameters``. And without Transformer Engine names that the router and
-recomputed norms need are never bound: ``bind_missing_names``.
+Before 0.19, with tensor parallelism and experts that are whole on each rank (expert tensor parallel size 1, no expert
+parallelism), expert parameters are not marked as such. Their gradients are then reduced over the ranks of the dense
+parameters, and the gradients of the other tensor-parallel ranks are lost. Fixed by ``mark_expert_parameters``.
 
-tests/distributed/test_checkpoint.py fails once one of those about saving and loading is no longer needed.
+Without Transformer Engine, names that the router and recomputed norms need are never bound. Fixed by
+``bind_missing_names``.
+
+tests/distributed/test_checkpoint.py fails once a workaround for saving or loading is no longer needed.
 """
 
 import queue
@@ -48,12 +49,12 @@ STEP = "step"
 
 
 def inner_optimizers(optimizer: MegatronOptimizer) -> Iterator[Any]:
-    """The optimizers that Megatron chains."""
+    """Yield the optimizers inside a chained optimizer, or the optimizer itself."""
     yield from getattr(optimizer, "chained_optimizers", [optimizer])
 
 
 def create_adam_state(optimizer: MegatronOptimizer) -> None:
-    """Give every parameter the state of an AdamW that has made 0 steps, unless it has one."""
+    """Give every parameter without optimizer state the state of an AdamW after 0 steps."""
     for inner in inner_optimizers(optimizer):
         for group in inner.optimizer.param_groups:
             for parameter in group["params"]:
@@ -72,10 +73,10 @@ def separate_step_counts(optimizer: MegatronOptimizer) -> None:
             state[STEP] = state[STEP].clone()
 
 
-def count_gaps(model: DistributedDataParallel) -> None:
-    """Let the sizes of buckets reach over the padding up to the next one, so that nothing is left out.
+def include_bucket_padding(model: DistributedDataParallel) -> None:
+    """Extend every bucket's size over the padding up to the next bucket, so that the copy omits nothing.
 
-    Called before the optimizer is built, which copies these sizes.
+    Must be called before the optimizer is built, because it copies these sizes.
     """
     for buffer in [*model.buffers, *model.expert_parallel_buffers]:
         buckets = sorted(buffer.buckets, key=lambda bucket: bucket.offset)
@@ -87,10 +88,10 @@ def count_gaps(model: DistributedDataParallel) -> None:
 
 
 def mark_expert_parameters(chunks: Sequence[torch.nn.Module]) -> None:
-    """Say which parameters are reduced over the ranks that hold the same experts.
+    """Mark the parameters whose gradients are reduced over the ranks that hold the same experts.
 
-    Under every layout, those that do not split experts included: only then are optimizer states laid
-    out alike, and can be loaded under another one.
+    They are marked under every layout, including layouts that do not split experts: only then do optimizer states have
+    the same structure under every layout and can be loaded under another one.
     """
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
@@ -99,7 +100,7 @@ def mark_expert_parameters(chunks: Sequence[torch.nn.Module]) -> None:
 
 
 def bind_missing_names() -> None:
-    """Let the router find that Transformer Engine's matrix product is not there, and recomputed norms its FP8."""
+    """Bind Transformer Engine's matrix product to None for the router, and recompute norms without its FP8 state."""
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
     if not hasattr(random, "FP8GlobalStateManager"):
@@ -125,18 +126,18 @@ def _set_keeping_step(self: Any, model_param: Tensor, tensors: dict[str, Tensor]
 def _write_buckets(
     transforms: list[Any], use_msc: bool, rank: int, buckets: list[Any], results_queue: "queue.Queue[Any]"
 ) -> None:
-    """What FileSystemWriterAsync.write_preloaded_data_multiproc does, one bucket after the other."""
+    """Write buckets one after the other; replaces FileSystemWriterAsync.write_preloaded_data_multiproc."""
     local: queue.Queue[Any] = queue.Queue()
     results: Any = {}
-    for number, bucket in enumerate(buckets):
+    for index, bucket in enumerate(buckets):
         pending: queue.Queue[int] = queue.Queue()
-        pending.put(number)
-        FileSystemWriterAsync.write_preloaded_data(transforms, number, bucket, local, pending, True)
+        pending.put(index)
+        FileSystemWriterAsync.write_preloaded_data(transforms, index, bucket, local, pending, True)
         _, outcome = local.get()
         if isinstance(outcome, Exception):
             results = outcome
             break
-        results[number] = outcome
+        results[index] = outcome
     results_queue.put(results)
 
 
@@ -144,18 +145,18 @@ _set_original = DistributedOptimizer._set_main_param_and_optimizer_states
 
 
 def keep_step_on_load() -> None:
-    """Let a load leave torch's step counts to ``separate_step_counts``."""
+    """Make a load keep torch's step counts, which ``separate_step_counts`` then separates."""
     DistributedOptimizer._set_main_param_and_optimizer_states = _set_keeping_step
 
 
 def write_in_process() -> None:
-    """Let a synchronous save write its files itself."""
+    """Make a synchronous save write its files in the calling process."""
     filesystem_async._get_write_results_queue = queue.Queue
     FileSystemWriterAsync.write_preloaded_data_multiproc = staticmethod(_write_buckets)
 
 
 def apply() -> None:
-    """Apply those that replace functions; the others are called where they are needed."""
+    """Apply the workarounds that replace functions; the others are called where they are needed."""
     bind_missing_names()
     complete_collectives()
     keep_step_on_load()

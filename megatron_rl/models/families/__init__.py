@@ -1,4 +1,4 @@
-"""The families that are supported, one file each: what its config.json says, as a ModelSpec."""
+"""Supported model families, one file each: from config.json to a ModelSpec."""
 
 import json
 from collections.abc import Callable
@@ -17,17 +17,17 @@ FAMILIES: dict[str, Callable[[HFConfig], ModelSpec]] = {
     "MistralForCausalLM": mistral.spec,
     "MixtralForCausalLM": mixtral.spec,
 }
-"""Name under ``architectures`` in config.json -> its family."""
+"""Name under ``architectures`` in config.json -> function that makes the ModelSpec."""
 
 HEADS = ("ForCausalLM", "ForSequenceClassification", "ForTokenClassification")
-"""Ends of such names; the last two are those of models with a value head."""
+"""Suffixes of architecture names; the last two are those of models with a value head."""
 
 
 def read_hf_config(folder: str | Path) -> HFConfig:
-    """config.json of a folder.
+    """Read the config.json of a folder.
 
     Raises:
-        ConversionError: it is missing or damaged.
+        ConversionError: the file is missing or damaged.
     """
     path = Path(folder) / "config.json"
     try:
@@ -44,7 +44,7 @@ def read_hf_config(folder: str | Path) -> HFConfig:
 
 
 def read_model_spec(folder: str | Path) -> ModelSpec:
-    """The model of a folder, decided by its config.json alone.
+    """Read the specification of the model in a folder from its config.json alone.
 
     Raises:
         ConversionError: config.json is missing, damaged, incomplete or of an unsupported architecture.
@@ -65,15 +65,15 @@ def read_model_spec(folder: str | Path) -> ModelSpec:
 
 
 def with_head(architecture: str, head: str) -> str:
-    """The architecture's name with another end."""
-    for known in HEADS:
-        if architecture.endswith(known):
-            return architecture.removesuffix(known) + head
+    """Return the architecture's name with another head as its suffix."""
+    for suffix in HEADS:
+        if architecture.endswith(suffix):
+            return architecture.removesuffix(suffix) + head
     return architecture
 
 
 def as_value_model(config: HFConfig) -> HFConfig:
-    """config.json of the same model with one value for each token, as transformers' sequence classification."""
+    """Return the config.json of the same model with a value head, as transformers' sequence classification."""
     (architecture,) = config["architectures"]
     return {
         **config,

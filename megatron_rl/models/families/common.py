@@ -1,4 +1,4 @@
-"""What the families share: reading the fields of config.json that all decoders have."""
+"""Shared by the families: reading the config.json fields that all decoders have."""
 
 import math
 from typing import Any
@@ -28,7 +28,7 @@ def decoder(
     sliding_window: SlidingWindow | None = None,
     hf_names: HFNames = HFNames(),  # noqa: B008  frozen
 ) -> ModelSpec:
-    """The specification of a decoder; what differs between families is given, the rest is read.
+    """Return the specification of a decoder: options that differ between families are passed in, the rest is read.
 
     Raises:
         KeyError: a field is missing.
@@ -61,10 +61,12 @@ def decoder(
 
 
 def window_of_later_layers(config: HFConfig) -> SlidingWindow | None:
-    """Qwen's rule: with ``use_sliding_window`` every layer from ``max_window_layers`` on has the window.
+    """Return the sliding window of a Qwen model, or None.
+
+    With ``use_sliding_window``, layers from ``max_window_layers`` on have the window.
 
     Raises:
-        ConversionError: ``layer_types`` says otherwise.
+        ConversionError: ``layer_types`` contradicts the rule.
     """
     size = config.get("sliding_window") if config.get("use_sliding_window") else None
     num_layers = config["num_hidden_layers"]
@@ -73,23 +75,23 @@ def window_of_later_layers(config: HFConfig) -> SlidingWindow | None:
     if config.get("layer_types", expected) != expected:
         raise ConversionError(
             f"config.json: layer_types={config['layer_types']}: expected full attention below layer {first} and "
-            "sliding attention from there on, as use_sliding_window and max_window_layers say."
+            "sliding attention from there on, according to use_sliding_window and max_window_layers."
         )
     return SlidingWindow(size=size, first_layer=first) if size and first < num_layers else None
 
 
-def refuse(config: HFConfig, key: str, value: object) -> None:
-    """Refuse a value that the family's layout has no place for.
+def reject_value(config: HFConfig, key: str, value: object) -> None:
+    """Raise an error if a key has a value that the family does not support.
 
     Raises:
-        ConversionError: the configuration has it.
+        ConversionError: the configuration has this value.
     """
     if config.get(key) == value:
         raise ConversionError(f"config.json: {key}={value} is not supported for {config['architectures'][0]}.")
 
 
 def _rope(config: HFConfig) -> tuple[float, RopeScaling | None]:
-    """Base and scaling; transformers 5 writes rope_parameters, earlier versions two separate keys."""
+    """Return the base and the scaling; transformers 5 writes rope_parameters, earlier versions two separate keys."""
     new, old = config.get("rope_parameters"), config.get("rope_scaling")
     parameters = dict(new or old or {})
     theta = float(parameters.get("rope_theta") or config.get("rope_theta") or 10000.0)

@@ -1,11 +1,14 @@
-"""Mixtral: Mistral's attention and a mixture of experts in every layer, under names of its own."""
+"""Mixtral: Mistral's attention and a mixture of experts in every layer, whose tensors have different names."""
 
 from megatron_rl.models.families.common import HFConfig, decoder
 from megatron_rl.models.spec import HFNames, ModelSpec, MoeSpec, SlidingWindow
 
 
 def spec(config: HFConfig) -> ModelSpec:
-    """Source: transformers' MixtralConfig; the chosen experts' probabilities always sum to 1."""
+    """Return the specification of a model; the probabilities of the chosen experts always sum to 1.
+
+    Source: transformers' MixtralConfig.
+    """
     size = config.get("sliding_window")
     moe = MoeSpec(
         num_experts=config["num_local_experts"],

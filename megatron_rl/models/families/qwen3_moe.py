@@ -1,14 +1,14 @@
 """Qwen3 with a mixture of experts in every layer."""
 
 from megatron_rl.errors import ConversionError
-from megatron_rl.models.families.common import HFConfig, decoder, refuse
+from megatron_rl.models.families.common import HFConfig, decoder, reject_value
 from megatron_rl.models.spec import ModelSpec, MoeSpec
 
 
 def spec(config: HFConfig) -> ModelSpec:
-    """Source: transformers' Qwen3MoeConfig."""
-    refuse(config, "use_sliding_window", True)
-    refuse(config, "attention_bias", True)
+    """Return the specification of a model. Source: transformers' Qwen3MoeConfig."""
+    reject_value(config, "use_sliding_window", True)
+    reject_value(config, "attention_bias", True)
     if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
         raise ConversionError(
             f"config.json: mlp_only_layers={config.get('mlp_only_layers')}, "

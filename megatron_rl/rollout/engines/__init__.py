@@ -1,1 +1,1 @@
-"""Inference engines, one file each."""
+"""Inference engines: their protocol, one file for each engine, and what the engines share."""

@@ -1,4 +1,4 @@
-"""The protocol of a rollout engine, and which ranks make up which engine."""
+"""The protocol of inference engines, their requests, and the assignment of ranks to engines."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,69 +15,70 @@ from megatron_rl.types import Completion, ParallelContext, SamplingParams
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """Some samples of one prompt."""
+    """A request for one or more samples of one prompt."""
 
     key: int
-    """Given back with every completion."""
+    """Identifies the request in its results."""
     token_ids: Tensor
-    """[P] int64."""
+    """[P] int64, the prompt."""
     seeds: tuple[int, ...]
-    """One for each sample; a sample depends on its seed and not on what else runs."""
+    """One for each sample; a sample depends on its seed, not on the other requests."""
     max_new_tokens: int | None = None
-    """Fewer than the sampling parameters allow; None: as many."""
+    """Limit of this request, at most that of the sampling parameters; None: the limit of the sampling parameters."""
 
     def limit(self, params: SamplingParams) -> int:
-        """Tokens after which a sample ends."""
+        """Maximum number of new tokens of a sample."""
         return params.max_new_tokens if self.max_new_tokens is None else self.max_new_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finished:
-    """One sample that is done."""
+    """The result of one sample of a request."""
 
     key: int
+    """Key of the request."""
     sample: int
-    """Place among the seeds of its request."""
+    """Index of the sample's seed in the request."""
     completion: Completion
 
 
 @dataclass(frozen=True, kw_only=True)
 class Continuation:
-    """Tokens whose probabilities behind others are asked."""
+    """A token sequence whose log-likelihood is computed from token ``start`` on, given the tokens before it."""
 
     token_ids: Tensor
-    """[T] int64, with those before them."""
+    """[T] int64, the context followed by the continuation."""
     start: int
-    """Place of the first one that is asked, at least 1."""
+    """Index of the first token of the continuation, at least 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EnginePlace:
-    """A rank's place in the engines of the world; neighbours share an engine."""
+    """The position of a rank among the engines of the world; consecutive ranks share an engine."""
 
     index: int
-    """Of the engine."""
+    """Index of the engine."""
     count: int
-    """Of engines."""
+    """Number of engines."""
     tp_rank: int
     tp_size: int
     leader: int
     """World rank of the engine's first rank."""
     group: Any
-    """gloo group of the engine's ranks; None when it has one."""
+    """gloo group of the engine's ranks; None if the engine has a single rank."""
 
     @property
     def rank(self) -> int:
-        """In the world."""
+        """World rank."""
         return self.leader + self.tp_rank
 
     @property
     def is_leader(self) -> bool:
-        """This rank takes the requests and gives the results."""
+        """Whether this rank receives the requests and returns the results."""
         return self.tp_rank == 0
 
     def from_leader(self, value: Any) -> Any:
-        """The leader's value on every rank of the engine; collective over them."""
+        """Return the leader's value on every rank of the engine; collective over the engine's ranks."""
         if self.group is None:
             return value
         box = [value]
@@ -86,7 +87,11 @@ class EnginePlace:
 
 
 def engine_place(parallel: ParallelContext, tp_size: int) -> EnginePlace:
-    """This rank's place; collective."""
+    """Return the position of this rank; collective over the world.
+
+    Args:
+        tp_size: ranks of each engine.
+    """
     group = None
     for first in range(0, parallel.world_size, tp_size) if tp_size > 1 else ():
         ranks = list(range(first, first + tp_size))
@@ -103,39 +108,39 @@ def engine_place(parallel: ParallelContext, tp_size: int) -> EnginePlace:
     )
 
 
-def never() -> bool:
-    """Nobody interrupts."""
+def never_interrupted() -> bool:
+    """Return False: no stop is ever requested."""
     return False
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSetup:
-    """What every engine is built from."""
+    """The arguments that every engine is built from."""
 
     folder: str
-    """config.json of the model; weights are not read from it."""
+    """Folder with the model's config.json; weights are not read from it."""
     spec: ModelSpec
     place: EnginePlace
     device: torch.device
     dtype: torch.dtype
     max_num_sequences: int
-    """Sequences decoded at a time."""
+    """Maximum number of sequences that are decoded at a time."""
     max_model_len: int
-    """Tokens of the longest prompt with its response."""
+    """Maximum number of tokens of a prompt with its response."""
     local_rank: int
     timeout_s: float = 600.0
-    """Longest time that an engine in other processes may take for an answer."""
+    """Seconds without any answer after which an engine in other processes counts as dead."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Further arguments of the engine's own constructor."""
-    is_interrupted: Callable[[], bool] = never
-    """Asked by an engine's leader while it generates."""
+    """Further arguments of the constructor of vLLM's or SGLang's engine."""
+    is_interrupted: Callable[[], bool] = never_interrupted
+    """Whether a stop of the run was requested; called by the engine's leader while the engine works."""
 
 
 EnginePart = Literal["weights", "kv_cache"]
 
 
 class Engine(Protocol):
-    """Samples from the policy."""
+    """An inference engine that samples from the policy."""
 
     @property
     def version(self) -> int:
@@ -144,24 +149,26 @@ class Engine(Protocol):
 
     @property
     def place(self) -> EnginePlace:
-        """Which engine this is, and this rank's place in it."""
+        """Index of this engine and position of this rank in it."""
         ...
 
     @property
     def starts_together(self) -> bool:
-        """All engines have to be restarted when one is: they meet in collectives while they start."""
+        """Whether all engines must be restarted together, because their start contains collectives over all ranks."""
         ...
 
     @property
     def death(self) -> str:
-        """How the engine ended, as far as this rank knows; empty while it lives."""
+        """Why the engine died, as far as this rank knows; empty while it is alive."""
         ...
 
     def load_weights(self, tensors: Iterator[tuple[str, Tensor]], version: int) -> None:
-        """Take over Hugging Face tensors; every rank of the engine takes part.
+        """Load weights; collective over the engine's ranks.
 
         Args:
-            tensors: of whole shape, filled where ``engine_boxes`` says that this rank reads; one layer's come together.
+            tensors: (Hugging Face name, full-shape tensor); only the parts that this rank reads according to
+                ``engine_boxes`` are filled. The tensors of a layer are consecutive.
+            version: policy version of the weights.
 
         Raises:
             WeightSyncError: a name is missing or unexpected, or a shape is wrong.
@@ -176,60 +183,63 @@ class Engine(Protocol):
         max_requests: int,
         should_stop: Callable[[], bool] | None = None,
     ) -> Iterator[Finished]:
-        """Samples in the order in which they finish; every rank of the engine takes part, its leader gets them.
+        """Yield samples on the leader in the order in which they finish; collective over the engine's ranks.
 
         Args:
-            requests: pulled one by one by the leader, as places get free, so that engines can share a queue; None:
-                there is no request now, but there may be after the next sample.
-            max_requests: requests that may be in work at a time.
-            should_stop: asked by the leader all the time; once it says yes, what is in work is returned as it is, with
-                the finish reason "abort", and the iterator ends.
+            requests: read one by one by the leader as capacity becomes free, so that engines can share a queue; None
+                means that there is no request now, but there may be one after the next sample.
+            max_requests: requests that may be in progress at a time.
+            should_stop: called by the leader repeatedly; once it returns True, the unfinished samples are returned
+                with their tokens so far and the finish reason "abort", and the iterator ends.
 
         Raises:
             EngineError: a request is empty, too long or has a token outside the vocabulary.
-            EngineDied: the engine is gone and may be restarted.
-            Interrupted: on every rank of the engine, as its setup was told.
+            EngineDied: the engine has died and may be restarted.
+            Interrupted: on every rank of the engine, if ``is_interrupted`` of the setup returns True.
         """
         ...
 
-    def score(self, continuations: Sequence[Continuation]) -> list[Tensor]:
-        """Log-probabilities of tokens at temperature 1; every rank of the engine takes part, with the same ones.
+    def loglikelihood(self, continuations: Sequence[Continuation]) -> list[Tensor]:
+        """Compute the log-probabilities of given tokens at temperature 1; collective over the engine's ranks.
+
+        Args:
+            continuations: the same on every rank of the engine.
 
         Returns:
-            [T - start] float32 of each, on the leader; empty on the other ranks.
+            One [T - start] float32 tensor for each continuation on the leader; an empty list on the other ranks.
 
         Raises:
-            EngineError: one is too long, or has nothing before it.
-            EngineDied: the engine is gone and may be restarted.
+            EngineError: a continuation is too long, or has no token before it.
+            EngineDied: the engine has died and may be restarted.
         """
         ...
 
     def sleep(self) -> None:
-        """Give up the memory of weights and caches; the engine has no version until weights are pushed again."""
+        """Release the memory of weights and caches; the engine has no version until weights are pushed again."""
         ...
 
     def wake(self, part: EnginePart) -> None:
-        """Take the memory of a part again: that of the weights before a push, that of the cache before generating.
+        """Reallocate the memory of a part: "weights" before a push, "kv_cache" before generating.
 
-        Nothing happens when it is awake.
+        Does nothing if the part is awake.
         """
         ...
 
     def memory(self) -> Mapping[EnginePart, int]:
-        """Bytes that this rank's part of the engine holds now, as far as it can tell."""
+        """Bytes that this rank's part of the engine holds now; parts of unknown size are absent."""
         ...
 
     def restart(self) -> None:
-        """Start again after EngineDied, without weights; every rank of the engine takes part."""
+        """Start again after EngineDied, without weights; collective over the engine's ranks."""
         ...
 
     def close(self) -> None:
-        """Give up processes and memory."""
+        """End the engine's processes and release its memory."""
         ...
 
 
 def check_request(request: Request, params: SamplingParams, setup: EngineSetup) -> None:
-    """Refuse what an engine cannot take, before it sees it.
+    """Reject an invalid request before the engine receives it.
 
     Raises:
         EngineError: the request is empty, too long or has a token outside the vocabulary.
@@ -248,34 +258,34 @@ def check_request(request: Request, params: SamplingParams, setup: EngineSetup) 
 
 
 def check_continuations(continuations: Sequence[Continuation], setup: EngineSetup, *, version: int) -> None:
-    """Refuse what an engine cannot score, before it sees it.
+    """Reject invalid continuations before the engine receives them; collective over the engine's ranks.
 
     Raises:
-        EngineError: the engine has no weights; one is too long, has nothing before it, or tokens
+        EngineError: the engine has no weights, or a continuation is too long, has no token before it, or has tokens
             outside the vocabulary.
-        Interrupted: on every rank of the engine, as the setup was told.
+        Interrupted: on every rank of the engine, if ``is_interrupted`` of the setup returns True.
     """
     engine = setup.place
     if engine.from_leader(engine.is_leader and setup.is_interrupted()):
-        raise Interrupted("asked to stop while continuations are scored")
+        raise Interrupted("a stop was requested while log-likelihoods were computed")
     if version < 0:
-        raise EngineError("the engine has no weights: push them before it scores.")
-    for place, one in enumerate(continuations):
-        length = one.token_ids.numel()
-        if not 0 < one.start < length:
+        raise EngineError("the engine has no weights. Push weights before computing log-likelihoods.")
+    for index, continuation in enumerate(continuations):
+        length = continuation.token_ids.numel()
+        if not 0 < continuation.start < length:
             raise EngineError(
-                f"continuation {place} starts at token {one.start} of {length}: expected 1 to {length - 1}."
+                f"continuation {index} starts at token {continuation.start} of {length}: expected 1 to {length - 1}."
             )
         if length >= setup.max_model_len:
             raise EngineError(
-                f"continuation {place} has {length} tokens, expected fewer than the engine's {setup.max_model_len}."
+                f"continuation {index} has {length} tokens, expected fewer than the engine's {setup.max_model_len}."
             )
-        _check_tokens(f"continuation {place}", one.token_ids, setup)
+        _check_tokens(f"continuation {index}", continuation.token_ids, setup)
 
 
 def _check_tokens(what: str, ids: Tensor, setup: EngineSetup) -> None:
     if int(ids.min()) < 0 or int(ids.max()) >= setup.spec.vocab_size:
         raise EngineError(
             f"{what}: token ids {int(ids.min())} to {int(ids.max())}, expected 0 to {setup.spec.vocab_size - 1}. The "
-            "tokenizer and the model do not belong together."
+            "tokenizer does not match the model."
         )

@@ -1,4 +1,4 @@
-"""A decoder-only transformer on Hugging Face weights with a key/value cache: the embedded engine's model."""
+"""The embedded engine's model: a decoder-only transformer on Hugging Face weights with a KV cache."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,32 +15,33 @@ from megatron_rl.models.table import EMBEDDING, LM_HEAD
 from megatron_rl.rollout.engines.loading import ExpectedTensors
 from megatron_rl.weights.layout import hf_shapes
 
-# Modules that take the same input, and are kept under the name of the first; gate and up of a feed-forward block too.
+# modules with the same input, fused under the name of the first; gate and up of a feed-forward block are fused too
 ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj")
 
 
 @dataclass(kw_only=True)
 class KVCache:
-    """Keys and values of some rows; row b holds ``lengths[b]`` tokens from place 0 on."""
+    """Keys and values of B rows; row b holds ``lengths[b]`` tokens, at the positions from 0 on."""
 
     keys: list[Tensor]
     """One [B, groups, capacity, head_dim] for each layer."""
     values: list[Tensor]
+    """As ``keys``."""
     lengths: Tensor
     """[B] int64."""
 
     def select(self, rows: Tensor) -> "KVCache":
-        """Some of the rows, repetitions allowed."""
+        """Return the given rows; repetitions are allowed."""
         return KVCache(
             keys=[x[rows] for x in self.keys], values=[x[rows] for x in self.values], lengths=self.lengths[rows]
         )
 
     def join(self, other: "KVCache") -> "KVCache":
-        """The rows of both, with the larger capacity."""
+        """Return the rows of both caches, with the larger of their capacities."""
         capacity = max(self.keys[0].size(2), other.keys[0].size(2))
 
-        def stack(mine: list[Tensor], theirs: list[Tensor]) -> list[Tensor]:
-            return [torch.cat([_widen(a, capacity), _widen(b, capacity)]) for a, b in zip(mine, theirs, strict=True)]
+        def stack(first: list[Tensor], second: list[Tensor]) -> list[Tensor]:
+            return [torch.cat([_widen(a, capacity), _widen(b, capacity)]) for a, b in zip(first, second, strict=True)]
 
         return KVCache(
             keys=stack(self.keys, other.keys),
@@ -54,7 +55,7 @@ def _widen(cache: Tensor, capacity: int) -> Tensor:
 
 
 class Decoder:
-    """The model; weights arrive by ``load`` and may be replaced at any time between calls."""
+    """The model; ``load`` sets its weights, and may replace them at any time between other calls."""
 
     def __init__(self, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> None:
         self.spec = spec
@@ -63,21 +64,21 @@ class Decoder:
         self._shapes = hf_shapes(layout_table(spec, 1))
         self._expected = ExpectedTensors(self._shapes)
         self._weights: dict[str, Tensor] = {}
-        """Under the names of Hugging Face; some are parts of a fused one."""
+        """Weights by Hugging Face name; some are views into a fused weight."""
         self._fused: dict[str, Tensor] = {}
-        """Weights that are multiplied by the same input, one behind the other."""
+        """Concatenated weights with the same input, by the name of the first one."""
         self._allocate()
         self._frequencies = inverse_frequencies(spec).to(device)
         self._scale = softmax_scale(spec)
         self.routes: list[Tensor] = []
-        """[B, P, experts per token] int64 of each layer of the last pass; empty without experts."""
+        """Experts chosen in the last pass: [B, P, experts per token] int64 of each layer; empty without experts."""
 
     def weights(self) -> list[Tensor]:
-        """All of them."""
+        """Return all weights."""
         return list(self._weights.values())
 
     def load(self, tensors: Iterator[tuple[str, Tensor]]) -> None:
-        """Copy whole tensors in.
+        """Copy full Hugging Face tensors into the weights.
 
         Raises:
             WeightSyncError: a name is unexpected, double or missing, or a shape is wrong.
@@ -87,7 +88,7 @@ class Decoder:
         self._expected.check_complete()
 
     def new_cache(self, rows: int, capacity: int) -> KVCache:
-        """An empty cache."""
+        """Return an empty cache with a capacity of ``capacity`` tokens in each row."""
         shape = (rows, self.spec.num_query_groups, capacity, self.spec.head_dim)
         return KVCache(
             keys=[torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(self.spec.num_layers)],
@@ -97,39 +98,41 @@ class Decoder:
 
     @torch.no_grad()
     def prefill(self, prompts: Tensor, lengths: Tensor, cache: KVCache) -> Tensor:
-        """Fill an empty cache; [B, V] float32 logits behind each prompt.
+        """Fill an empty cache with prompts; return the logits [B, V] float32 after each prompt.
 
         Args:
             prompts: [B, P] int64, padded on the right.
-            lengths: [B] int64.
+            lengths: [B] int64, tokens of each prompt.
+            cache: cache with B rows and a capacity of at least P.
         """
         hidden = self._whole_pass(prompts, cache)
         cache.lengths.copy_(lengths)
         return self._logits(hidden[torch.arange(len(lengths), device=self.device), lengths - 1])
 
     @torch.no_grad()
-    def score(self, token_ids: Tensor, start: int) -> Tensor:
-        """[T - start] float32 log-probabilities of the tokens [T] from ``start`` on, at temperature 1."""
+    def loglikelihood(self, token_ids: Tensor, start: int) -> Tensor:
+        """Return [T - start] float32, the log-probabilities at temperature 1 of the tokens [T] from ``start`` on."""
         hidden = self._whole_pass(token_ids[None, :-1], None)[0, start - 1 :]
         return self._logits(hidden).log_softmax(-1).gather(1, token_ids[start:, None])[:, 0]
 
     @torch.no_grad()
     def decode(self, tokens: Tensor, cache: KVCache, working: Tensor) -> Tensor:
-        """Append one token to every row; [B, V] float32 logits behind it.
+        """Append one token to every row; return the logits [B, V] float32 after it.
 
         Args:
             tokens: [B] int64.
-            working: [B] bool; rows outside it do not grow.
+            cache: cache with B rows.
+            working: [B] bool; the lengths of the other rows do not grow.
         """
         self.routes.clear()
-        places = cache.lengths
-        longest, shortest = int(places.max()), int(places.min())
+        positions = cache.lengths
+        longest, shortest = int(positions.max()), int(positions.min())
         width = longest + 1
         mask = None
         if shortest < longest:
-            mask = (torch.arange(width, device=self.device) <= places[:, None])[:, None, None]  # [B, 1, 1, width]
+            mask = (torch.arange(width, device=self.device) <= positions[:, None])[:, None, None]  # [B, 1, 1, width]
         rows = torch.arange(tokens.size(0), device=self.device)
-        rotation = self._rotation(places[:, None])
+        rotation = self._rotation(positions[:, None])
         hidden = F.embedding(tokens[:, None], self._weights[EMBEDDING])
         for layer in range(self.spec.num_layers):
             query, key, value = self._project(layer, hidden, rotation)
@@ -137,14 +140,14 @@ class Decoder:
             if mask is None:
                 keys[:, :, longest], values[:, :, longest] = key[:, :, 0], value[:, :, 0]
             else:
-                keys[rows, :, places], values[rows, :, places] = key[:, :, 0], value[:, :, 0]
-            # the heads of a group stand where positions stand otherwise, so that they share its keys without copies
+                keys[rows, :, positions], values[rows, :, positions] = key[:, :, 0], value[:, :, 0]
+            # the heads of a group take the dimension of the positions, so that they share its keys without copies
             grouped = query.reshape(query.size(0), self.spec.num_query_groups, -1, self.spec.head_dim)
             attended = F.scaled_dot_product_attention(
                 grouped,
                 keys[:, :, :width],
                 values[:, :, :width],
-                attn_mask=self._within_window(layer, mask, places, width),
+                attn_mask=self._within_window(layer, mask, positions, width),
                 scale=self._scale,
             )
             hidden = self._finish_layer(layer, hidden, attended.reshape(query.shape))
@@ -152,7 +155,7 @@ class Decoder:
         return self._logits(hidden[:, 0])
 
     def _whole_pass(self, prompts: Tensor, cache: KVCache | None) -> Tensor:
-        """[B, P, H] of whole prompts [B, P], whose keys and values go to the cache, if there is one."""
+        """Return hidden states [B, P, H] of whole prompts [B, P]; write keys and values to the cache, if any."""
         self.routes.clear()
         width = prompts.size(1)
         rotation = self._rotation(torch.arange(width, device=self.device))
@@ -170,22 +173,26 @@ class Decoder:
         return hidden
 
     def _seen_in_prompt(self, layer: int, width: int) -> Tensor | None:
-        """[width, width] bool, which tokens each one attends to; None: all before it."""
+        """Return [width, width] bool, the tokens that each token attends to; None: itself and all before it."""
         window = self.spec.window_of(layer)
         if window is None or width <= window:
             return None
         return torch.ones(width, width, dtype=torch.bool, device=self.device).tril().triu(1 - window)
 
-    def _within_window(self, layer: int, mask: Tensor | None, places: Tensor, width: int) -> Tensor | None:
-        """[B, 1, 1, width] bool, what the tokens at ``places`` attend to among ``mask``; None: everything."""
+    def _within_window(self, layer: int, mask: Tensor | None, positions: Tensor, width: int) -> Tensor | None:
+        """Restrict ``mask`` to the layer's sliding window.
+
+        Returns:
+            [B, 1, 1, width] bool, what the tokens at ``positions`` [B] attend to; None: everything.
+        """
         window = self.spec.window_of(layer)
         if window is None or width <= window:
             return mask
-        near = (torch.arange(width, device=self.device) > places[:, None] - window)[:, None, None]
+        near = (torch.arange(width, device=self.device) > positions[:, None] - window)[:, None, None]
         return near if mask is None else near & mask
 
     def _allocate(self) -> None:
-        """Room for every weight; those with a common input lie together, so that one product serves all of them."""
+        """Allocate the weights; those with the same input are contiguous, so that they share a matrix product."""
         groups = (ATTENTION_INPUTS, (self.spec.hf_names.gate, self.spec.hf_names.up))
         for name, shape in self._shapes.items():
             prefix, _, last = name.rpartition(".")
@@ -201,13 +208,13 @@ class Decoder:
                 self._weights |= dict(zip(names, whole.split(sizes), strict=True))
 
     def _rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines [..., 1, P, dim] of positions [..., P], the same for every layer."""
+        """Return cosines and sines [..., 1, P, dim] of positions [..., P], the same for every layer."""
         angles = positions[..., None].float() * self._frequencies  # [..., P, dim / 2]
         angles = torch.cat([angles, angles], -1).unsqueeze(-3)
         return angles.cos().to(self.dtype), angles.sin().to(self.dtype)
 
     def _project(self, layer: int, hidden: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [B, heads, P, dim], keys and values [B, groups, P, dim], rotated."""
+        """Return rotated queries [B, heads, P, dim], rotated keys and plain values [B, groups, P, dim]."""
         prefix = f"model.layers.{layer}."
         normed = self._norm(hidden, prefix + "input_layernorm.weight")
         bias = self._fused[prefix + "self_attn.q_proj.bias"] if self.spec.qkv_bias else None
@@ -239,9 +246,9 @@ class Decoder:
         return linear(F.silu(gate) * up, self._weights[f"{prefix}{names.down}.weight"])
 
     def _experts(self, normed: Tensor, prefix: str, moe: MoeSpec) -> Tensor:
-        """[B, P, H]: every token through its chosen experts, weighted by their probabilities."""
+        """Return [B, P, H], the outputs of each token's experts weighted by their probabilities."""
         tokens = normed.flatten(0, 1)
-        # the router is computed in float32, whatever the weights are
+        # the router is computed in float32, whatever the dtype of the weights
         scores = F.linear(tokens.float(), self._weights[prefix + "gate.weight"].float()).softmax(-1)
         weights, chosen = scores.topk(moe.experts_per_token, dim=-1)  # [B * P, experts per token]
         self.routes.append(chosen.view(*normed.shape[:2], -1))

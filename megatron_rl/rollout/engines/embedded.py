@@ -1,4 +1,4 @@
-"""The embedded engine: batched, KV-cached sampling in the trainer's own process, on torch alone.
+"""The embedded engine: batched sampling with a KV cache in the trainer's own process, with torch only.
 
 Rows join as others finish (continuous batching); the samples of a prompt share its prefill.
 """
@@ -30,27 +30,27 @@ DROP_SHARE = 0.125
 
 @dataclass(kw_only=True)
 class _Rows:
-    """The samples in work; row b of every tensor belongs to one sample."""
+    """The samples in progress; row b of every tensor belongs to one sample."""
 
     cache: KVCache
     logits: Tensor
     """[B, V] float32, for the next token."""
     draws: Tensor
-    """[B, max_new_tokens] float64."""
+    """[B, max_new_tokens] float64 in [0, 1), one random draw for each token."""
     tokens: Tensor
     """[B, max_new_tokens] int64."""
     logprobs: Tensor
     """[B, max_new_tokens] float32."""
     counts: Tensor
-    """[B] int64, tokens so far."""
+    """[B] int64, number of tokens sampled so far."""
     limits: Tensor
-    """[B] int64, tokens at the end."""
+    """[B] int64, maximum number of tokens."""
     working: Tensor
-    """[B] bool; the others are finished and about to be dropped."""
+    """[B] bool; the other rows are finished and not dropped yet."""
     owners: list[tuple[int, int]]
     """(request key, sample) of each row."""
     routing: Tensor | None
-    """[B, capacity, layers, experts per token] int16, of the tokens in the cache; None unless it is reported."""
+    """[B, capacity, layers, experts per token] int16, of the tokens in the cache; None unless routing is reported."""
 
     def select(self, rows: Tensor) -> "_Rows":
         return _Rows(
@@ -87,6 +87,10 @@ class EmbeddedEngine:
     starts_together = False
 
     def __init__(self, setup: EngineSetup, *, reports_routing: bool = False) -> None:
+        """
+        Args:
+            reports_routing: return the experts of every token with each completion.
+        """
         self.place = setup.place
         self._setup = setup
         self._decoder = Decoder(setup.spec, setup.device, setup.dtype)
@@ -101,7 +105,7 @@ class EmbeddedEngine:
 
     @property
     def death(self) -> str:
-        return ""  # it lives as long as this process
+        return ""  # the engine has no process of its own
 
     def load_weights(self, tensors: Iterator[tuple[str, Tensor]], version: int) -> None:
         self._version = -1  # half-loaded weights have no version
@@ -110,11 +114,11 @@ class EmbeddedEngine:
 
     def sleep(self) -> None:
         self._version = -1
-        self._weights.give_up()  # there is no cache between calls
+        self._weights.release()  # a KV cache exists only during ``generate``
 
     def wake(self, part: EnginePart) -> None:
         if part == "weights":
-            self._weights.take_again()
+            self._weights.reallocate()
 
     def memory(self) -> Mapping[EnginePart, int]:
         return {"weights": self._weights.num_bytes, "kv_cache": 0}
@@ -139,7 +143,7 @@ class EmbeddedEngine:
         )
         rows: _Rows | None = None
         while True:
-            if admission.is_over():
+            if admission.should_abort():
                 if rows is not None:
                     yield from self._finish(rows, rows.working.nonzero()[:, 0], "abort")
                 return
@@ -156,9 +160,12 @@ class EmbeddedEngine:
             if rows is not None:
                 self._advance(rows)
 
-    def score(self, continuations: Sequence[Continuation]) -> list[Tensor]:
+    def loglikelihood(self, continuations: Sequence[Continuation]) -> list[Tensor]:
         check_continuations(continuations, self._setup, version=self._version)
-        return [self._decoder.score(one.token_ids.to(self._device), one.start).cpu() for one in continuations]
+        return [
+            self._decoder.loglikelihood(continuation.token_ids.to(self._device), continuation.start).cpu()
+            for continuation in continuations
+        ]
 
     def _admit(self, requests: list[Request], params: SamplingParams) -> _Rows:
         """Prefill every prompt once and give each of its samples a row."""
@@ -170,44 +177,44 @@ class EmbeddedEngine:
         routing = self._routing_of_prompts(width + params.max_new_tokens) if self._reports_routing else None
         seeds = [seed for request in requests for seed in request.seeds]
         repeats = torch.tensor([len(request.seeds) for request in requests], device=self._device)
-        of_request = torch.arange(len(requests), device=self._device).repeat_interleave(repeats)
+        request_of_row = torch.arange(len(requests), device=self._device).repeat_interleave(repeats)
         limits = torch.tensor([request.limit(params) for request in requests], device=self._device)
         shape = (len(seeds), params.max_new_tokens)
         return _Rows(
-            cache=cache.select(of_request),
-            logits=logits[of_request],
+            cache=cache.select(request_of_row),
+            logits=logits[request_of_row],
             draws=torch.stack([uniforms(seed, params.max_new_tokens) for seed in seeds]).to(self._device),
             tokens=torch.zeros(shape, dtype=torch.int64, device=self._device),
             logprobs=torch.zeros(shape, dtype=torch.float32, device=self._device),
             counts=torch.zeros(len(seeds), dtype=torch.int64, device=self._device),
-            limits=limits[of_request],
+            limits=limits[request_of_row],
             working=torch.ones(len(seeds), dtype=torch.bool, device=self._device),
             owners=[(request.key, sample) for request in requests for sample in range(len(request.seeds))],
-            routing=None if routing is None else routing[of_request],
+            routing=None if routing is None else routing[request_of_row],
         )
 
     def _advance(self, rows: _Rows) -> None:
-        """Logits after the last token of every row, and where that token was routed."""
-        places = None if rows.routing is None else rows.cache.lengths.clone()
+        """Decode the last token of every row: update the logits and record the experts of that token."""
+        positions = None if rows.routing is None else rows.cache.lengths.clone()
         rows.logits = self._decoder.decode(_last_tokens(rows), rows.cache, rows.working)
         if rows.routing is not None:
-            rows.routing[torch.arange(len(rows.owners), device=self._device), places] = self._routes()[:, 0]
+            rows.routing[torch.arange(len(rows.owners), device=self._device), positions] = self._routes()[:, 0]
 
     def _routes(self) -> Tensor:
-        """[B, P, layers, experts per token] int16 of the decoder's last pass."""
+        """Return [B, P, layers, experts per token] int16, the experts of the decoder's last pass."""
         return torch.stack(self._decoder.routes, dim=2).to(torch.int16)
 
     def _routing_of_prompts(self, capacity: int) -> Tensor:
-        """[B, capacity, layers, experts per token] int16; tokens that never pass go to the first experts."""
+        """Return [B, capacity, layers, experts per token] int16; positions without a token name the first experts."""
         return _widen_routing(self._routes(), capacity)
 
     def _step(self, rows: _Rows, stops: Tensor, params: SamplingParams) -> list[Finished]:
-        """Choose the next token of every row; what finishes with it."""
-        # rows that wait to be dropped have no place left for another token and keep their last
-        places = rows.counts.clamp(max=params.max_new_tokens - 1)[:, None]
-        tokens, logprobs = choose(rows.logits, rows.draws.gather(1, places)[:, 0], params)
+        """Sample the next token of every row; return the samples that finish with it."""
+        # finished rows that are not dropped yet have no position left for another token and keep their last one
+        positions = rows.counts.clamp(max=params.max_new_tokens - 1)[:, None]
+        tokens, logprobs = choose(rows.logits, rows.draws.gather(1, positions)[:, 0], params)
         for kept, new in ((rows.tokens, tokens), (rows.logprobs, logprobs)):
-            kept.scatter_(1, places, torch.where(rows.working[:, None], new[:, None], kept.gather(1, places)))
+            kept.scatter_(1, positions, torch.where(rows.working[:, None], new[:, None], kept.gather(1, positions)))
         rows.counts += rows.working
         stopped = torch.isin(tokens, stops)
         ended = rows.working & (stopped | (rows.counts == rows.limits))
@@ -221,20 +228,20 @@ class EmbeddedEngine:
         tokens, logprobs = rows.tokens[ended].cpu(), rows.logprobs[ended].cpu()
         routes = self._routing_of_ended(rows, ended)
         finished = []
-        for place, (row, count) in enumerate(zip(ended.tolist(), rows.counts[ended].tolist(), strict=True)):
+        for i, (row, count) in enumerate(zip(ended.tolist(), rows.counts[ended].tolist(), strict=True)):
             key, sample = rows.owners[row]
             completion = Completion(
-                token_ids=tokens[place, :count],
-                logprobs=logprobs[place, :count],
+                token_ids=tokens[i, :count],
+                logprobs=logprobs[i, :count],
                 finish_reason=reason,
                 policy_version=self._version,
-                routing=routes[place],
+                routing=routes[i],
             )
             finished.append(Finished(key=key, sample=sample, completion=completion))
         return finished
 
     def _routing_of_ended(self, rows: _Rows, ended: Tensor) -> Sequence[Tensor | None]:
-        """[P + R, layers, experts per token] int16 of each."""
+        """Return [P + R, layers, experts per token] int16 for each ended row, or None if routing is not reported."""
         if rows.routing is None:
             return [None] * ended.numel()
         lengths = (rows.cache.lengths[ended] + 1).tolist()  # the token just chosen is not in the cache
@@ -249,15 +256,15 @@ class EmbeddedEngine:
         return rows.select(rows.working.nonzero().flatten())
 
 
-def _join_routing(mine: Tensor | None, theirs: Tensor | None) -> Tensor | None:
-    if mine is None or theirs is None:
+def _join_routing(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    if first is None or second is None:
         return None
-    capacity = max(mine.size(1), theirs.size(1))
-    return torch.cat([_widen_routing(mine, capacity), _widen_routing(theirs, capacity)])
+    capacity = max(first.size(1), second.size(1))
+    return torch.cat([_widen_routing(first, capacity), _widen_routing(second, capacity)])
 
 
 def _widen_routing(routing: Tensor, capacity: int) -> Tensor:
-    """[B, T, layers, k] to [B, capacity, layers, k]; the new places go to the first k experts."""
+    """Pad [B, T, layers, k] to [B, capacity, layers, k]; the new positions name the first k experts."""
     first = torch.arange(routing.size(3), dtype=routing.dtype, device=routing.device)
     more = first.expand(routing.size(0), capacity - routing.size(1), *routing.shape[2:])
     return torch.cat([routing, more], dim=1)

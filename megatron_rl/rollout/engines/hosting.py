@@ -1,4 +1,4 @@
-"""What vLLM and SGLang have in common: how they are started, and how they say that a request ended."""
+"""Helpers for vLLM and SGLang: dtype names, finish reasons, and the environment in which they start."""
 
 import os
 from collections.abc import Collection, Iterator, Mapping
@@ -13,24 +13,26 @@ DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _FINISH_REASONS: Mapping[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
 
 
-def finish_reason(said: str) -> FinishReason:
-    """Our name of an engine's reason.
+def finish_reason(reason: str) -> FinishReason:
+    """Return the finish reason for the one that an engine reports.
 
     Raises:
-        EngineError: there is none.
+        EngineError: the reason is unknown.
     """
-    if said not in _FINISH_REASONS:
-        raise EngineError(f"the engine ended a request with {said!r}, expected one of {list(_FINISH_REASONS)}.")
-    return _FINISH_REASONS[said]
+    if reason not in _FINISH_REASONS:
+        raise EngineError(f"the engine reported the finish reason {reason!r}, expected one of {list(_FINISH_REASONS)}.")
+    return _FINISH_REASONS[reason]
 
 
 @contextmanager
-def surroundings(variables: Mapping[str, str], without: Collection[str] = ()) -> Iterator[None]:
-    """Environment for the time of an engine's start; what it changes in the process is put back.
+def temporary_environment(variables: Mapping[str, str], without: Collection[str] = ()) -> Iterator[None]:
+    """Set environment variables during the body, in which an engine starts, and restore the process state after it.
+
+    The environment, torch's CPU random state and ``torch.set_num_threads`` are restored.
 
     Args:
-        variables: to be set.
-        without: beginnings of names that the engine must not see.
+        variables: environment variables to set.
+        without: prefixes of the names of environment variables to remove.
     """
     before, random_state, set_num_threads = dict(os.environ), torch.get_rng_state(), torch.set_num_threads
     for name in [name for name in before if name.startswith(tuple(without))]:

@@ -1,4 +1,4 @@
-"""Whether exactly the model's tensors come into an engine that would not say so itself."""
+"""Check that a push contains exactly the model's tensors, for engines that do not check it themselves."""
 
 from collections.abc import Iterator, Mapping
 
@@ -8,35 +8,36 @@ from megatron_rl.errors import WeightSyncError
 
 
 class ExpectedTensors:
-    """Names and shapes of a model's Hugging Face tensors, held against those of a push."""
+    """Compares the tensors of a push with the names and shapes of the model's Hugging Face tensors."""
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self._shapes = shapes
         self._seen: set[str] = set()
 
     def watch(self, tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """The same tensors, each checked as it passes.
+        """Yield the tensors unchanged, each after a check.
 
         Raises:
-            WeightSyncError: one is unexpected or misshapen.
+            WeightSyncError: a tensor is unexpected, comes twice, or has the wrong shape.
         """
         self._seen = set()
         for name, tensor in tensors:
             if name not in self._shapes or name in self._seen:
-                often = "twice" if name in self._seen else "unexpectedly"
-                raise WeightSyncError(f"weights for the engine: {name} came {often}.")
+                problem = "came twice" if name in self._seen else "is not a tensor of the model"
+                raise WeightSyncError(f"weights for the engine: {name} {problem}.")
             if tuple(tensor.shape) != self._shapes[name]:
                 raise WeightSyncError(
-                    f"weights for the engine: {name} is {tuple(tensor.shape)}, expected {self._shapes[name]}."
+                    f"weights for the engine: {name} has shape {tuple(tensor.shape)}, expected {self._shapes[name]}."
                 )
             self._seen.add(name)
             yield name, tensor
 
     def check_complete(self) -> None:
-        """
+        """Check that all tensors of the model came.
+
         Raises:
-            WeightSyncError: one did not come.
+            WeightSyncError: a tensor is missing.
         """
         missing = sorted(set(self._shapes) - self._seen)
         if missing:
-            raise WeightSyncError(f"weights for the engine: {len(missing)} tensors did not come, first {missing[0]}.")
+            raise WeightSyncError(f"weights for the engine: {len(missing)} tensors are missing, first {missing[0]}.")

@@ -1,4 +1,4 @@
-"""From logits to a token, and seeds that depend on nothing but the sample."""
+"""Token sampling from logits, and seeds that depend only on the sample."""
 
 import hashlib
 
@@ -8,26 +8,27 @@ from torch import Tensor
 from megatron_rl.types import SamplingParams
 
 
-def sample_seed(run_seed: int, *place: int) -> int:
-    """A 63-bit seed of (run seed, step, prompt, sample) or any other place; unequal places give unrelated seeds."""
-    text = ",".join(str(number) for number in (run_seed, *place))
+def sample_seed(run_seed: int, *indices: int) -> int:
+    """Return a 63-bit seed for indices such as (step, prompt, sample); different indices give unrelated seeds."""
+    text = ",".join(str(number) for number in (run_seed, *indices))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 1
 
 
 def uniforms(seed: int, count: int) -> Tensor:
-    """[count] float64 in [0, 1): the draws of one sample."""
+    """Return [count] float64 in [0, 1), the random draws of one sample."""
     return torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def choose(logits: Tensor, draws: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
-    """A token for every row and its log-probability under the distribution it was drawn from.
+    """Sample a token for every row, with its log-probability under the distribution it was drawn from.
 
     Args:
         logits: [B, V] float32.
-        draws: [B] float64 in [0, 1); unused when greedy.
+        draws: [B] float64 in [0, 1); unused at temperature 0.
+        params: temperature, top_p and top_k.
 
     Returns:
-        tokens [B] int64 and logprobs [B] float32. Greedy (temperature 0) reports the
+        Tokens [B] int64 and log-probabilities [B] float32. Greedy sampling (temperature 0) reports the
         log-probability at temperature 1.
     """
     if params.temperature == 0:
@@ -36,21 +37,21 @@ def choose(logits: Tensor, draws: Tensor, params: SamplingParams) -> tuple[Tenso
     else:
         logprobs = _restrict(logits / params.temperature, params).log_softmax(-1)
         cumulative = logprobs.exp().double().cumsum(-1)
-        # scaled by the sum, which rounding leaves a little off 1
+        # draws are scaled by the sum, because rounding leaves it slightly off 1
         tokens = torch.searchsorted(cumulative, (draws * cumulative[:, -1])[:, None], right=True)[:, 0]
         tokens = tokens.clamp(max=logits.size(-1) - 1)
     return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
 
 
 def _restrict(logits: Tensor, params: SamplingParams) -> Tensor:
-    """Logits with everything outside top-k and top-p at -inf."""
+    """Set the logits outside top-k and top-p to -inf."""
     if 0 < params.top_k < logits.size(-1):
         threshold = logits.topk(params.top_k, -1).values[:, -1:]
         logits = logits.masked_fill(logits < threshold, float("-inf"))
     if params.top_p < 1:
         values, order = logits.sort(-1, descending=True)
         probabilities = values.softmax(-1)
-        # a token stays when those before it have not reached top_p; the first always stays
+        # a token stays if the more likely tokens sum to less than top_p; the most likely one always stays
         outside = probabilities.cumsum(-1) - probabilities >= params.top_p
         logits = logits.masked_fill(torch.zeros_like(outside).scatter(-1, order, outside), float("-inf"))
     return logits

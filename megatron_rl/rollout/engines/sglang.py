@@ -1,6 +1,6 @@
-"""SGLang beside the trainer: its schedulers are child processes of the first rank of each engine.
+"""The SGLang engine; its schedulers are child processes of the first rank of each engine.
 
-Written against SGLang 0.5.11 to 0.5.23. Every rank hands its child the part that it reads.
+Written against SGLang 0.5.11 to 0.5.23. Every rank provides the weights for the child with its TP rank.
 """
 
 import asyncio
@@ -34,17 +34,17 @@ from megatron_rl.rollout.engines.base import (
     Request,
     check_continuations,
 )
-from megatron_rl.rollout.engines.children import ChildWatch, own_signals
-from megatron_rl.rollout.engines.hosting import DTYPES, finish_reason, surroundings
+from megatron_rl.rollout.engines.children import ChildWatch, preserve_signal_handlers
+from megatron_rl.rollout.engines.hosting import DTYPES, finish_reason, temporary_environment
 from megatron_rl.rollout.engines.loading import ExpectedTensors
 from megatron_rl.types import Completion, SamplingParams
 from megatron_rl.weights.layout import hf_shapes, layer_of
 
-# bytes of whole layers that go over at a time
+# bytes after which a bundle of whole layers is sent to the children
 BUNDLE_BYTES = 2**28
-# SGLang ends a sequence two tokens before its context does, and takes no prompt that ends in the last six
+# SGLang ends a sequence two tokens before the end of its context, and rejects prompts that end in the last six tokens
 SPARE_TOKENS = 8
-# how often a job that may be stopped is asked
+# seconds between two checks whether to stop
 STOP_POLL_S = 0.05
 # with these set, the children would try to join the trainer's world
 LAUNCHER_VARIABLES = (
@@ -60,7 +60,7 @@ LAUNCHER_VARIABLES = (
 
 
 class SglangEngine:
-    """This rank's part of an SGLang engine; the first rank owns it."""
+    """This rank's part of an SGLang engine; the first rank of each engine owns its processes."""
 
     starts_together = False
 
@@ -68,17 +68,18 @@ class SglangEngine:
         """Start the engine.
 
         Args:
-            setup: its options are further arguments of ``sglang.Engine``.
-            seed: of this engine's sampling, which has one random state for all requests.
+            setup: arguments of every engine; its options are further arguments of ``sglang.Engine``.
+            seed: seed of this engine's sampling, which has one random state for all requests.
 
         Raises:
-            EngineError: SGLang is not installed, does not start, or would not compute the model.
+            EngineError: SGLang is not installed, does not start, or cannot compute the model.
         """
         window = setup.spec.sliding_window
         if window is not None and window.size < setup.max_model_len:
             raise EngineError(
-                f"SGLang attends to all tokens where this model attends to the last {window.size}, and sequences may "
-                f"have {setup.max_model_len}. Use rollout.engine=vllm, or shorten prompts and responses to the window."
+                f"SGLang attends to all tokens, but this model attends to the last {window.size}, and sequences may "
+                f"have {setup.max_model_len} tokens. Use rollout.engine=vllm, or shorten prompts and responses to the "
+                "window."
             )
         self.place = setup.place
         self._setup = setup
@@ -101,7 +102,7 @@ class SglangEngine:
         self._asleep = set()
         arguments = {
             "model_path": folder,
-            "load_format": "dummy",  # the first push brings the weights
+            "load_format": "dummy",  # the first push sets the weights
             "skip_tokenizer_init": True,
             "dtype": DTYPES[setup.dtype],
             "context_length": setup.max_model_len + SPARE_TOKENS,
@@ -110,31 +111,31 @@ class SglangEngine:
             "base_gpu_id": setup.local_rank if setup.device.type == "cuda" else 0,
             "random_seed": self._seed,
             "log_level": "error",
-            "sleep_on_idle": True,  # a scheduler that polls takes a core from the trainer while that learns
-            "custom_sigquit_handler": _ignore,  # a child that fails sends it; the trainer would end with the child
+            "sleep_on_idle": True,  # a scheduler that polls would occupy a core during training
+            "custom_sigquit_handler": _ignore,  # a child that fails sends SIGQUIT, which would end the trainer
             **_arguments(setup.device, setup.max_num_sequences * (setup.max_model_len + SPARE_TOKENS)),
             **setup.options,
         }
-        with surroundings(_environment(setup), LAUNCHER_VARIABLES):
+        with temporary_environment(_environment(setup), LAUNCHER_VARIABLES):
             try:
                 import sglang
             except ImportError as error:
                 raise EngineError(
-                    f"rollout.engine=sglang, but it cannot be imported: {error}. See docs/engines.md."
+                    f"rollout.engine=sglang, but SGLang cannot be imported: {error}. Install it as in docs/engines.md."
                 ) from error
             before = set(active_children())
-            with own_signals():
+            with preserve_signal_handlers():
                 try:
                     self._engine = sglang.Engine(**arguments)
                 except RuntimeError as error:
-                    raise EngineError(f"SGLang does not start: {error}") from error
+                    raise EngineError(f"SGLang failed to start: {error}") from error
                 manager, loop = self._engine.tokenizer_manager, self._engine.loop
-                loop.run_until_complete(_begin_answers(manager))
-                for one in (signal.SIGTERM, signal.SIGQUIT):
-                    loop.remove_signal_handler(one)
+                loop.run_until_complete(_start_handle_loop(manager))
+                for number in (signal.SIGTERM, signal.SIGQUIT):
+                    loop.remove_signal_handler(number)
             signal.signal(signal.SIGQUIT, _ignore)
-        # SGLang's own watch ends this process when a child is gone, and its shutdown ends all children of this process,
-        # reward workers and torch's memory manager as well
+        # SGLang's own watchdog ends this process when a child exits, and its shutdown ends all children of this
+        # process, including reward workers and torch's memory manager
         manager._subprocess_watchdog.stop()
         atexit.unregister(self._engine.shutdown)
         self._watch = ChildWatch(loop, set(active_children()) - before, setup.timeout_s)
@@ -149,14 +150,14 @@ class SglangEngine:
 
     def load_weights(self, tensors: Iterator[tuple[str, Tensor]], version: int) -> None:
         self._version = -1  # half-loaded weights have no version
-        self._tell("begin_weight_update")
+        self._call_engine("begin_weight_update")
         try:
             for bundle in _bundles(self._expected.watch(tensors)):
-                self._hand_over(bundle)
+                self._send(bundle)
             self._expected.check_complete()
-        finally:  # also of a push that failed: the next one could not begin
-            self._tell("end_weight_update")
-        self._tell("flush_cache")  # it would answer from the weights before
+        finally:  # also after a failed push: otherwise the next one could not begin
+            self._call_engine("end_weight_update")
+        self._call_engine("flush_cache")  # the prefix cache belongs to the previous weights
         self._version = version
 
     def generate(
@@ -169,51 +170,51 @@ class SglangEngine:
     ) -> Iterator[Finished]:
         if params.logprobs and (params.top_p < 1 or params.top_k > 0):
             raise EngineError(
-                f"SGLang reports log-probabilities of the whole distribution, but top_p={params.top_p} and "
-                f"top_k={params.top_k} sample from a part of it. Set rollout.top_p=1 and rollout.top_k=0."
+                f"SGLang reports log-probabilities of the full distribution, but top_p={params.top_p} and "
+                f"top_k={params.top_k} sample from a truncated one. Set rollout.top_p=1 and rollout.top_k=0."
             )
         if self._engine is None:
             return
-        # the other ranks have nothing to do with requests
-        alone = replace(self._setup, place=replace(self.place, group=None))
+        # the other ranks take no part in generation, so the leader must not broadcast to them
+        leader_setup = replace(self._setup, place=replace(self.place, group=None))
         admission = Admission(
-            requests, params, alone, version=self._version, max_requests=max_requests, should_stop=should_stop
+            requests, params, leader_setup, version=self._version, max_requests=max_requests, should_stop=should_stop
         )
-        is_over, is_answered = False, True
+        is_aborting, has_answer = False, True
         loop = self._engine.loop
         owners: dict[asyncio.Task[Any], tuple[int, int]] = {}
         try:
             while True:
-                is_over = is_over or admission.is_over()
-                for request in () if is_over else admission.pull():
+                is_aborting = is_aborting or admission.should_abort()
+                for request in () if is_aborting else admission.pull():
                     for sample in range(len(request.seeds)):
                         owners[loop.create_task(self._sample(request, params))] = (request.key, sample)
                 if not owners:
                     return
-                if is_over:  # each time: a request that has not reached the engine yet would not hear of it
+                if is_aborting:  # in every iteration, because an abort misses requests that have not reached SGLang yet
                     self._engine.tokenizer_manager.abort_request(abort_all=True)
-                with self._watch.waiting(goes_on=not is_answered):
-                    done = loop.run_until_complete(_some_of(owners, STOP_POLL_S))
-                is_answered = bool(done)
+                with self._watch.waiting(keep_timer=not has_answer):
+                    done = loop.run_until_complete(_wait_for_any(owners, STOP_POLL_S))
+                has_answer = bool(done)
                 for task in done:
                     key, sample = owners.pop(task)
                     admission.finish(key)
                     yield Finished(key=key, sample=sample, completion=self._completion(task.result()))
         finally:
-            self._give_up(owners)
+            self._abort(owners)
 
-    def score(self, continuations: Sequence[Continuation]) -> list[Tensor]:
+    def loglikelihood(self, continuations: Sequence[Continuation]) -> list[Tensor]:
         check_continuations(continuations, self._setup, version=self._version)
         if self._engine is None:
             return []
-        tasks = [self._engine.loop.create_task(self._score(one)) for one in continuations]
-        waiting = set(tasks)
+        tasks = [self._engine.loop.create_task(self._loglikelihood(continuation)) for continuation in continuations]
+        pending = set(tasks)
         try:
-            while waiting:
+            while pending:
                 with self._watch.waiting():
-                    waiting -= self._engine.loop.run_until_complete(_some_of(waiting, None))
+                    pending -= self._engine.loop.run_until_complete(_wait_for_any(pending, None))
         finally:
-            self._give_up(waiting)
+            self._abort(pending)
         return [task.result() for task in tasks]
 
     def sleep(self) -> None:
@@ -231,7 +232,7 @@ class SglangEngine:
                 self._engine.resume_memory_occupation([part])
 
     def memory(self) -> Mapping[EnginePart, int]:
-        return {}  # it is its children's
+        return {}  # the memory belongs to child processes
 
     def restart(self) -> None:
         self.close()
@@ -244,76 +245,77 @@ class SglangEngine:
             self._watch.kill()
         self._watch = self._engine = None
 
-    def _give_up(self, tasks: Collection[asyncio.Task[Any]]) -> None:
+    def _abort(self, tasks: Collection[asyncio.Task[Any]]) -> None:
+        """Abort the requests of tasks that have not ended, and wait for the tasks."""
         if not tasks:
             return
         if not self._watch.lost:
             self._engine.tokenizer_manager.abort_request(abort_all=True)
-            with suppress(EngineDied), self._watch.waiting():  # whoever uses it next hears of a death
+            with suppress(EngineDied), self._watch.waiting():  # the next use of the engine raises it
                 self._engine.loop.run_until_complete(asyncio.wait(tasks))
         if self._watch.lost:
             self._watch.abandon(tasks)
 
     async def _sample(self, request: Request, params: SamplingParams) -> dict[str, Any]:
         stops = list(params.stop_token_ids)
-        wanted = {
+        sampling_params = {
             "temperature": params.temperature,
             "top_p": params.top_p,
             "top_k": params.top_k or -1,
             "max_new_tokens": request.limit(params),
             "stop_token_ids": stops,
-            "ignore_eos": not stops,  # which would ignore the stop tokens as well
+            "ignore_eos": not stops,  # true would ignore the stop tokens as well
         }
         ids = request.token_ids.tolist()
-        found: dict[str, Any] = await self._engine.async_generate(
-            input_ids=ids, sampling_params=wanted, return_logprob=params.logprobs
+        output: dict[str, Any] = await self._engine.async_generate(
+            input_ids=ids, sampling_params=sampling_params, return_logprob=params.logprobs
         )
-        return found
+        return output
 
-    async def _score(self, asked: Continuation) -> Tensor:
-        """[T - start] float32."""
-        ids = asked.token_ids.tolist()
-        found = await self._engine.async_generate(
+    async def _loglikelihood(self, continuation: Continuation) -> Tensor:
+        """Return [T - start] float32, the log-probabilities of the continuation's tokens."""
+        ids = continuation.token_ids.tolist()
+        output = await self._engine.async_generate(
             input_ids=ids,
             sampling_params={"max_new_tokens": 1, "temperature": 0.0},
             return_logprob=True,
-            logprob_start_len=asked.start - 1,  # it says nothing about the first token of those
+            logprob_start_len=continuation.start - 1,  # the first token from there on gets no log-probability
         )
-        entries = found["meta_info"]["input_token_logprobs"][1:]
-        if [entry[1] for entry in entries] != ids[asked.start :]:
-            raise EngineError("SGLang reported log-probabilities of other tokens than those it was asked about.")
+        entries = output["meta_info"]["input_token_logprobs"][1:]
+        if [entry[1] for entry in entries] != ids[continuation.start :]:
+            raise EngineError("SGLang reported log-probabilities of other tokens than those of the continuation.")
         return torch.tensor([entry[0] for entry in entries], dtype=torch.float32)
 
-    def _completion(self, found: Mapping[str, Any]) -> Completion:
-        tokens, about = list(found["output_ids"]), found["meta_info"]
-        # none were asked for where there are none
-        logprobs = about.get("output_token_logprobs", [(math.nan, token) for token in tokens]) if tokens else []
+    def _completion(self, output: Mapping[str, Any]) -> Completion:
+        tokens, meta_info = list(output["output_ids"]), output["meta_info"]
+        # log-probabilities are absent if none were requested
+        logprobs = meta_info.get("output_token_logprobs", [(math.nan, token) for token in tokens]) if tokens else []
         if [entry[1] for entry in logprobs] != tokens:
             raise EngineError("SGLang reported log-probabilities of other tokens than those it returned.")
         return Completion(
             token_ids=torch.tensor(tokens, dtype=torch.int64),
             logprobs=torch.tensor([entry[0] for entry in logprobs], dtype=torch.float32),
-            finish_reason=finish_reason(about["finish_reason"]["type"]),
+            finish_reason=finish_reason(meta_info["finish_reason"]["type"]),
             policy_version=self._version,
         )
 
-    def _hand_over(self, bundle: list[tuple[str, Tensor]]) -> None:
-        """Give every child of the engine its rank's tensors; collective over the engine's ranks."""
+    def _send(self, bundle: list[tuple[str, Tensor]]) -> None:
+        """Send every rank's tensors to the child with its TP rank; collective over the engine's ranks."""
         from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket
 
         flat = FlattenedTensorBucket(named_tensors=bundle)
         content = {"flattened_tensor": flat.get_flattened_tensor(), "metadata": flat.get_metadata()}
-        mine = _serialized(content, self._setup.device)
-        payloads = gather_over(mine, self.place.tp_size, self.place.group)
-        # the memory lives until the children have read it: all ranks hear of it
-        self._tell("update_weights_from_tensor", payloads, load_format="flattened_bucket", flush_cache=False)
+        payload = _serialized(content, self._setup.device)
+        payloads = gather_over(payload, self.place.tp_size, self.place.group)
+        # every rank waits here, so that its tensors stay allocated until the children have read them
+        self._call_engine("update_weights_from_tensor", payloads, load_format="flattened_bucket", flush_cache=False)
 
-    def _tell(self, method: str, *arguments: Any, **options: Any) -> None:
-        """Let the leader call a method of the engine that changes it; collective over the engine's ranks.
+    def _call_engine(self, method: str, *arguments: Any, **options: Any) -> None:
+        """Call a method of ``sglang.Engine`` on the leader; collective over the engine's ranks.
 
         Raises:
-            WeightSyncError: on all of them, when SGLang says that it failed.
-            EngineDied: on all of them, when SGLang does not answer.
+            WeightSyncError: on all ranks, if SGLang reports that the call failed.
+            EngineDied: on all ranks, if SGLang does not answer.
         """
         failure: EngineDied | WeightSyncError | None = None
         if self._engine is not None:
@@ -321,7 +323,7 @@ class SglangEngine:
                 with self._watch.waiting():
                     answer = getattr(self._engine, method)(*arguments, **options)
                 success, message = answer if isinstance(answer, tuple) else (answer.success, answer.message)
-                failure = None if success else WeightSyncError(f"SGLang refused {method}: {message}")
+                failure = None if success else WeightSyncError(f"SGLang failed in {method}: {message}")
             except EngineDied as error:
                 failure = error
         failure = self.place.from_leader(failure)
@@ -330,10 +332,12 @@ class SglangEngine:
 
 
 def _write_config(source: Path, target: Path, positions: int) -> None:
-    """The model's configuration without tokens that end a response, at which SGLang would stop as well.
+    """Write the model's config.json without end-of-sequence tokens, at which SGLang would stop as well.
 
     Args:
-        positions: that it has at least, or SGLang refuses its own spare ones.
+        source: folder with the model's config.json.
+        target: folder to write to.
+        positions: smallest ``max_position_embeddings`` to write; SGLang rejects a context that is longer than that.
     """
     config = json.loads((source / "config.json").read_text())
     longest = max(positions, config["max_position_embeddings"])
@@ -342,9 +346,9 @@ def _write_config(source: Path, target: Path, positions: int) -> None:
 
 
 def _serialized(content: Mapping[str, Any], device: torch.device) -> str:
-    """As SGLang's children read it: handles of GPU memory, or the bytes themselves on the host.
+    """Serialize tensors for SGLang's children: as handles of GPU memory, or as bytes on CPUs.
 
-    torch's shared memory of the host is not used: its manager gives up after a second on a busy machine.
+    torch's shared host memory is not used, because its manager times out after a second on a busy machine.
     """
     if device.type == "cpu":
         return base64.b64encode(pickle.dumps(content)).decode()
@@ -355,7 +359,10 @@ def _serialized(content: Mapping[str, Any], device: torch.device) -> str:
 
 
 def _bundles(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[list[tuple[str, Tensor]]]:
-    """Whole layers, as many as fit a bundle; copied, because the next layer's tensors may use the same memory."""
+    """Yield bundles of whole layers, ended once they have ``BUNDLE_BYTES``.
+
+    The tensors are copied, because those of the next layer may use the same memory.
+    """
     bundle: list[tuple[str, Tensor]] = []
     size, layer = 0, None
     for name, tensor in tensors:
@@ -370,7 +377,7 @@ def _bundles(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[list[tuple[str, 
 
 
 def _arguments(device: torch.device, max_total_tokens: int) -> dict[str, Any]:
-    """What depends on the device."""
+    """Return the arguments of ``sglang.Engine`` that depend on the device."""
     if device.type == "cuda":
         return {"enable_memory_saver": True}
     return {
@@ -385,10 +392,10 @@ def _arguments(device: torch.device, max_total_tokens: int) -> dict[str, Any]:
 
 
 def _environment(setup: EngineSetup) -> dict[str, str]:
-    """Variables that SGLang reads while it starts."""
+    """Return the environment variables that SGLang reads while it starts."""
     if setup.device.type != "cpu":
         return {}
-    # compiling takes longer than the short runs that engines on CPUs are for
+    # compilation would take longer than the short runs that CPU engines are meant for
     values = {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
     cores, first = sorted(os.sched_getaffinity(0)), setup.place.leader
     ranks = range(first, first + setup.place.tp_size)
@@ -396,16 +403,16 @@ def _environment(setup: EngineSetup) -> dict[str, str]:
     return values
 
 
-async def _some_of(tasks: Collection[asyncio.Task[Any]], timeout_s: float | None) -> set[asyncio.Task[Any]]:
-    """Those that are done, at least one of them unless the time is over."""
+async def _wait_for_any(tasks: Collection[asyncio.Task[Any]], timeout_s: float | None) -> set[asyncio.Task[Any]]:
+    """Return the tasks that are done, at least one unless the time is over."""
     done, _ = await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
     return done
 
 
-async def _begin_answers(manager: Any) -> None:
-    """What SGLang does at its first request, together with the handlers of signals that it sets then."""
+async def _start_handle_loop(manager: Any) -> None:
+    """Start SGLang's handling of answers, with which it sets signal handlers; otherwise its first request does both."""
     manager.auto_create_handle_loop()
 
 
 def _ignore(*_: Any) -> None:
-    """What the trainer makes of a child's failure: the watch finds it."""
+    """Handle SIGQUIT of a child that failed by doing nothing: the ChildWatch detects the failure."""

@@ -1,4 +1,4 @@
-"""Engines by name."""
+"""Construction of an engine by name."""
 
 import uuid
 from typing import Literal
@@ -17,10 +17,17 @@ EngineName = Literal["embedded", "vllm", "sglang"]
 def start_engine(
     name: EngineName, setup: EngineSetup, parallel: ParallelContext, *, seed: int, reports_routing: bool = False
 ) -> Engine:
-    """This rank's engine, which has no weights yet; collective.
+    """Start this rank's engine, without weights; collective.
+
+    Args:
+        name: value of ``rollout.engine``.
+        setup: arguments of every engine.
+        parallel: layout of this rank.
+        seed: seed of the run.
+        reports_routing: report the experts of every token; only with the embedded engine.
 
     Raises:
-        EngineError: it is not installed, does not start, or cannot compute the model.
+        EngineError: the engine is not installed, does not start, or cannot compute the model.
     """
     match name:
         case "vllm":

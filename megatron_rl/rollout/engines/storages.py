@@ -1,4 +1,4 @@
-"""Memory that an engine gives up while it sleeps and takes again."""
+"""Tensor memory that an engine releases while it sleeps."""
 
 from collections.abc import Iterable
 
@@ -6,25 +6,25 @@ from torch import Tensor
 
 
 class Storages:
-    """Tensors whose memory comes and goes while every view of them stays valid; their contents are lost."""
+    """Releases and reallocates the memory of tensors; all views stay valid, but the contents are lost."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
-        found = {id(storage): storage for storage in (tensor.untyped_storage() for tensor in tensors)}
-        unique = {storage.data_ptr(): storage for storage in found.values() if storage.nbytes()}
+        storages = {id(storage): storage for storage in (tensor.untyped_storage() for tensor in tensors)}
+        unique = {storage.data_ptr(): storage for storage in storages.values() if storage.nbytes()}
         self._sized = [(storage, storage.nbytes()) for storage in unique.values()]
 
     @property
     def num_bytes(self) -> int:
-        """Held now."""
+        """Bytes that the tensors hold now."""
         return sum(storage.nbytes() for storage, _ in self._sized)
 
-    def give_up(self) -> None:
-        """Hold nothing."""
+    def release(self) -> None:
+        """Release the memory of all tensors."""
         for storage, _ in self._sized:
             storage.resize_(0)
 
-    def take_again(self) -> None:
-        """Hold what was held at first, with any contents."""
+    def reallocate(self) -> None:
+        """Allocate memory of the original size for all tensors, with undefined contents."""
         for storage, size in self._sized:
             if storage.nbytes() != size:
                 storage.resize_(size)

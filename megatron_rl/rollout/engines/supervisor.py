@@ -1,4 +1,4 @@
-"""Keeps the engines of all ranks alive and at the policy's version."""
+"""Restarts of engines that died, and pushes of the policy's weights."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -10,7 +10,7 @@ from megatron_rl.types import ParallelContext
 
 
 class EngineSupervisor:
-    """Starts engines again that died, as often as a run allows."""
+    """Restarts the engines of all ranks that died, up to ``max_failures`` times, and pushes the policy's weights."""
 
     def __init__(
         self,
@@ -22,8 +22,10 @@ class EngineSupervisor:
     ) -> None:
         """
         Args:
-            max_failures: restarts of engines in the whole run.
-            push: brings the policy's weights to every engine that has not the version given; collective.
+            engine: engine of this rank.
+            parallel: layout of this rank.
+            max_failures: maximum number of engine restarts in the run.
+            push: sends the policy's weights to every engine that does not have the given version; collective.
         """
         self.engine = engine
         self._parallel = parallel
@@ -31,50 +33,53 @@ class EngineSupervisor:
         self._push = push
         self._notes: list[str] = []
         self.num_failures = 0
-        """Of the run so far."""
+        """Number of engine failures of the run so far."""
 
     def push(self, version: int) -> dict[str, Reduction]:
-        """Give the engines the policy's weights; again, when one dies meanwhile. Collective.
+        """Push the policy's weights to the engines, again if an engine dies meanwhile; collective.
+
+        Args:
+            version: policy version of the weights.
 
         Returns:
-            Metrics of the push; empty when all had the version already.
+            Metrics of the push; empty if all engines already had the version.
 
         Raises:
             EngineDied: engines died too often.
-            WeightSyncError: as of the push.
+            WeightSyncError: the push failed.
         """
         while True:
             try:
                 return dict(self._push(version))
-            except EngineDied as error:  # all ranks raise it together, also those whose engine lives
+            except EngineDied as error:  # raised on all ranks, also on those whose engine is alive
                 if not self.restart_dead():
                     raise EngineDied(
-                        f"{error} It cannot be started again: none of the engines says that it died."
+                        f"{error} It cannot be restarted, because no engine reports that it died."
                     ) from error
 
     def restart_dead(self) -> bool:
-        """Start engines again that died since they were last used; they have no weights then. Collective.
+        """Restart the engines that died since their last use, without weights; collective.
 
         Returns:
-            whether there were any.
+            Whether any engine had died.
 
         Raises:
             EngineDied: engines died too often.
         """
-        told = gather_objects((self.engine.place.index, self.engine.death), self._parallel)
-        self.restart(told)
-        return any(death for _, death in told)
+        deaths = gather_objects((self.engine.place.index, self.engine.death), self._parallel)
+        self.restart(deaths)
+        return any(death for _, death in deaths)
 
-    def restart(self, told: Sequence[tuple[int, str]]) -> None:
-        """Start the engines again that died; collective.
+    def restart(self, deaths: Sequence[tuple[int, str]]) -> None:
+        """Restart the engines that died, without weights; collective.
 
         Args:
-            told: (engine, how it ended or nothing) of every rank.
+            deaths: (engine index, why it died; empty if it is alive) of every rank.
 
         Raises:
-            EngineDied: on every rank, when that has happened too often.
+            EngineDied: on every rank, if engines died more often than ``max_failures``.
         """
-        dead = {engine: death for engine, death in told if death}
+        dead = {engine: death for engine, death in deaths if death}
         if not dead:
             return
         self.num_failures += len(dead)
@@ -82,14 +87,14 @@ class EngineSupervisor:
         if self.num_failures > self._max_failures:
             raise EngineDied(
                 f"engines died {self.num_failures} times in this run, more than rollout.max_engine_failures="
-                f"{self._max_failures}. Last: {which}. Look for what ended it (out of memory?)."
+                f"{self._max_failures}. Last: {which}. Find out why it died (out of memory?)."
             )
-        self._notes.append(f"{which}; starting again, {self.num_failures} of at most {self._max_failures} times")
+        self._notes.append(f"{which}; restarting, failure {self.num_failures} of at most {self._max_failures}")
         with raise_together(self._parallel):
             if self.engine.place.index in dead or self.engine.starts_together:
                 self.engine.restart()
 
     def take_notes(self) -> list[str]:
-        """What the user should know, once."""
+        """Return the new messages for the user, each once."""
         notes, self._notes = self._notes, []
         return notes

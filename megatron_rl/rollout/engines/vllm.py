@@ -1,6 +1,6 @@
-"""vLLM in the trainer's own processes; every rank of an engine runs the same scheduler over its shard.
+"""The vLLM engine in the trainer's own processes; every rank of an engine runs the same scheduler over its shard.
 
-Written against vLLM 0.20 to 0.32. What differs between a machine with GPUs and one without is in ``_arguments``.
+Written against vLLM 0.20 to 0.32. ``_arguments`` has the arguments that differ between GPUs and CPUs.
 """
 
 import gc
@@ -24,7 +24,7 @@ from megatron_rl.rollout.engines.base import (
     Request,
     check_continuations,
 )
-from megatron_rl.rollout.engines.hosting import DTYPES, finish_reason, surroundings
+from megatron_rl.rollout.engines.hosting import DTYPES, finish_reason, temporary_environment
 from megatron_rl.rollout.engines.loading import ExpectedTensors
 from megatron_rl.rollout.engines.storages import Storages
 from megatron_rl.types import Completion, SamplingParams
@@ -40,8 +40,8 @@ class VllmEngine:
         """Start the engine; collective over all ranks, which must have joined torch's default group.
 
         Args:
-            setup: its options are further arguments of ``vllm.LLM``.
-            identity: of this run, by which several on one machine keep their shared memory apart.
+            setup: arguments of every engine; its options are further arguments of ``vllm.LLM``.
+            identity: identifier of the run; it keeps the shared memory of several runs on one machine apart.
 
         Raises:
             EngineError: vLLM is not installed, or does not start.
@@ -60,7 +60,7 @@ class VllmEngine:
         self._death = ""
         arguments = {
             "model": setup.folder,
-            "load_format": "dummy",  # the first push brings the weights
+            "load_format": "dummy",  # the first push sets the weights
             "skip_tokenizer_init": True,
             "dtype": DTYPES[setup.dtype],
             "max_model_len": setup.max_model_len,
@@ -68,23 +68,23 @@ class VllmEngine:
             "tensor_parallel_size": setup.place.tp_size,
             "distributed_executor_backend": "external_launcher",
             "seed": setup.place.index,
-            "logprobs_mode": "processed_logprobs",  # of the distribution that is sampled from
+            "logprobs_mode": "processed_logprobs",  # log-probabilities of the distribution that is sampled from
             "disable_log_stats": True,
             **_arguments(setup.device, setup.max_model_len),
             **setup.options,
         }
-        with surroundings(_environment(setup)):
+        with temporary_environment(_environment(setup)):
             try:
                 from vllm import LLM
             except ImportError as error:
                 raise EngineError(
-                    f"rollout.engine=vllm, but vLLM cannot be imported: {error}. Install it as docs/engines.md says."
+                    f"rollout.engine=vllm, but vLLM cannot be imported: {error}. Install it as in docs/engines.md."
                 ) from error
             _keep_default_group()
             if setup.device.type == "cpu":
                 _name_shared_memory(self._identity)
             self._llm = LLM(**arguments)
-        # vLLM's own sleep is for GPUs
+        # vLLM's own sleep mode needs a GPU
         self._on_host: Mapping[EnginePart, Storages] = (
             self._llm.collective_rpc(_storages)[0] if setup.device.type == "cpu" else {}
         )
@@ -104,7 +104,7 @@ class VllmEngine:
         self._expected.check_complete()
         if self._setup.device.type == "cpu":
             self._llm.collective_rpc(_pack_again)
-        self._llm.reset_prefix_cache()  # it would answer from the weights before
+        self._llm.reset_prefix_cache()  # the prefix cache belongs to the previous weights
         self._version = version
 
     def generate(
@@ -119,55 +119,56 @@ class VllmEngine:
             requests, params, self._setup, version=self._version, max_requests=max_requests, should_stop=should_stop
         )
         engine = self._llm.llm_engine
-        in_work: dict[str, _Sample] = {}
+        running: dict[str, _Sample] = {}
         try:
             while True:
-                if admission.is_over():
+                if admission.should_abort():
                     if self.place.is_leader:
-                        yield from [self._finished(sample, "abort") for sample in in_work.values()]
+                        yield from [self._finished(sample, "abort") for sample in running.values()]
                     return
                 for request in admission.pull():
-                    in_work |= self._add(request, params, in_parts=should_stop is not None)
+                    running |= self._add(request, params, streams=should_stop is not None)
                 if admission.is_idle:
                     return
-                for output in self._stepped(engine):
-                    sample = in_work[output.request_id]
-                    sample.take(output.outputs[0])
+                for output in self._run_step(engine):
+                    sample = running[output.request_id]
+                    sample.append(output.outputs[0])
                     if output.finished:
-                        del in_work[output.request_id]
+                        del running[output.request_id]
                         admission.finish(sample.key)
                         if self.place.is_leader:
                             yield self._finished(sample, output.outputs[0].finish_reason)
         finally:
-            if in_work:
-                engine.abort_request(list(in_work))
+            if running:
+                engine.abort_request(list(running))
 
-    def score(self, continuations: Sequence[Continuation]) -> list[Tensor]:
+    def loglikelihood(self, continuations: Sequence[Continuation]) -> list[Tensor]:
         from vllm import SamplingParams as VllmParams
         from vllm import TokensPrompt
 
         check_continuations(continuations, self._setup, version=self._version)
         engine = self._llm.llm_engine
-        wanted = VllmParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
-        in_work: dict[str, Continuation] = {}
-        for one in continuations:
-            name = self._new_name()
-            engine.add_request(name, TokensPrompt(prompt_token_ids=one.token_ids.tolist()), wanted)
-            in_work[name] = one
-        found: dict[str, Tensor] = {}
-        while len(found) < len(in_work):
-            for output in self._stepped(engine):
+        vllm_params = VllmParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
+        requests: dict[str, Continuation] = {}
+        for continuation in continuations:
+            name = self._new_request_id()
+            prompt = TokensPrompt(prompt_token_ids=continuation.token_ids.tolist())
+            engine.add_request(name, prompt, vllm_params)
+            requests[name] = continuation
+        results: dict[str, Tensor] = {}
+        while len(results) < len(requests):
+            for output in self._run_step(engine):
                 if output.finished:
-                    found[output.request_id] = _logprobs_of(in_work[output.request_id], output.prompt_logprobs)
-        return [found[name] for name in in_work] if self.place.is_leader else []
+                    results[output.request_id] = _logprobs_of(requests[output.request_id], output.prompt_logprobs)
+        return [results[name] for name in requests] if self.place.is_leader else []
 
     def sleep(self) -> None:
         self._version = -1
         if self._setup.device.type == "cuda" and not self._asleep:
-            self._llm.sleep(level=2)  # weights are pushed anew, so they need no copy
+            self._llm.sleep(level=2)  # level 2 keeps no copy of the weights, which are pushed again
         self._asleep = {"weights", "kv_cache"}
         for storages in self._on_host.values():
-            storages.give_up()
+            storages.release()
 
     def wake(self, part: EnginePart) -> None:
         if part not in self._asleep:
@@ -176,7 +177,7 @@ class VllmEngine:
         if self._setup.device.type == "cuda":
             self._llm.wake_up(tags=[part])
         else:
-            self._on_host[part].take_again()
+            self._on_host[part].reallocate()
 
     def memory(self) -> Mapping[EnginePart, int]:
         return (
@@ -194,29 +195,29 @@ class VllmEngine:
         self._llm.llm_engine.engine_core.shutdown()
         del self._llm
         self._on_host = {}
-        gc.collect()  # its parts refer to each other
+        gc.collect()  # vLLM's objects are in reference cycles
 
-    def _stepped(self, engine: Any) -> list[Any]:
-        """One step of the scheduler.
+    def _run_step(self, engine: Any) -> list[Any]:
+        """Run one step of the scheduler and return its outputs.
 
         Raises:
-            EngineDied: it failed; what it holds is in an unknown state.
+            EngineDied: the step failed, so that the engine is in an unknown state.
         """
         try:
             outputs: list[Any] = engine.step()
-        except Exception as error:  # of any kind: vLLM's own state is then unknown
+        except Exception as error:  # any exception: vLLM's state is unknown after it
             self._death = f"vLLM failed in a step: {error!r}"
             raise EngineDied(self._death) from error
         return outputs
 
-    def _add(self, request: Request, params: SamplingParams, *, in_parts: bool) -> dict[str, "_Sample"]:
-        """Begin every sample as a request of its own: vLLM would seed those of one request seed, seed + 1, ….
+    def _add(self, request: Request, params: SamplingParams, *, streams: bool) -> dict[str, "_Sample"]:
+        """Add every sample as a vLLM request of its own: vLLM would seed samples of one request seed, seed + 1, ….
 
         Args:
-            in_parts: let vLLM report tokens as they come, so that a sample can be given up without losing them.
+            streams: let vLLM report tokens as they are sampled, so that an aborted sample keeps its tokens.
 
         Returns:
-            The samples under vLLM's names.
+            The samples by vLLM's request id.
         """
         from vllm import SamplingParams as VllmParams
         from vllm import TokensPrompt
@@ -224,25 +225,26 @@ class VllmEngine:
 
         samples = {}
         for sample, seed in enumerate(request.seeds):
-            name = self._new_name()
-            wanted = VllmParams(
+            name = self._new_request_id()
+            vllm_params = VllmParams(
                 temperature=params.temperature,
                 top_p=params.top_p,
                 top_k=params.top_k,
                 seed=seed,
                 max_tokens=request.limit(params),
                 stop_token_ids=list(params.stop_token_ids),
-                ignore_eos=True,  # the stop tokens are all given
+                ignore_eos=True,  # stop_token_ids is complete
                 logprobs=0 if params.logprobs else None,
                 detokenize=False,
-                output_kind=RequestOutputKind.DELTA if in_parts else RequestOutputKind.FINAL_ONLY,
+                output_kind=RequestOutputKind.DELTA if streams else RequestOutputKind.FINAL_ONLY,
             )
-            self._llm.llm_engine.add_request(name, TokensPrompt(prompt_token_ids=request.token_ids.tolist()), wanted)
+            prompt = TokensPrompt(prompt_token_ids=request.token_ids.tolist())
+            self._llm.llm_engine.add_request(name, prompt, vllm_params)
             samples[name] = _Sample(key=request.key, sample=sample)
         return samples
 
-    def _new_name(self) -> str:
-        """Of a request, as vLLM knows it."""
+    def _new_request_id(self) -> str:
+        """Return a new vLLM request id."""
         self._count += 1
         return str(self._count)
 
@@ -258,35 +260,37 @@ class VllmEngine:
 
 @dataclass(kw_only=True)
 class _Sample:
-    """What has come of one sample."""
+    """Tokens of one sample so far."""
 
     key: int
     sample: int
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
 
-    def take(self, output: Any) -> None:
-        """Further tokens; with those of the end vLLM may send none."""
+    def append(self, output: Any) -> None:
+        """Append the new tokens of a vLLM output; its last output may have none."""
         tokens = list(output.token_ids)
         self.tokens += tokens
-        # none were asked for where there are none
+        # log-probabilities are absent if none were requested
         logprobs = output.logprobs or [None] * len(tokens)
         self.logprobs += [
-            math.nan if found is None else found[token].logprob for token, found in zip(tokens, logprobs, strict=True)
+            math.nan if by_token is None else by_token[token].logprob
+            for token, by_token in zip(tokens, logprobs, strict=True)
         ]
 
 
-def _logprobs_of(asked: Continuation, found: Sequence[Any]) -> Tensor:
-    """[T - start] float32 from vLLM's log-probabilities of a whole prompt."""
-    tokens = asked.token_ids.tolist()[asked.start :]
-    return torch.tensor([one[token].logprob for token, one in zip(tokens, found[asked.start :], strict=True)])
+def _logprobs_of(continuation: Continuation, prompt_logprobs: Sequence[Any]) -> Tensor:
+    """Return [T - start] float32, the continuation's part of vLLM's prompt log-probabilities."""
+    tokens = continuation.token_ids.tolist()[continuation.start :]
+    entries = zip(tokens, prompt_logprobs[continuation.start :], strict=True)
+    return torch.tensor([by_token[token].logprob for token, by_token in entries])
 
 
 def _arguments(device: torch.device, max_model_len: int) -> dict[str, Any]:
-    """What depends on the device."""
+    """Return the arguments of ``vllm.LLM`` that depend on the device."""
     if device.type == "cuda":
         return {"enable_sleep_mode": True}
-    # a seed together with a chunked prefill crashes on CPUs, so a prompt must fit a step
+    # a seed together with chunked prefill crashes on CPUs, so a whole prompt must fit into a step
     return {
         "enforce_eager": True,
         "enable_chunked_prefill": False,
@@ -295,7 +299,7 @@ def _arguments(device: torch.device, max_model_len: int) -> dict[str, Any]:
 
 
 def _environment(setup: EngineSetup) -> dict[str, str]:
-    """Variables that vLLM reads while it starts."""
+    """Return the environment variables that vLLM reads while it starts."""
     values = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "RANK": str(setup.place.rank),
@@ -309,7 +313,7 @@ def _environment(setup: EngineSetup) -> dict[str, str]:
 
 
 def _keep_default_group() -> None:
-    """When an engine ends, vLLM destroys torch's default group as well, which here is the trainer's."""
+    """Patch vLLM so that an engine that ends does not destroy torch's default group, which is the trainer's."""
     from vllm.distributed.parallel_state import destroy_model_parallel
     from vllm.v1.engine import core
 
@@ -317,9 +321,10 @@ def _keep_default_group() -> None:
 
 
 def _name_shared_memory(identity: str) -> None:
-    """Under an external launcher vLLM gives the ranks' shared memory on CPUs the same name in every run of a machine.
+    """Patch the names of vLLM's shared memory on CPUs, so that they contain the identity of the run.
 
-    A second run would meet the first one's, and so would one after another that was killed.
+    Under an external launcher vLLM uses the same names in every run on a machine. A second run would open the memory
+    of the first, also after the first was killed.
     """
     from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
 
@@ -330,18 +335,18 @@ def _name_shared_memory(identity: str) -> None:
 
 
 def _storages(worker: Any) -> dict[EnginePart, Storages]:
-    """What a worker on the host holds."""
+    """Return the tensors of a vLLM worker on CPUs."""
     runner = worker.model_runner
     return {"weights": Storages(runner.model.parameters()), "kv_cache": Storages(runner.kv_caches)}
 
 
 def _memory(worker: Any) -> dict[EnginePart, int]:
-    """What a worker on a GPU holds; what sleeps has addresses, but no memory."""
+    """Return the bytes that a vLLM worker on a GPU holds; sleeping parts have addresses, but no memory."""
     return {part: storages.num_bytes for part, storages in _storages(worker).items()}
 
 
 def _pack_again(worker: Any) -> None:
-    """What vLLM packs for CPUs when it first loads a model, and not when it reloads: experts, and a tied head."""
+    """Pack experts and a tied head for CPUs, which vLLM does on the first load of a model, but not on reloads."""
     model = worker.model_runner.model
     for module in model.modules():
         kernel = getattr(getattr(module, "quant_method", None), "moe_kernel", None)

@@ -1,1 +1,1 @@
-"""The contenders of tools/bench/step.py, each a process of its own, and what they share."""
+"""The contenders of tools/bench/step.py, each of which is a separate process, and their shared code."""

@@ -1,4 +1,4 @@
-"""Let the contenders take turns, and check that they all did the same work."""
+"""Run the contenders in turns and check that all do the same work."""
 
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -13,7 +13,7 @@ COUNTED = ("sequences", "new_tokens", "tokens", "updates")
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Measured steps of some contenders, round by round, without the warm-up."""
+    """Measured steps of the contenders, by round, without the warm-up."""
 
     size: str
     workload: Workload
@@ -24,13 +24,15 @@ class Comparison:
 def compare(
     size: str, workload: Workload, contenders: Mapping[str, tuple[str, str]], *, warmup: int, rounds: int
 ) -> Comparison:
-    """Rounds in which every contender makes one step while the others wait.
+    """Run rounds in which every contender makes one step while the others wait.
 
     Args:
         contenders: name -> (module, interpreter).
+        warmup: unmeasured rounds.
+        rounds: measured rounds after them.
 
     Raises:
-        ContenderFailed: one died, or they did not all do the same work.
+        ContenderFailed: a contender exited, hung or did other work than the rest.
     """
     with ExitStack() as stack:
         started = [
@@ -49,35 +51,35 @@ def compare(
 
 
 def check_work(name: str, step: Step, workload: Workload) -> None:
-    """Every sequence was sampled, to exactly the length asked for, and learned from once.
+    """Check that a step sampled every sequence at exactly the requested length and made one update.
 
     Raises:
-        ContenderFailed: it was not.
+        ContenderFailed: it did other work.
     """
     prompt = len(workload.prompts()[0])
-    wanted = {
+    expected = {
         "sequences": workload.num_sequences,
         "new_tokens": workload.num_sequences * workload.new_tokens,
         "tokens": workload.num_sequences * (prompt + workload.new_tokens),
         "updates": 1,
     }
     done = {key: step.work[key] for key in COUNTED}
-    if done != wanted:
-        raise ContenderFailed(f"{name} did {done} in a step, expected {wanted}: its figures would not compare.")
+    if done != expected:
+        raise ContenderFailed(f"{name} did {done} in a step, expected {expected}: its figures would not be comparable.")
 
 
 def check_models(contenders: list[Contender], num_steps: int) -> None:
-    """All began with the same weights and changed them in every step.
+    """Check that all contenders started from the same weights and changed them in every step.
 
     Raises:
-        ContenderFailed: they did not.
+        ContenderFailed: a contender did not.
     """
     first = contenders[0]
     for contender in contenders:
-        apart = abs(contender.first_weights - first.first_weights)
-        if contender.num_parameters != first.num_parameters or apart > SAME_WEIGHTS * abs(first.first_weights):
+        difference = abs(contender.first_weights - first.first_weights)
+        if contender.num_parameters != first.num_parameters or difference > SAME_WEIGHTS * abs(first.first_weights):
             raise ContenderFailed(
-                f"{contender.name} began with {contender.num_parameters} parameters that sum to "
+                f"{contender.name} started with {contender.num_parameters} parameters that sum to "
                 f"{contender.first_weights}, {first.name} with {first.num_parameters} and {first.first_weights}."
             )
         if contender.num_changes != num_steps:

@@ -1,4 +1,4 @@
-"""A contender as the parent sees it: a process that makes a step when told to."""
+"""The parent's handle of a contender: a process that makes a step on request."""
 
 import json
 import os
@@ -19,19 +19,19 @@ ERROR_LINES = 15
 
 
 class ContenderFailed(Exception):
-    """A contender died, hung or did other work than asked for."""
+    """A contender exited, hung or did other work than expected."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """What one step did and cost."""
+    """Work and cost of one step."""
 
     work: dict[str, Any]
     costs: dict[str, Cost]
 
 
 class Contender:
-    """One process; a context manager, so that none outlives the comparison."""
+    """A contender's process. As a context manager it ends with the comparison."""
 
     def __init__(self, name: str, module: str, python: str, workload: Workload) -> None:
         self.name = name
@@ -58,29 +58,29 @@ class Contender:
         self._weights.append(facts["weights"])
 
     def step(self) -> Step:
-        """Let it make one step; the others wait meanwhile.
+        """Make one step; the other contenders wait meanwhile.
 
         Raises:
-            ContenderFailed: it died or hung.
+            ContenderFailed: the process exited or hung.
         """
         assert self._process.stdin is not None
         try:
             self._process.stdin.write("step\n")
             self._process.stdin.flush()
         except BrokenPipeError:
-            self._fail("died")
+            self._fail("exited")
         answer = self._receive()
         self._weights.append(answer["weights"])
         return Step(answer["work"], {name: (cost[0], cost[1]) for name, cost in answer["costs"].items()})
 
     @property
     def first_weights(self) -> float:
-        """The sum of the weights it began with."""
+        """Sum of the initial weights."""
         return self._weights[0]
 
     @property
     def num_changes(self) -> int:
-        """Steps that changed the weights."""
+        """Number of steps that changed the weights."""
         return sum(before != after for before, after in zip(self._weights, self._weights[1:], strict=False))
 
     def __enter__(self) -> Self:
@@ -102,7 +102,7 @@ class Contender:
             self._fail(f"did not answer within {STEP_LIMIT_S:.0f} s")
         line = self._process.stdout.readline()
         if not line:
-            self._fail("died")
+            self._fail("exited")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
@@ -111,4 +111,4 @@ class Contender:
         self._process.wait()
         self._errors.seek(0)
         last = "".join(self._errors.readlines()[-ERROR_LINES:])
-        raise ContenderFailed(f"{self.name} {how}. The last it said:\n{last}")
+        raise ContenderFailed(f"{self.name} {how}. Its last output:\n{last}")

@@ -1,6 +1,6 @@
-"""The contender megatron_rl: the parts of its loop, on one rank.
+"""The contender megatron_rl: the parts of its training loop, on one rank.
 
-What a step of ``megatron_rl.trainer.loop.train`` does, without evaluation, checkpoint and files.
+A step does the work of ``megatron_rl.trainer.loop.train_step``, without evaluation, checkpoints and files.
 """
 
 import sys
@@ -28,7 +28,7 @@ from megatron_rl.types import TrainBatch, TrainState
 
 
 def configuration(workload: Workload) -> RunConfig:
-    """The workload as a run of this project, everything else at its default."""
+    """Configuration of the workload, everything else at its default."""
     fields = {
         "run": {"name": "bench", "output_dir": workload.folder + "/run", "num_steps": 1_000_000, "seed": workload.seed},
         "model": {"path": workload.folder, "dtype": "fp32"},
@@ -54,7 +54,7 @@ def configuration(workload: Workload) -> RunConfig:
 
 
 class OurLoop:
-    """Everything that a run builds, and its step."""
+    """The objects that a run builds, and one step of its loop."""
 
     def __init__(self, workload: Workload) -> None:
         torch.set_num_threads(workload.threads)
@@ -63,38 +63,38 @@ class OurLoop:
         inputs = read_inputs(self.config, self.parallel)
         self.policy = Policy(self.config, self.parallel)
         engine = build_engine(self.config, self.policy)
-        self._keeper = build_supervisor(self.config, engine, self.policy)
-        collector = build_collector(self.config, inputs, self._keeper, self.policy)
-        self._sampler = build_rollout_source(self.config, inputs, collector, self.parallel)
+        self._supervisor = build_supervisor(self.config, engine, self.policy)
+        collector = build_collector(self.config, inputs, self._supervisor, self.policy)
+        self._source = build_rollout_source(self.config, inputs, collector, self.parallel)
         self._steps = 0
         self._prompts = 0
 
     def rollouts(self, clock: Clock) -> tuple[RolloutBatch, TrainBatch]:
-        """Sampled, graded and scored: ready for the update."""
+        """Generate, grade and compute advantages: everything before the update."""
         with clock.phase("push"):
-            self._keeper.push(version=self._steps)
+            self._supervisor.push(version=self._steps)
         with clock.phase("generation"):
-            collected = self._sampler.collect(self._steps + 1, self._prompts)
-        batch = make_batch(collected.groups, self.config, self.parallel)
+            rollout_batch = self._source.collect(self._steps + 1, self._prompts)
+        batch = make_batch(rollout_batch.groups, self.config, self.parallel)
         correction = build_correction(self.config.algorithm)
         needs_old = needs_old_logprobs(self.config.algorithm, correction, num_updates=len(batch.updates))
         if needs_old:
             batch = compute_old_logprobs(batch, self.policy)
         batch, _ = compute_advantages(batch, self.config.algorithm, self.parallel, TrainState())
         self._steps += 1
-        self._prompts += collected.num_prompts
-        return collected, batch
+        self._prompts += rollout_batch.num_prompts
+        return rollout_batch, batch
 
     def step(self, clock: Clock) -> dict[str, Any]:
-        """One step of the loop."""
-        collected, batch = self.rollouts(clock)
-        with clock.apart("logprobs"):  # which several updates, or a reference, would need
+        """Make one step; return the work that it did."""
+        rollout_batch, batch = self.rollouts(clock)
+        with clock.outside("logprobs"):  # needed only with several updates per batch, or a reference
             self.policy.logprobs(batch)
         with clock.phase("update"):
             metrics = self.policy.update(batch)
-        metrics |= rollout_metrics(collected, self._steps, has_rewards=True, parallel=self.parallel)
+        metrics |= rollout_metrics(rollout_batch, self._steps, has_rewards=True, parallel=self.parallel)
         metrics |= batch_metrics(batch, self.policy.spec, self.parallel)
-        rollouts = [rollout for group in collected.groups for rollout in group.rollouts]
+        rollouts = [rollout for group in rollout_batch.groups for rollout in group.rollouts]
         return {
             "sequences": len(rollouts),
             "new_tokens": sum(int(rollout.loss_mask.sum()) for rollout in rollouts),
@@ -103,16 +103,16 @@ class OurLoop:
         }
 
     def weights(self) -> float:
-        """The sum of all weights."""
+        """Sum of all weights."""
         return sum(float(tensor.double().sum()) for _, tensor in self.policy.export())
 
     def num_parameters(self) -> int:
-        """As a checkpoint would hold them."""
+        """Number of parameters, as a checkpoint holds them."""
         return sum(tensor.numel() for _, tensor in self.policy.export())
 
 
 def main() -> None:
-    """The process."""
+    """Entry point of the process."""
     loop = OurLoop(Workload.from_json(sys.argv[1]))
     serve({"parameters": loop.num_parameters()}, loop.step, loop.weights)
 

@@ -1,7 +1,7 @@
-"""The two learners alone: Megatron's forward, backward and optimizer against transformers' on one and the same batch.
+"""The update alone: Megatron's forward, backward and optimizer against transformers' on the same batch.
 
-Each lays the batch out as it does best: Megatron packs the sequences one behind the other, transformers stacks
-them, as they are equally long, and computes logits for the response alone. Both clip the gradient and use AdamW.
+Each uses its best layout of the batch: Megatron packs the sequences; transformers stacks them, as they have equal
+lengths, and computes logits for the responses only. Both clip the gradient and use AdamW.
 """
 
 import sys
@@ -19,12 +19,12 @@ TOLERANCE = 1e-3
 
 
 class Overhead:
-    """Both learners, in turns, on the same rollouts."""
+    """Both learners, which update in turns on the same rollouts."""
 
     def __init__(self, workload: Workload) -> None:
-        self._ours = OurLoop(workload)
-        self._theirs = Learner(workload)
-        _, self._batch = self._ours.rollouts(Clock())
+        self._megatron = OurLoop(workload)
+        self._transformers = Learner(workload)
+        _, self._batch = self._megatron.rollouts(Clock())
         sequences = self._batch.sequences
         self._tokens = torch.stack([sequence.token_ids for sequence in sequences])
         self._num_new = workload.new_tokens
@@ -32,14 +32,16 @@ class Overhead:
         self._count = 0
 
     def step(self, clock: Clock) -> dict[str, Any]:
-        """One update of each; who begins alternates."""
+        """Make one update of each learner, starting with either in turn; return the work that was done."""
         norms = {}
         order = ("megatron", "transformers") if self._count % 2 else ("transformers", "megatron")
         for name in order:
             with clock.phase(name):
-                norms[name] = self._update_ours() if name == "megatron" else self._update_theirs()
+                norms[name] = self._update_megatron() if name == "megatron" else self._update_transformers()
         if self._count == 0 and abs(norms["megatron"] / norms["transformers"] - 1) > TOLERANCE:
-            raise SystemExit(f"gradient norms of the first update differ: {norms}. The two do not do the same work.")
+            raise SystemExit(
+                f"gradient norms of the first update differ: {norms}. The two updates do not compute the same."
+            )
         self._count += 1
         return {
             "sequences": len(self._tokens),
@@ -50,27 +52,27 @@ class Overhead:
         }
 
     def weights(self) -> float:
-        """The sum of all of Megatron's weights."""
-        return self._ours.weights()
+        """Sum of all of Megatron's weights."""
+        return self._megatron.weights()
 
     def num_parameters(self) -> int:
-        """Of each of the two."""
-        ours, theirs = self._ours.num_parameters(), self._theirs.num_parameters()
-        if ours != theirs:
-            raise SystemExit(f"Megatron has {ours} parameters, transformers {theirs}. They must be the same.")
-        return ours
+        """Number of parameters of each learner, which must agree."""
+        megatron, transformers = self._megatron.num_parameters(), self._transformers.num_parameters()
+        if megatron != transformers:
+            raise SystemExit(f"Megatron has {megatron} parameters, transformers {transformers}. They must be the same.")
+        return megatron
 
-    def _update_ours(self) -> float:
-        norm = self._ours.policy.update(self._batch)["actor/grad_norm"]
+    def _update_megatron(self) -> float:
+        norm = self._megatron.policy.update(self._batch)["actor/grad_norm"]
         assert isinstance(norm, Max)
         return norm.value
 
-    def _update_theirs(self) -> float:
-        return self._theirs.update(self._tokens, self._num_new, self._advantages)
+    def _update_transformers(self) -> float:
+        return self._transformers.update(self._tokens, self._num_new, self._advantages)
 
 
 def main() -> None:
-    """The process."""
+    """Entry point of the process."""
     pair = Overhead(Workload.from_json(sys.argv[1]))
     serve({"parameters": pair.num_parameters()}, pair.step, pair.weights)
 

@@ -1,4 +1,4 @@
-"""The contender reference: GRPO in plain PyTorch on transformers' Qwen2, as short as it can be."""
+"""The contender reference: GRPO in plain PyTorch on transformers' Qwen2, as short as possible."""
 
 import random
 import sys
@@ -28,16 +28,16 @@ class Learner:
         )
 
     def logprobs(self, tokens: Tensor, num_new: int) -> Tensor:
-        """[N, num_new] of the last tokens of equally long sequences; only their logits are computed."""
+        """Log-probabilities [N, num_new] of the last tokens of ``tokens`` [N, L]; computes only their logits."""
         logits = self.model(input_ids=tokens, use_cache=False, logits_to_keep=num_new + 1).logits[:, :-1]
         labels = tokens[:, -num_new:]
         losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
         return -losses.view(labels.shape)
 
     def update(self, tokens: Tensor, num_new: int, advantages: Tensor) -> float:
-        """One clipped policy gradient step on the mean over tokens; the gradient norm before clipping."""
+        """Make one clipped policy gradient update on the mean over tokens; return the gradient norm before clipping."""
         logprobs = self.logprobs(tokens, num_new)
-        ratio = (logprobs - logprobs.detach()).exp()  # one update: the weights have not changed since
+        ratio = (logprobs - logprobs.detach()).exp()  # 1: with one update per batch the weights have not changed
         clipped = ratio.clamp(1 - CLIP_RATIO, 1 + CLIP_RATIO)
         loss = -torch.minimum(ratio * advantages[:, None], clipped * advantages[:, None]).mean()
         self._optimizer.zero_grad(set_to_none=True)
@@ -47,16 +47,16 @@ class Learner:
         return float(norm)
 
     def weights(self) -> float:
-        """The sum of all weights."""
+        """Sum of all weights."""
         return sum(float(parameter.detach().double().sum()) for parameter in self.model.parameters())
 
     def num_parameters(self) -> int:
-        """Tied ones counted once."""
+        """Number of parameters; tied ones count once."""
         return sum(parameter.numel() for parameter in self.model.parameters())
 
 
 class ReferenceLoop:
-    """Sample, score, learn."""
+    """Generation, rewards and update of GRPO."""
 
     def __init__(self, workload: Workload) -> None:
         torch.manual_seed(workload.seed)
@@ -68,25 +68,25 @@ class ReferenceLoop:
         self._decoder = ReferenceDecoder(self.learner.model, longest=512)
 
     def step(self, clock: Clock) -> dict[str, Any]:
-        """One step of GRPO."""
+        """Make one step of GRPO; return the work that it did."""
         work = self._workload
         texts = self._draw.sample(self._prompts, work.num_prompts)
         with clock.phase("generation"):
             prompts = self._tokenizer(texts, return_tensors="pt").input_ids
             new = self._decoder.sample(prompts, work.group_size, work.new_tokens)
-            answers = self._tokenizer.batch_decode(new, skip_special_tokens=True)
-        rewards = torch.tensor([float(self._draw.random() < 0.5) for _ in answers]).view(-1, work.group_size)
+            responses = self._tokenizer.batch_decode(new, skip_special_tokens=True)
+        rewards = torch.tensor([float(self._draw.random() < 0.5) for _ in responses]).view(-1, work.group_size)
         advantages = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + STD_EPSILON)
         tokens = torch.cat([prompts.repeat_interleave(work.group_size, 0), new], 1)
-        with clock.apart("logprobs"), torch.no_grad():
+        with clock.outside("logprobs"), torch.no_grad():
             self.learner.logprobs(tokens, work.new_tokens)
         with clock.phase("update"):
             self.learner.update(tokens, work.new_tokens, advantages.flatten())
-        return {"sequences": len(answers), "new_tokens": new.numel(), "tokens": tokens.numel(), "updates": 1}
+        return {"sequences": len(responses), "new_tokens": new.numel(), "tokens": tokens.numel(), "updates": 1}
 
 
 def main() -> None:
-    """The process."""
+    """Entry point of the process."""
     loop = ReferenceLoop(Workload.from_json(sys.argv[1]))
     serve({"parameters": loop.learner.num_parameters()}, loop.step, loop.learner.weights)
 

@@ -1,6 +1,6 @@
-"""The reference loop's sampler: transformers' Qwen2 weights, torch operations, a key/value cache, nothing general.
+"""The reference loop's decoder: transformers' Qwen2 weights, torch operations and a key/value cache.
 
-All prompts have the same length and all completions too, so that nothing needs a mask but the prompt itself.
+All prompts have the same length, and so have all completions, so that only the prompt needs a mask.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class ReferenceDecoder:
-    """Samples from a Qwen2ForCausalLM."""
+    """Sampler for a Qwen2ForCausalLM."""
 
     def __init__(self, model: Any, longest: int) -> None:
         config = model.config
@@ -27,24 +27,24 @@ class ReferenceDecoder:
 
     @torch.no_grad()
     def sample(self, prompts: Tensor, group_size: int, new_tokens: int) -> Tensor:
-        """[N * group_size, new_tokens] tokens at temperature 1; each prompt of [N, P] is read once."""
+        """Sampled tokens [N * group_size, new_tokens] at temperature 1; prompts [N, P] are computed once each."""
         self._fuse()
         width = prompts.size(1)
         rows = prompts.size(0) * group_size
         shape = (rows, self._groups, width + new_tokens, self._dim)
         caches = [(torch.empty(shape), torch.empty(shape)) for _ in self._layers]
         logits = self._forward(prompts, 0, caches, group_size).repeat_interleave(group_size, 0)
-        chosen: list[Tensor] = []
-        for place in range(new_tokens):
+        sampled: list[Tensor] = []
+        for index in range(new_tokens):
             # the largest of p / Exponential(1) is a draw from p
             probabilities = logits.softmax(-1)
-            chosen.append((probabilities / torch.empty_like(probabilities).exponential_(1)).argmax(-1))
-            if place + 1 < new_tokens:
-                logits = self._forward(chosen[-1][:, None], width + place, caches, 1)
-        return torch.stack(chosen, 1)
+            sampled.append((probabilities / torch.empty_like(probabilities).exponential_(1)).argmax(-1))
+            if index + 1 < new_tokens:
+                logits = self._forward(sampled[-1][:, None], width + index, caches, 1)
+        return torch.stack(sampled, 1)
 
     def _fuse(self) -> None:
-        """Take over the current weights: one matrix for queries, keys and values, one for gate and up."""
+        """Fuse the current weights: one matrix for queries, keys and values, one for gate and up."""
         self._layers = []
         for layer in self._model.model.layers:
             attention, mlp = layer.self_attn, layer.mlp
@@ -62,7 +62,7 @@ class ReferenceDecoder:
             )
 
     def _forward(self, tokens: Tensor, start: int, caches: list[tuple[Tensor, Tensor]], copies: int) -> Tensor:
-        """Logits behind the last token of each row; keys and values go into ``copies`` rows of the caches."""
+        """Logits after the last token of each row; writes keys and values into ``copies`` rows of the caches."""
         stop = start + tokens.size(1)
         cos, sin = self._cos[start:stop], self._sin[start:stop]
         hidden = F.embedding(tokens, self._model.model.embed_tokens.weight)
@@ -74,7 +74,7 @@ class ReferenceDecoder:
             values[:, :, start:stop] = value.repeat_interleave(copies, 0) if copies > 1 else value
             if start == 0:
                 mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
-            else:  # the heads of a group stand as if they were positions, so that keys need no copies
+            else:  # the heads of a group are passed as positions, so that keys need no copies
                 grouped = query.reshape(query.size(0), self._groups, -1, self._dim)
                 mixed = F.scaled_dot_product_attention(grouped, keys[:, :, :stop], values[:, :, :stop])
                 mixed = mixed.reshape(query.shape)

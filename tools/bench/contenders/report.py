@@ -1,4 +1,4 @@
-"""Medians with their noise, as a table and as JSON."""
+"""Medians with their spread, as a table and as JSON."""
 
 import statistics
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ OURS, WALL, CPU = "ours", 0, 1
 
 @dataclass(frozen=True)
 class Spread:
-    """A median and the middle half around it."""
+    """A median with the first and third quartile."""
 
     median: float
     low: float
@@ -31,18 +31,22 @@ class Spread:
 
 
 def costs(comparison: Comparison, name: str, phase: str, clock: int) -> list[float]:
-    """A phase of every round in seconds; empty when the contender has no such phase."""
+    """Seconds of a phase in every round; empty if the contender has no such phase.
+
+    Args:
+        clock: WALL or CPU.
+    """
     return [step.costs[phase][clock] for step in comparison.steps[name] if phase in step.costs]
 
 
 def ratio(comparison: Comparison, name: str, to: str, phase: str = "step", clock: int = WALL) -> Spread:
-    """How many times as long ``name`` takes as ``to``, paired by round, so that a slow minute hits both."""
+    """Ratio of the time of ``name`` to that of ``to``, paired by round, so that load on the machine affects both."""
     pairs = zip(costs(comparison, name, phase, clock), costs(comparison, to, phase, clock), strict=True)
-    return Spread.of([mine / other for mine, other in pairs])
+    return Spread.of([time / base for time, base in pairs])
 
 
 def loop_table(comparison: Comparison) -> str:
-    """One line for each contender: a step, against ours, and its phases."""
+    """One line per contender: seconds of a step, ratio to ours, and seconds of its phases."""
     work, rounds = comparison.workload, len(comparison.steps[OURS])
     lines = [
         f"{comparison.size}: {comparison.num_parameters:,} parameters, {work.threads} thread(s), "
@@ -66,7 +70,7 @@ def loop_table(comparison: Comparison) -> str:
 
 
 def overhead_line(comparison: Comparison) -> str:
-    """Megatron against transformers on the same batch."""
+    """Sentence that compares Megatron's and transformers' update of the same batch."""
     (name,) = comparison.steps
     rounds = comparison.steps[name]
     parts = [
@@ -81,7 +85,7 @@ def overhead_line(comparison: Comparison) -> str:
 
 
 def as_json(comparison: Comparison) -> dict[str, Any]:
-    """Everything measured, round by round, with the medians."""
+    """All measurements by round, and their medians."""
     summary = {}
     for name, steps in comparison.steps.items():
         phases = sorted(steps[0].costs)

@@ -1,8 +1,8 @@
-"""The contender TRL: its GRPOTrainer on the CPU, in its fastest setting that works there.
+"""The contender TRL: its GRPOTrainer with the fastest settings that work on a CPU.
 
-That is transformers' ``generate`` with its dynamic cache and SDPA attention, one batch, no logging and no files.
-Runs in an interpreter with trl; nothing of megatron_rl is imported.
-TRL does not compute old log-probabilities when there is one update for each batch: it takes those of the update.
+These are transformers' ``generate`` with its dynamic cache and SDPA attention, one batch, no logging and no files. It
+runs in an interpreter with trl and imports nothing of megatron_rl. With one update per batch TRL does not compute old
+log-probabilities: it takes those of the update.
 """
 
 import sys
@@ -20,15 +20,15 @@ from contenders.worker import Channel, Clock, now
 from contenders.workload import BETAS, CLIP_GRAD, Workload
 
 
-class Turns(TrainerCallback):
-    """Waits before every step and reports after it, the trainer's own book-keeping between steps included."""
+class StepCallback(TrainerCallback):
+    """Callback that waits before every step and reports after it, including the trainer's bookkeeping between steps."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._model = model
         self._channel = Channel()
         self.clock = Clock()
         self.work: dict[str, Any] = {}
-        self.update_began = now()
+        self.update_start = now()
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         parameters = sum(parameter.numel() for parameter in self._model.parameters())
@@ -36,7 +36,7 @@ class Turns(TrainerCallback):
         self._next()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.clock.add("update", self.update_began)
+        self.clock.add("update", self.update_start)
         costs = self.clock.result()
         self._channel.send(work=self.work, costs=costs, weights=self._weights())
         self._next()
@@ -55,30 +55,30 @@ class Turns(TrainerCallback):
 
 
 class TimedTrainer(GRPOTrainer):
-    """Marks where phases begin and end."""
+    """GRPOTrainer that records the start and end of its phases."""
 
-    turns: Turns
+    step_callback: StepCallback
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
-        with self.turns.phase("generation"):
+        with self.step_callback.phase("generation"):
             return super()._generate(*args, **kwargs)
 
     def _prepare_inputs(self, *args: Any, **kwargs: Any) -> Any:
         inputs = super()._prepare_inputs(*args, **kwargs)
         if self.model.training:
             mask = inputs["completion_mask"]
-            self.turns.work = {
+            self.step_callback.work = {
                 "sequences": len(mask),
                 "new_tokens": int(mask.sum()),
                 "tokens": int(mask.sum()) + int(inputs["prompt_mask"].sum()),
                 "updates": 1,
             }
-            self.turns.update_began = now()
+            self.step_callback.update_start = now()
         return inputs
 
 
 def main() -> None:
-    """The process."""
+    """Entry point of the process."""
     workload = Workload.from_json(sys.argv[1])
     torch.set_num_threads(workload.threads)
     model = AutoModelForCausalLM.from_pretrained(workload.folder, dtype=torch.float32, attn_implementation="sdpa")
@@ -115,15 +115,15 @@ def main() -> None:
         dataloader_pin_memory=False,
         seed=workload.seed,
     )
-    turns = Turns(model)
-    TimedTrainer.turns = turns
+    step_callback = StepCallback(model)
+    TimedTrainer.step_callback = step_callback
     trainer = TimedTrainer(
         model=model,
         args=config,
         train_dataset=Dataset.from_dict({"prompt": workload.prompts()}),
         reward_funcs=coin_flip,
         processing_class=AutoTokenizer.from_pretrained(workload.folder, padding_side="left"),
-        callbacks=[turns],
+        callbacks=[step_callback],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)

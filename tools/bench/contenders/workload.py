@@ -1,4 +1,4 @@
-"""What every contender does in a step, and the folder with model, tokenizer and prompts that they all read."""
+"""The work of a step, which is the same for every contender, and the folder of model, tokenizer and prompts."""
 
 import json
 import random
@@ -40,10 +40,10 @@ SIZES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """One step: so many sampled sequences of exactly so many new tokens, then one update."""
+    """One step: ``num_prompts * group_size`` sampled responses of exactly ``new_tokens`` tokens, then one update."""
 
     folder: str
-    """Model, tokenizer and prompts.jsonl."""
+    """Folder of the model, the tokenizer and prompts.jsonl."""
     threads: int
     new_tokens: int
     num_prompts: int = 16
@@ -60,7 +60,7 @@ class Workload:
         return Path(self.folder) / "prompts.jsonl"
 
     def prompts(self) -> list[str]:
-        """The texts, all of the same number of characters, each of which is a token."""
+        """Prompt texts of equal length; each character is a token."""
         return [json.loads(line)["prompt"] for line in self.prompts_file.read_text().splitlines()]
 
     def to_json(self) -> str:
@@ -72,9 +72,10 @@ class Workload:
 
 
 def write_inputs(folder: Path, size: str, seed: int) -> None:
-    """A random Qwen2 whose end token lies outside its vocabulary: nobody can sample it, so lengths are exact.
+    """Write a random Qwen2, its tokenizer and prompts.
 
-    That is the same for every contender and costs none of them anything.
+    The end token is outside of the model's vocabulary, so that it is never sampled and all lengths are exact. This is
+    the same for every contender and costs none of them time.
     """
     from megatron_rl.models.toy import make_model, make_tokenizer
 
@@ -82,10 +83,10 @@ def write_inputs(folder: Path, size: str, seed: int) -> None:
     model, tokenizer = make_model("qwen2", seed=seed, **sizes), make_tokenizer()
     end = sizes["vocab_size"]
     tokenizer.add_tokens([f"<{number}>" for number in range(len(tokenizer), end)])
-    tokenizer.add_special_tokens({"eos_token": "<never>"})  # gets the next id, which is ``end``
+    tokenizer.add_special_tokens({"eos_token": "<never>"})  # its id is the next one, ``end``
     for config in (model.config, model.generation_config):
         config.eos_token_id = end
-        config.pad_token_id = None  # transformers would hold back the gradient of that token, which is sampled here
+        config.pad_token_id = None  # transformers drops the gradient of the pad token, which is sampled here
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     draw = random.Random(seed)

@@ -1,7 +1,7 @@
-"""Stands in for SGLang's compiled kernels where there are none; every name raises when it is called.
+"""Placeholder for SGLang's compiled kernels on machines without them: every attribute raises when called.
 
-On a CPU without AMX the layers take torch's own operations, so nothing of it is ever called. It must not define
-``torch.ops.sgl_kernel.convert_weight_packed``, by which SGLang knows that AMX can be used.
+On a CPU without AMX, SGLang's layers use torch's own operations, so nothing here is called. This module must not define
+``torch.ops.sgl_kernel.convert_weight_packed``: SGLang takes its existence as a sign that AMX can be used.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(name)
 
     def missing(*_: Any, **__: Any) -> Any:
-        raise NotImplementedError(f"sgl_kernel.{name} is compiled code, which this machine does not have.")
+        raise NotImplementedError(f"sgl_kernel.{name} is a compiled kernel, which is not installed on this machine.")
 
     missing.__name__ = name
     return missing

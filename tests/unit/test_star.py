@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_rl.curation.star import as_steps, hinted_row, right_ones, unsolved, without_hint
+from megatron_rl.curation.star import as_steps, hinted_row, select_correct, unsolved, without_hint
 from megatron_rl.rollout.serialization import read_rollouts, rollout_from_json
 from tests.toys import write_config
 
@@ -27,7 +27,7 @@ def line(prompt: str, response: str, *, likely: float = 0.0, metadata: dict[str,
 
 
 def kept(lines: list[dict[str, Any]], max_per_prompt: int = 4) -> list[str]:
-    found = right_ones(
+    found = select_correct(
         lines,
         lambda sample: float(sample.response.endswith(sample.answer or "")),
         min_reward=1.0,

@@ -11,7 +11,7 @@ import torch
 from megatron_rl.errors import ConfigError, WeightSyncError
 from megatron_rl.models import ModelSpec, layout_table, read_model_spec
 from megatron_rl.models.engine_shards import check_engine_size, engine_boxes
-from megatron_rl.weight_sync.placement import held_on_paper
+from megatron_rl.weight_sync.placement import parameters_by_rank
 from megatron_rl.weight_sync.plan import ReshardPlan, plan_reshard
 from megatron_rl.weights.layout import Box, box_size, hf_shapes, layer_of
 from tests.unit.test_families import PUBLISHED
@@ -27,7 +27,7 @@ def wanted_by(spec: ModelSpec, num_ranks: int, engine_tp: int) -> list[dict[str,
 def plan_of(
     spec: ModelSpec, layout: Layout, engine_tp: int, ranks_per_node: int = 8, bucket_elements: int = 10**6
 ) -> ReshardPlan:
-    held = held_on_paper(spec, **layout)
+    held = parameters_by_rank(spec, **layout)
     nodes = [rank // ranks_per_node for rank in range(len(held))]
     wanted = wanted_by(spec, len(held), engine_tp)
     table = layout_table(spec, layout.get("tp", 1))
@@ -67,7 +67,7 @@ def test_every_wanted_element_arrives_once(
                 mine[name][tuple(slice(*pair) for pair in piece.slice.hf_box)] = 1
         has.append(mine)
     for bucket in plan.buckets:
-        for moves in (bucket.across, bucket.inside):
+        for moves in (bucket.inter_node, bucket.intra_node):
             arrived = []
             for move in moves:
                 index = tuple(slice(*pair) for pair in move.box)
@@ -75,11 +75,11 @@ def test_every_wanted_element_arrives_once(
                 assert has[move.source][move.name][index].min() > 0
                 assert has[move.target][move.name][index].max() == 0
                 is_near = move.source // ranks_per_node == move.target // ranks_per_node
-                assert is_near == (moves is bucket.inside)
+                assert is_near == (moves is bucket.intra_node)
                 arrived.append((move, index))
             for move, index in arrived:
                 has[move.target][move.name][index] += 1
-    for rank, wanted in enumerate(plan.wanted):
+    for rank, wanted in enumerate(plan.target_boxes):
         for name, box in wanted.items():
             assert (has[rank][name][tuple(slice(*pair) for pair in box)] == 1).all()
         assert plan.num_received(rank) == plan.minimum(rank)
@@ -100,7 +100,8 @@ def test_buckets_are_whole_layers_of_all_stages(toy_model: Callable[..., Path]) 
 def test_a_parameter_that_nobody_holds(toy_model: Callable[..., Path]) -> None:
     spec = read_model_spec(toy_model("qwen2"))
     held = [
-        ([name for name in names if "layers.1.mlp" not in name], place) for names, place in held_on_paper(spec, tp=2)
+        ([name for name in names if "layers.1.mlp" not in name], place)
+        for names, place in parameters_by_rank(spec, tp=2)
     ]
     with pytest.raises(WeightSyncError, match=r"model\.layers\.1\.mlp\.gate_proj\.weight: rank 0 reads"):
         plan_reshard(held, layout_table(spec, 2), wanted_by(spec, 2, 1), [0, 0], bucket_elements=10**6)
@@ -127,4 +128,4 @@ def test_70b_over_eight_nodes(tmp_path: Path) -> None:
         # Megatron splits the vocabulary as the engines do, so a rank reads nothing of another's shards
         assert plan.num_received(rank) == plan.minimum(rank) == share - held
     # a norm, which all 8 ranks of a node read, comes to one of them
-    assert plan.num_across() == sum(plan.num_received(rank) for rank in range(64)) - 7 * 7 * norms
+    assert plan.num_inter_node() == sum(plan.num_received(rank) for rank in range(64)) - 7 * 7 * norms

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_rl.errors import WeightSyncError
-from megatron_rl.weight_sync import host_memory as neighbours
+from megatron_rl.weight_sync import host_memory
 from megatron_rl.weight_sync.host_memory import RemoteTensor
 from megatron_rl.weights.layout import Box, box_index, box_shape
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="process_vm_read
 )
 @pytest.mark.parametrize("is_strided", [False, True], ids=["into a tensor", "into a part of one"])
 def test_a_box_of_a_matrix(box: Box, dtype: torch.dtype, is_strided: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(neighbours, "MOST_BYTES", 1000)
+    monkeypatch.setattr(host_memory, "MAX_BYTES", 1000)
     source = torch.arange(3000 * 6).reshape(3000, 6).to(dtype)
     rows, columns = box_shape(box)
     around = torch.zeros(rows, columns + 3, dtype=dtype)

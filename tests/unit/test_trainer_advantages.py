@@ -1,4 +1,4 @@
-"""Where the rewards of a step end up: at tokens, in steps, among the groups that teach."""
+"""Where the rewards of a step end up: at tokens, in steps, among the groups that are trained on."""
 
 import pytest
 import torch
@@ -15,8 +15,8 @@ from megatron_rl.algorithms.advantages import (
 )
 from megatron_rl.algorithms.kl import adapted_coef
 from megatron_rl.algorithms.losses import value_loss
-from megatron_rl.batching.selection import most_spread
-from megatron_rl.batching.sequences import earned, to_sequence
+from megatron_rl.batching.selection import top_std_groups
+from megatron_rl.batching.sequences import rewards_by_token, to_sequence
 from megatron_rl.metrics.metric import ExplainedVariance, explained_variance
 from megatron_rl.rollout.serialization import read_rollouts, rollout_from_json, write_groups
 from megatron_rl.types import Prompt, Rollout, RolloutGroup
@@ -58,7 +58,7 @@ def group(index: int, rewards: list[float]) -> RolloutGroup:
     ],
 )
 def test_rewards_are_at_the_tokens_that_earned_them(given: Rollout, wanted: dict[int, float]) -> None:
-    assert earned(given) == wanted
+    assert rewards_by_token(given) == wanted
     assert {place: x for place, x in enumerate(to_sequence(given).rewards.tolist()) if x} == {
         place: x for place, x in wanted.items() if x
     }
@@ -144,7 +144,7 @@ def test_the_kl_penalty_adapts(kl: float, wanted: float) -> None:
     assert adapted_coef(0.1, kl, target=1.0, num_responses=100, horizon=1000) == pytest.approx(wanted)
 
 
-def test_the_groups_of_most_spread_are_kept() -> None:
+def test_the_groups_with_the_highest_reward_std_are_kept() -> None:
     groups = [group(0, [0, 0]), group(1, [0, 1]), group(2, [0.4, 0.6]), group(3, [1, 1])]
-    assert [one.index for one in most_spread(groups, 2)] == [1, 2]
-    assert [one.index for one in most_spread(groups, 1)] == [1]
+    assert [one.index for one in top_std_groups(groups, 2)] == [1, 2]
+    assert [one.index for one in top_std_groups(groups, 1)] == [1]
