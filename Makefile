@@ -12,6 +12,9 @@ SGLANG_VENV ?= .venv-sglang
 TRL_VENV ?= .venv-trl
 TRL_INSTALLED := $(TRL_VENV)/.installed
 BENCH ?=
+# UNPINNED=1: the newest versions that setup.py allows in place of those that the tests passed with
+UNPINNED ?=
+CONSTRAINTS := $(if $(UNPINNED),,--constraint constraints.txt)
 BIN := $(VENV)/bin
 NEWEST := .megatron-newest
 # tests that decide whether a version of Megatron-Core is supported
@@ -33,7 +36,7 @@ TORCH := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 'torch>=2.11,<2.1
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help install format lint test test-vllm test-sglang test-newest test-slurm clean \
+.PHONY: help install freeze format lint docs quickstart-curve test test-vllm test-sglang test-newest test-slurm clean \
 	quickstart quickstart-seeds check-quickstart eval-quickstart \
 	bench-algorithms bench-star bench-reward-models bench-engines bench-step bench-memory bench-grading bench-convert \
 	bench-plan bench-weight-sync
@@ -44,15 +47,15 @@ help: ## list the targets (the default)
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' $(firstword $(MAKEFILE_LIST)) | \
 		while IFS="$$(printf '\t')" read -r target text; do printf '  %-20s %s\n' "$$target" "$$text"; done
 	@echo
-	@echo 'variables: SEED=N (0), ENGINE=embedded|vllm|sglang (embedded), BENCH="options of the script", PYTHON, VENV'
+	@echo 'variables: UNPINNED=1, SEED=N (0), ENGINE=embedded|vllm|sglang (embedded), BENCH="options of the script", PYTHON, VENV'
 
-install: $(INSTALLED) ## install the package and its development tools into .venv
+install: $(INSTALLED) ## install the package and its development tools into .venv (UNPINNED=1: newest versions)
 
 # install torch first: otherwise a dependency chooses the build
-$(INSTALLED): setup.py pyproject.toml
+$(INSTALLED): setup.py pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet '$(TORCH)'
-	$(BIN)/python -m pip install --quiet --editable '.[dev,harness,curation]'
+	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) --editable '.[dev,harness,curation]'
 	touch $@
 
 # pip picks torchvision, torchaudio and torchcodec builds that do not fit the CPU build of torch and break imports
@@ -89,6 +92,9 @@ eval-quickstart: $(INSTALLED) $(VLLM_INSTALLED) $(SGLANG_INSTALLED) ## evaluate 
 quickstart-seeds: $(INSTALLED) ## run the quickstart and its coin-flip control, three seeds
 	PATH="$(abspath $(BIN)):$$PATH" python tools/bench/quickstart.py --seeds 0 1 2
 
+quickstart-curve: $(INSTALLED) ## draw the learning curve of the README from the runs of quickstart-seeds
+	$(BIN)/python tools/quickstart/learning_curve.py
+
 check-quickstart: $(INSTALLED) ## run one seed and its control; fails unless GRPO learns and coin-flip rewards do not
 	PATH="$(abspath $(BIN)):$$PATH" python tools/bench/quickstart.py --seeds 0 --check
 
@@ -100,7 +106,7 @@ bench-star: $(INSTALLED) ## run rounds of STaR on the quickstart's task, three s
 	for seed in 0 1 2; do \
 		export PATH="$(abspath $(BIN)):$$PATH"; \
 		tools/quickstart/quickstart.sh $$seed embedded sft || exit 1; \
-		python tools/data/star.py --sample configs/quickstart/star_sample.yaml --learn configs/quickstart/star_learn.yaml \
+		python tools/data/star.py --sample configs/algorithms/star_sample.yaml --learn configs/algorithms/star_learn.yaml \
 			--output runs/star/seed_$$seed run.seed=$$seed \
 			model.path=runs/quickstart/seed_$$seed/sft/checkpoints/step_001800/hf || exit 1; \
 	done
@@ -164,6 +170,14 @@ $(NEWEST)/.installed:
 format: $(INSTALLED) ## format the code and apply the linter's fixes
 	$(BIN)/ruff check --fix --exit-zero .
 	$(BIN)/ruff format .
+
+docs: $(INSTALLED) ## write the generated pages: configuration reference, plans of the production recipes
+	$(BIN)/python -m megatron_rl.config.reference >docs/configuration_reference.md
+	$(BIN)/python tools/cluster/plan_recipes.py --write
+
+freeze: $(INSTALLED) ## write constraints.txt from .venv
+	{ sed -n '/^#/p' constraints.txt; $(BIN)/python -m pip freeze --exclude-editable | grep -v '^#\|^torch=='; } >constraints.new
+	mv constraints.new constraints.txt
 
 lint: $(INSTALLED) ## run the linter, the format check and the type checker
 	$(BIN)/ruff check .

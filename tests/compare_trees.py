@@ -2,9 +2,9 @@
 
     python tests/compare_trees.py BEFORE AFTER --output DIR
 
-A refactoring changes no number. The same configurations run in both trees on this machine: the quickstart's two stages,
-PPO, LoRA, GSPO, a conversation, and TP2 x PP2. Every value of every step has to be equal, except for times and memory;
-``RENAMED`` lists the metrics that have another name in AFTER. Exits with 1 where a value differs.
+A refactoring changes no number. The same configurations run in both trees on this machine: both stages of the
+quickstart, PPO, LoRA, GSPO, multi-turn rollouts, and TP2 x PP2. All metrics of all steps must be equal, except for times
+and memory; ``RENAMED`` lists the metrics that have another name in AFTER. The exit status is 1 if a value differs.
 """
 
 import argparse
@@ -22,14 +22,14 @@ RENAMED = {
     "rollout/replaced_without_spread": "rollout/zero_std/replaced",
 }
 RENAMED_PREFIXES = {"eval/": "val/"}
-# they depend on the clock, or on what the process did before
+# metrics that depend on the clock or on the history of the process
 TIMED = ("memory/", "timing_s", "perf/time", "perf/throughput", "perf/tflops", "perf/mfu", "weight_sync/seconds")
 TIMED = (*TIMED, "weight_sync/gb_per_s")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One run; ``{run}`` in an override is the folder of the tree's runs."""
+    """A run to compare; ``{run}`` in an override stands for the folder of the tree's runs."""
 
     config: str
     num_ranks: int
@@ -41,10 +41,10 @@ STEPS = ("rollout.schedule=static", "run.num_steps=12")
 CASES = {
     "sft": Case(config="quickstart/sft", num_ranks=2, overrides=("model.path={run}/init",)),
     "grpo": Case(config="quickstart/grpo", num_ranks=2, overrides=(SFT, "rollout.schedule=static")),
-    "ppo": Case(config="quickstart/ppo", num_ranks=2, overrides=(SFT, *STEPS)),
-    "lora": Case(config="quickstart/lora", num_ranks=2, overrides=(SFT, *STEPS)),
-    "gspo": Case(config="quickstart/gspo", num_ranks=2, overrides=(SFT, *STEPS)),
-    "conversation": Case(config="quickstart/conversation", num_ranks=2, overrides=(SFT, *STEPS)),
+    "ppo": Case(config="algorithms/ppo", num_ranks=2, overrides=(SFT, *STEPS)),
+    "lora": Case(config="algorithms/lora", num_ranks=2, overrides=(SFT, *STEPS)),
+    "gspo": Case(config="algorithms/gspo", num_ranks=2, overrides=(SFT, *STEPS)),
+    "conversation": Case(config="algorithms/conversation", num_ranks=2, overrides=(SFT, *STEPS)),
     "tp2_pp2": Case(
         config="quickstart/grpo",
         num_ranks=4,
@@ -60,7 +60,7 @@ CASES = {
 
 
 def run_case(tree: Path, case: Case, run: Path, name: str) -> None:
-    """Run one case in a tree; its output goes to a log beside the run folder."""
+    """Run a case in a tree and write its output to a log beside the run folder."""
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={case.num_ranks}"),
         *("-m", "megatron_rl.train", "--config", f"configs/{case.config}.yaml"),
@@ -73,13 +73,13 @@ def run_case(tree: Path, case: Case, run: Path, name: str) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Rows of a metrics.jsonl under the names of AFTER, without what depends on the clock."""
+    """Return the rows of a metrics.jsonl under the names of AFTER, without metrics that depend on the clock."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     return [{new_name(name): value for name, value in row.items() if not name.startswith(TIMED)} for row in rows]
 
 
 def new_name(name: str) -> str:
-    """The name in AFTER of a metric of either tree."""
+    """Return the name in AFTER of a metric of either tree."""
     for old, new in RENAMED_PREFIXES.items():
         if name.startswith(old):
             name = new + name.removeprefix(old)
@@ -87,48 +87,48 @@ def new_name(name: str) -> str:
 
 
 def differences(before: list[dict[str, float]], after: list[dict[str, float]]) -> list[str]:
-    """The first places at which two runs differ."""
-    found = [] if len(before) == len(after) else [f"{len(before)} rows before, {len(after)} after"]
+    """Return the first five differences between two runs, one line each."""
+    lines = [] if len(before) == len(after) else [f"{len(before)} rows before, {len(after)} after"]
     for old, new in zip(before, after, strict=False):
         for name in sorted(old.keys() | new.keys()):
             if not same(old, new, name):
-                found.append(f"step {old['step']:g}: {name} {old.get(name)} before, {new.get(name)} after")
-    return found[:5]
+                lines.append(f"step {old['step']:g}: {name} {old.get(name)} before, {new.get(name)} after")
+    return lines[:5]
 
 
 def same(old: Mapping[str, float], new: Mapping[str, float], name: str) -> bool:
-    """Whether both have the same bits; JSON keeps every bit of a float, and NaN equals NaN."""
+    """Whether a metric has the same bits in both rows; JSON keeps every bit of a float, and NaN equals NaN."""
     return (
         name in old and name in new and (old[name] == new[name] or (old[name] != old[name] and new[name] != new[name]))
     )
 
 
 def main() -> int:
-    """The command line."""
+    """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("before", type=Path)
     parser.add_argument("after", type=Path)
     parser.add_argument("--output", type=Path, required=True, help="folder of the runs; finished ones are kept")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    asked = parser.parse_args()
+    arguments = parser.parse_args()
     failed = False
     folders = {}
-    for name, tree in (("before", asked.before.resolve()), ("after", asked.after.resolve())):
-        folders[name] = folder = asked.output.resolve() / name
+    for name, tree in (("before", arguments.before.resolve()), ("after", arguments.after.resolve())):
+        folders[name] = folder = arguments.output.resolve() / name
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "init").exists():
             command = [sys.executable, "tools/make_toy_model.py", "--output", str(folder / "init")]
             subprocess.run(command, cwd=tree, env=os.environ | {"PYTHONPATH": str(tree)}, check=True)
-        for case in asked.cases:
+        for case in arguments.cases:
             if not (folder / case / "report.html").exists():
                 run_case(tree, CASES[case], folder, case)
-    for case in asked.cases:
+    for case in arguments.cases:
         before, after = (read_metrics(folders[name] / case / "metrics.jsonl") for name in ("before", "after"))
-        found = differences(before, after)
-        failed |= bool(found)
+        different = differences(before, after)
+        failed |= bool(different)
         values = sum(map(len, before))
-        print(f"{case:<14} {len(before):>5} rows, {values:>7} values: " + ("equal" if not found else "DIFFERENT"))
-        for line in found:
+        print(f"{case:<14} {len(before):>5} rows, {values:>7} values: " + ("equal" if not different else "DIFFERENT"))
+        for line in different:
             print(f"    {line}")
     return int(failed)
 

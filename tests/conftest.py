@@ -5,10 +5,10 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-# Spinning threads on contended cores cost many times their use; set before torch is imported.
+# OpenMP threads that spin on contended cores cost more time than they save; must be set before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ["HF_HUB_OFFLINE"] = "1"  # a test that asks a hub for anything fails
+os.environ["HF_HUB_OFFLINE"] = "1"  # a test that requests anything from the hub fails
 
 import pytest
 
@@ -17,32 +17,32 @@ from tests.toys import write_model
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """--engine vllm or sglang: hold the tests of tests/engines against that engine."""
+    """Add ``--engine``, the engine that the tests of tests/engines run on."""
     parser.addoption("--engine", choices=("embedded", "vllm", "sglang"), default="embedded")
 
 
 def pytest_report_header() -> str:
-    """The versions that a run is about."""
+    """Return the versions of Megatron-Core and torch for the header of the report."""
     return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("megatron-core", "torch"))
 
 
 @pytest.fixture(scope="session")
 def toy_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """A function from family and options to the folder of such a model, each written once."""
-    made: dict[str, Path] = {}
+    """Return a function from a family and options to the folder of such a model; each model is written once."""
+    folders: dict[str, Path] = {}
 
     def get(family: str = "qwen2", *, tied: bool = True, **sizes: int) -> Path:
         key = f"{family}-{'tied' if tied else 'untied'}-{'-'.join(f'{k}{v}' for k, v in sizes.items())}"
-        if key not in made:
-            made[key] = write_model(tmp_path_factory.mktemp("models") / key, family, tied=tied, **sizes)
-        return made[key]
+        if key not in folders:
+            folders[key] = write_model(tmp_path_factory.mktemp("models") / key, family, tied=tied, **sizes)
+        return folders[key]
 
     return get
 
 
 @pytest.fixture(scope="session")
 def gangs() -> Iterator[Callable[[int], Gang]]:
-    """A function from a number of ranks to a world of that size, each started once."""
+    """Return a function from a number of ranks to a gang of that size; each gang is started once."""
     started: dict[int, Gang] = {}
 
     def get(world_size: int) -> Gang:

@@ -1,4 +1,4 @@
-"""A world of worker processes that outlives a test: importing Megatron takes longer than most cases."""
+"""Worker processes that outlive a test, because importing Megatron takes longer than most tests."""
 
 import multiprocessing
 import traceback
@@ -18,11 +18,11 @@ class Gang:
         self._pipes: list[Connection] = []
         self._processes = []
         for rank in range(world_size):
-            mine, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(rank, world_size, theirs))
+            parent_end, child_end = context.Pipe()
+            process = context.Process(target=_work, args=(rank, world_size, child_end))
             process.start()
-            theirs.close()
-            self._pipes.append(mine)
+            child_end.close()
+            self._pipes.append(parent_end)
             self._processes.append(process)
         port = self._pipes[0].recv()
         for pipe in self._pipes[1:]:
@@ -30,14 +30,14 @@ class Gang:
         self.is_open = True
 
     def call(self, function: Callable[..., Any], **arguments: Any) -> list[Any]:
-        """What ``function(**arguments)`` returns on every rank; an exception of any rank fails the test."""
+        """Return the results of ``function(**arguments)`` by rank; an exception on any rank fails the test."""
         for pipe in self._pipes:
             pipe.send((function, arguments))
         results, failures = [], []
         for rank, pipe in enumerate(self._pipes):
             if not pipe.poll(LIMIT_S if not failures else 10):
-                failures.append(f"rank {rank} gave no answer")
-                self.is_open = False  # or the next call would take its answer to this one for its own
+                failures.append(f"rank {rank} did not answer")
+                self.is_open = False  # the next call would otherwise receive the late answer to this one
                 continue
             status, value = pipe.recv()
             if status == "ok":

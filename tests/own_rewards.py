@@ -1,4 +1,4 @@
-"""Reward functions of the tests; apart, because workers import this and must start quickly."""
+"""Reward functions for tests, in a file of their own because reward workers import it and must start quickly."""
 
 import time
 from pathlib import Path
@@ -7,12 +7,12 @@ from megatron_rl.rewards.types import RewardInput
 
 
 def digit_share(sample: RewardInput) -> float:
-    """A dense reward: the share of digits in the response."""
+    """Share of digits in the response: a dense reward."""
     return sum(c.isdigit() for c in sample.response) / max(1, len(sample.response))
 
 
 def slow_digit_share(sample: RewardInput, hold: str = "") -> float:
-    """The same, so slow that a run can be disturbed; not before the file ``hold`` is gone."""
+    """``digit_share``, slow enough to disturb a run meanwhile; does not return while the file ``hold`` exists."""
     time.sleep(0.03)
     while hold and Path(hold).exists():
         time.sleep(0.05)
@@ -20,26 +20,26 @@ def slow_digit_share(sample: RewardInput, hold: str = "") -> float:
 
 
 def begins_with_a_digit(sample: RewardInput) -> float:
-    """A verdict of 0 or 1."""
+    """1 if the response begins with a digit, else 0."""
     return float(sample.response[:1].isdigit())
 
 
 def raises(sample: RewardInput) -> float:
-    """A reward with a fault."""
+    """Raise an exception."""
     raise ZeroDivisionError("this reward is broken")
 
 
 def hangs_on(sample: RewardInput, response: str = "hang") -> float:
-    """A reward that never answers for one response."""
+    """1, except that it never returns for one response."""
     while sample.response == response:
         time.sleep(0.1)
     return 1.0
 
 
 def exits(sample: RewardInput) -> float:
-    """A reward that takes its process down."""
+    """End the process of the reward worker."""
     raise SystemExit(3)
 
 
 def nothing(sample: RewardInput) -> None:
-    """A reward that forgets to return."""
+    """Return None, as a function without a return statement does."""

@@ -1,4 +1,4 @@
-"""Small servers of the tests, on the loopback."""
+"""HTTP servers for tests, on the loopback interface."""
 
 import json
 import threading
@@ -9,15 +9,15 @@ from typing import Any
 
 
 class JsonHandler(BaseHTTPRequestHandler):
-    """Answers a posted JSON with another one."""
+    """Request handler that answers a posted JSON object with another one."""
 
     def answer(self, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-        """Status and content."""
+        """Return the status and the JSON object of the response."""
         raise NotImplementedError
 
     def do_POST(self) -> None:
-        status, found = self.answer(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-        content = json.dumps(found).encode()
+        status, response = self.answer(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        content = json.dumps(response).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
@@ -28,7 +28,7 @@ class JsonHandler(BaseHTTPRequestHandler):
 
 @contextmanager
 def serving(handler: type[JsonHandler]) -> Iterator[str]:
-    """The url at which a handler answers as an OpenAI endpoint."""
+    """Serve ``handler`` in a thread and yield the base URL of its OpenAI-compatible endpoint."""
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}/v1"

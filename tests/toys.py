@@ -14,29 +14,29 @@ from megatron_rl.config.load import load_config
 from megatron_rl.models.toy import make_model, make_tokenizer
 from megatron_rl.types import TrainSequence
 
-# metrics that depend on the clock, or on what the process did before
+# metrics that depend on the clock or on the history of the process
 TIMED = (
     "memory/",
     *("timing_s", "perf/time", "perf/throughput", "perf/tflops", "perf/mfu"),
     *("weight_sync/seconds", "weight_sync/gb_per_s"),
 )
-# where a run ended early, it evaluated there and pushed its weights for that, which the other did not
-IN_PARTS = (*TIMED, "val/", "weight_sync/probe_difference")
-VOCAB = 61  # no multiple of 64: the vocabulary is padded
+# metrics that a stop and a resume also change: a run evaluates where it stops, and pushes its weights for that
+CHANGED_BY_RESUME = (*TIMED, "val/", "weight_sync/probe_difference")
+VOCAB = 61  # not a multiple of 64, so that the vocabulary is padded
 
 
 def without(prefixes: tuple[str, ...], rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Logged metrics, but for those whose names begin so."""
+    """Return rows of metrics without the metrics whose names begin with one of ``prefixes``."""
     return [{name: value for name, value in row.items() if not name.startswith(prefixes)} for row in rows]
 
 
-def whole_rows(path: Path) -> list[dict[str, Any]]:
-    """Of a JSONL file, also while it is written."""
+def complete_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the complete rows of a JSONL file that may still be written to."""
     return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
 def write_model(folder: Path, family: str = "qwen2", *, tied: bool = True, **sizes: int) -> Path:
-    """A random model with tokenizer whose norms and biases are not trivial."""
+    """Write a random model with non-trivial norms and biases, and its tokenizer; return the folder."""
     fields = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 64, **sizes}
     model = make_model(family, tied=tied, **fields)
     generator = torch.Generator().manual_seed(7)
@@ -45,7 +45,7 @@ def write_model(folder: Path, family: str = "qwen2", *, tied: bool = True, **siz
             if parameter.ndim == 1:
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
             else:
-                parameter.mul_(2 if family == "qwen3_moe" else 4)  # far from uniform, so that differences show
+                parameter.mul_(2 if family == "qwen3_moe" else 4)  # logits far from uniform, so that errors show
     model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
@@ -69,19 +69,19 @@ metrics: {{console: silent, wandb: disabled, tensorboard: false}}
 
 
 def write_config(folder: Path, model: Path) -> Path:
-    """A small run."""
+    """Write the configuration of a small run and return its path."""
     path = folder / "toy.yaml"
     path.write_text(RUN_YAML.format(folder=folder, model=model))
     return path
 
 
 def toy_config(folder: Path, model: Path, *overrides: str) -> RunConfig:
-    """That run's configuration."""
+    """Return the configuration of a small run, with overrides."""
     return load_config(write_config(folder, model), overrides)
 
 
 def sequences(lengths: tuple[int, ...] = (9, 17, 6, 30), num_prompt: int = 3) -> list[TrainSequence]:
-    """Sequences with random tokens, advantages and old log-probabilities near those of a random model."""
+    """Return sequences with random tokens and advantages, and log-probabilities near those of a random model."""
     generator = torch.Generator().manual_seed(1)
     made = []
     for length in lengths:
@@ -113,7 +113,7 @@ majority: false
 
 
 def write_choice_task(folder: Path, num_questions: int) -> Path:
-    """A task whose answer is the likeliest of three sums, with its rows."""
+    """Write a task whose response is the likeliest of three choices, and its data; return the path of the task."""
     rows = [
         {"question": f"{i}+{i}=", "choices": [str(2 * i), str(i), f"{i}+1"], "answer": i % 3}
         for i in range(1, num_questions + 1)

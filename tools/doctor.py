@@ -100,11 +100,11 @@ def main(argv: list[str] | None = None) -> int:
     host = socket.gethostname()
     # the first rank of each host checks it
     hosts = gather_objects(host, parallel)
-    mine = [(host, one) for one in check_host(config)] if hosts.index(host) == parallel.rank else []
+    own_findings = [(host, finding) for finding in check_host(config)] if hosts.index(host) == parallel.rank else []
     if is_main and config is not None:
         world_size = parallel.world_size if "WORLD_SIZE" in os.environ else None
-        mine += [(host, one) for one in check_run(config, args.resume, world_size)]
-    findings = [one for part in gather_objects(mine, parallel) for one in part]
+        own_findings += [(host, finding) for finding in check_run(config, args.resume, world_size)]
+    findings = [finding for part in gather_objects(own_findings, parallel) for finding in part]
     speeds, link = measure(parallel), all_reduce_gb_s(parallel)
     findings += check_speeds(speeds, link)
     hardware = measured_hardware(parallel, speeds, link)

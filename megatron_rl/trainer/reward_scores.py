@@ -88,7 +88,7 @@ class RewardModelScorer:
         metrics: dict[str, Reduction] = {}
         if self._model.parallel.is_main and parts:
             metrics |= mean_max_min("reward_model/score", parts)
-            metrics |= mean_max_min("reward_model/num_judged", [float(len(indices)) for _, indices in to_score])
+            metrics |= mean_max_min("reward_model/num_scored", [float(len(indices)) for _, indices in to_score])
         return replace(rollouts, groups=groups), metrics
 
     def scores(self, to_score: Sequence[tuple[Rollout, Sequence[int]]]) -> list[list[float]]:

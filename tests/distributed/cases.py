@@ -1,4 +1,4 @@
-"""What the ranks of a gang run; the tests around them compare."""
+"""Functions that the ranks of a gang run; the tests call them and compare their results."""
 
 import contextlib
 import gc
@@ -66,7 +66,7 @@ from megatron_rl.weight_sync.push import policy_logprobs
 from megatron_rl.weight_sync.transfer import Traffic, Transfer
 from megatron_rl.weights.layout import Place, hf_shapes
 from megatron_rl.weights.peft_files import write_peft_folder
-from tests.engines.contract import Dying
+from tests.engines.contract import DyingEngine
 from tests.toys import VOCAB, sequences
 from tools.data import best_of_n
 
@@ -80,14 +80,14 @@ KEPT_WORLDS = 3
 
 
 def world(config: RunConfig | RewardTrainingConfig) -> ParallelContext:
-    """A split of this gang, with counters of its own.
+    """Return the parallel context of a layout of this gang, with a part of the store of its own.
 
-    Megatron never closes a group, and every one has threads; so the last few splits are kept, with
-    Megatron's record of each to be put back, and the groups of the others are closed here.
+    Megatron never destroys a process group, and every group has threads. The last few layouts are therefore kept, and
+    Megatron's global state is set to that of the returned one; the groups of older layouts are destroyed.
     """
     key = replace(
         config.parallel, distributed_optimizer=True, overlap_grad_reduce=False, overlap_param_gather=False
-    )  # which do not change the groups
+    )  # options that do not change the groups
     store = dist.PrefixStore(f"world{next(_counters)}", distributed_c10d._get_default_store())
     if key not in _worlds:
         if len(_worlds) == KEPT_WORLDS:
@@ -101,112 +101,116 @@ def world(config: RunConfig | RewardTrainingConfig) -> ParallelContext:
 
 
 def _close(context: ParallelContext) -> None:
-    """Destroy every group of a split."""
-    found = [context.host_group]
+    """Destroy every group of a layout."""
+    groups = [context.host_group]
     for value in context.record.values():
-        found += value if isinstance(value, list) else [value]
-    gc.collect()  # models that hold groups
-    for group in {id(one): one for one in found if isinstance(one, dist.ProcessGroup)}.values():
+        groups += value if isinstance(value, list) else [value]
+    gc.collect()  # frees models that hold groups
+    for group in {id(candidate): candidate for candidate in groups if isinstance(candidate, dist.ProcessGroup)}.values():
         if group is not dist.group.WORLD and group in distributed_c10d._world.pg_map:
             dist.destroy_process_group(group)
 
 
 def logits(config: RunConfig, checkpoint: str | None = None) -> torch.Tensor | None:
-    """Whole-vocabulary logits of the toy sequences, on the last stage.
+    """Return the logits of the toy sequences over the whole vocabulary on the last stage, else None.
 
     Args:
-        checkpoint: folder from which Megatron itself reads the weights.
+        checkpoint: folder from which Megatron itself loads the weights; None: those of ``model.path``.
     """
     parallel = world(config)
-    scorer = LogProbModel(config, parallel, config.model.path)
+    model = LogProbModel(config, parallel, config.model.path)
     if checkpoint is not None:
-        for parameter in scorer.parameters.values():
+        for parameter in model.parameters.values():
             parameter.data.fill_(float("nan"))
-        loaded = dist_checkpointing.load(_sharded(scorer), checkpoint)
-        for key, chunk in zip(_sharded(scorer), scorer.chunks, strict=True):
+        loaded = dist_checkpointing.load(_sharded(model), checkpoint)
+        for key, chunk in zip(_sharded(model), model.chunks, strict=True):
             chunk.load_state_dict(loaded[key])
-    found = []
+    captured = []
 
-    class Catching(PolicyModel):
-        """Keeps the logits instead of taking log-probabilities."""
+    class CapturingModel(PolicyModel):
+        """Also captures the logits from which log-probabilities are computed."""
 
-        def logprobs(self, hidden: torch.Tensor, labels: torch.Tensor, wanted: torch.Tensor, **_: Any) -> Any:
+        def logprobs(self, hidden: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor, **_: Any) -> Any:
             rows = hidden.transpose(0, 1)
             if self.config.sequence_parallel:
                 rows = tensor_parallel.gather_from_sequence_parallel_region(rows.contiguous())
             shard = rows.transpose(0, 1) @ self.output_weight().t()
-            found.append(tensor_parallel.gather_from_tensor_model_parallel_region(shard)[..., :VOCAB])
-            return super().logprobs(hidden, labels, wanted, **_)
+            captured.append(tensor_parallel.gather_from_tensor_model_parallel_region(shard)[..., :VOCAB])
+            return super().logprobs(hidden, labels, mask, **_)
 
-    for chunk in scorer.chunks:
-        chunk.__class__ = Catching
+    for chunk in model.chunks:
+        chunk.__class__ = CapturingModel
     rows = sequences()
-    scorer.logprobs(batch_of([0, 1, 2, 3]))
+    model.logprobs(batch_of([0, 1, 2, 3]))
     if not parallel.is_last_stage:
         return None
-    (whole,) = found
+    (padded,) = captured
     lengths = [row.token_ids.numel() for row in rows]
     if config.batching.packed:
-        return torch.cat(list(whole[0].split([*lengths, whole.size(1) - sum(lengths)])[:-1]))
-    return torch.cat([row[:length] for row, length in zip(whole, lengths, strict=True)])
+        return torch.cat(list(padded[0].split([*lengths, padded.size(1) - sum(lengths)])[:-1]))
+    return torch.cat([row[:length] for row, length in zip(padded, lengths, strict=True)])
 
 
-def _sharded(scorer: LogProbModel, **metadata: bool) -> dict[str, Any]:
-    """What Megatron-LM saves and loads of a model."""
-    names = [f"model{place}" for place in range(len(scorer.chunks))] if len(scorer.chunks) > 1 else ["model"]
+def _sharded(model: LogProbModel, **metadata: bool) -> dict[str, Any]:
+    """Return the sharded state dicts of a model under the keys that Megatron-LM gives them."""
+    names = [f"model{index}" for index in range(len(model.chunks))] if len(model.chunks) > 1 else ["model"]
     return {
         name: chunk.sharded_state_dict(metadata=metadata or None)
-        for name, chunk in zip(names, scorer.chunks, strict=True)
+        for name, chunk in zip(names, model.chunks, strict=True)
     }
 
 
 def save_as_megatron_lm(config: RunConfig, folder: str, **metadata: bool) -> None:
-    """A checkpoint of the model alone, as Megatron-LM leaves it after iteration 10.
+    """Save a checkpoint of the model without an optimizer, as Megatron-LM writes it after iteration 10.
 
     Args:
-        metadata: of ``sharded_state_dict``, which choose how layers, experts and gates are stored.
+        metadata: options of ``sharded_state_dict`` that choose how layers, experts and gates are stored.
     """
     parallel = world(config)
-    scorer = LogProbModel(config, parallel, config.model.path)
+    model = LogProbModel(config, parallel, config.model.path)
     target = Path(folder) / "iter_0000010"
     if parallel.is_main:
         target.mkdir(parents=True)
         (target.parent / "latest_checkpointed_iteration.txt").write_text("10")
     dist.barrier()
     others = {"checkpoint_version": 3.0, "iteration": 10, "args": None, "rng_state": _random_state(parallel)}
-    dist_checkpointing.save({**_sharded(scorer, **metadata), **others}, str(target))
+    dist_checkpointing.save({**_sharded(model, **metadata), **others}, str(target))
 
 
 def _random_state(parallel: ParallelContext) -> ShardedObject:
-    """As Megatron-LM saves one for every rank."""
-    shape, place = (parallel.world_size,), (parallel.rank,)
-    return ShardedObject("rng_state", [{"random": torch.get_rng_state()}], shape, place, replica_id=0)
+    """Return this rank's random state as Megatron-LM saves it."""
+    shape, offset = (parallel.world_size,), (parallel.rank,)
+    return ShardedObject("rng_state", [{"random": torch.get_rng_state()}], shape, offset, replica_id=0)
 
 
-def held(config: RunConfig) -> tuple[list[str], Place]:
-    """This rank's parameters and its place."""
+def rank_parameters(config: RunConfig) -> tuple[list[str], Place]:
+    """Return the names of this rank's parameters and its place in the layout."""
     parallel = world(config)
     return list(LogProbModel(config, parallel, config.model.path).parameters), place_of(parallel)
 
 
-def transferred(
+def run_transfer(
     config: RunConfig, engine_tp: int, nodes: list[int], bucket_elements: int, peer_access: PeerAccess
 ) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
-    """What a planned transfer brings to this rank, and the bytes: received, sent, planned, least, peak."""
+    """Return the tensors that a planned transfer delivers to this rank, and its traffic in bytes.
+
+    Keys of the traffic: received, sent, planned (to be received), planned to send, least (that must be received) and
+    peak (of the buffers).
+    """
     parallel = world(config)
-    scorer = LogProbModel(config, parallel, config.model.path)
-    table = layout_table(scorer.spec, parallel.tp_size)
+    model = LogProbModel(config, parallel, config.model.path)
+    table = layout_table(model.spec, parallel.tp_size)
     shapes = hf_shapes(table)
-    held = gather_objects((list(scorer.parameters), place_of(parallel)), parallel)
-    wanted = [
-        engine_boxes(scorer.spec, shapes, tp_rank=rank % engine_tp, tp_size=engine_tp)
+    held = gather_objects((list(model.parameters), place_of(parallel)), parallel)
+    boxes = [
+        engine_boxes(model.spec, shapes, tp_rank=rank % engine_tp, tp_size=engine_tp)
         for rank in range(parallel.world_size)
     ]
-    plan = plan_reshard(held, table, wanted, nodes, bucket_elements=bucket_elements)
+    plan = plan_reshard(held, table, boxes, nodes, bucket_elements=bucket_elements)
     traffic = Traffic()
     transfer = Transfer(plan, parallel.rank, peer_access=peer_access)
-    found = {name: tensor.clone() for name, tensor in transfer.stream(scorer.shards(), traffic)}
-    return found, {
+    tensors = {name: tensor.clone() for name, tensor in transfer.stream(model.shards(), traffic)}
+    return tensors, {
         "received": traffic.bytes_received,
         "sent": traffic.bytes_sent,
         "planned": 4 * plan.num_received(parallel.rank),
@@ -216,8 +220,8 @@ def transferred(
     }
 
 
-def pushed_twice(config: RunConfig) -> list[dict[str, float]]:
-    """Metrics of a first push and of one after an update, on the embedded engine with checks and probe."""
+def push_twice(config: RunConfig) -> list[dict[str, float]]:
+    """Return the metrics of a first push and of one after an update, to the embedded engine, with checks and probe."""
     parallel = world(config)
     policy = Policy(config, parallel)
     sync = WeightSync(policy, build_engine(config, policy), config)
@@ -225,11 +229,14 @@ def pushed_twice(config: RunConfig) -> list[dict[str, float]]:
     policy.update(batch_of())
     second = sync.push(1)
     assert sync.push(1) == {}
-    return [{name: value.result() for name, value in found.items()} for found in (first, second)]
+    return [{name: value.result() for name, value in metrics.items()} for metrics in (first, second)]
 
 
-def engine_and_policy(config: RunConfig, num_updates: int) -> list[tuple[Completion, torch.Tensor]]:
-    """Completions of this rank's engine after some updates, each with the policy's own log-probabilities."""
+def engine_and_policy_logprobs(config: RunConfig, num_updates: int) -> list[tuple[Completion, torch.Tensor]]:
+    """Return completions of all engines before and after each of some updates.
+
+    Every completion comes with the policy's log-probabilities of its tokens, [R].
+    """
     parallel = world(config)
     policy = Policy(config, parallel)
     key = f"{config.model.path} {config.rollout}"
@@ -239,64 +246,63 @@ def engine_and_policy(config: RunConfig, num_updates: int) -> list[tuple[Complet
         _engines[key] = build_engine(config, policy)
     engine = _engines[key]
     sync = WeightSync(policy, engine, config)
-    found: list[tuple[Completion, torch.Tensor]] = []
+    results: list[tuple[Completion, torch.Tensor]] = []
     for version in range(num_updates + 1):
         if version:
             policy.update(batch_of())
-        engine._version = -1  # an engine of an earlier call may have the version already
+        engine._version = -1  # an engine kept from an earlier call may already have this version
         sync.push(version)
         params = SamplingParams(temperature=0.8, top_p=1.0, top_k=0, max_new_tokens=12, stop_token_ids=(1,))
-        asked = [
+        requests = [
             Request(key=key, token_ids=torch.arange(3 + key), seeds=(sample_seed(version, key, 0), 5))
             for key in range(6)
         ]
-        mine = share(asked, "static", "", engine.place, None)
-        done = list(engine.generate(mine, params, max_requests=4))
-        everything = [one for part in gather_objects(done, parallel) for one in part]
-        assert len(everything) == 12
-        assert {one.completion.policy_version for one in everything} == {version}
-        rows = policy_logprobs(policy, [(asked[one.key].token_ids, one.completion.token_ids) for one in everything])
-        found += [(one.completion, row) for one, row in zip(everything, rows, strict=True)]
-    return found
+        own_requests = share(requests, "static", "", engine.place, None)
+        finished = list(engine.generate(own_requests, params, max_requests=4))
+        all_finished = [result for part in gather_objects(finished, parallel) for result in part]
+        assert len(all_finished) == 12
+        assert {result.completion.policy_version for result in all_finished} == {version}
+        rows = policy_logprobs(policy, [(requests[result.key].token_ids, result.completion.token_ids) for result in all_finished])
+        results += [(result.completion, row) for result, row in zip(all_finished, rows, strict=True)]
+    return results
 
 
-def collected_despite_deaths(config: RunConfig) -> tuple[list[list[int]], list[list[int]], int]:
-    """Tokens of a job undisturbed, of the same job when the first engine dies in it, and how many engines died.
+def collect_despite_engine_deaths(config: RunConfig) -> tuple[list[list[int]], list[list[int]], int]:
+    """Return the tokens of a job without failures, those of the same job with failures, and the number of failures.
 
-    It dies in the push after that as well.
-
-    The policy is offloaded meanwhile, as it is in a run.
+    The engine of the first rank dies during the second job, and again in the push that follows. The policy is offloaded
+    during a job, as it is in a run.
     """
     parallel = world(config)
     policy = Policy(config, parallel)
-    engine: Any = Dying(build_engine(config, policy), config.rollout.engine, deaths=0)
+    engine: Any = DyingEngine(build_engine(config, policy), config.rollout.engine, deaths=0)
     supervisor = build_supervisor(config, engine, policy)
     collector = build_collector(config, read_inputs(config, parallel), supervisor, policy)
-    greedy = config.rollout.engine == "sglang"  # no seeds for each sample
+    greedy = config.rollout.engine == "sglang"  # SGLang has no seed per sample
     params = SamplingParams(
         temperature=0.0 if greedy else 1.0, top_p=1.0, top_k=0, max_new_tokens=12, stop_token_ids=()
     )
     prompts = [Prompt(prompt_id=str(i), token_ids=torch.arange(3 + i % 3), text="", answer="1") for i in range(12)]
     work = [begin_group(prompt, [sample_seed(i, k) for k in range(2)]) for i, prompt in enumerate(prompts)]
-    found = []
+    tokens = []
     with closing(engine), closing(collector):
         supervisor.push(0)
         for name, deaths in (("undisturbed", 0), ("disturbed", 1)):
-            engine.left = engine.left_in_pushes = deaths if parallel.rank == 0 else 0
+            engine.deaths_left = engine.push_deaths_left = deaths if parallel.rank == 0 else 0
             job = Job(name=name, groups=work, params=params, schedule="static", functions="train", version=0)
             policy.learner.to_host()
-            done = collector.collect(job)
+            finished = collector.collect(job)
             policy.learner.to_device()
             assert engine.version == 0
-            found.append([sample.token_ids.tolist() for group in done for sample in group.as_group(0).rollouts])
-        return found[0], found[1], supervisor.num_failures
+            tokens.append([sample.token_ids.tolist() for group in finished for sample in group.as_group(0).rollouts])
+        return tokens[0], tokens[1], supervisor.num_failures
 
 
 _engines: dict[str, Any] = {}
 
 
 class FaultyEngine(EmbeddedEngine):
-    """Spoils one push."""
+    """Embedded engine whose pushes fail in the way that ``fault`` names."""
 
     fault = ""
 
@@ -311,7 +317,7 @@ class FaultyEngine(EmbeddedEngine):
 
 
 class FaultyTransfer(Transfer):
-    """Changes two tensors."""
+    """Transfer that delivers two tensors in reversed order."""
 
     def stream(self, parameters: Any, traffic: Traffic) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in super().stream(parameters, traffic):
@@ -319,7 +325,7 @@ class FaultyTransfer(Transfer):
 
 
 def failed_push(config: RunConfig) -> str:
-    """What every rank says of a first push that cannot be."""
+    """Return the error of a first push that cannot succeed; empty if it does."""
     parallel = world(config)
     policy = Policy(config, parallel)
     try:
@@ -330,7 +336,7 @@ def failed_push(config: RunConfig) -> str:
 
 
 def faulty_push(config: RunConfig, fault: str) -> str | None:
-    """What every rank says of a push that rank 1's engine or transfer spoils."""
+    """Return the error of a push in which rank 1's engine or transfer has a fault; None without an error."""
     parallel = world(config)
     policy = Policy(config, parallel)
     engine: Any = build_engine(config, policy)
@@ -347,36 +353,40 @@ def faulty_push(config: RunConfig, fault: str) -> str | None:
     return None
 
 
-def exported(config: RunConfig) -> dict[str, torch.Tensor]:
-    """The weights as the export gives them back."""
+def exported_weights(config: RunConfig) -> dict[str, torch.Tensor]:
+    """Return the weights as the policy exports them."""
     return {name: tensor.clone() for name, tensor in LogProbModel(config, world(config), config.model.path).export()}
 
 
 def train_reward_model(config: RewardTrainingConfig, resume: str = "auto") -> None:
-    """A reward model's training."""
+    """Train a reward model."""
     reward_training.run_in_world(config, resume, world(config))
 
 
-def reward_scores(config: RewardTrainingConfig, asked: list[tuple[list[int], list[int]]]) -> list[torch.Tensor]:
-    """Scores of tokens at some of their places."""
+def reward_scores(config: RewardTrainingConfig, samples: list[tuple[list[int], list[int]]]) -> list[torch.Tensor]:
+    """Return the scores of token sequences.
+
+    Args:
+        samples: token ids of each sequence, and the positions of the tokens to score.
+    """
     model = RewardModel(config.as_run(), world(config))
-    return model.scores([labelled_sequence(tokens, places) for tokens, places in asked])
+    return model.scores([labelled_sequence(tokens, positions) for tokens, positions in samples])
 
 
 def choose_best(config: RewardTrainingConfig, arguments: list[str]) -> str:
-    """What tools/data/best_of_n.py prints."""
+    """Return the output of tools/data/best_of_n.py."""
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         best_of_n.choose(best_of_n.parse_arguments(arguments), config, world(config))
     return printed.getvalue()
 
 
 def run_training(config: RunConfig, resume: str = "auto") -> None:
-    """The whole loop."""
+    """Run a whole training."""
     run_in_world(config, resume, world(config))
 
 
 def batch_of(*micro_batches: list[int]) -> TrainBatch:
-    """The toy sequences as one update, in two micro-batches unless told, the same on every data-parallel rank."""
+    """Return the toy sequences as one update, by default in two micro-batches; equal on all data-parallel ranks."""
     return given_batch(sequences(), micro_batches or ([0, 1], [2, 3]))
 
 
@@ -385,42 +395,45 @@ LENGTHS = (9, 17, 6, 30, 12, 21, 8, 3)
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a policy is after some updates."""
+    """Metrics and weights of a policy after some updates."""
 
     losses: list[float]
     norms: list[float]
     balance: list[float]
-    """Router losses, of a mixture of experts that has them."""
+    """Router losses, if the model has them."""
     corrections: dict[str, float]
-    """Metrics of the samples' corrections, where an engine sampled them."""
+    """Metrics of the rollout correction; empty without log-probabilities of an engine."""
     logprobs: dict[int, torch.Tensor]
-    """Place of a sequence in the step -> its log-probabilities before the first update."""
+    """Log-probabilities before the first update, by index of the sequence in the step."""
     weights: dict[str, torch.Tensor]
 
 
-def some_updates(config: RunConfig, engine: dict[int, torch.Tensor] | None = None) -> Outcome:
-    """Score and learn from the same sequences, shared out over the data-parallel ranks, in two pairs of updates.
+def run_updates(config: RunConfig, engine_logprobs: dict[int, torch.Tensor] | None = None) -> Outcome:
+    """Compute log-probabilities of the toy sequences, and train on them in two pairs of updates.
+
+    The sequences are distributed over the data-parallel ranks.
 
     Args:
-        engine: log-probabilities that an engine found, by place; the policy's own are then those before the update.
+        engine_logprobs: log-probabilities of the engine, by index of the sequence; if given, the old log-probabilities
+            are computed by the policy and the rollout correction is applied.
     """
     parallel = world(config)
     policy = Policy(config, parallel)
-    found, corrections = sequences(LENGTHS), {}
-    if engine is not None:
-        found = [replace(s, rollout_logprobs=engine[place]) for place, s in enumerate(found)]
-    once = shared_out(found, config, parallel)
-    rows = policy.logprobs(once)
-    if engine is not None:
+    inputs, corrections = sequences(LENGTHS), {}
+    if engine_logprobs is not None:
+        inputs = [replace(s, rollout_logprobs=engine_logprobs[index]) for index, s in enumerate(inputs)]
+    batch = plan_batch(inputs, config, parallel)
+    rows = policy.logprobs(batch)
+    if engine_logprobs is not None:
         correction = build_correction(config.algorithm)
-        once, corrected = correct_rollout(compute_old_logprobs(once, policy), correction)
+        batch, corrected = correct_rollout(compute_old_logprobs(batch, policy), correction)
         corrections = results(merge(gather_objects(corrected, parallel)))
-    batch = replace(once, updates=[*once.updates, *once.updates])  # several, so that ratios are taken
+    repeated = replace(batch, updates=[*batch.updates, *batch.updates])  # two updates, so that ratios differ from 1
     losses, norms, balance = [], [], []
     for _ in range(2):
         policy.learner.to_host()
         policy.learner.to_device()
-        metrics = results(merge(gather_objects(policy.update(batch), parallel)))
+        metrics = results(merge(gather_objects(policy.update(repeated), parallel)))
         losses.append(metrics["actor/loss"])
         norms.append(metrics["actor/grad_norm"])
         balance += [metrics[name] for name in ("moe/aux_loss", "moe/z_loss") if name in metrics]
@@ -429,51 +442,56 @@ def some_updates(config: RunConfig, engine: dict[int, torch.Tensor] | None = Non
         norms=norms,
         balance=balance,
         corrections=corrections,
-        logprobs={i: row for i, row in zip(once.global_index, rows, strict=True) if i >= 0},
+        logprobs={i: row for i, row in zip(batch.global_index, rows, strict=True) if i >= 0},
         weights={name: tensor.clone() for name, tensor in policy.export()},
     )
 
 
-def credited(config: RunConfig, rewards: list[float]) -> tuple[dict[int, torch.Tensor], dict[str, float]]:
-    """Advantages of every token, by place in the step, and the metrics."""
+def advantages_by_index(config: RunConfig, rewards: list[float]) -> tuple[dict[int, torch.Tensor], dict[str, float]]:
+    """Return the advantages of the response tokens by index of the sequence in the step, and the metrics."""
     parallel = world(config)
-    batch = replace(shared_out(sequences(LENGTHS), config, parallel), rewards=torch.tensor(rewards))
+    batch = replace(plan_batch(sequences(LENGTHS), config, parallel), rewards=torch.tensor(rewards))
     batch, metrics = compute_advantages(batch, config.algorithm, parallel, TrainState())
     rows = {i: s.advantages[s.loss_mask] for i, s in zip(batch.global_index, batch.sequences, strict=True) if i >= 0}
     return rows, results(merge(gather_objects(metrics, parallel)))
 
 
-def replayed(config: RunConfig) -> tuple[dict[int, torch.Tensor], float]:
-    """Log-probabilities with made-up routes, by place in the step, and how far those without are."""
+def replay_routing(config: RunConfig) -> tuple[dict[int, torch.Tensor], float]:
+    """Compute log-probabilities along random expert routes.
+
+    Returns:
+        The log-probabilities by index of the sequence in the step, and their largest distance from those without
+        replay.
+    """
     parallel = world(config)
     policy = LogProbModel(config, parallel, config.model.path)
     moe = policy.spec.moe
     assert moe is not None
-    found = []
-    for place, sequence in enumerate(sequences()):
-        generator = torch.Generator().manual_seed(place)
+    inputs = []
+    for index, sequence in enumerate(sequences()):
+        generator = torch.Generator().manual_seed(index)
         scores = torch.rand(sequence.token_ids.numel(), policy.spec.num_layers, moe.num_experts, generator=generator)
-        found.append(replace(sequence, routing=scores.topk(moe.experts_per_token).indices.to(torch.int16)))
-    batch = shared_out(found, config, parallel)
+        inputs.append(replace(sequence, routing=scores.topk(moe.experts_per_token).indices.to(torch.int16)))
+    batch = plan_batch(inputs, config, parallel)
     rows = policy.logprobs(batch, replay_routing=True)
-    free = policy.logprobs(batch)
-    apart = max(float((a - b).abs().max()) for a, b in zip(rows, free, strict=True))
-    return {i: row for i, row in zip(batch.global_index, rows, strict=True) if i >= 0}, apart
+    without_replay = policy.logprobs(batch)
+    distance = max(float((a - b).abs().max()) for a, b in zip(rows, without_replay, strict=True))
+    return {i: row for i, row in zip(batch.global_index, rows, strict=True) if i >= 0}, distance
 
 
 @dataclass(frozen=True)
-class Offloaded:
-    """What moving a policy to the host did."""
+class OffloadedBytes:
+    """Bytes of a policy that is moved to the host."""
 
     freed_bytes: int
     held_bytes: int
-    """Of weights, gradients and optimizer states, before."""
+    """Of weights, gradients and optimizer states before the move."""
     left_bytes: int
-    """Of the same, while they are away."""
+    """Of the same storages while the policy is on the host."""
 
 
-def offload(config: RunConfig) -> Offloaded:
-    """Move parts of a policy to the host, and count."""
+def offload(config: RunConfig) -> OffloadedBytes:
+    """Move parts of a policy to the host and back, and count bytes."""
     policy = Policy(config, world(config))
     policy.update(batch_of())
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in _tensors_of(policy)}
@@ -481,7 +499,7 @@ def offload(config: RunConfig) -> Offloaded:
     freed = policy.learner.to_host()
     left = sum(storage.nbytes() for storage in storages.values())
     policy.learner.to_device()
-    return Offloaded(freed_bytes=freed, held_bytes=held, left_bytes=left)
+    return OffloadedBytes(freed_bytes=freed, held_bytes=held, left_bytes=left)
 
 
 def _tensors_of(policy: Policy) -> Iterator[torch.Tensor]:
@@ -495,8 +513,13 @@ def _tensors_of(policy: Policy) -> Iterator[torch.Tensor]:
             yield from (value for value in state.values() if value.ndim)
 
 
-def reference_in_place(config: RunConfig, path: str) -> tuple[bool, float, bool]:
-    """A hosted reference against a model of its own: are they bit-equal, how far is the policy, is it back."""
+def compare_hosted_reference(config: RunConfig, path: str) -> tuple[bool, float, bool]:
+    """Compare a hosted reference with a separate model of the same weights.
+
+    Returns:
+        Whether their log-probabilities are bit-equal, the largest distance of the policy's from the reference's, and
+        whether the policy's weights are restored bit for bit.
+    """
     parallel = world(config)
     policy, batch = Policy(config, parallel), batch_of()
     policy.update(batch)
@@ -505,12 +528,12 @@ def reference_in_place(config: RunConfig, path: str) -> tuple[bool, float, bool]
     alone = LogProbModel(config, parallel, path).logprobs(batch)
     same = all(torch.equal(a, b) for a, b in zip(hosted, alone, strict=True))
     distance = max(float((a - b).abs().max()) for a, b in zip(hosted, before, strict=True))
-    back = all(torch.equal(a, b) for a, b in zip(weights, policy.parameters.values(), strict=True))
-    return same, distance, back
+    restored = all(torch.equal(a, b) for a, b in zip(weights, policy.parameters.values(), strict=True))
+    return same, distance, restored
 
 
-def shared_out(found: list[TrainSequence], config: RunConfig, parallel: ParallelContext) -> TrainBatch:
-    """The sequences as one update, planned as the loop plans."""
+def plan_batch(inputs: list[TrainSequence], config: RunConfig, parallel: ParallelContext) -> TrainBatch:
+    """Return the sequences as one update, distributed over ranks and micro-batches as in training."""
     rollouts = [
         Rollout(
             token_ids=s.token_ids,
@@ -526,25 +549,29 @@ def shared_out(found: list[TrainSequence], config: RunConfig, parallel: Parallel
             failure="",
             routing=s.routing,
         )
-        for s in found
+        for s in inputs
     ]
-    prompt = Prompt(prompt_id="0", token_ids=found[0].token_ids[:3], text="", answer=None)
+    prompt = Prompt(prompt_id="0", token_ids=inputs[0].token_ids[:3], text="", answer=None)
     batch = make_batch([RolloutGroup(index=0, prompt=prompt, rollouts=rollouts)], config, parallel)
-    known = [
+    completed = [
         replace(
-            s, advantages=found[i].advantages, old_logprobs=found[i].old_logprobs, ref_logprobs=found[i].ref_logprobs
+            s, advantages=inputs[i].advantages, old_logprobs=inputs[i].old_logprobs, ref_logprobs=inputs[i].ref_logprobs
         )
         if i >= 0
         else s
         for s, i in zip(batch.sequences, batch.global_index, strict=True)
     ]
-    return replace(batch, sequences=known)
+    return replace(batch, sequences=completed)
 
 
 def checkpoint_round_trip(config: RunConfig, folder: str, *, save: bool) -> tuple[list[float], list[float]]:
-    """Two updates, a checkpoint (or the one that is there), three more: gradient norms of those three."""
+    """Return the gradient norms of three updates after a checkpoint, without a restart and after a resume.
+
+    With ``save``, two updates and the checkpoint come first. Otherwise the checkpoint in ``folder`` is resumed, and the
+    first list is empty.
+    """
     parallel = world(config)
-    first: list[float] = []
+    continued: list[float] = []
     if save:
         policy = Policy(config, parallel)
         for _ in range(2):
@@ -553,14 +580,14 @@ def checkpoint_round_trip(config: RunConfig, folder: str, *, save: bool) -> tupl
             Path(folder).mkdir(parents=True)
         dist.barrier()
         save_learner(policy.learner, Path(folder))
-        first = [_norm(policy, parallel) for _ in range(3)]
+        continued = [_norm(policy, parallel) for _ in range(3)]
     resumed = Policy(config, parallel)
     load_learner(resumed.learner, Path(folder))
-    return first, [_norm(resumed, parallel) for _ in range(3)]
+    return continued, [_norm(resumed, parallel) for _ in range(3)]
 
 
 def train_and_save(config: RunConfig, folder: str) -> dict[str, torch.Tensor]:
-    """Some updates, a checkpoint, and the weights as they are exported."""
+    """Run an update, save a checkpoint and return the exported weights."""
     parallel = world(config)
     policy = Policy(config, parallel)
     policy.update(batch_of())
@@ -572,7 +599,7 @@ def train_and_save(config: RunConfig, folder: str) -> dict[str, torch.Tensor]:
 
 
 def save_both_ways(config: RunConfig, folder: str) -> None:
-    """The same state synchronously and in the background, with an update while the latter is written."""
+    """Save the same state synchronously and in the background, with an update while the latter is written."""
     parallel = world(config)
     policy = Policy(config, parallel)
     policy.update(batch_of())
@@ -588,8 +615,8 @@ def save_both_ways(config: RunConfig, folder: str) -> None:
     complete_save(pending, later)
 
 
-def round_trip_without_counting_gaps(config: RunConfig, folder: str) -> tuple[list[float], list[float]]:
-    """``checkpoint_round_trip`` with one patch taken away."""
+def round_trip_without_bucket_padding(config: RunConfig, folder: str) -> tuple[list[float], list[float]]:
+    """Run ``checkpoint_round_trip`` without the patch ``include_bucket_padding``."""
     include_bucket_padding = patches.include_bucket_padding
     patches.include_bucket_padding = lambda model: None
     try:
@@ -599,7 +626,7 @@ def round_trip_without_counting_gaps(config: RunConfig, folder: str) -> tuple[li
 
 
 def diverge(config: RunConfig) -> tuple[str, bool]:
-    """An update with an infinite advantage: what every rank raises, and whether its weights stayed."""
+    """Return the error of an update with an infinite advantage, and whether the weights are unchanged."""
     parallel = world(config)
     policy = Policy(config, parallel)
     before = [p.detach().clone() for p in policy.parameters.values()]
@@ -608,13 +635,13 @@ def diverge(config: RunConfig) -> tuple[str, bool]:
     try:
         policy.update(replace(batch, sequences=bad))
     except Exception as error:
-        same = all(torch.equal(a, b) for a, b in zip(before, policy.parameters.values(), strict=True))
-        return f"{type(error).__name__}: {error}", same
+        unchanged = all(torch.equal(a, b) for a, b in zip(before, policy.parameters.values(), strict=True))
+        return f"{type(error).__name__}: {error}", unchanged
     return "nothing", False
 
 
-def update_without_tokens_here(config: RunConfig) -> float:
-    """An update in which only the first data-parallel rank has tokens with loss: its gradient norm."""
+def update_with_tokens_on_first_rank_only(config: RunConfig) -> float:
+    """Return the gradient norm of an update in which only the first data-parallel rank has tokens with loss."""
     parallel = world(config)
     batch = batch_of()
     if parallel.dp_rank > 0:
@@ -627,14 +654,14 @@ def _norm(policy: Policy, parallel: ParallelContext) -> float:
     return policy.update(batch_of())["actor/grad_norm"].result()
 
 
-def threads_of_groups(number: int) -> tuple[int, int]:
-    """By how many threads so many groups of this project, and so many of torch's own, make the process grow."""
+def threads_added_by_groups(num_groups: int) -> tuple[int, int]:
+    """Return how many threads ``num_groups`` groups of this project, and of torch's own, add to the process."""
     grown, made = [], []
     for kind in (event_loop.SharingGroup, event_loop._Gloo):
         distributed_c10d.ProcessGroupGloo = kind
-        made.append(dist.new_group(backend="gloo"))  # the first makes what all share
+        made.append(dist.new_group(backend="gloo"))  # the first group starts the threads that all share
         before = len(os.listdir("/proc/self/task"))
-        made += [dist.new_group(backend="gloo") for _ in range(number)]
+        made += [dist.new_group(backend="gloo") for _ in range(num_groups)]
         grown.append(len(os.listdir("/proc/self/task")) - before)
     distributed_c10d.ProcessGroupGloo = event_loop.SharingGroup
     for group in made:
@@ -643,32 +670,32 @@ def threads_of_groups(number: int) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class Adapted:
-    """What updates of a policy with adapters did."""
+class AdapterOutcome:
+    """A policy with adapters after updates."""
 
     logprobs: dict[int, torch.Tensor]
-    """After them, by place."""
-    without: dict[int, torch.Tensor]
-    """The same with the adapters switched off."""
+    """Log-probabilities after the updates, by index of the sequence."""
+    base_logprobs: dict[int, torch.Tensor]
+    """The same with the adapters disabled."""
     adapters: dict[str, torch.Tensor]
     merged: dict[str, torch.Tensor]
     frozen_changed: bool
-    """A weight of the model itself did."""
+    """Whether a weight of the model itself changed."""
     norms: list[float]
-    bytes_learning: int
-    """Of gradients and optimizer states on this rank."""
+    trainable_bytes: int
+    """Bytes of gradients and optimizer states on this rank."""
 
 
-def adapted(config: RunConfig, folder: str | None = None) -> Adapted:
-    """Two updates of a policy, with adapters or without, which then write a PEFT folder."""
+def update_with_adapters(config: RunConfig, folder: str | None = None) -> AdapterOutcome:
+    """Run two updates of a policy with or without adapters; write a PEFT folder if ``folder`` is given."""
     parallel = world(config)
     policy = Policy(config, parallel)
     before = {name: parameter.detach().clone() for name, parameter in policy.parameters.items()}
-    batch = shared_out(sequences(LENGTHS), config, parallel)
+    batch = plan_batch(sequences(LENGTHS), config, parallel)
     twice = replace(batch, updates=[*batch.updates, *batch.updates])
     norms = [results(policy.update(twice))["actor/grad_norm"] for _ in range(2)]
     with policy.without_adapters():
-        without = policy.logprobs(batch)
+        base_rows = policy.logprobs(batch)
     rows, held = policy.logprobs(batch), policy.learner.memory()
     adapters = {} if policy.adapters is None else {name: x.clone() for name, x in policy.adapters.export()}
     if folder is not None and parallel.is_main:
@@ -681,34 +708,34 @@ def adapted(config: RunConfig, folder: str | None = None) -> Adapted:
             alpha=section.alpha,
             targets=section.targets,
         )
-    return Adapted(
+    return AdapterOutcome(
         logprobs={i: row for i, row in zip(batch.global_index, rows, strict=True) if i >= 0},
-        without={i: row for i, row in zip(batch.global_index, without, strict=True) if i >= 0},
+        base_logprobs={i: row for i, row in zip(batch.global_index, base_rows, strict=True) if i >= 0},
         adapters=adapters,
         merged={name: tensor.clone() for name, tensor in policy.export()},
         frozen_changed=any(not torch.equal(before[name], x) for name, x in policy.parameters.items()),
         norms=norms,
-        bytes_learning=held["grads"] + held["optimizer"],
+        trainable_bytes=held["grads"] + held["optimizer"],
     )
 
 
-def weights(config: RunConfig) -> dict[str, torch.Tensor]:
-    """What a policy exports as it begins."""
+def initial_weights(config: RunConfig) -> dict[str, torch.Tensor]:
+    """Return the weights that a new policy exports."""
     return {name: tensor.clone() for name, tensor in Policy(config, world(config)).export()}
 
 
-def scored(config: RunConfig) -> dict[int, torch.Tensor]:
-    """Log-probabilities of the toy sequences by a policy as it begins."""
+def initial_logprobs(config: RunConfig) -> dict[int, torch.Tensor]:
+    """Return a new policy's log-probabilities of the toy sequences, by index of the sequence."""
     parallel = world(config)
-    batch = shared_out(sequences(LENGTHS), config, parallel)
+    batch = plan_batch(sequences(LENGTHS), config, parallel)
     rows = Policy(config, parallel).logprobs(batch)
     return {i: row for i, row in zip(batch.global_index, rows, strict=True) if i >= 0}
 
 
-def valued(config: RunConfig) -> dict[int, torch.Tensor]:
-    """What a critic expects before each token of the toy sequences, as it begins."""
+def initial_values(config: RunConfig) -> dict[int, torch.Tensor]:
+    """Return a new critic's values before each token of the toy sequences, by index of the sequence."""
     parallel = world(config)
     own = config.for_critic()
     critic = Critic(own, build_another_layout(own.parallel, parallel))
-    batch = shared_out(sequences(LENGTHS), own, critic.parallel)
+    batch = plan_batch(sequences(LENGTHS), own, critic.parallel)
     return {i: row for i, row in zip(batch.global_index, critic.values(batch), strict=True) if i >= 0}

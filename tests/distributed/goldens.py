@@ -1,4 +1,4 @@
-"""Responses whose losses and advantages are published to six digits, computed by the ranks of a gang."""
+"""Losses and advantages of the published reference responses, computed by the ranks of a gang."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -26,22 +26,22 @@ PROMPT = 2
 
 
 def row(values: Sequence[float]) -> Tensor:
-    """[L] of a sequence whose prompt has zeros."""
+    """Return values of a sequence, [L]: zeros for the prompt, then ``values``."""
     return torch.tensor([0.0] * PROMPT + list(values))
 
 
-def rollout(place: int) -> Rollout:
-    """Carries the current log-probabilities in the place of the engine's."""
-    length = PROMPT + len(OLD[place])
+def rollout(index: int) -> Rollout:
+    """Return reference response ``index``; ``rollout_logprobs`` holds the current log-probabilities, not an engine's."""
+    length = PROMPT + len(OLD[index])
     return Rollout(
         token_ids=torch.arange(length),
         loss_mask=torch.arange(length) >= PROMPT,
-        rollout_logprobs=row(NEW[place]),
+        rollout_logprobs=row(NEW[index]),
         text="",
         finish_reason="stop",
         policy_versions=torch.zeros(length, dtype=torch.int32),
         seed=0,
-        reward=REWARDS[place],
+        reward=REWARDS[index],
         reward_parts={},
         status="ok",
         failure="",
@@ -49,12 +49,12 @@ def rollout(place: int) -> Rollout:
 
 
 def estimates(configs: Sequence[RunConfig]) -> list[list[float]]:
-    """Advantages of the tokens of a valued response by each configuration, beside three that teach nothing."""
-    return [estimated(config) for config in configs]
+    """Return the advantages of a response's tokens by each configuration; its three siblings failed and have no loss."""
+    return [advantages_of(config) for config in configs]
 
 
-def estimated(config: RunConfig) -> list[float]:
-    """Of one turn of four tokens; of two turns of five where turns are told apart."""
+def advantages_of(config: RunConfig) -> list[float]:
+    """Return the advantages of one turn of four tokens, or of two turns of five if the estimator uses turns."""
     parallel = world(config)
     two_turns = config.algorithm.advantage != "gae"
     mask = [False] * PROMPT + ([True] * 5 + [False] + [True] * 5 if two_turns else [True] * 4)
@@ -68,9 +68,9 @@ def estimated(config: RunConfig) -> list[float]:
         reward=2.0 if two_turns else 1.0,
         step_rewards={PROMPT + 4: 1.0} if two_turns else {},
     )
-    silent = [replace(rollout(place), status="reward_error", reward=float("nan")) for place in range(3)]
+    failed = [replace(rollout(i), status="reward_error", reward=float("nan")) for i in range(3)]
     prompt = Prompt(prompt_id="0", token_ids=torch.arange(PROMPT), text="", answer=None)
-    batch = make_batch([RolloutGroup(index=0, prompt=prompt, rollouts=[*silent, valued])], config, parallel)
+    batch = make_batch([RolloutGroup(index=0, prompt=prompt, rollouts=[*failed, valued])], config, parallel)
     values, kls = torch.zeros(length, dtype=torch.float64), torch.zeros(length, dtype=torch.float64)
     values[valued.loss_mask] = torch.arange(1, sum(mask) + 1, dtype=torch.float64) / 10
     if config.algorithm.kl_reward_coef:
@@ -82,29 +82,29 @@ def estimated(config: RunConfig) -> list[float]:
         for sequence, index in zip(batch.sequences, batch.global_index, strict=True)
     ]
     batch, _ = compute_advantages(replace(batch, sequences=sequences), config.algorithm, parallel, TrainState())
-    mine = [
+    own_rows = [
         sequence.advantages[sequence.loss_mask].tolist()
         for sequence, index in zip(batch.sequences, batch.global_index, strict=True)
         if index == 3
     ]
-    told = [row for part in gather_objects(mine, parallel) for row in part]
-    assert len({tuple(row) for row in told}) == 1
-    return told[0]
+    all_rows = [row for part in gather_objects(own_rows, parallel) for row in part]
+    assert len({tuple(row) for row in all_rows}) == 1
+    return all_rows[0]
 
 
 def losses(configs: Sequence[RunConfig]) -> list[float]:
-    """The loss by each configuration; they differ in their algorithm alone."""
+    """Return the loss by each configuration; they differ only in their algorithms."""
     return [loss_of(config) for config in configs]
 
 
 def loss_of(config: RunConfig) -> float:
-    """What the policy would learn from, over all ranks, in float64 from the micro-batch on."""
+    """Return the policy loss over all ranks, in float64 from the micro-batch on."""
     parallel = world(config)
     prompt = Prompt(prompt_id="0", token_ids=torch.arange(PROMPT), text="", answer=None)
-    group = RolloutGroup(index=0, prompt=prompt, rollouts=[rollout(place) for place in range(4)])
+    group = RolloutGroup(index=0, prompt=prompt, rollouts=[rollout(i) for i in range(4)])
     batch = make_batch([group], config, parallel)
     sequences = [
-        with_rows(sequence, index) if index >= 0 else sequence
+        with_logprobs(sequence, index) if index >= 0 else sequence
         for sequence, index in zip(batch.sequences, batch.global_index, strict=True)
     ]
     batch, _ = compute_advantages(
@@ -120,24 +120,24 @@ def loss_of(config: RunConfig) -> float:
     total, count = 0.0, 0
     multiple = 2 * parallel.cp_size if parallel.cp_size > 1 else 1
     (update,) = batch.updates
-    for places in update.micro_batches:
-        whole = align(
-            [batch.sequences[place] for place in places],
+    for indices in update.micro_batches:
+        aligned = align(
+            [batch.sequences[i] for i in indices],
             packed=config.batching.packed,
             multiple_of=multiple,
             sequence_multiple_of=multiple,
         ).map_tensors(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
-        share = context_share(whole, parallel.cp_rank, parallel.cp_size)
+        share = context_share(aligned, parallel.cp_rank, parallel.cp_size)
         logprobs = share.rollout_logprobs[share.loss_mask]
-        found, number, _ = loss(share, logprobs, torch.zeros_like(logprobs))
-        total, count = total + float(found), count + int(number)
-    # the loss is taken on the last stage, and the tensor-parallel ranks have the same tokens
+        token_loss, num_tokens, _ = loss(share, logprobs, torch.zeros_like(logprobs))
+        total, count = total + float(token_loss), count + int(num_tokens)
+    # the loss is computed on the last stage, and the tensor-parallel ranks have the same tokens
     counts = parallel.is_last_stage and parallel.tp_rank == 0
-    told = gather_objects((total, count) if counts else (0.0, 0), parallel)
-    assert sum(number for _, number in told) == update.num_tokens == 10
-    return sum(found for found, _ in told) / update.num_tokens
+    sums = gather_objects((total, count) if counts else (0.0, 0), parallel)
+    assert sum(num_tokens for _, num_tokens in sums) == update.num_tokens == 10
+    return sum(token_loss for token_loss, _ in sums) / update.num_tokens
 
 
-def with_rows(sequence: TrainSequence, place: int) -> TrainSequence:
-    """The sequence with the log-probabilities of the trainer and of the reference."""
-    return replace(sequence, old_logprobs=row(OLD[place]), ref_logprobs=row(REF[place]))
+def with_logprobs(sequence: TrainSequence, index: int) -> TrainSequence:
+    """Return the sequence with the log-probabilities of the trainer and of the reference."""
+    return replace(sequence, old_logprobs=row(OLD[index]), ref_logprobs=row(REF[index]))

@@ -1,4 +1,4 @@
-"""Policy checkpoints, and the faults of Megatron-Core that are worked around."""
+"""Policy checkpoints, and workarounds for faults of Megatron-Core."""
 
 import subprocess
 import sys
@@ -19,16 +19,16 @@ TP2_PP2 = ["parallel.tensor_parallel_size=2", "parallel.pipeline_parallel_size=2
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("distributed", ["true", "false"], ids=["distributed", "plain"])
-def test_continues_bit_for_bit(
+def test_resume_continues_bit_for_bit(
     distributed: str, dtype: str, gangs: Callable[[int], Gang], toy_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     overrides = [f"model.dtype={dtype}", f"parallel.distributed_optimizer={distributed}"]
     config = toy_config(tmp_path, toy_model("qwen2", tied=True), *overrides)
-    for going_on, resumed in gangs(2).call(
+    for continued, resumed in gangs(2).call(
         cases.checkpoint_round_trip, config=config, folder=str(tmp_path / "ck"), save=True
     ):
-        assert going_on == resumed
-        assert len(set(going_on)) == 3
+        assert continued == resumed
+        assert len(set(continued)) == 3
 
 
 DENSE_LAYOUTS = ["1:", "2:", "2:tp2 sp", "2:pp2", "2:pp2 vpp2", "2:cp2", "4:tp2 cp2", "4:pp2 vpp2"]
@@ -37,7 +37,7 @@ EXPERT_LAYOUTS = ["1:", "2:ep2", "2:tp2 sp etp1", "4:tp2 sp ep2", "4:pp2 ep2", "
 
 @pytest.mark.parametrize("layout", DENSE_LAYOUTS)
 @pytest.mark.parametrize("saved_at", ["4:tp2 pp2", "4:pp2 vpp2"])
-def test_loads_under_another_layout(
+def test_checkpoint_loads_under_another_layout(
     saved_at: str, layout: str, gangs: Callable[[int], Gang], toy_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     check_reshard(saved_at, layout, gangs, toy_model("qwen2", tied=True, num_hidden_layers=4), tmp_path)
@@ -45,7 +45,7 @@ def test_loads_under_another_layout(
 
 @pytest.mark.parametrize("layout", EXPERT_LAYOUTS)
 @pytest.mark.parametrize("saved_at", ["1:", "4:pp2 ep2"])
-def test_experts_load_under_another_layout(
+def test_expert_checkpoint_loads_under_another_layout(
     saved_at: str, layout: str, gangs: Callable[[int], Gang], toy_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     model = toy_model("qwen3_moe", tied=False, num_hidden_layers=4)
@@ -53,16 +53,16 @@ def test_experts_load_under_another_layout(
 
 
 def check_reshard(saved_at: str, layout: str, gangs: Callable[[int], Gang], model: Path, folder: Path) -> None:
-    """Updates after a load under one layout are those that would have followed the save under another."""
+    """Assert that updates after a load under ``layout`` equal those that follow the save under ``saved_at``."""
 
     def round_trip(where: str, *, save: bool) -> list[tuple[list[float], list[float]]]:
         size, text = where.split(":")
         config = toy_config(folder, model, *keys(text))
         return gangs(int(size)).call(cases.checkpoint_round_trip, config=config, folder=str(folder / "ck"), save=save)
 
-    going_on = round_trip(saved_at, save=True)[0][0]
+    continued = round_trip(saved_at, save=True)[0][0]
     for _, resumed in round_trip(layout, save=False):
-        assert resumed == pytest.approx(going_on, rel=1e-5)
+        assert resumed == pytest.approx(continued, rel=1e-5)
 
 
 def test_a_background_save_equals_a_synchronous_one(
@@ -75,7 +75,7 @@ def test_a_background_save_equals_a_synchronous_one(
     assert files == {path.name for path in (tmp_path / "both/later").iterdir()}
     written = [FileSystemReader(tmp_path / "both" / way).read_metadata() for way in ("now", "later")]
     assert written[0].state_dict_metadata == written[1].state_dict_metadata
-    for name in files - {".metadata"}:  # which also names its folder
+    for name in files - {".metadata"}:  # .metadata contains the name of its folder
         assert (tmp_path / "both/now" / name).read_bytes() == (tmp_path / "both/later" / name).read_bytes(), name
 
 
@@ -88,7 +88,7 @@ def test_divergence_raises_on_every_rank_before_the_step(
         assert unchanged
 
 
-# what is taken away -> the sign of its fault
+# removed patch -> text in stderr that shows the fault
 UNPATCHED = {
     "create_adam_state": "AssertionError",
     "keep_step_on_load": "KeyError",
@@ -110,31 +110,31 @@ if __name__ == "__main__":
     config = toy_config(Path({folder!r}), Path({model!r}))
     parallel = init_parallel(config.parallel)
     cases.world = lambda _: parallel
-    going_on, resumed = cases.checkpoint_round_trip(config, {folder!r} + "/ck", save=True)
-    sys.exit(0 if going_on == resumed else "norms differ")
+    continued, resumed = cases.checkpoint_round_trip(config, {folder!r} + "/ck", save=True)
+    sys.exit(0 if continued == resumed else "norms differ")
 """
 
 
 @pytest.mark.parametrize("fault", [None, *UNPATCHED])
 def test_each_patch_is_still_needed(fault: str | None, toy_model: Callable[..., Path], tmp_path: Path) -> None:
-    """Without a patch its fault shows; once Megatron-Core mends it, this fails and the patch can go."""
+    """Without a patch its fault shows. If Megatron-Core fixes the fault, this fails and the patch can be removed."""
     sabotage = f"patches.{fault} = lambda *_: None" if fault else ""
-    sign = UNPATCHED[fault] if fault else ""
+    fault_text = UNPATCHED[fault] if fault else ""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(sabotage=sabotage, folder=str(tmp_path), model=str(toy_model("qwen2", tied=True))))
     done = subprocess.run(
         [sys.executable, "-m", "tests.run_file", str(script)], capture_output=True, text=True, timeout=LIMIT_S
     )
     assert (done.returncode == 0) == (fault is None), done.stderr[-3000:]
-    assert sign in done.stderr
+    assert fault_text in done.stderr
 
 
-def test_counting_gaps_is_still_needed(
+def test_include_bucket_padding_is_still_needed(
     gangs: Callable[[int], Gang], toy_model: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Without it, tied embeddings under pipeline parallelism come back shifted."""
+    """Without this patch, tied embeddings are loaded shifted under pipeline parallelism."""
     config, folder = toy_config(tmp_path, toy_model("qwen2", tied=True), *TP2_PP2), str(tmp_path / "ck")
-    for going_on, resumed in gangs(4).call(cases.round_trip_without_counting_gaps, config=config, folder=folder):
-        assert going_on != resumed
-    for going_on, resumed in gangs(4).call(cases.checkpoint_round_trip, config=config, folder=folder + "2", save=True):
-        assert going_on == resumed
+    for continued, resumed in gangs(4).call(cases.round_trip_without_bucket_padding, config=config, folder=folder):
+        assert continued != resumed
+    for continued, resumed in gangs(4).call(cases.checkpoint_round_trip, config=config, folder=folder + "2", save=True):
+        assert continued == resumed

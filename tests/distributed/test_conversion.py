@@ -1,4 +1,4 @@
-"""Converted checkpoints in Megatron's hands, and Megatron's in the converter's."""
+"""Converted checkpoints in Megatron-Core, and conversion of checkpoints that Megatron-LM and training write."""
 
 import itertools
 from collections.abc import Callable
@@ -47,11 +47,11 @@ def to_hf(source: Path, target: Path, like: Path) -> dict[str, torch.Tensor]:
     return load_file(target / "model.safetensors")
 
 
-def assert_same(found: dict[str, torch.Tensor], model: Path) -> None:
-    wanted = load_file(model / "model.safetensors")
-    assert set(found) == set(wanted)
-    for name, tensor in wanted.items():
-        assert torch.equal(found[name], tensor), name
+def assert_same(actual: dict[str, torch.Tensor], model: Path) -> None:
+    expected = load_file(model / "model.safetensors")
+    assert set(actual) == set(expected)
+    for name, tensor in expected.items():
+        assert torch.equal(actual[name], tensor), name
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
@@ -59,16 +59,16 @@ def assert_same(found: dict[str, torch.Tensor], model: Path) -> None:
 def test_a_converted_checkpoint_loads_under_every_layout(
     family: str, tied: bool, gangs: Callable[[int], Gang], toy_model: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """By Megatron's own loader and as ``model.path``; the logits are those of transformers."""
+    """By Megatron's own loader and as ``model.path``; the logits equal those of transformers."""
     model = toy_model(family, tied=tied)
     converted = to_megatron(model, tmp_path / "megatron")
-    wanted = reference_logits(model)
+    expected = reference_logits(model)
     for overrides in (MOE_LAYOUTS if family in MOE else LAYOUTS).values():
         config = toy_config(tmp_path, converted, *overrides)
         for checkpoint in (None, str(converted / "release")):
-            found = gangs(ranks_of(overrides)).call(cases.logits, config=config, checkpoint=checkpoint)
-            for logits in filter(lambda x: x is not None, found):
-                torch.testing.assert_close(logits, wanted, rtol=0, atol=1e-5)
+            actual = gangs(ranks_of(overrides)).call(cases.logits, config=config, checkpoint=checkpoint)
+            for logits in filter(lambda x: x is not None, actual):
+                torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("metadata", [{}, {"non_homogeneous_layers": True}, {"singleton_local_shards": True}], ids=str)
@@ -76,7 +76,7 @@ def test_a_converted_checkpoint_loads_under_every_layout(
     ("family", "layout"),
     [*itertools.product(["qwen2", "llama", "qwen3_moe"], ["tp1", "tp2-pp2"]), ("qwen3_moe", "pp2-ep2")],
 )
-def test_reads_what_megatron_lm_writes(
+def test_converts_checkpoints_of_megatron_lm(
     family: str,
     layout: str,
     metadata: dict[str, bool],
@@ -84,7 +84,7 @@ def test_reads_what_megatron_lm_writes(
     toy_model: Callable[..., Path],
     tmp_path: Path,
 ) -> None:
-    """Layers stacked, apart, and with experts and gates apart too; saved under several layouts."""
+    """Stacked layers, separate layers, and separate experts and gates; saved under several layouts."""
     model, overrides = toy_model(family, tied=family == "qwen2"), MOE_LAYOUTS[layout]
     config = toy_config(tmp_path, model, *overrides)
     gangs(ranks_of(overrides)).call(cases.save_as_megatron_lm, config=config, folder=str(tmp_path / "lm"), **metadata)
@@ -92,23 +92,23 @@ def test_reads_what_megatron_lm_writes(
 
 
 @pytest.mark.parametrize("layout", ["tp1", "tp2-pp2", "ep2"])
-def test_reads_what_training_writes(
+def test_converts_checkpoints_of_training(
     layout: str, gangs: Callable[[int], Gang], toy_model: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Weights beside the optimizer's states, after some updates."""
+    """The checkpoint holds weights and optimizer states after an update."""
     model = toy_model("qwen3_moe", tied=False)
     config = toy_config(tmp_path, model, *MOE_LAYOUTS[layout])
     folder = str(tmp_path / "trained")
-    (wanted, *_) = gangs(ranks_of(MOE_LAYOUTS[layout])).call(cases.train_and_save, config=config, folder=folder)
-    found = to_hf(tmp_path / "trained", tmp_path / "hf", like=model)
-    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+    (expected, *_) = gangs(ranks_of(MOE_LAYOUTS[layout])).call(cases.train_and_save, config=config, folder=folder)
+    actual = to_hf(tmp_path / "trained", tmp_path / "hf", like=model)
+    assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
     before = load_file(model / "model.safetensors")
-    assert all(not torch.equal(found[name], before[name]) for name in ("lm_head.weight", "model.norm.weight"))
+    assert all(not torch.equal(actual[name], before[name]) for name in ("lm_head.weight", "model.norm.weight"))
 
 
 @pytest.mark.parametrize("tp_size", [1, 2])
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
-def test_shards_are_those_of_mbridge(family: str, tp_size: int, toy_model: Callable[..., Path]) -> None:
+def test_shards_equal_those_of_mbridge(family: str, tp_size: int, toy_model: Callable[..., Path]) -> None:
     from mbridge import AutoBridge
     from mbridge.core.parallel_states import ParallelStates
 
@@ -116,18 +116,18 @@ def test_shards_are_those_of_mbridge(family: str, tp_size: int, toy_model: Calla
     bridge = AutoBridge.from_pretrained(
         str(model), parallel_states=ParallelStates(tp_size=tp_size), make_vocab_size_divisible_by=64
     )
-    bridge.dtype = torch.float32  # it would cast to bf16 otherwise, without a word
+    bridge.dtype = torch.float32  # it would silently cast to bf16 otherwise
     spec = read_model_spec(model)
     bridge.vocab_size, bridge.padded_vocab_size = spec.vocab_size, 64
     reader, fused = HFReader(model), {plain: name for name, plain in FUSED_NORMS.items()}
     for name, layout in layout_table(spec, tp_size).items():
-        inside = ".".join(name.split(".")[3:])
-        theirs = name.replace(inside, fused[inside]) if inside in fused else name
-        tensors = [reader.read(hf, (slice(None),)) for hf in bridge._weight_name_mapping_mcore_to_hf(theirs)]
-        whole = bridge._weight_to_mcore_format(theirs, tensors)
+        local_name = ".".join(name.split(".")[3:])
+        mbridge_name = name.replace(local_name, fused[local_name]) if local_name in fused else name
+        tensors = [reader.read(hf, (slice(None),)) for hf in bridge._weight_name_mapping_mcore_to_hf(mbridge_name)]
+        full = bridge._weight_to_mcore_format(mbridge_name, tensors)
         shape = torch.empty(layout.shape(tp_size), device="meta")
-        shards = bridge._weight_split_across_tp(theirs, whole, shape, tp_size)
-        for rank, wanted in enumerate(shards):
-            found = torch.zeros(layout.shape(tp_size))
-            fill_shard(found, layout.slices(rank, tp_size), reader.read)
-            assert torch.equal(found, wanted), (name, rank)
+        shards = bridge._weight_split_across_tp(mbridge_name, full, shape, tp_size)
+        for rank, expected in enumerate(shards):
+            actual = torch.zeros(layout.shape(tp_size))
+            fill_shard(actual, layout.slices(rank, tp_size), reader.read)
+            assert torch.equal(actual, expected), (name, rank)

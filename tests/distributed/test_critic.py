@@ -1,4 +1,4 @@
-"""PPO's critic, in the policy's layout and in others."""
+"""The critic of PPO, in the layout of the policy and in others."""
 
 import json
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from tests.distributed import cases
 from tests.distributed.test_invariance import rows
 from tests.distributed.test_layouts import keys
 from tests.gang import Gang
-from tests.toys import IN_PARTS, sequences, toy_config, without
+from tests.toys import CHANGED_BY_RESUME, sequences, toy_config, without
 
 PPO = (
     *("algorithm.advantage=gae", "algorithm.gae_lambda=0.95", "algorithm.whiten_advantages=true"),
@@ -65,29 +65,29 @@ def one_rank(
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_same_numbers_for_every_layout(
+def test_metrics_are_equal_under_every_layout(
     layout: str, one_rank: list[dict[str, Any]], gangs: Callable[[int], Gang], deep: Path, tmp_path: Path
 ) -> None:
     world_size, policy, critic = LAYOUTS[layout]
-    found = run(world_size, tmp_path, gangs, deep, *overrides(policy, critic))
-    for mine, wanted in zip(found, one_rank, strict=True):
+    metrics = run(world_size, tmp_path, gangs, deep, *overrides(policy, critic))
+    for actual, expected in zip(metrics, one_rank, strict=True):
         for name in COMPARED:
-            assert (name in mine) == (name in wanted), (mine["step"], name)
-            if name in wanted:
-                assert mine[name] == pytest.approx(wanted[name], rel=1e-4, abs=1e-5), (mine["step"], name)
+            assert (name in actual) == (name in expected), (actual["step"], name)
+            if name in expected:
+                assert actual[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-5), (actual["step"], name)
 
 
-def test_the_critic_learns_first_and_the_penalty_adapts(one_rank: list[dict[str, Any]]) -> None:
+def test_critic_warmup_comes_first_and_the_kl_coefficient_adapts(one_rank: list[dict[str, Any]]) -> None:
     _, first, second, third = one_rank
     assert "critic/vf_loss" in first
     assert "actor/loss" not in first
     assert "actor/loss" in second
-    assert first["critic/values/mean"] == 0  # no value head was there
+    assert first["critic/values/mean"] == 0  # a value head that is not in the checkpoint starts at 0
     assert second["critic/values/mean"] != 0
     assert third["critic/kl_coef"] != first["critic/kl_coef"] == 0.05
 
 
-def test_both_resume_bit_for_bit_also_in_other_layouts(
+def test_policy_and_critic_resume_bit_for_bit_and_under_other_layouts(
     gangs: Callable[[int], Gang], deep: Path, tmp_path: Path
 ) -> None:
     layout = overrides("tp2", "pp2")
@@ -97,31 +97,31 @@ def test_both_resume_bit_for_bit_also_in_other_layouts(
     assert {"policy", "critic"} < {path.name for path in checkpoint.iterdir()}
     assert "critic/.metadata" in json.loads((checkpoint / "integrity.json").read_text())
     parts = run(2, tmp_path / "parts", gangs, deep, *layout, "checkpoint.in_background=true", "run.num_steps=6")
-    assert without(IN_PARTS, parts) == without(IN_PARTS, whole)
+    assert without(CHANGED_BY_RESUME, parts) == without(CHANGED_BY_RESUME, whole)
     other = tmp_path / "other"
     other.mkdir()
     config = toy_config(other, deep, *PPO, *overrides("", "tp2"), "run.num_steps=6")
     gangs(2).call(cases.run_training, config=config, resume=str(checkpoint))
-    for mine, wanted in zip(rows(other / "run"), whole[4:], strict=True):
+    for actual, expected in zip(rows(other / "run"), whole[4:], strict=True):
         for name in COMPARED:
-            assert mine[name] == pytest.approx(wanted[name], rel=1e-4, abs=1e-5), (mine["step"], name)
+            assert actual[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-5), (actual["step"], name)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3_moe"])
-def test_a_saved_critic_is_a_classification_model_and_where_another_begins(
+def test_a_saved_critic_loads_in_transformers_and_as_initial_critic(
     family: str, gangs: Callable[[int], Gang], toy_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     model = toy_model(family, tied=False)
     run(2, tmp_path, gangs, model, *overrides("", "pp2"), "checkpoint.save_hf=true", "run.num_steps=2")
     folder = tmp_path / "run/checkpoints/step_000002/hf_critic"
-    theirs = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+    hf = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
     config = toy_config(tmp_path, model, *PPO, *overrides("", "tp2 sp"), f"critic.path={folder}")
-    found = {place: row for part in gangs(2).call(cases.valued, config=config) for place, row in part.items()}
-    assert len(found) == len(cases.LENGTHS)
-    for place, sequence in enumerate(sequences(cases.LENGTHS)):
+    actual = {index: row for part in gangs(2).call(cases.initial_values, config=config) for index, row in part.items()}
+    assert len(actual) == len(cases.LENGTHS)
+    for index, sequence in enumerate(sequences(cases.LENGTHS)):
         with torch.no_grad():
-            hidden = theirs.model(sequence.token_ids[None]).last_hidden_state
-            values = torch.cat([torch.zeros(1), theirs.score(hidden)[0, :-1, 0]])  # before each token
-        wanted = torch.where(sequence.loss_mask, values, 0)
-        torch.testing.assert_close(found[place], wanted, atol=1e-5, rtol=0)
-    assert max(float(row.abs().max()) for row in found.values()) > 0.01
+            hidden = hf.model(sequence.token_ids[None]).last_hidden_state
+            values = torch.cat([torch.zeros(1), hf.score(hidden)[0, :-1, 0]])  # values before each token
+        expected = torch.where(sequence.loss_mask, values, 0)
+        torch.testing.assert_close(actual[index], expected, atol=1e-5, rtol=0)
+    assert max(float(row.abs().max()) for row in actual.values()) > 0.01

@@ -1,4 +1,4 @@
-"""Published losses and advantages of the algorithms, to 1e-6, however the responses are shared out and packed."""
+"""Published losses and advantages of the algorithms, to 1e-6, under every layout and batching of the responses."""
 
 import functools
 from collections.abc import Callable, Iterable
@@ -52,29 +52,29 @@ COMMON = "batching.num_mini_batches=1 algorithm.kl_coef=0 algorithm.entropy_coef
 
 @pytest.fixture(scope="module")
 def parsed(toy_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], RunConfig]:
-    """The configuration of some overrides, which takes longer to read than a golden to compute."""
+    """Return a cached function from overrides to a configuration, as parsing takes longer than computing a golden."""
     folder, model = tmp_path_factory.mktemp("goldens"), toy_model("qwen2", tied=True)
     return functools.cache(lambda text: toy_config(folder, model, *keys(f"{COMMON} {text}")))
 
 
 def configs(parsed: Callable[[str], RunConfig], layout: str, split: str, goldens: Iterable[str]) -> list[RunConfig]:
-    """Each golden's under a layout and a split."""
+    """Return the configuration of each golden under a layout and a batching."""
     parallel, batching = parsed(layout).parallel, parsed(split).batching
     return [replace(parsed(golden), parallel=parallel, batching=batching) for golden in goldens]
 
 
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_losses(layout: str, split: str, gangs: Callable[[int], Gang], parsed: Callable[[str], RunConfig]) -> None:
+def test_losses_equal_the_published_ones(layout: str, split: str, gangs: Callable[[int], Gang], parsed: Callable[[str], RunConfig]) -> None:
     size, text = layout.split(":")
-    for found in gangs(int(size)).call(goldens.losses, configs=configs(parsed, text, split, GOLDENS)):
-        assert dict(zip(GOLDENS, found, strict=True)) == pytest.approx(GOLDENS, abs=1e-6)
+    for actual in gangs(int(size)).call(goldens.losses, configs=configs(parsed, text, split, GOLDENS)):
+        assert dict(zip(GOLDENS, actual, strict=True)) == pytest.approx(GOLDENS, abs=1e-6)
 
 
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_estimates(layout: str, split: str, gangs: Callable[[int], Gang], parsed: Callable[[str], RunConfig]) -> None:
+def test_advantages_equal_the_published_ones(layout: str, split: str, gangs: Callable[[int], Gang], parsed: Callable[[str], RunConfig]) -> None:
     size, text = layout.split(":")
-    for found in gangs(int(size)).call(goldens.estimates, configs=configs(parsed, text, split, ESTIMATES)):
-        for golden, row in zip(ESTIMATES.values(), found, strict=True):
+    for actual in gangs(int(size)).call(goldens.estimates, configs=configs(parsed, text, split, ESTIMATES)):
+        for golden, row in zip(ESTIMATES.values(), actual, strict=True):
             assert row == pytest.approx(golden, abs=1e-6)

@@ -1,4 +1,4 @@
-"""The loop gives the same numbers however it is split, and goes on where it stopped."""
+"""A run gives the same metrics under every layout and batching, and a resume continues it exactly."""
 
 import json
 from collections.abc import Callable
@@ -9,7 +9,7 @@ import pytest
 
 from tests.distributed import cases
 from tests.gang import Gang
-from tests.toys import IN_PARTS, toy_config, without
+from tests.toys import CHANGED_BY_RESUME, toy_config, without
 
 COMPARED = (
     "actor/loss",
@@ -67,7 +67,7 @@ def one_rank(
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_same_numbers_for_every_split(
+def test_metrics_are_equal_for_every_split(
     split: str,
     one_rank: list[dict[str, Any]],
     gangs: Callable[[int], Gang],
@@ -76,13 +76,13 @@ def test_same_numbers_for_every_split(
 ) -> None:
     world_size, overrides = SPLITS[split]
     gangs(world_size).call(cases.run_training, config=toy_config(tmp_path, toy_model("qwen2", tied=True), *overrides))
-    found = rows(tmp_path / "run")
-    assert [row["step"] for row in found] == [0, 1, 2, 3]
-    for mine, wanted in zip(found, one_rank, strict=True):
+    metrics = rows(tmp_path / "run")
+    assert [row["step"] for row in metrics] == [0, 1, 2, 3]
+    for actual, expected in zip(metrics, one_rank, strict=True):
         for name in COMPARED:
-            assert (name in mine) == (name in wanted)
-            if name in wanted:
-                assert mine[name] == pytest.approx(wanted[name], rel=0, abs=1e-5), (mine["step"], name)
+            assert (name in actual) == (name in expected)
+            if name in expected:
+                assert actual[name] == pytest.approx(expected[name], rel=0, abs=1e-5), (actual["step"], name)
 
 
 CORRECTIONS = (
@@ -94,44 +94,44 @@ CORRECTIONS = (
 )
 
 
-def test_corrections_of_an_engine_that_agrees_change_nothing(
+def test_rollout_correction_changes_nothing_if_log_probs_match(
     gangs: Callable[[int], Gang], toy_model: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """A single update scores the responses beforehand for it."""
-    found = {}
+    """With a single update per step, old log-probabilities are computed only because the correction needs them."""
+    metrics = {}
     for name, corrections in (("plain", ()), ("corrected", CORRECTIONS)):
         folder = tmp_path / name
         folder.mkdir()
         config = toy_config(folder, toy_model("qwen2", tied=True), "batching.num_mini_batches=1", *corrections)
         gangs(2).call(cases.run_training, config=config)
-        found[name] = rows(folder / "run")
-    assert len(found["corrected"]) == 4
-    for mine, wanted in zip(found["corrected"], found["plain"], strict=True):
+        metrics[name] = rows(folder / "run")
+    assert len(metrics["corrected"]) == 4
+    for actual, expected in zip(metrics["corrected"], metrics["plain"], strict=True):
         for name in COMPARED:
-            if name in wanted:
-                assert mine[name] == pytest.approx(wanted[name], rel=0, abs=1e-4), (mine["step"], name)
-        if mine["step"]:
-            assert "timing_s/old_log_prob" in mine
-            assert "timing_s/old_log_prob" not in wanted
-            assert mine["rollout_corr/is_weight"] == pytest.approx(1, abs=1e-4)
-            assert mine["rollout_corr/rejected"] == mine["rollout_corr/vetoed"] == 0
+            if name in expected:
+                assert actual[name] == pytest.approx(expected[name], rel=0, abs=1e-4), (actual["step"], name)
+        if actual["step"]:
+            assert "timing_s/old_log_prob" in actual
+            assert "timing_s/old_log_prob" not in expected
+            assert actual["rollout_corr/is_weight"] == pytest.approx(1, abs=1e-4)
+            assert actual["rollout_corr/rejected"] == actual["rollout_corr/vetoed"] == 0
 
 
-def test_a_mixture_of_experts_learns_along_the_engines_routes(
+def test_a_run_replays_the_routing_of_the_engine(
     gangs: Callable[[int], Gang], toy_model: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """The whole loop with experts: what the engine reports is what the trainer replays."""
+    """A whole run with experts: the trainer replays the routing that the engine reports."""
     config = toy_config(
         tmp_path, toy_model("qwen3_moe", tied=False), "parallel.expert_parallel_size=2", "moe.routing_replay=true"
     )
     gangs(2).call(cases.run_training, config=config)
-    found = rows(tmp_path / "run")
-    assert [row["step"] for row in found] == [0, 1, 2, 3]
-    for row in found[1:]:
+    metrics = rows(tmp_path / "run")
+    assert [row["step"] for row in metrics] == [0, 1, 2, 3]
+    for row in metrics[1:]:
         assert row["train_rollout_logprob_abs_diff/max"] < 1e-4
 
 
-def test_resume_repeats_bit_for_bit(
+def test_resume_continues_bit_for_bit(
     gangs: Callable[[int], Gang], toy_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     model = toy_model("qwen2", tied=True)
@@ -146,9 +146,9 @@ def test_resume_repeats_bit_for_bit(
     assert [p.name for p in (parts / "run/references").iterdir()] == ["step_000006"]
     gangs(4).call(cases.run_training, config=toy_config(parts, model, *split, "run.num_steps=20"))
     assert [p.name for p in (parts / "run/checkpoints").glob("step_*")] == ["step_000020"]
-    assert without(IN_PARTS, rows(parts / "run")) == without(IN_PARTS, rows(whole / "run"))
+    assert without(CHANGED_BY_RESUME, rows(parts / "run")) == without(CHANGED_BY_RESUME, rows(whole / "run"))
     assert [p.name for p in (parts / "run/references").iterdir()] == ["step_000018"]
-    fork = tmp_path / "fork"  # from a checkpoint of another run, whose reference is in that run's folder
+    fork = tmp_path / "fork"  # resumes a checkpoint of another run, whose reference is in the folder of that run
     fork.mkdir()
     onward = toy_config(fork, model, *split, "run.num_steps=21")
     gangs(4).call(cases.run_training, config=onward, resume=str(parts / "run/checkpoints/step_000020"))
@@ -158,9 +158,9 @@ def test_resume_repeats_bit_for_bit(
     assert rows(parts / "run")[-1]["val/score"] == rows(whole / "run")[-1]["val/score"]
 
 
-def test_a_rank_without_tokens_takes_part(
+def test_a_rank_without_loss_tokens_takes_part(
     gangs: Callable[[int], Gang], toy_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     config = toy_config(tmp_path, toy_model("qwen2", tied=True))
-    (alone,) = gangs(1).call(cases.update_without_tokens_here, config=config)
-    assert gangs(2).call(cases.update_without_tokens_here, config=config) == pytest.approx([alone, alone], rel=1e-5)
+    (alone,) = gangs(1).call(cases.update_with_tokens_on_first_rank_only, config=config)
+    assert gangs(2).call(cases.update_with_tokens_on_first_rank_only, config=config) == pytest.approx([alone, alone], rel=1e-5)

@@ -1,4 +1,4 @@
-"""Layouts of many nodes, rank by rank in one process: the real Megatron model on meta tensors, over idle groups."""
+"""Layouts of many nodes, one rank after another in one process: the real Megatron model on meta tensors."""
 
 from collections import defaultdict
 from collections.abc import Iterator
@@ -43,11 +43,11 @@ CASES = {
 
 @pytest.fixture
 def fake_groups(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every group that is asked for is one that does nothing."""
-    made = dist.new_group
+    """Replace every new process group by a fake one, which does not communicate."""
+    original = dist.new_group
 
     def new_group(ranks: Any = None, timeout: Any = None, backend: Any = None, **others: Any) -> Any:
-        return made(ranks, timeout, backend="fake", **others)
+        return original(ranks, timeout, backend="fake", **others)
 
     monkeypatch.setattr(dist, "new_group", new_group)
     monkeypatch.setattr(torch.distributed, "new_group", new_group)
@@ -56,7 +56,7 @@ def fake_groups(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_every_parameter_is_held_once_and_every_engine_gets_what_it_reads(case: str, fake_groups: None) -> None:
+def test_every_element_is_held_once_and_every_engine_receives_its_shard(case: str, fake_groups: None) -> None:
     recipe, world_size, engine_tp, overrides = CASES[case]
     path = ROOT / f"configs/recipes/production/{recipe}.yaml"
     folder = ROOT / "configs/model_shapes" / Path(load_config(path).model.path).name
@@ -68,7 +68,7 @@ def test_every_parameter_is_held_once_and_every_engine_gets_what_it_reads(case: 
     replicas: dict[int, list[int]] = defaultdict(list)
     for rank in range(world_size):
         names, place, stage, replica, num_elements = build_rank(config, spec, rank, world_size, table)
-        assert num_elements == shares[stage].total, "what the plan counts"
+        assert num_elements == shares[stage].total, "the plan counts the same elements"
         held.append((names, place))
         replicas[replica].append(rank)
 
@@ -77,8 +77,8 @@ def test_every_parameter_is_held_once_and_every_engine_gets_what_it_reads(case: 
         check_each_element_once([held[rank] for rank in ranks], table, shapes)
 
     boxes = [engine_boxes(spec, shapes, tp_rank=rank, tp_size=engine_tp) for rank in range(engine_tp)]
-    wanted = [boxes[rank % engine_tp] for rank in range(world_size)]
-    plan = plan_reshard(held, table, wanted, [rank // 8 for rank in range(world_size)], bucket_elements=2 * 10**8)
+    engine_reads = [boxes[rank % engine_tp] for rank in range(world_size)]
+    plan = plan_reshard(held, table, engine_reads, [rank // 8 for rank in range(world_size)], bucket_elements=2 * 10**8)
     assert sorted(name for bucket in plan.buckets for name in bucket.names) == sorted(shapes)
     for rank in range(world_size):
         assert plan.num_received(rank) == plan.minimum(rank)
@@ -87,7 +87,7 @@ def test_every_parameter_is_held_once_and_every_engine_gets_what_it_reads(case: 
 def build_rank(
     config: Any, spec: Any, rank: int, world_size: int, table: Any
 ) -> tuple[list[str], Place, int, int, int]:
-    """Parameters, place, pipeline stage, replica and number of elements of a rank."""
+    """Return the parameter names, place, pipeline stage, replica and number of elements of a rank."""
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
         context = build_layout(config.parallel, FakeStore(), rank % 8, torch.device("meta"))
@@ -110,7 +110,7 @@ def build_rank(
 def check_each_element_once(
     held: list[tuple[list[str], Place]], table: Any, shapes: dict[str, tuple[int, ...]]
 ) -> None:
-    """The ranks of a replica together hold every element, and no two parts of a tensor overlap."""
+    """Assert that the ranks of a replica together hold every element, and that parts of a tensor do not overlap."""
     boxes: dict[str, set[Box]] = defaultdict(set)
     for names, place in held:
         for name in names:
@@ -118,6 +118,6 @@ def check_each_element_once(
                 boxes[piece.hf_name].add(piece.hf_box)
     assert boxes.keys() == shapes.keys()
     for name, shape in shapes.items():
-        found = sorted(boxes[name])
-        assert sum(map(box_size, found)) == box_size(tuple((0, extent) for extent in shape)), name
-        assert all(intersection(a, b) is None for a, b in pairwise(found)), name
+        parts = sorted(boxes[name])
+        assert sum(map(box_size, parts)) == box_size(tuple((0, extent) for extent in shape)), name
+        assert all(intersection(a, b) is None for a, b in pairwise(parts)), name

@@ -1,4 +1,4 @@
-"""One update is the same update under every layout."""
+"""An update gives the same loss, gradient norm and weights under every layout."""
 
 import math
 from collections.abc import Callable
@@ -13,17 +13,17 @@ from tests.toys import sequences, toy_config
 
 
 def keys(text: str) -> list[str]:
-    """Overrides from shorthand: "tp2 pp2 sp" and so on, anything with a dot as it is."""
-    found = []
+    """Return the overrides of a shorthand such as "tp2 pp2 sp"; words with a dot are kept unchanged."""
+    overrides = []
     for word in text.split():
         if "." in word:
-            found.append(word)
+            overrides.append(word)
         elif word == "sp":
-            found.append("parallel.sequence_parallel=true")
+            overrides.append("parallel.sequence_parallel=true")
         else:
             kind, size = word.rstrip("0123456789"), word.lstrip("abcdefghijklmnopqrstuvwxyz")
-            found.append(f"parallel.{SIZES[kind]}_size={size}")
-    return found
+            overrides.append(f"parallel.{SIZES[kind]}_size={size}")
+    return overrides
 
 
 SIZES = {
@@ -91,66 +91,66 @@ def outcome(
     text: str,
     model: Path,
     folder: Path,
-    engine: dict[int, torch.Tensor] | None = None,
+    engine_logprobs: dict[int, torch.Tensor] | None = None,
 ) -> list[cases.Outcome]:
     config = toy_config(folder, model, "batching.num_mini_batches=1", *keys(text))
-    return gangs(world_size).call(cases.some_updates, config=config, engine=engine)
+    return gangs(world_size).call(cases.run_updates, config=config, engine_logprobs=engine_logprobs)
 
 
-def assert_same(found: list[cases.Outcome], wanted: cases.Outcome) -> None:
-    scored: dict[int, torch.Tensor] = {}
-    for one in found:
-        assert one.losses == pytest.approx(wanted.losses, abs=1e-5)
-        assert one.norms == pytest.approx(wanted.norms, rel=1e-6, abs=1e-5)
-        assert one.balance == pytest.approx(wanted.balance, rel=1e-5)
-        assert one.corrections == pytest.approx(wanted.corrections, rel=1e-4)
-        scored |= one.logprobs
-        assert set(one.weights) == set(wanted.weights)
-        for name, tensor in one.weights.items():
+def assert_same(results: list[cases.Outcome], expected: cases.Outcome) -> None:
+    logprobs: dict[int, torch.Tensor] = {}
+    for result in results:
+        assert result.losses == pytest.approx(expected.losses, abs=1e-5)
+        assert result.norms == pytest.approx(expected.norms, rel=1e-6, abs=1e-5)
+        assert result.balance == pytest.approx(expected.balance, rel=1e-5)
+        assert result.corrections == pytest.approx(expected.corrections, rel=1e-4)
+        logprobs |= result.logprobs
+        assert set(result.weights) == set(expected.weights)
+        for name, tensor in result.weights.items():
             torch.testing.assert_close(
-                tensor, wanted.weights[name], rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+                tensor, expected.weights[name], rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
             )
-    assert set(scored) == set(wanted.logprobs)
-    for place, row in scored.items():
-        torch.testing.assert_close(row, wanted.logprobs[place], rtol=0, atol=1e-5)
+    assert set(logprobs) == set(expected.logprobs)
+    for index, row in logprobs.items():
+        torch.testing.assert_close(row, expected.logprobs[index], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("world_size", "text"), DENSE, ids=[text or "dp" for _, text in DENSE])
-def test_dense(
+def test_dense_updates_are_equal_under_every_layout(
     world_size: int, text: str, gangs: Callable[[int], Gang], toy_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     model = toy_model("qwen2", tied=True, num_hidden_layers=4)
-    (wanted,) = outcome(gangs, 1, "", model, tmp_path)
-    assert wanted.norms[0] > 0.1
-    assert_same(outcome(gangs, world_size, text, model, tmp_path), wanted)
+    (expected,) = outcome(gangs, 1, "", model, tmp_path)
+    assert expected.norms[0] > 0.1
+    assert_same(outcome(gangs, world_size, text, model, tmp_path), expected)
 
 
 @pytest.mark.parametrize(("world_size", "text"), EXPERTS, ids=[text for _, text in EXPERTS])
-def test_mixture_of_experts(
+def test_moe_updates_are_equal_under_every_layout(
     world_size: int, text: str, gangs: Callable[[int], Gang], toy_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     model = toy_model("qwen3_moe", tied=False, num_hidden_layers=4)
-    (wanted,) = outcome(gangs, 1, "", model, tmp_path)
-    assert wanted.norms[0] > 0.1
-    assert_same(outcome(gangs, world_size, text, model, tmp_path), wanted)
+    (expected,) = outcome(gangs, 1, "", model, tmp_path)
+    assert expected.norms[0] > 0.1
+    assert_same(outcome(gangs, world_size, text, model, tmp_path), expected)
 
 
 ROUTER_LOSSES = "moe.aux_loss=sequence moe.aux_loss_coef=0.1 moe.z_loss_coef=0.01 batching.packed=false"
 
 
 @pytest.mark.parametrize("layout", ["1:batching.micro_batch_size=1", "2:", "2:ep2", "2:pp2", "4:ep2 pp2 vpp2"])
-def test_router_losses(
+def test_router_losses_are_equal_under_every_layout(
     layout: str, gangs: Callable[[int], Gang], toy_model: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """A balance for each sequence is the same however sequences are shared out."""
+    """The load balance within each sequence does not depend on the layout."""
     model = toy_model("qwen3_moe", tied=False, num_hidden_layers=4)
     alone = f"{ROUTER_LOSSES} batching.micro_batch_size=1"
-    (wanted,) = outcome(gangs, 1, alone, model, tmp_path)
-    (without,) = outcome(gangs, 1, "", model, tmp_path)
-    assert len(wanted.balance) == 4
-    assert wanted.norms != pytest.approx(without.norms, rel=1e-4)
+    (expected,) = outcome(gangs, 1, alone, model, tmp_path)
+    (without_losses,) = outcome(gangs, 1, "", model, tmp_path)
+    assert len(expected.balance) == 4
+    assert expected.norms != pytest.approx(without_losses.norms, rel=1e-4)
     size, text = layout.split(":")
-    assert_same(outcome(gangs, int(size), f"{alone} {text}", model, tmp_path), wanted)
+    assert_same(outcome(gangs, int(size), f"{alone} {text}", model, tmp_path), expected)
 
 
 CORRECTED = [
@@ -164,10 +164,10 @@ CORRECTED = [
     "4:tp2 cp2 sp",
     "4:cp4 batching.micro_batch_size=2",
 ]
-# the log of trainer / engine for every token of a response, by place: among them weights above and below 1, one
-# that is cut, a response that is too likely on the whole, one that is too unlikely
-APART = (0.05, 0.01, -0.2, -0.02, 0.4, 0.004, -0.6, 0.0)
-VETOED = 5  # by a single token
+# log of the ratio trainer / engine of every token of a response, by index: among them weights above and below 1, one
+# that is truncated, a response whose mean ratio is too high and one whose mean ratio is too low
+LOG_RATIOS = (0.05, 0.01, -0.2, -0.02, 0.4, 0.004, -0.6, 0.0)
+VETOED = 5  # because of a single token
 CORRECTION = (
     "algorithm.rollout_is=sequence_truncate algorithm.rollout_is_high=1.2 algorithm.rollout_veto=0.001 "
     "algorithm.rollout_rejection=geometric algorithm.rollout_rejection_low=0.7 algorithm.rollout_rejection_high=1.3"
@@ -175,18 +175,18 @@ CORRECTION = (
 
 
 @pytest.mark.parametrize("layout", CORRECTED)
-def test_corrections_of_responses(
+def test_response_level_corrections_are_equal_under_every_layout(
     layout: str, gangs: Callable[[int], Gang], toy_model: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """A response is weighed and rejected by all its tokens, wherever its parts are computed."""
+    """The weight and the rejection of a response depend on all its tokens, whichever rank holds them."""
     model = toy_model("qwen2", tied=True, num_hidden_layers=4)
-    (without,) = outcome(gangs, 1, "", model, tmp_path)
-    engine = {place: row - APART[place] for place, row in without.logprobs.items()}
-    engine[VETOED][12] += 8.0
-    (wanted,) = outcome(gangs, 1, CORRECTION, model, tmp_path, engine)
+    (uncorrected,) = outcome(gangs, 1, "", model, tmp_path)
+    engine_logprobs = {index: row - LOG_RATIOS[index] for index, row in uncorrected.logprobs.items()}
+    engine_logprobs[VETOED][12] += 8.0
+    (expected,) = outcome(gangs, 1, CORRECTION, model, tmp_path, engine_logprobs)
     # tokens of the responses: 6, 14, 3, 27, 9, 18, 5 and none
     weights = [1.2, math.exp(0.14), math.exp(-0.6), math.exp(-0.54), 1.2, math.exp(18 * 0.004 - 8), math.exp(-3)]
-    assert wanted.corrections == pytest.approx(
+    assert expected.corrections == pytest.approx(
         {
             "rollout_corr/rejected": 3 / 7,
             "rollout_corr/vetoed": 1 / 7,
@@ -195,61 +195,61 @@ def test_corrections_of_responses(
         },
         rel=1e-4,
     )
-    assert wanted.norms != pytest.approx(without.norms, rel=1e-2)
+    assert expected.norms != pytest.approx(uncorrected.norms, rel=1e-2)
     size, text = layout.split(":")
-    assert_same(outcome(gangs, int(size), f"{CORRECTION} {text}", model, tmp_path, engine), wanted)
+    assert_same(outcome(gangs, int(size), f"{CORRECTION} {text}", model, tmp_path, engine_logprobs), expected)
 
 
 GSPO = "algorithm.loss=gspo algorithm.clip_ratio_low=0.6 algorithm.clip_ratio_high=2.0"
 
 
 @pytest.mark.parametrize("layout", CORRECTED)
-def test_ratios_of_responses(
+def test_response_level_ratios_are_equal_under_every_layout(
     layout: str, gangs: Callable[[int], Gang], toy_model: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """A response's ratio is that of all its tokens, wherever they are computed."""
+    """The ratio of a response depends on all its tokens, whichever rank holds them."""
     model = toy_model("qwen2", tied=True, num_hidden_layers=4)
-    (without,) = outcome(gangs, 1, "", model, tmp_path)
-    (wanted,) = outcome(gangs, 1, GSPO, model, tmp_path)
-    assert wanted.norms[0] > 0.1
-    assert wanted.norms != pytest.approx(without.norms, rel=1e-2)
+    (token_level,) = outcome(gangs, 1, "", model, tmp_path)
+    (expected,) = outcome(gangs, 1, GSPO, model, tmp_path)
+    assert expected.norms[0] > 0.1
+    assert expected.norms != pytest.approx(token_level.norms, rel=1e-2)
     size, text = layout.split(":")
-    assert_same(outcome(gangs, int(size), f"{GSPO} {text}", model, tmp_path), wanted)
+    assert_same(outcome(gangs, int(size), f"{GSPO} {text}", model, tmp_path), expected)
 
 
 @pytest.mark.parametrize("layout", ["1:", "2:", "4:", "2:tp2", "2:pp2", "2:cp2", "4:tp2", "4:pp2 cp2"])
 def test_returns_are_whitened_over_all_ranks(
     layout: str, gangs: Callable[[int], Gang], toy_model: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """REINFORCE++, written out over all tokens of the step."""
+    """The expected values are REINFORCE++, written out over all tokens of the step."""
     rewards = [1.0, 0.0, 0.5, 1.0, -1.0, 0.25, 2.0, 0.0]
     returns, kl = [], []
     for sequence, reward in zip(sequences(cases.LENGTHS), rewards, strict=True):
         mask = sequence.loss_mask
-        apart = (sequence.old_logprobs - sequence.ref_logprobs)[mask].double()
-        to_go = torch.ones(apart.numel(), apart.numel()).double().triu()
-        returns.append(reward - 0.1 * to_go @ apart)
-        kl.append(apart)
-    together = torch.cat(returns)
+        token_kl = (sequence.old_logprobs - sequence.ref_logprobs)[mask].double()
+        to_go = torch.ones(token_kl.numel(), token_kl.numel()).double().triu()
+        returns.append(reward - 0.1 * to_go @ token_kl)
+        kl.append(token_kl)
+    all_returns = torch.cat(returns)
     size, text = layout.split(":")
     overrides = keys("algorithm.advantage=reinforce algorithm.kl_reward_coef=0.1 algorithm.whiten_advantages=true")
     config = toy_config(tmp_path, toy_model("qwen2", tied=True), "batching.num_mini_batches=1", *overrides, *keys(text))
-    found: dict[int, torch.Tensor] = {}
-    for rows, metrics in gangs(int(size)).call(cases.credited, config=config, rewards=rewards):
-        found |= rows
+    actual: dict[int, torch.Tensor] = {}
+    for rows, metrics in gangs(int(size)).call(cases.advantages_by_index, config=config, rewards=rewards):
+        actual |= rows
         assert metrics["critic/kl"] == pytest.approx(float(torch.cat(kl).mean()), rel=1e-5)
         assert metrics["critic/kl_coef"] == 0.1
         assert metrics["critic/advantages/mean"] == pytest.approx(0, abs=1e-6)
-    for place, row in enumerate(returns):
-        wanted = (row - together.mean()) / together.std()
-        torch.testing.assert_close(found[place].double(), wanted, rtol=0, atol=1e-6)
+    for index, row in enumerate(returns):
+        expected = (row - all_returns.mean()) / all_returns.std()
+        torch.testing.assert_close(actual[index].double(), expected, rtol=0, atol=1e-6)
 
 
 REPLAYED = ["1:batching.packed=false", "2:ep2", "2:tp2 sp", "2:cp2", "4:pp2 vpp2 ep2", "4:tp2 cp2 sp"]
 
 
 @pytest.mark.parametrize("layout", REPLAYED)
-def test_routes_are_replayed(
+def test_replayed_routing_is_equal_under_every_layout(
     layout: str, gangs: Callable[[int], Gang], toy_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     model = toy_model("qwen3_moe", tied=False, num_hidden_layers=4)
@@ -257,13 +257,13 @@ def test_routes_are_replayed(
     def replay(layout: str) -> dict[int, torch.Tensor]:
         size, text = layout.split(":")
         config = toy_config(tmp_path, model, "batching.num_mini_batches=1", *keys(text))
-        together: dict[int, torch.Tensor] = {}
-        for rows, apart in gangs(int(size)).call(cases.replayed, config=config):
-            together |= rows
-            assert apart > 1e-3
-        return together
+        logprobs: dict[int, torch.Tensor] = {}
+        for rows, distance in gangs(int(size)).call(cases.replay_routing, config=config):
+            logprobs |= rows
+            assert distance > 1e-3
+        return logprobs
 
-    wanted, found = replay("1:"), replay(layout)
-    assert set(found) == set(wanted)
-    for place, row in found.items():
-        torch.testing.assert_close(row, wanted[place], rtol=0, atol=1e-5)
+    expected, actual = replay("1:"), replay(layout)
+    assert set(actual) == set(expected)
+    for index, row in actual.items():
+        torch.testing.assert_close(row, expected[index], rtol=0, atol=1e-5)

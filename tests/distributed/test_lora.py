@@ -1,4 +1,4 @@
-"""Low-rank adapters under every layout, against PEFT, and in a run."""
+"""LoRA adapters under every layout, against PEFT, and in a run."""
 
 import json
 from collections.abc import Callable
@@ -18,9 +18,9 @@ from tests.distributed import cases
 from tests.distributed.test_invariance import rows
 from tests.distributed.test_layouts import OVERLAP, keys
 from tests.gang import Gang
-from tests.toys import IN_PARTS, sequences, toy_config, without
+from tests.toys import CHANGED_BY_RESUME, sequences, toy_config, without
 
-# Adam's usual epsilon makes whole steps of gradients that are rounding noise, which no two layouts share
+# with the default epsilon, Adam takes full steps for gradients that are rounding noise, which differs between layouts
 LORA = (
     *("lora.rank=4", "lora.alpha=8", "optimizer.lr=0.02", "batching.num_mini_batches=1"),
     *("algorithm.kl_coef=0", "optimizer.adam_eps=1e-4"),
@@ -47,38 +47,38 @@ def model(toy_model: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def alone(gangs: Callable[[int], Gang], model: Path, tmp_path_factory: pytest.TempPathFactory) -> cases.Adapted:
+def one_rank(gangs: Callable[[int], Gang], model: Path, tmp_path_factory: pytest.TempPathFactory) -> cases.AdapterOutcome:
     folder = tmp_path_factory.mktemp("alone")
-    (found,) = gangs(1).call(cases.adapted, config=toy_config(folder, model, *LORA), folder=str(folder / "adapter"))
-    return found
+    (outcome,) = gangs(1).call(cases.update_with_adapters, config=toy_config(folder, model, *LORA), folder=str(folder / "adapter"))
+    return outcome
 
 
-def test_only_adapters_learn(alone: cases.Adapted, gangs: Callable[[int], Gang], model: Path, tmp_path: Path) -> None:
-    assert not alone.frozen_changed
-    assert len(alone.adapters) == 4 * 7 * 2
-    assert all(x.any() for x in alone.adapters.values())
-    assert max(float((alone.without[place] - row).abs().max()) for place, row in alone.logprobs.items()) > 0.1
+def test_only_adapters_are_trained(one_rank: cases.AdapterOutcome, gangs: Callable[[int], Gang], model: Path, tmp_path: Path) -> None:
+    assert not one_rank.frozen_changed
+    assert len(one_rank.adapters) == 4 * 7 * 2
+    assert all(x.any() for x in one_rank.adapters.values())
+    assert max(float((one_rank.base_logprobs[index] - row).abs().max()) for index, row in one_rank.logprobs.items()) > 0.1
     base = load_file(model / "model.safetensors")
-    changed = {name for name, x in alone.merged.items() if not torch.equal(x, base[name])}
+    changed = {name for name, x in one_rank.merged.items() if not torch.equal(x, base[name])}
     assert changed == {name for name in base if "_proj.weight" in name}
-    (whole,) = gangs(1).call(cases.adapted, config=toy_config(tmp_path, model, "batching.num_mini_batches=1"))
+    (whole,) = gangs(1).call(cases.update_with_adapters, config=toy_config(tmp_path, model, "batching.num_mini_batches=1"))
     assert whole.frozen_changed
-    assert alone.bytes_learning < 0.3 * whole.bytes_learning
+    assert one_rank.trainable_bytes < 0.3 * whole.trainable_bytes
 
 
 @pytest.mark.parametrize(("world_size", "layout"), LAYOUTS)
-def test_the_same_under_every_layout(
-    world_size: int, layout: str, alone: cases.Adapted, gangs: Callable[[int], Gang], model: Path, tmp_path: Path
+def test_adapter_updates_are_equal_under_every_layout(
+    world_size: int, layout: str, one_rank: cases.AdapterOutcome, gangs: Callable[[int], Gang], model: Path, tmp_path: Path
 ) -> None:
     config = toy_config(tmp_path, model, *LORA, *keys(layout))
-    for found in gangs(world_size).call(cases.adapted, config=config):
-        assert found.norms == pytest.approx(alone.norms, rel=1e-4)
-        assert not found.frozen_changed
-        for mine, wanted in ((found.adapters, alone.adapters), (found.merged, alone.merged)):
-            assert mine.keys() == wanted.keys()
-            assert max(float((mine[name] - wanted[name]).abs().max()) for name in wanted) < 1e-5
-        for place, row in found.logprobs.items():
-            assert row.tolist() == pytest.approx(alone.logprobs[place].tolist(), abs=1e-4)
+    for outcome in gangs(world_size).call(cases.update_with_adapters, config=config):
+        assert outcome.norms == pytest.approx(one_rank.norms, rel=1e-4)
+        assert not outcome.frozen_changed
+        for actual, expected in ((outcome.adapters, one_rank.adapters), (outcome.merged, one_rank.merged)):
+            assert actual.keys() == expected.keys()
+            assert max(float((actual[name] - expected[name]).abs().max()) for name in expected) < 1e-5
+        for index, row in outcome.logprobs.items():
+            assert row.tolist() == pytest.approx(one_rank.logprobs[index].tolist(), abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -95,25 +95,25 @@ def test_peft_gives_the_same_logits(
 ) -> None:
     chosen = [f"lora.targets={targets}"] if targets else []
     config = toy_config(tmp_path, model, *LORA, *keys(layout), *chosen)
-    found = gangs(world_size).call(cases.adapted, config=config, folder=str(tmp_path / "adapter"))
+    outcomes = gangs(world_size).call(cases.update_with_adapters, config=config, folder=str(tmp_path / "adapter"))
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     with torch.no_grad():
-        theirs = PeftModel.from_pretrained(base, str(tmp_path / "adapter")).eval()
+        peft_model = PeftModel.from_pretrained(base, str(tmp_path / "adapter")).eval()
         merged = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-        merged.load_state_dict(found[0].merged, strict=False)
-        for place, sequence in enumerate(sequences(cases.LENGTHS)):
+        merged.load_state_dict(outcomes[0].merged, strict=False)
+        for index, sequence in enumerate(sequences(cases.LENGTHS)):
             tokens = sequence.token_ids[None]
-            logits = theirs(tokens).logits[0]
+            logits = peft_model(tokens).logits[0]
             assert (logits - merged(tokens).logits[0]).abs().max() < 1e-5
-            wanted = logits[:-1].log_softmax(-1).gather(1, sequence.token_ids[1:, None])[:, 0]
-            ours = next(one.logprobs[place] for one in found if place in one.logprobs)
+            expected = logits[:-1].log_softmax(-1).gather(1, sequence.token_ids[1:, None])[:, 0]
+            actual = next(outcome.logprobs[index] for outcome in outcomes if index in outcome.logprobs)
             mask = sequence.loss_mask[1:]
-            torch.testing.assert_close(ours[1:][mask], wanted[mask], atol=1e-5, rtol=0)
+            torch.testing.assert_close(actual[1:][mask], expected[mask], atol=1e-5, rtol=0)
     again = toy_config(tmp_path, model, *LORA, *keys("tp2"), *chosen, f"lora.path={tmp_path / 'adapter'}")
-    for resumed in gangs(2).call(cases.scored, config=again):
-        for place, row in resumed.items():
-            ours = next(one.logprobs[place] for one in found if place in one.logprobs)
-            assert row.tolist() == pytest.approx(ours.tolist(), abs=1e-5)
+    for resumed in gangs(2).call(cases.initial_logprobs, config=again):
+        for index, row in resumed.items():
+            actual = next(outcome.logprobs[index] for outcome in outcomes if index in outcome.logprobs)
+            assert row.tolist() == pytest.approx(actual.tolist(), abs=1e-5)
 
 
 def test_a_run_pushes_merged_weights_and_resumes_bit_for_bit(
@@ -125,7 +125,7 @@ def test_a_run_pushes_merged_weights_and_resumes_bit_for_bit(
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)
         gangs(4).call(cases.run_training, config=toy_config(folder, model, *options, *more))
-        return without(IN_PARTS, rows(folder / "run"))
+        return without(CHANGED_BY_RESUME, rows(folder / "run"))
 
     whole = run("whole", "run.num_steps=6")
     run("parts")
@@ -134,16 +134,16 @@ def test_a_run_pushes_merged_weights_and_resumes_bit_for_bit(
     assert whole[-1]["actor/kl_loss"] > 1e-4
     assert max(row["train_rollout_logprob_abs_diff/max"] for row in whole[1:]) < 1e-4
     checkpoint = tmp_path / "whole/run/checkpoints/step_000006"
-    kept = FileSystemReader(checkpoint / "policy").read_metadata().state_dict_metadata
-    assert kept
-    assert not [name for name in kept if "word_embeddings" in name or name.endswith("linear_qkv.weight")]
+    saved = FileSystemReader(checkpoint / "policy").read_metadata().state_dict_metadata
+    assert saved
+    assert not [name for name in saved if "word_embeddings" in name or name.endswith("linear_qkv.weight")]
     assert json.loads((checkpoint / "adapter/adapter_config.json").read_text())["r"] == 4
     tokens = torch.arange(12)[None]
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     with torch.no_grad():
-        theirs = PeftModel.from_pretrained(base, str(checkpoint / "adapter")).eval()(tokens).logits
-        merged = AutoModelForCausalLM.from_pretrained(checkpoint / "hf", dtype=torch.float32)(tokens).logits
-    assert (theirs - merged).abs().max() < 1e-5
+        peft_logits = PeftModel.from_pretrained(base, str(checkpoint / "adapter")).eval()(tokens).logits
+        merged_logits = AutoModelForCausalLM.from_pretrained(checkpoint / "hf", dtype=torch.float32)(tokens).logits
+    assert (peft_logits - merged_logits).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_a_run_pushes_merged_weights_and_resumes_bit_for_bit(
         ),
     ],
 )
-def test_contradictions_are_refused(
+def test_contradictory_options_are_rejected(
     family: str, overrides: list[str], message: str, toy_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match=message):
@@ -175,45 +175,45 @@ QUANTIZED = [(2, "tp2 sp"), (2, "pp2 memory.recompute=full"), (2, "cp2"), (4, "t
 
 @pytest.fixture(scope="module")
 def wide(toy_model: Callable[..., Path]) -> Path:
-    """As many columns on each of two ranks as share a scale."""
+    """A model with 64 columns, one quantisation block, on each of two ranks."""
     return toy_model("qwen2", tied=True, hidden_size=128, intermediate_size=256)
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
-def test_a_quantized_model_is_the_same_under_every_layout(
+def test_quantized_model_updates_are_equal_under_every_layout(
     kind: str, gangs: Callable[[int], Gang], wide: Path, tmp_path: Path
 ) -> None:
     options = (*LORA, f"lora.quantize={kind}")
-    (alone,) = gangs(1).call(cases.adapted, config=toy_config(tmp_path, wide, *options))
-    assert not alone.frozen_changed
+    (one_rank,) = gangs(1).call(cases.update_with_adapters, config=toy_config(tmp_path, wide, *options))
+    assert not one_rank.frozen_changed
     base = load_file(wide / "model.safetensors")
     codes = {"int8": 256, "nf4": 16}[kind]
-    (frozen,) = gangs(1).call(cases.weights, config=toy_config(tmp_path, wide, *options))
+    (frozen,) = gangs(1).call(cases.initial_weights, config=toy_config(tmp_path, wide, *options))
     for name, weight in frozen.items():
         if "_proj.weight" not in name:
             assert torch.equal(weight, base[name])
             continue
-        blocks, wanted = weight.unflatten(1, (-1, 64)), base[name].unflatten(1, (-1, 64))
+        blocks, expected = weight.unflatten(1, (-1, 64)), base[name].unflatten(1, (-1, 64))
         assert len(blocks[0, 0].unique()) <= codes
-        largest = wanted.abs().amax(-1, keepdim=True)
-        assert ((blocks - wanted).abs() <= largest * {"int8": 0.5 / 127, "nf4": 0.152}[kind] + 1e-6).all()
-    theirs = AutoModelForCausalLM.from_pretrained(wide, dtype=torch.float32)
-    theirs.load_state_dict(alone.merged, strict=False)
-    for place, sequence in enumerate(sequences(cases.LENGTHS)):
+        largest = expected.abs().amax(-1, keepdim=True)
+        assert ((blocks - expected).abs() <= largest * {"int8": 0.5 / 127, "nf4": 0.152}[kind] + 1e-6).all()
+    hf = AutoModelForCausalLM.from_pretrained(wide, dtype=torch.float32)
+    hf.load_state_dict(one_rank.merged, strict=False)
+    for index, sequence in enumerate(sequences(cases.LENGTHS)):
         with torch.no_grad():
-            logits = theirs(sequence.token_ids[None]).logits[0, :-1]
-        wanted = logits.log_softmax(-1).gather(1, sequence.token_ids[1:, None])[:, 0]
+            logits = hf(sequence.token_ids[None]).logits[0, :-1]
+        expected = logits.log_softmax(-1).gather(1, sequence.token_ids[1:, None])[:, 0]
         mask = sequence.loss_mask[1:]
-        torch.testing.assert_close(alone.logprobs[place][1:][mask], wanted[mask], atol=1e-4, rtol=0)
+        torch.testing.assert_close(one_rank.logprobs[index][1:][mask], expected[mask], atol=1e-4, rtol=0)
     for world_size, layout in QUANTIZED:
-        for found in gangs(world_size).call(cases.adapted, config=toy_config(tmp_path, wide, *options, *keys(layout))):
-            assert found.norms == pytest.approx(alone.norms, rel=1e-4), layout
-            assert max(float((found.merged[name] - alone.merged[name]).abs().max()) for name in alone.merged) < 1e-5
-            for place, row in found.logprobs.items():
-                assert row.tolist() == pytest.approx(alone.logprobs[place].tolist(), abs=1e-4)
+        for outcome in gangs(world_size).call(cases.update_with_adapters, config=toy_config(tmp_path, wide, *options, *keys(layout))):
+            assert outcome.norms == pytest.approx(one_rank.norms, rel=1e-4), layout
+            assert max(float((outcome.merged[name] - one_rank.merged[name]).abs().max()) for name in one_rank.merged) < 1e-5
+            for index, row in outcome.logprobs.items():
+                assert row.tolist() == pytest.approx(one_rank.logprobs[index].tolist(), abs=1e-4)
 
 
-def test_a_quantized_matrix_is_never_written_into() -> None:
+def test_writing_into_a_quantized_matrix_raises() -> None:
     from megatron_rl.mcore.model.quantized import quantized
 
     weight = quantized(torch.randn(2, 64), "int8")
@@ -222,22 +222,22 @@ def test_a_quantized_matrix_is_never_written_into() -> None:
             write()
 
 
-def test_a_run_on_a_quantized_model_pushes_what_it_learns(
+def test_a_run_on_a_quantized_model_pushes_merged_weights(
     gangs: Callable[[int], Gang], wide: Path, tmp_path: Path
 ) -> None:
     options = (*LORA[:4], "lora.quantize=nf4", *keys("tp2"), "weight_sync.probe_limit=1e-4")
     gangs(2).call(cases.run_training, config=toy_config(tmp_path, wide, *options))
-    found = rows(tmp_path / "run")
-    assert max(row["train_rollout_logprob_abs_diff/max"] for row in found[1:]) < 1e-4
-    assert found[1]["actor/kl_loss"] == pytest.approx(0, abs=1e-6), "the reference is the quantised model"
-    assert found[-1]["actor/kl_loss"] > 1e-4
+    metrics = rows(tmp_path / "run")
+    assert max(row["train_rollout_logprob_abs_diff/max"] for row in metrics[1:]) < 1e-4
+    assert metrics[1]["actor/kl_loss"] == pytest.approx(0, abs=1e-6), "the reference is the quantised model"
+    assert metrics[-1]["actor/kl_loss"] > 1e-4
 
 
-def test_other_adapters_are_refused(
-    alone: cases.Adapted, gangs: Callable[[int], Gang], model: Path, tmp_path: Path
+def test_mismatched_adapters_are_rejected(
+    one_rank: cases.AdapterOutcome, gangs: Callable[[int], Gang], model: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "adapter"
-    gangs(1).call(cases.adapted, config=toy_config(tmp_path, model, *LORA), folder=str(path))
+    gangs(1).call(cases.update_with_adapters, config=toy_config(tmp_path, model, *LORA), folder=str(path))
     for overrides, message in (
         (["lora.rank=8", "lora.alpha=8"], "r is 4, but lora.rank=8"),
         (["lora.rank=4", "lora.alpha=16"], "lora_alpha is 8.*but lora.alpha=16"),
@@ -250,10 +250,10 @@ def test_other_adapters_are_refused(
         load_inputs(toy_config(tmp_path, model, *LORA, f"lora.path={path}"), 1)
 
 
-def test_adapters_beside_split_experts_are_saved(
+def test_adapters_are_saved_under_expert_parallelism(
     gangs: Callable[[int], Gang], toy_model: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """The ranks that share experts export together, data-parallel ones among them."""
+    """The ranks that hold parts of the experts export together, data-parallel ranks among them."""
     options = (
         "lora.rank=2",
         "lora.targets=[q_proj,k_proj,v_proj,o_proj]",

@@ -1,4 +1,4 @@
-"""What is moved to the host, swapped or never held."""
+"""Offload to the host, and the hosted reference."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +11,7 @@ from tests.toys import toy_config
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_offloaded_parts_leave_nothing_behind(
+def test_offload_frees_all_storages(
     dtype: str, gangs: Callable[[int], Gang], toy_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     config = toy_config(
@@ -21,13 +21,13 @@ def test_offloaded_parts_leave_nothing_behind(
         "parallel.pipeline_parallel_size=2",
         "memory.offload=[params,grads,optimizer]",
     )
-    for found in gangs(4).call(cases.offload, config=config):
-        assert found.freed_bytes == found.held_bytes > 0
-        assert found.left_bytes == 0
+    for moved in gangs(4).call(cases.offload, config=config):
+        assert moved.freed_bytes == moved.held_bytes > 0
+        assert moved.left_bytes == 0
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_a_hosted_reference_scores_like_a_model_of_its_own(
+def test_a_hosted_reference_equals_a_separate_model(
     dtype: str, gangs: Callable[[int], Gang], toy_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     model = toy_model("qwen3", tied=False)
@@ -38,7 +38,7 @@ def test_a_hosted_reference_scores_like_a_model_of_its_own(
         "parallel.tensor_parallel_size=2",
         "parallel.pipeline_parallel_size=2",
     )
-    for same, distance, back in gangs(4).call(cases.reference_in_place, config=config, path=str(model)):
+    for same, distance, restored in gangs(4).call(cases.compare_hosted_reference, config=config, path=str(model)):
         assert same
         assert distance > 1e-4
-        assert back
+        assert restored

@@ -1,4 +1,4 @@
-"""The Megatron model against transformers, and weights through the layout table."""
+"""The Megatron model against transformers, and the export of its weights."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -35,30 +35,30 @@ def test_logits_equal_transformers(
     family: str, tied: bool, name: str, gangs: Callable[[int], Gang], toy_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     model = toy_model(family, tied=tied)
-    wanted = reference_logits(model)
+    expected = reference_logits(model)
     gang = gangs(LAYOUTS[name][0] * LAYOUTS[name][1])
     for extra in ([], ["batching.packed=false"], ["parallel.sequence_parallel=true"]):
         if "sequence_parallel" in "".join(extra) and "tp2" not in name:
             continue
         if family in MOE and "tp2" in name:
-            extra = [*extra, "parallel.sequence_parallel=true"]  # which tensor parallelism of experts needs
+            extra = [*extra, "parallel.sequence_parallel=true"]  # tensor parallelism of experts requires it
         config = toy_config(tmp_path, model, *layout(name), *extra)
-        found = [x for x in gang.call(cases.logits, config=config) if x is not None]
-        assert found
-        for logits in found:
-            assert logits.shape == wanted.shape == (sum(s.token_ids.numel() for s in sequences()), VOCAB)
-            torch.testing.assert_close(logits, wanted, rtol=0, atol=1e-5)
+        actual = [x for x in gang.call(cases.logits, config=config) if x is not None]
+        assert actual
+        for logits in actual:
+            assert logits.shape == expected.shape == (sum(s.token_ids.numel() for s in sequences()), VOCAB)
+            torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("packed", ["true", "false"])
-def test_logits_with_a_window_in_later_layers(
+def test_logits_with_a_sliding_window_in_later_layers(
     packed: str, gangs: Callable[[int], Gang], toy_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     model = toy_model("qwen2", use_sliding_window=True, sliding_window=5, max_window_layers=1)
-    wanted = reference_logits(model)
-    assert (wanted - reference_logits(toy_model("qwen2"))).abs().max() > 0.1  # the window shows
-    (found,) = gangs(1).call(cases.logits, config=toy_config(tmp_path, model, f"batching.packed={packed}"))
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+    expected = reference_logits(model)
+    assert (expected - reference_logits(toy_model("qwen2"))).abs().max() > 0.1  # the window has an effect
+    (actual,) = gangs(1).call(cases.logits, config=toy_config(tmp_path, model, f"batching.packed={packed}"))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
 
 
 def test_logits_with_llama3_rope_scaling(gangs: Callable[[int], Gang], tmp_path: Path) -> None:
@@ -90,20 +90,20 @@ def test_logits_with_llama3_rope_scaling(gangs: Callable[[int], Gang], tmp_path:
     )
     hf.save_pretrained(tmp_path / "model")
     make_tokenizer().save_pretrained(tmp_path / "model")
-    wanted = reference_logits(tmp_path / "model")
-    (found,) = gangs(1).call(cases.logits, config=toy_config(tmp_path, tmp_path / "model"))
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+    expected = reference_logits(tmp_path / "model")
+    (actual,) = gangs(1).call(cases.logits, config=toy_config(tmp_path, tmp_path / "model"))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_export_gives_the_checkpoint_back(
+def test_export_equals_the_loaded_checkpoint(
     tied: bool, name: str, gangs: Callable[[int], Gang], toy_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     model = toy_model("qwen3", tied=tied)
-    wanted = load_file(model / "model.safetensors")
+    expected = load_file(model / "model.safetensors")
     gang = gangs(LAYOUTS[name][0] * LAYOUTS[name][1])
-    for tensors in gang.call(cases.exported, config=toy_config(tmp_path, model, *layout(name))):
-        assert set(tensors) == set(wanted)
+    for tensors in gang.call(cases.exported_weights, config=toy_config(tmp_path, model, *layout(name))):
+        assert set(tensors) == set(expected)
         for key, tensor in tensors.items():
-            assert torch.equal(tensor, wanted[key]), key
+            assert torch.equal(tensor, expected[key]), key

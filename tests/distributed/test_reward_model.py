@@ -1,4 +1,4 @@
-"""Reward models: what they learn is the same under every layout, and what they are good for."""
+"""Reward models: training is equal under every layout, and the scores are useful."""
 
 import random
 import re
@@ -21,10 +21,10 @@ from tests.distributed import cases
 from tests.distributed.test_invariance import rows
 from tests.distributed.test_layouts import keys
 from tests.gang import Gang
-from tests.toys import IN_PARTS, toy_config, without
+from tests.toys import CHANGED_BY_RESUME, toy_config, without
 
 YAML = """
-run: {{name: judge, output_dir: {folder}/judge, num_steps: 3}}
+run: {{name: reward_model, output_dir: {folder}/reward_model, num_steps: 3}}
 model: {{path: {model}, dtype: fp32}}
 data:
   schema: stepwise
@@ -50,18 +50,18 @@ LAYOUTS = [
 ]
 
 
-def judge_config(folder: Path, model: Path, *overrides: str) -> RewardTrainingConfig:
+def reward_config(folder: Path, model: Path, *overrides: str) -> RewardTrainingConfig:
     folder.mkdir(exist_ok=True)
-    path = folder / "judge.yaml"
+    path = folder / "reward_model.yaml"
     path.write_text(YAML.format(folder=folder, model=model))
     return load_as(RewardTrainingConfig, path, overrides)
 
 
-def trained(
+def train_metrics(
     gangs: Callable[[int], Gang], world_size: int, folder: Path, model: Path, *overrides: str
 ) -> list[dict[str, Any]]:
-    gangs(world_size).call(cases.train_reward_model, config=judge_config(folder, model, *overrides))
-    return rows(folder / "judge")
+    gangs(world_size).call(cases.train_reward_model, config=reward_config(folder, model, *overrides))
+    return rows(folder / "reward_model")
 
 
 @pytest.fixture(scope="module")
@@ -75,14 +75,14 @@ def one_rank(
 ) -> dict[str, list[dict[str, Any]]]:
     folder = tmp_path_factory.mktemp("one_rank")
     return {
-        schema: trained(gangs, 1, folder / schema, deep, f"data.schema={schema}")
+        schema: train_metrics(gangs, 1, folder / schema, deep, f"data.schema={schema}")
         for schema in ("stepwise", "pairwise", "pointwise")
     }
 
 
 @pytest.mark.parametrize("schema", ["stepwise", "pairwise"])
 @pytest.mark.parametrize(("world_size", "layout"), LAYOUTS)
-def test_same_numbers_for_every_layout(
+def test_metrics_are_equal_under_every_layout(
     schema: str,
     world_size: int,
     layout: str,
@@ -91,72 +91,72 @@ def test_same_numbers_for_every_layout(
     deep: Path,
     tmp_path: Path,
 ) -> None:
-    found = trained(gangs, world_size, tmp_path, deep, f"data.schema={schema}", *keys(layout))
-    for mine, wanted in zip(found, one_rank[schema], strict=True):
-        for name in wanted:
+    metrics = train_metrics(gangs, world_size, tmp_path, deep, f"data.schema={schema}", *keys(layout))
+    for actual, expected in zip(metrics, one_rank[schema], strict=True):
+        for name in expected:
             if name.startswith(("val/", *COMPARED)):
-                assert mine[name] == pytest.approx(wanted[name], rel=1e-4, abs=1e-5), (mine["step"], name)
+                assert actual[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-5), (actual["step"], name)
 
 
-def test_the_loss_is_the_mean_over_pairs_and_over_steps(one_rank: dict[str, list[dict[str, Any]]]) -> None:
-    # a value head that was not there is 0, and so is every score
-    for found in one_rank.values():
-        assert found[1]["reward_model/loss"] == pytest.approx(torch.tensor(2.0).log().item(), abs=1e-6)
-        assert found[0]["val/loss"] == pytest.approx(torch.tensor(2.0).log().item(), abs=1e-6)
-        assert found[3]["reward_model/loss"] != found[1]["reward_model/loss"]
+def test_initial_loss_is_log_2_for_every_schema(one_rank: dict[str, list[dict[str, Any]]]) -> None:
+    # a value head that is not in the checkpoint starts at 0, so every score is 0
+    for metrics in one_rank.values():
+        assert metrics[1]["reward_model/loss"] == pytest.approx(torch.tensor(2.0).log().item(), abs=1e-6)
+        assert metrics[0]["val/loss"] == pytest.approx(torch.tensor(2.0).log().item(), abs=1e-6)
+        assert metrics[3]["reward_model/loss"] != metrics[1]["reward_model/loss"]
 
 
-def test_resumes_bit_for_bit_also_in_another_layout(gangs: Callable[[int], Gang], deep: Path, tmp_path: Path) -> None:
-    whole = trained(gangs, 2, tmp_path / "whole", deep, *keys("tp2"), "run.num_steps=6")
-    trained(gangs, 2, tmp_path / "parts", deep, *keys("tp2"))
-    parts = trained(gangs, 2, tmp_path / "parts", deep, *keys("tp2"), "run.num_steps=6")
-    assert without(IN_PARTS, parts) == without(IN_PARTS, whole)
-    checkpoint = tmp_path / "parts/judge/checkpoints/step_000003"
-    config = judge_config(tmp_path / "other", deep, *keys("pp2"), "run.num_steps=6")
+def test_resume_continues_bit_for_bit_and_under_another_layout(gangs: Callable[[int], Gang], deep: Path, tmp_path: Path) -> None:
+    whole = train_metrics(gangs, 2, tmp_path / "whole", deep, *keys("tp2"), "run.num_steps=6")
+    train_metrics(gangs, 2, tmp_path / "parts", deep, *keys("tp2"))
+    parts = train_metrics(gangs, 2, tmp_path / "parts", deep, *keys("tp2"), "run.num_steps=6")
+    assert without(CHANGED_BY_RESUME, parts) == without(CHANGED_BY_RESUME, whole)
+    checkpoint = tmp_path / "parts/reward_model/checkpoints/step_000003"
+    config = reward_config(tmp_path / "other", deep, *keys("pp2"), "run.num_steps=6")
     gangs(2).call(cases.train_reward_model, config=config, resume=str(checkpoint))
-    for mine, wanted in zip(rows(tmp_path / "other/judge"), whole[4:], strict=True):
+    for actual, expected in zip(rows(tmp_path / "other/reward_model"), whole[4:], strict=True):
         for name in COMPARED:
-            assert mine[name] == pytest.approx(wanted[name], rel=1e-4, abs=1e-5), (mine["step"], name)
+            assert actual[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-5), (actual["step"], name)
 
 
-def test_what_is_saved_is_a_classification_model(gangs: Callable[[int], Gang], deep: Path, tmp_path: Path) -> None:
-    trained(gangs, 2, tmp_path, deep, *keys("pp2"))
-    folder = tmp_path / "judge/checkpoints/step_000003/hf"
-    theirs = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
-    config = judge_config(tmp_path, folder, *keys("tp2 sp"))
+def test_a_saved_reward_model_loads_in_transformers(gangs: Callable[[int], Gang], deep: Path, tmp_path: Path) -> None:
+    train_metrics(gangs, 2, tmp_path, deep, *keys("pp2"))
+    folder = tmp_path / "reward_model/checkpoints/step_000003/hf"
+    hf = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+    config = reward_config(tmp_path, folder, *keys("tp2 sp"))
     assert config.data.validation is not None
-    judged = [
-        one for (one,) in load_reward_dataset(config.data.validation, config.data, load_tokenizer(str(folder))).examples
+    responses = [
+        response for (response,) in load_reward_dataset(config.data.validation, config.data, load_tokenizer(str(folder))).examples
     ]
-    asked = [(list(one.token_ids), list(one.ends)) for one in judged]
-    for found in gangs(2).call(cases.reward_scores, config=config, asked=asked):
-        for scores, (tokens, places) in zip(found, asked, strict=True):
+    samples = [(list(response.token_ids), list(response.ends)) for response in responses]
+    for actual in gangs(2).call(cases.reward_scores, config=config, samples=samples):
+        for scores, (tokens, positions) in zip(actual, samples, strict=True):
             with torch.no_grad():
-                last = theirs(torch.tensor([tokens])).logits[0, 0]
-                hidden = theirs.model(torch.tensor([tokens])).last_hidden_state
-                torch.testing.assert_close(scores, theirs.score(hidden)[0, places, 0], atol=1e-5, rtol=0)
+                last = hf(torch.tensor([tokens])).logits[0, 0]
+                hidden = hf.model(torch.tensor([tokens])).last_hidden_state
+                torch.testing.assert_close(scores, hf.score(hidden)[0, positions, 0], atol=1e-5, rtol=0)
             assert float(scores[-1]) == pytest.approx(float(last), abs=1e-5)
 
 
 @pytest.fixture(scope="module")
 def process_model(gangs: Callable[[int], Gang], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Trained on solutions and their exact labels."""
+    """Train a process reward model on solutions with exact labels and return its folder."""
     folder = tmp_path_factory.mktemp("process")
     make_model("qwen2").save_pretrained(folder / "init")
     make_tokenizer().save_pretrained(folder / "init")
-    found = trained(
+    metrics = train_metrics(
         gangs, 2, folder, folder / "init", "run.num_steps=120", "data.num_examples_per_step=64",
         "data.train.options={num_rows: 8000}", "data.validation.limit=null", "optimizer.lr=3e-3",
         "optimizer.lr_warmup_updates=20", "optimizer.adam_beta2=0.98", "batching.max_tokens_per_micro_batch=4096",
     )  # fmt: skip
-    assert found[0]["val/accuracy"] < 0.7
-    assert found[-1]["val/accuracy"] > 0.9
-    assert found[-1]["val/accuracy_of_wrong"] > 0.9
-    return folder / "judge/checkpoints/step_000120/hf"
+    assert metrics[0]["val/accuracy"] < 0.7
+    assert metrics[-1]["val/accuracy"] > 0.9
+    assert metrics[-1]["val/accuracy_of_wrong"] > 0.9
+    return folder / "reward_model/checkpoints/step_000120/hf"
 
 
 def recorded_chains(folder: Path, tokenizer: Any, num_problems: int) -> None:
-    """Eight solutions of each problem as a run records them, of which a third of the steps are hasty."""
+    """Write eight solutions of each problem as a run records them; each step is hasty with probability 0.3."""
     draw = random.Random(5)
     lines = []
     for group, row in enumerate(HastyChain(num_rows=num_problems, seed=1).rows("train")):
@@ -179,11 +179,11 @@ def recorded_chains(folder: Path, tokenizer: Any, num_problems: int) -> None:
     write_lines(step_file(folder, 1), lines)
 
 
-def test_best_of_eight_by_steps_beats_majority_vote(
+def test_best_of_eight_by_step_scores_beats_majority_vote(
     process_model: Path, gangs: Callable[[int], Gang], tmp_path: Path
 ) -> None:
     recorded_chains(tmp_path / "rollouts", load_tokenizer(str(process_model)), 100)
-    config = judge_config(tmp_path, process_model, *keys("tp2"))
+    config = reward_config(tmp_path, process_model, *keys("tp2"))
     arguments = [
         "--config",
         "-",
@@ -201,7 +201,7 @@ def test_best_of_eight_by_steps_beats_majority_vote(
     assert right["reward model, min"] > 0.9 * right["any is right"]
 
 
-def test_a_model_rewards_the_same_under_every_layout_and_steps_where_they_end(
+def test_model_rewards_are_equal_under_every_layout_and_given_at_step_ends(
     process_model: Path, gangs: Callable[[int], Gang], tmp_path: Path
 ) -> None:
     overrides = (
@@ -211,23 +211,23 @@ def test_a_model_rewards_the_same_under_every_layout_and_steps_where_they_end(
         "reward.model.activation=sigmoid", "algorithm.advantage=process", "metrics.keep_rollouts_every=1",
         "rollout.drift_limit=null",
     )  # fmt: skip
-    found = {}
+    metrics = {}
     for world_size, layout in ((1, ""), (2, "tp2"), (2, "cp2"), (4, "tp2 pp2")):
         folder = tmp_path / f"{world_size}{layout.replace(' ', '')}"
         folder.mkdir()
         config = toy_config(folder, process_model.parents[3] / "init", *overrides, *keys(layout))
         gangs(world_size).call(cases.run_training, config=config)
-        found[world_size, layout] = rows(folder / "run")
+        metrics[world_size, layout] = rows(folder / "run")
         lines = list(read_rollouts(step_file(folder / "run/rollouts", 1)))
         assert all(line["reward_parts"].keys() == {"format", "reward_model"} for line in lines)
         for line in lines:
-            earned = dict(line["step_rewards"])
+            step_rewards = dict(line["step_rewards"])
             assert line["reward"] == pytest.approx(0.5 * line["reward_parts"]["reward_model"], abs=1e-6)
-            assert line["reward"] == pytest.approx(sum(earned.values()), abs=1e-6)
-            assert max(earned) == len(line["token_ids"]) - 1
+            assert line["reward"] == pytest.approx(sum(step_rewards.values()), abs=1e-6)
+            assert max(step_rewards) == len(line["token_ids"]) - 1
         assert max(len(line["step_rewards"]) for line in lines) > 1
-    one = found[1, ""]
-    for layout, found_rows in found.items():
-        for mine, wanted in zip(found_rows[1:], one[1:], strict=True):
+    one_rank = metrics[1, ""]
+    for layout, actual_rows in metrics.items():
+        for actual, expected in zip(actual_rows[1:], one_rank[1:], strict=True):
             for name in ("critic/score/mean", "reward_model/score/min", "actor/loss", "actor/grad_norm"):
-                assert mine[name] == pytest.approx(wanted[name], rel=1e-4, abs=1e-5), (layout, name)
+                assert actual[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-5), (layout, name)

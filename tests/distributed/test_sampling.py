@@ -1,4 +1,4 @@
-"""Runs whose steps do not simply wait for their own prompts: long tails, refills, work ahead, conversations."""
+"""Rollouts beyond one batch per step: partial, over-sampled, asynchronous, multi-turn, replayed; and curricula."""
 
 import json
 import re
@@ -18,7 +18,7 @@ from megatron_rl.rollout.serialization import read_rollouts, rollout_from_json
 from megatron_rl.trainer.inputs import load_inputs
 from tests.distributed import cases
 from tests.gang import Gang
-from tests.toys import IN_PARTS, toy_config, without
+from tests.toys import CHANGED_BY_RESUME, toy_config, without
 from tools.analysis import inspect_rollouts
 from tools.data import curate_by_pass_rate
 
@@ -33,7 +33,7 @@ LONG = ("data.max_prompt_tokens=8", "batching.num_mini_batches=1", "run.num_step
 
 @pytest.fixture
 def run(gangs: Callable[[int], Gang], toy_model: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
-    """A function from ranks and overrides to the folder of such a run."""
+    """Return a function that runs a training on a number of ranks with overrides and returns its folder."""
 
     def start(world_size: int, *overrides: str, name: str = "run") -> Path:
         folder = tmp_path / name
@@ -45,12 +45,12 @@ def run(gangs: Callable[[int], Gang], toy_model: Callable[..., Path], tmp_path: 
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
-    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [row for row in found if row["step"] > 0]
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in metrics if row["step"] > 0]
 
 
 def untimed(folder: Path) -> list[dict[str, Any]]:
-    return without(IN_PARTS, rows(folder))
+    return without(CHANGED_BY_RESUME, rows(folder))
 
 
 def all_lines(folder: Path) -> list[dict[str, Any]]:
@@ -58,25 +58,25 @@ def all_lines(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_unfinished_samples_are_carried_over_and_none_is_learnt_from_twice(
+def test_unfinished_samples_are_carried_over_and_trained_on_once(
     world_size: int, run: Callable[..., Path]
 ) -> None:
     folder = run(world_size, *LONG, *PARTIAL, "rollout.max_num_sequences=8", "rollout.schedule=dynamic")
-    found = rows(folder)
-    assert max(row["rollout/carried_over"] for row in found) > 0
-    assert 0 < max(row["rollout/staleness/max"] for row in found) <= 2
+    metrics = rows(folder)
+    assert max(row["rollout/carried_over"] for row in metrics) > 0
+    assert 0 < max(row["rollout/staleness/max"] for row in metrics) <= 2
     lines = all_lines(folder)
     assert len(lines) == 6 * 4 * 4
     assert len({(line["prompt_id"], line["seed"]) for line in lines}) == len(lines)
     mixed = [line for line in lines if len({v for v in line["policy_versions"] if v >= 0}) > 1]
-    assert mixed, "some samples were begun by one policy and ended by another"
+    assert mixed, "some samples have tokens of several policy versions"
     for line in lines:
         versions = [v for v in line["policy_versions"] if v >= 0]
         assert versions == sorted(versions)
         assert line["step"] - 1 - versions[0] <= 2
 
 
-def test_what_is_carried_over_survives_a_resume_bit_for_bit(run: Callable[..., Path]) -> None:
+def test_resume_with_carried_over_samples_continues_bit_for_bit(run: Callable[..., Path]) -> None:
     options = (*LONG, *PARTIAL, "rollout.max_num_sequences=8")
     whole = run(1, *options, name="whole")
     run(1, *options, "run.num_steps=3", name="parts")
@@ -85,43 +85,43 @@ def test_what_is_carried_over_survives_a_resume_bit_for_bit(run: Callable[..., P
     assert untimed(parts) == untimed(whole)
 
 
-def test_too_old_samples_begin_anew(run: Callable[..., Path]) -> None:
+def test_stale_samples_are_restarted(run: Callable[..., Path]) -> None:
     stale = (*LONG, *PARTIAL, "rollout.max_staleness=1", "rollout.max_num_sequences=64", "rollout.over_sampling=4")
-    found = rows(run(1, *stale))
-    assert sum(row["rollout/restarted_as_stale"] for row in found) > 0
-    assert max(row["rollout/staleness/max"] for row in found) <= 1
+    metrics = rows(run(1, *stale))
+    assert sum(row["rollout/restarted_as_stale"] for row in metrics) > 0
+    assert max(row["rollout/staleness/max"] for row in metrics) <= 1
 
 
-def test_without_partial_the_rest_is_given_up_and_counted(run: Callable[..., Path]) -> None:
-    found = rows(run(1, *LONG, "rollout.over_sampling=2", "rollout.max_num_sequences=8"))
-    assert sum(row["rollout/aborted"] for row in found) > 0
-    assert {row["rollout/carried_over"] for row in found} == {0}
-    assert {row["rollout/staleness/max"] for row in found} == {0}
+def test_without_partial_rollouts_surplus_samples_are_aborted_and_counted(run: Callable[..., Path]) -> None:
+    metrics = rows(run(1, *LONG, "rollout.over_sampling=2", "rollout.max_num_sequences=8"))
+    assert sum(row["rollout/aborted"] for row in metrics) > 0
+    assert {row["rollout/carried_over"] for row in metrics} == {0}
+    assert {row["rollout/staleness/max"] for row in metrics} == {0}
 
 
-def test_groups_without_spread_are_replaced(run: Callable[..., Path]) -> None:
+def test_groups_with_zero_std_are_replaced(run: Callable[..., Path]) -> None:
     flips = ("reward.functions=[{name: coin_flip, options: {probability: 0.1}}]", "rollout.dynamic_sampling=true")
-    found = rows(run(2, *LONG, *flips))
-    assert sum(row["rollout/zero_std/replaced"] for row in found) > 0
-    assert {row["rollout/zero_std/count"] for row in found} == {0}
-    assert max(row["rollout/rounds"] for row in found) > 1
+    metrics = rows(run(2, *LONG, *flips))
+    assert sum(row["rollout/zero_std/replaced"] for row in metrics) > 0
+    assert {row["rollout/zero_std/count"] for row in metrics} == {0}
+    assert max(row["rollout/rounds"] for row in metrics) > 1
 
 
-def test_a_step_is_filled_when_no_round_brings_spread(run: Callable[..., Path]) -> None:
+def test_a_step_is_filled_with_zero_std_groups_after_max_rounds(run: Callable[..., Path]) -> None:
     never = ("reward.functions=[{name: coin_flip, options: {probability: 0.0}}]", "rollout.dynamic_sampling=true")
-    found = rows(run(1, *LONG, *never, "rollout.max_rounds=2", "run.num_steps=2"))
-    assert {(row["rollout/rounds"], row["rollout/zero_std/count"]) for row in found} == {(2, 4)}
+    metrics = rows(run(1, *LONG, *never, "rollout.max_rounds=2", "run.num_steps=2"))
+    assert {(row["rollout/rounds"], row["rollout/zero_std/count"]) for row in metrics} == {(2, 4)}
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_the_next_step_is_sampled_while_the_policy_learns(world_size: int, run: Callable[..., Path]) -> None:
+def test_async_rollout_samples_the_next_step_during_the_update(world_size: int, run: Callable[..., Path]) -> None:
     options = ("rollout.async_rollout=true", "rollout.max_staleness=1", "validation.every=2")
-    found = rows(run(world_size, *LONG, *options))
-    assert [row["rollout/staleness/mean"] for row in found] == [0, 1, 1, 1, 1, 1]
-    assert [row["rollout/staleness/max"] for row in found] == [0, 1, 1, 1, 1, 1]
+    metrics = rows(run(world_size, *LONG, *options))
+    assert [row["rollout/staleness/mean"] for row in metrics] == [0, 1, 1, 1, 1, 1]
+    assert [row["rollout/staleness/max"] for row in metrics] == [0, 1, 1, 1, 1, 1]
 
 
-def test_a_conversation_is_learnt_from_where_the_policy_spoke(run: Callable[..., Path]) -> None:
+def test_the_loss_mask_of_multi_turn_rollouts_covers_responses_only(run: Callable[..., Path]) -> None:
     options = ("rollout.environment=guess_number", "rollout.max_turns=3", "rollout.max_new_tokens=48")
     folder = run(2, *LONG, *options, "reward.functions=[]")
     lines = all_lines(folder)
@@ -132,7 +132,7 @@ def test_a_conversation_is_learnt_from_where_the_policy_spoke(run: Callable[...,
         turns.append(sum(b and not a for a, b in pairwise(mask)))
         assert rollout.reward_parts.keys() == {"environment"}
         assert sum(rollout.step_rewards.values()) == pytest.approx(rollout.reward)
-        ends = [place for place, (b, after) in enumerate(zip(mask, [*mask[1:], False], strict=True)) if b and not after]
+        ends = [index for index, (b, after) in enumerate(zip(mask, [*mask[1:], False], strict=True)) if b and not after]
         assert set(rollout.step_rewards) <= set(ends)
     assert max(turns) > 1, "some samples have several turns"
 
@@ -143,22 +143,22 @@ def test_turns_have_advantages_of_their_own(advantage: str, run: Callable[..., P
     critic = ("critic.parallel.pipeline_parallel_size=2", "algorithm.turn_gamma=0.9") if "gae" in advantage else ()
     chosen = (f"algorithm.advantage={advantage}", "algorithm.top_std_fraction=0.5")
     folder = run(2, *LONG, *options, *critic, *chosen, "reward.functions=[]")
-    found = rows(folder)
-    assert len(found) == 6
-    assert {row["batch/num_trained_rollouts"] for row in found} == {8}, "half of the groups"
-    assert all(row["critic/advantages/max"] > row["critic/advantages/min"] for row in found)
-    assert ("critic/vf_loss" in found[-1]) == (advantage != "process")
+    metrics = rows(folder)
+    assert len(metrics) == 6
+    assert {row["batch/num_trained_rollouts"] for row in metrics} == {8}, "half of the groups"
+    assert all(row["critic/advantages/max"] > row["critic/advantages/min"] for row in metrics)
+    assert ("critic/vf_loss" in metrics[-1]) == (advantage != "process")
 
 
-def test_rewards_are_measured_against_a_greedy_response(run: Callable[..., Path]) -> None:
+def test_the_greedy_baseline_is_subtracted_from_rewards(run: Callable[..., Path]) -> None:
     always = ("reward.functions=[{name: coin_flip, options: {probability: 1.0}}]", "algorithm.advantage=reinforce")
     for greedy, advantage in (("true", 0), ("false", 1)):
-        found = rows(run(2, *LONG, *always, f"rollout.greedy_baseline={greedy}", "rollout.group_size=1", name=greedy))
-        assert {row["critic/score/mean"] for row in found} == {1}
-        assert {(row["critic/advantages/min"], row["critic/advantages/max"]) for row in found} == {(advantage,) * 2}
+        metrics = rows(run(2, *LONG, *always, f"rollout.greedy_baseline={greedy}", "rollout.group_size=1", name=greedy))
+        assert {row["critic/score/mean"] for row in metrics} == {1}
+        assert {(row["critic/advantages/min"], row["critic/advantages/max"]) for row in metrics} == {(advantage,) * 2}
 
 
-def test_a_teacher_is_approached_without_rewards(run: Callable[..., Path], toy_model: Callable[..., Path]) -> None:
+def test_distillation_reduces_the_kl_to_the_teacher_without_rewards(run: Callable[..., Path], toy_model: Callable[..., Path]) -> None:
     teacher = toy_model("qwen2", tied=False)
     options = ("algorithm.advantage=distillation", f"algorithm.reference_path={teacher}", "reward.functions=[]")
     plain = (
@@ -167,19 +167,19 @@ def test_a_teacher_is_approached_without_rewards(run: Callable[..., Path], toy_m
         "algorithm.entropy_coef=0",
         "data.validation=null",
     )
-    found = rows(run(2, *LONG, *options, *plain, "run.num_steps=12", "optimizer.lr=3e-3"))
-    divergence = [row["critic/kl"] for row in found]
-    assert [row["critic/advantages/mean"] for row in found] == pytest.approx([-kl for kl in divergence])
+    metrics = rows(run(2, *LONG, *options, *plain, "run.num_steps=12", "optimizer.lr=3e-3"))
+    divergence = [row["critic/kl"] for row in metrics]
+    assert [row["critic/advantages/mean"] for row in metrics] == pytest.approx([-kl for kl in divergence])
     assert sum(divergence[-3:]) < 0.7 * sum(divergence[:3])
 
 
-def test_a_step_in_which_nothing_is_accepted_changes_nothing(run: Callable[..., Path]) -> None:
+def test_a_step_without_accepted_rollouts_leaves_the_weights_unchanged(run: Callable[..., Path]) -> None:
     options = ("algorithm.loss=nll", "algorithm.accept_min_reward=1", "checkpoint.save_hf=true", "algorithm.kl_coef=0")
     never = "reward.functions=[{name: coin_flip, options: {probability: 0.0}}]"
     folder = run(2, *LONG, *options, never, "run.num_steps=2")
-    found = rows(folder)
-    assert [row["batch/num_trained_rollouts"] for row in found] == [0, 0]
-    assert not any("actor/loss" in row for row in found)
+    metrics = rows(folder)
+    assert [row["batch/num_trained_rollouts"] for row in metrics] == [0, 0]
+    assert not any("actor/loss" in row for row in metrics)
     base = load_file(Path(read_yaml(folder / "config.yaml")["model"]["path"]) / "model.safetensors")
     saved = load_file(folder / "checkpoints/step_000002/hf/model.safetensors")
     assert all(torch.equal(saved[name], base[name]) for name in saved)
@@ -194,10 +194,10 @@ CURRICULUM = (
 )
 
 
-def test_a_curriculum_survives_a_resume(run: Callable[..., Path]) -> None:
+def test_resume_within_a_curriculum_continues_bit_for_bit(run: Callable[..., Path]) -> None:
     options = (*LONG, *CURRICULUM, "rollout.max_new_tokens=24", "validation.functions=[{name: coin_flip}]")
     whole = run(1, *options, name="whole")
-    for num_steps in ("3", "6"):  # the stage that begins with step 3 goes on
+    for num_steps in ("3", "6"):  # the stage of steps 3 and 4 is interrupted
         parts = run(1, *options, f"run.num_steps={num_steps}", name="parts")
     assert untimed(parts) == untimed(whole)
     assert [row["data/stage"] for row in rows(whole)] == [1, 1, 2, 2, 3, 3]
@@ -210,10 +210,10 @@ def test_a_curriculum_survives_a_resume(run: Callable[..., Path]) -> None:
     assert sizes[3] | sizes[4] == {3, 4}
     curated = whole / "curated.jsonl"
     assert curate_by_pass_rate.main([str(whole / "rollouts"), str(curated)]) == 0
-    kept = [json.loads(line) for line in curated.read_text().splitlines()]
+    curated_rows = [json.loads(line) for line in curated.read_text().splitlines()]
     graded = [line["reward"] for line in all_lines(whole)]
-    assert sum(row["pass_rate"] * row["num_samples"] for row in kept) == pytest.approx(sum(graded))
-    assert {len(row["nums"]) for row in kept} == {2, 3, 4}
+    assert sum(row["pass_rate"] * row["num_samples"] for row in curated_rows) == pytest.approx(sum(graded))
+    assert {len(row["nums"]) for row in curated_rows} == {2, 3, 4}
     assert lengths[1] <= 6 < lengths[3] <= 12 < max(lengths[5], lengths[6])
 
 
@@ -228,14 +228,14 @@ def test_a_curriculum_survives_a_resume(run: Callable[..., Path]) -> None:
         ("[{from_step: 1, max_new_tokens: 99}]", "max_new_tokens=99.*for which the engine is built"),
     ],
 )
-def test_a_curriculum_that_cannot_be_is_refused(
+def test_invalid_curricula_are_rejected(
     stages: str, message: str, toy_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     with pytest.raises((ConfigError, DataError), match=message):
         load_inputs(toy_config(tmp_path, toy_model("qwen2"), *CURRICULUM[:3], f"data.curriculum={stages}"), 1)
 
 
-def test_recorded_rollouts_teach_the_same_again(run: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_replayed_rollouts_give_the_same_weights(run: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
     options = (*LONG, "checkpoint.save_hf=true", "algorithm.rollout_is=token_truncate")
     recorded = run(2, *options, name="recorded")
     replay = ("rollout.source=replay", f"rollout.replay_path={recorded / 'rollouts'}", "metrics.keep_rollouts_every=0")
@@ -263,26 +263,26 @@ def test_recorded_rollouts_teach_the_same_again(run: Callable[..., Path], capsys
         ("rollout.environment=sokoban", "rollout.environment='sokoban'.*guess_number"),
     ],
 )
-def test_contradictions_are_refused(
+def test_contradictory_options_are_rejected(
     override: str, message: str, toy_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         load_inputs(toy_config(tmp_path, toy_model("qwen2"), override), 1)
 
 
-def test_fifty_steps_leave_nothing_behind(run: Callable[..., Path]) -> None:
+def test_memory_does_not_grow_over_fifty_steps(run: Callable[..., Path]) -> None:
     options = (
         "run.num_steps=50",
         "rollout.sleep_engine=true",
         "memory.offload=[params,grads,optimizer]",
         "validation.every=10",
     )
-    found = rows(run(1, *LONG, *options, "metrics.keep_rollouts_every=0"))
+    metrics = rows(run(1, *LONG, *options, "metrics.keep_rollouts_every=0"))
     for phase, asleep, awake in (
         ("generation", "policy_params", "engine_weights"),
         ("update", "engine_weights", "policy_params"),
     ):
-        assert {row[f"memory/{phase}/{asleep}_mb"] for row in found} == {0}
-        assert len({row[f"memory/{phase}/{awake}_mb"] for row in found} - {0}) == 1
-    held = [row["memory/update/rank_mb"] for row in found]
+        assert {row[f"memory/{phase}/{asleep}_mb"] for row in metrics} == {0}
+        assert len({row[f"memory/{phase}/{awake}_mb"] for row in metrics} - {0}) == 1
+    held = [row["memory/update/rank_mb"] for row in metrics]
     assert max(held[40:]) - max(held[10:20]) < 2, "the process grows by less than 2 MB in 30 steps"

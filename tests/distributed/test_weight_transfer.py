@@ -1,4 +1,4 @@
-"""The planned transfer on real ranks: what arrives, how much was moved, and what a push notices."""
+"""The planned transfer on real ranks: received tensors, transferred bytes, and faults that a push reports."""
 
 import re
 from collections.abc import Callable
@@ -40,7 +40,7 @@ ONE_NODE, TWO_NODES = [0, 0, 0, 0], [0, 0, 1, 1]
 )
 @pytest.mark.parametrize("engine_tp", [1, 2, 4])
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_every_rank_gets_what_its_engine_reads(
+def test_every_rank_receives_what_its_engine_reads(
     name: str,
     engine_tp: int,
     nodes: list[int],
@@ -49,13 +49,13 @@ def test_every_rank_gets_what_its_engine_reads(
     toy_model: Callable[..., Path],
     tmp_path: Path,
 ) -> None:
-    """Bit for bit, and not a byte more than it lacks; the rest is NaN."""
+    """Every element arrives bit for bit, no byte is received that the rank already has, and the rest is NaN."""
     family, overrides = LAYOUTS[name]
     ways: dict[str, PeerAccess] = {"memory": expose_host_memory, "messages": no_peer_access}
     peer_access = ways.get(way, partial(expose_in_folder, tmp_path, "a run"))
     model = toy_model(family, tied=family == "qwen2", num_hidden_layers=4)
-    wanted, spec = load_file(model / "model.safetensors"), read_model_spec(model)
-    shapes = {key: tuple(tensor.shape) for key, tensor in wanted.items()}
+    weights, spec = load_file(model / "model.safetensors"), read_model_spec(model)
+    shapes = {key: tuple(tensor.shape) for key, tensor in weights.items()}
     for bucket_elements in (1, 10**6):
         arguments = {
             "engine_tp": engine_tp,
@@ -63,17 +63,17 @@ def test_every_rank_gets_what_its_engine_reads(
             "bucket_elements": bucket_elements,
             "peer_access": peer_access,
         }
-        found = gangs(4).call(cases.transferred, config=toy_config(tmp_path, model, *overrides), **arguments)
-        for rank, (tensors, traffic) in enumerate(found):
-            assert set(tensors) == set(wanted)
+        transfers = gangs(4).call(cases.run_transfer, config=toy_config(tmp_path, model, *overrides), **arguments)
+        for rank, (tensors, traffic) in enumerate(transfers):
+            assert set(tensors) == set(weights)
             boxes = engine_boxes(spec, shapes, tp_rank=rank % engine_tp, tp_size=engine_tp)
             for key, tensor in tensors.items():
                 expected = torch.full_like(tensor, float("nan"))
-                expected[box_index(boxes[key])] = wanted[key][box_index(boxes[key])]
+                expected[box_index(boxes[key])] = weights[key][box_index(boxes[key])]
                 assert torch.equal(tensor.nan_to_num(7e7), expected.nan_to_num(7e7)), key
             assert traffic["received"] == traffic["planned"] == traffic["least"]
             assert traffic["sent"] == traffic["planned to send"]
-        assert sum(traffic["received"] for _, traffic in found) == sum(traffic["sent"] for _, traffic in found)
+        assert sum(traffic["received"] for _, traffic in transfers) == sum(traffic["sent"] for _, traffic in transfers)
     assert not list(tmp_path.glob("*.safetensors"))
 
 
@@ -81,35 +81,35 @@ def test_every_rank_gets_what_its_engine_reads(
     ("name", "sizes"),
     [("dp4", {"dp": 4}), ("tp2-pp2", {"tp": 2, "pp": 2}), ("ep2-pp2", {"pp": 2, "dp": 2, "ep": 2})],
 )
-def test_the_paper_placement_is_megatrons(
+def test_computed_placement_equals_that_of_megatron(
     name: str, sizes: dict[str, int], gangs: Callable[[int], Gang], toy_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     family, overrides = LAYOUTS[name]
     model = toy_model(family, tied=family == "qwen2", num_hidden_layers=4)
-    found = gangs(4).call(cases.held, config=toy_config(tmp_path, model, *overrides))
-    for (names, place), (paper_names, paper_place) in zip(
-        found, parameters_by_rank(read_model_spec(model), **sizes), strict=True
+    held = gangs(4).call(cases.rank_parameters, config=toy_config(tmp_path, model, *overrides))
+    for (names, place), (computed_names, computed_place) in zip(
+        held, parameters_by_rank(read_model_spec(model), **sizes), strict=True
     ):
-        assert set(names) == set(paper_names)
-        assert (place.tp_rank, place.tp_size) == (paper_place.tp_rank, paper_place.tp_size)
+        assert set(names) == set(computed_names)
+        assert (place.tp_rank, place.tp_size) == (computed_place.tp_rank, computed_place.tp_size)
 
 
 @pytest.mark.parametrize("transport", ["direct", "disk"])
 @pytest.mark.parametrize("name", ["tp2-pp2", "ep2"])
-def test_a_push_is_checked_probed_and_reported(
+def test_pushes_are_verified_probed_and_reported(
     name: str, transport: str, gangs: Callable[[int], Gang], toy_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     family, overrides = LAYOUTS[name]
     overrides = [*overrides, "weight_sync.verify_every=1", f"weight_sync.transport={transport}"]
     config = toy_config(tmp_path, toy_model(family, tied=False), *overrides)
-    for pushes in gangs(4).call(cases.pushed_twice, config=config):
+    for pushes in gangs(4).call(cases.push_twice, config=config):
         for metrics in pushes:
             assert metrics["weight_sync/received_mb"] == metrics["weight_sync/minimum_mb"] > 0
             assert 0 <= metrics["weight_sync/probe_difference"] < 1e-5
             assert metrics["weight_sync/gb_per_s"] > 0
 
 
-def test_a_folder_that_cannot_be_written_is_named_by_every_rank(
+def test_an_unwritable_folder_is_reported_by_every_rank(
     gangs: Callable[[int], Gang], toy_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     (tmp_path / "file").touch()
@@ -128,10 +128,10 @@ def test_a_folder_that_cannot_be_written_is_named_by_every_rank(
         ("stale version", r"the engine reports version 0 after version 1 was pushed"),
     ],
 )
-def test_a_push_that_goes_wrong(
+def test_push_faults_are_reported_by_every_rank(
     fault: str, message: str, gangs: Callable[[int], Gang], toy_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     config = toy_config(tmp_path, toy_model("qwen2", tied=False), TP2, "weight_sync.verify_every=1")
-    for said in gangs(2).call(cases.faulty_push, config=config, fault=fault):
-        assert said is not None
-        assert re.search(message, said), said
+    for error in gangs(2).call(cases.faulty_push, config=config, fault=fault):
+        assert error is not None
+        assert re.search(message, error), error

@@ -1,4 +1,4 @@
-"""The command as a user meets it: what it prints, what it refuses, what it leaves behind."""
+"""The training command: its output, the configurations that it rejects, and the files that it writes."""
 
 import functools
 import json
@@ -23,7 +23,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async  # isor
 
 @pytest.fixture
 def model(toy_model: Callable[..., Path], tmp_path: Path) -> Path:
-    """A copy that a test may damage."""
+    """Return a copy of a model, which a test may damage."""
     return Path(shutil.copytree(toy_model("qwen2"), tmp_path / "model"))
 
 
@@ -36,8 +36,8 @@ def start(config: Path, *arguments: str) -> int:
     return main(["--config", str(config), *arguments])
 
 
-def refused(capsys: pytest.CaptureFixture[str], status: int) -> str:
-    """The one message of a refused start."""
+def single_error(capsys: pytest.CaptureFixture[str], status: int) -> str:
+    """Return the message of a start that failed with a single error."""
     error = capsys.readouterr().err
     assert status == 1
     messages = [line for line in error.splitlines() if line.startswith("error: ")]
@@ -46,7 +46,7 @@ def refused(capsys: pytest.CaptureFixture[str], status: int) -> str:
     return messages[0]
 
 
-def test_dry_run_says_what_the_config_means_and_writes_nothing(
+def test_dry_run_prints_the_config_and_writes_nothing(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert start(config, "--dry-run", "optimizer.lr=2e-5") == 0
@@ -56,7 +56,7 @@ def test_dry_run_says_what_the_config_means_and_writes_nothing(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_leaves_metrics_samples_checkpoint_and_report(
+def test_a_run_writes_metrics_samples_checkpoint_and_report(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = [
@@ -80,7 +80,7 @@ def test_a_run_leaves_metrics_samples_checkpoint_and_report(
     run = tmp_path / "run"
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1, 2, 3]
-    wanted = [
+    expected = [
         "actor/pg_loss",
         "actor/pg_clipfrac",
         "actor/ppo_kl",
@@ -112,8 +112,8 @@ def test_a_run_leaves_metrics_samples_checkpoint_and_report(
         "timing_s/offload",
         "timing_s/onload",
     ]
-    assert set(wanted) <= set(rows[1])
-    # before the first update the trainer agrees with the engine and with itself
+    assert set(expected) <= set(rows[1])
+    # before the first update the log-probs of trainer and engine agree
     assert rows[1]["train_rollout_logprob_abs_diff/max"] < 1e-4
     timeline = json.loads((run / "profile/step_2_rank_0.json").read_text())
     assert {"gen", "update_actor"} <= {event["name"] for event in timeline["traceEvents"]}
@@ -129,8 +129,8 @@ def test_a_run_leaves_metrics_samples_checkpoint_and_report(
     assert start(config, f"model.path={exported}", f"run.output_dir={tmp_path}/second", "run.num_steps=1") == 0
 
 
-class TestRefusals:
-    """Each bad input: one message, a non-zero exit, no run folder."""
+class TestRejectedInputs:
+    """Every invalid input gives one message, a non-zero exit status and no run folder."""
 
     @pytest.fixture(autouse=True)
     def _no_run_folder(self, tmp_path: Path) -> Iterator[None]:
@@ -165,77 +165,77 @@ class TestRefusals:
             (["--resume", "no/such/folder"], "no checkpoint there"),
         ],
     )
-    def test_arguments(
+    def test_invalid_arguments(
         self, overrides: list[str], message: str, config: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        assert message in refused(capsys, start(config, *overrides))
+        assert message in single_error(capsys, start(config, *overrides))
 
     def test_world_size(
         self, config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "3")):
             monkeypatch.setenv(name, value)
-        error = refused(capsys, start(config, "--dry-run", "parallel.pipeline_parallel_size=2"))
+        error = single_error(capsys, start(config, "--dry-run", "parallel.pipeline_parallel_size=2"))
         assert "world size 3 is not divisible" in error
         monkeypatch.delenv("LOCAL_RANK")
-        assert "'LOCAL_RANK' is not set" in refused(capsys, start(config, "--dry-run"))
+        assert "'LOCAL_RANK' is not set" in single_error(capsys, start(config, "--dry-run"))
 
     def test_layers_that_do_not_divide(
         self, config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "3")):
             monkeypatch.setenv(name, value)
-        error = refused(capsys, start(config, "--dry-run", "parallel.pipeline_parallel_size=3"))
+        error = single_error(capsys, start(config, "--dry-run", "parallel.pipeline_parallel_size=3"))
         assert "parallel.pipeline_parallel_size=3 does not divide the model's 2 layers" in error
 
     def test_missing_weights(self, config: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (model / "model.safetensors").unlink()
-        assert "neither model.safetensors nor" in refused(capsys, start(config))
+        assert "neither model.safetensors nor" in single_error(capsys, start(config))
 
     def test_truncated_weights(self, config: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
         weights = model / "model.safetensors"
         weights.write_bytes(weights.read_bytes()[:-1000])
-        assert "is truncated" in refused(capsys, start(config))
+        assert "is truncated" in single_error(capsys, start(config))
 
     def test_a_missing_tensor(self, config: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
         tensors = load_file(model / "model.safetensors")
         del tensors["model.layers.0.mlp.up_proj.weight"]
         save_file(tensors, model / "model.safetensors")
-        assert "first model.layers.0.mlp.up_proj.weight" in refused(capsys, start(config))
+        assert "first model.layers.0.mlp.up_proj.weight" in single_error(capsys, start(config))
 
     def test_unsupported_architecture(self, config: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
         description = json.loads((model / "config.json").read_text()) | {"architectures": ["MambaForCausalLM"]}
         (model / "config.json").write_text(json.dumps(description))
-        assert "MambaForCausalLM is not supported" in refused(capsys, start(config))
+        assert "MambaForCausalLM is not supported" in single_error(capsys, start(config))
 
     def test_tokenizer_without_an_end(self, config: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
         path = model / "tokenizer_config.json"
         description = json.loads(path.read_text())
         del description["eos_token"]
         path.write_text(json.dumps(description))
-        assert "has no end-of-sequence token" in refused(capsys, start(config))
+        assert "has no end-of-sequence token" in single_error(capsys, start(config))
 
     def test_empty_data(self, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (tmp_path / "empty.jsonl").touch()
-        error = refused(capsys, start(config, "data.train.kind=jsonl", f"data.train.path={tmp_path}/empty.jsonl"))
+        error = single_error(capsys, start(config, "data.train.kind=jsonl", f"data.train.path={tmp_path}/empty.jsonl"))
         assert "has no rows" in error
 
 
 def test_a_reward_that_raises_stops_the_run(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    error = refused(capsys, start(config, "reward.functions=[{name: 'tests.own_rewards:raises'}]"))
+    error = single_error(capsys, start(config, "reward.functions=[{name: 'tests.own_rewards:raises'}]"))
     assert "8 of 8 rewards failed, more than reward.max_failure_fraction=0.1" in error
     assert "ZeroDivisionError: this reward is broken" in error
 
 
-def test_resume_refuses_another_config_and_never_refuses_a_used_folder(
+def test_auto_resume_rejects_another_config_and_resume_never_rejects_a_used_folder(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert start(config, "run.num_steps=1") == 0
     capsys.readouterr()
-    error = refused(capsys, start(config, "optimizer.lr=0.5"))
+    error = single_error(capsys, start(config, "optimizer.lr=0.5"))
     assert "optimizer.lr: 0.001 in the checkpoint, 0.5 now" in error
-    assert "holds a run already" in refused(capsys, start(config, "--resume", "never"))
-    # what may differ: length, evaluation, checkpoints, micro-batches
+    assert "holds a run already" in single_error(capsys, start(config, "--resume", "never"))
+    # number of steps, evaluation, checkpoints and micro-batches may differ
     assert start(config, "run.num_steps=2", "batching.micro_batch_size=1", "validation.num_prompts=4") == 0
     assert (tmp_path / "run/checkpoints/latest").read_text() == "step_000002"
     assert start(config, "run.num_steps=3", "--resume", str(tmp_path / "run/checkpoints/step_000001")) == 0
@@ -245,7 +245,7 @@ def test_resume_refuses_another_config_and_never_refuses_a_used_folder(
     assert [json.loads(line)["step"] for line in discarded] == [2]
 
 
-def test_a_latest_checkpoint_that_is_gone_or_half_replaced_ends_no_run(
+def test_resume_tolerates_a_missing_or_half_replaced_latest_checkpoint(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoints, plain = tmp_path / "run/checkpoints", "metrics.console=plain"
@@ -272,8 +272,8 @@ def test_a_latest_checkpoint_that_is_gone_or_half_replaced_ends_no_run(
     ]
 
 
-def test_a_checkpoint_has_no_export_of_other_weights(config: Path, tmp_path: Path) -> None:
-    """Which the one that it replaces had."""
+def test_a_replaced_checkpoint_does_not_keep_its_export(config: Path, tmp_path: Path) -> None:
+    """The replaced checkpoint has an export, the new one has none."""
     checkpoints, every = tmp_path / "run/checkpoints", "checkpoint.every=1"
     assert start(config, "run.num_steps=2", every, "checkpoint.save_hf=true") == 0
     assert (checkpoints / "step_000002/hf").exists()
@@ -281,7 +281,7 @@ def test_a_checkpoint_has_no_export_of_other_weights(config: Path, tmp_path: Pat
     assert not (checkpoints / "step_000002/hf").exists()
 
 
-def test_keys_newer_than_a_checkpoint_count_as_their_defaults(config: Path) -> None:
+def test_config_keys_that_a_checkpoint_lacks_count_as_defaults(config: Path) -> None:
     current = flatten_plain(load_config(config))
     older = {key: value for key, value in current.items() if key != "algorithm.pass_k"}
     check_same_run(older, current, Path("a checkpoint"))
@@ -289,17 +289,17 @@ def test_keys_newer_than_a_checkpoint_count_as_their_defaults(config: Path) -> N
         check_same_run(older, current | {"algorithm.pass_k": 7}, Path("a checkpoint"))
 
 
-def test_resume_refuses_more_steps_where_the_rate_decays_to_the_end(
+def test_resume_rejects_more_steps_if_the_learning_rate_decays_to_the_end(
     config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     decay = ["optimizer.lr_decay_style=linear"]
     assert start(config, "run.num_steps=1", *decay) == 0
     capsys.readouterr()
-    error = refused(capsys, start(config, "run.num_steps=2", *decay, "--dry-run"))
+    error = single_error(capsys, start(config, "run.num_steps=2", *decay, "--dry-run"))
     assert "with run.num_steps=2 instead of 1: the learning rate decays to the end" in error
 
 
-def test_going_back_to_an_earlier_checkpoint_keeps_what_is_written_then(config: Path, tmp_path: Path) -> None:
+def test_checkpoints_written_after_resuming_an_earlier_one_are_kept(config: Path, tmp_path: Path) -> None:
     keep = ["checkpoint.every=1", "checkpoint.keep_last=2"]
     folder = tmp_path / "run/checkpoints"
     assert start(config, *keep) == 0
@@ -310,43 +310,43 @@ def test_going_back_to_an_earlier_checkpoint_keeps_what_is_written_then(config: 
     assert sorted(path.name for path in folder.glob("step_*")) == ["step_000003", "step_000004"]
 
 
-def test_a_damaged_checkpoint_is_passed_over_aloud(
+def test_damaged_checkpoints_are_skipped_with_a_warning(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     keep, folder = ["checkpoint.every=1", "checkpoint.keep_last=4"], tmp_path / "run"
     assert start(config, *keep, "run.num_steps=4") == 0
-    whole = (folder / "metrics.jsonl").read_text().splitlines()
+    uninterrupted = (folder / "metrics.jsonl").read_text().splitlines()
     shutil.rmtree(folder)
     assert start(config, *keep, "run.num_steps=3") == 0
     for step in (2, 3):
         weights = max((folder / f"checkpoints/step_00000{step}/policy").iterdir(), key=lambda path: path.stat().st_size)
         os.truncate(weights, 100)
-    os.truncate(folder / "checkpoints/step_000003/trainer.json", 10)  # which later saves look at
+    os.truncate(folder / "checkpoints/step_000003/trainer.json", 10)  # later saves read this file
     capsys.readouterr()
     assert start(config, *keep, "run.num_steps=4", "metrics.console=plain") == 0
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for step in (2, 3):
-        assert f"CHECKPOINT step_00000{step} IS DAMAGED and was passed over" in told
-    assert "resumed from step_000001" in told
+        assert f"CHECKPOINT step_00000{step} IS DAMAGED and was passed over" in printed
+    assert "resumed from step_000001" in printed
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
-    for row, other in zip(rows, map(json.loads, whole), strict=True):
-        if 0 < row["step"] < 4:  # the run that ended early evaluated then
+    for row, other in zip(rows, map(json.loads, uninterrupted), strict=True):
+        if 0 < row["step"] < 4:  # the run of 3 steps also evaluated after its last step
             assert {key: row[key] for key in ("actor/loss", "actor/grad_norm", "critic/score/mean")} == {
                 key: other[key] for key in ("actor/loss", "actor/grad_norm", "critic/score/mean")
             }
-    # one that is named is not replaced by another; and without a sound one there is no start
+    # a checkpoint given by --resume is not replaced by another; without a valid checkpoint the run does not start
     os.truncate(folder / "checkpoints/step_000004/integrity.json", 10)
-    error = refused(
+    error = single_error(
         capsys, start(config, *keep, "run.num_steps=5", "--resume", str(folder / "checkpoints/step_000004"))
     )
     assert "integrity.json cannot be read" in error
     for step in (1, 2, 3):
         os.truncate(folder / f"checkpoints/step_00000{step}/trainer.json", 10)
-    assert "no checkpoint is valid" in refused(capsys, start(config, *keep, "run.num_steps=5"))
+    assert "no checkpoint is valid" in single_error(capsys, start(config, *keep, "run.num_steps=5"))
 
 
-def test_a_failed_save_leaves_the_earlier_checkpoint(
+def test_a_failed_save_keeps_the_previous_checkpoint(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write = filesystem_async._write_item
@@ -358,7 +358,7 @@ def test_a_failed_save_leaves_the_earlier_checkpoint(
         return write(*arguments, **options)
 
     monkeypatch.setattr(filesystem_async, "_write_item", full)
-    error = refused(capsys, start(config, "checkpoint.every=1", "checkpoint.keep_last=1"))
+    error = single_error(capsys, start(config, "checkpoint.every=1", "checkpoint.keep_last=1"))
     assert "cannot write checkpoint" in error
     assert "step_000002" in error
     monkeypatch.undo()
@@ -368,7 +368,7 @@ def test_a_failed_save_leaves_the_earlier_checkpoint(
     assert left == ["latest", "step_000003"]
 
 
-def test_an_attempt_without_a_checkpoint_begins_again(config: Path, tmp_path: Path) -> None:
+def test_a_run_without_a_checkpoint_starts_over(config: Path, tmp_path: Path) -> None:
     assert start(config, "run.num_steps=1") == 0
     shutil.rmtree(tmp_path / "run/checkpoints")
     assert start(config, "run.num_steps=1") == 0

@@ -1,4 +1,4 @@
-"""python -m megatron_rl.evaluate, killed and started again, alone and under torchrun."""
+"""python -m megatron_rl.evaluate: killed and restarted, on one rank and under torchrun, and on an endpoint."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def command(folder: Path, model: Path, num_ranks: int = 1) -> list[str]:
     return [*python, "-m", "megatron_rl.evaluate", "--config", str(suite)]
 
 
-def finished(folder: Path, model: Path, num_ranks: int = 1) -> dict[str, Any]:
+def evaluate(folder: Path, model: Path, num_ranks: int = 1) -> dict[str, Any]:
     done = subprocess.run(command(folder, model, num_ranks), capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
     assert "| hasty_chain | 300 x 4 |" in done.stdout
@@ -45,42 +45,42 @@ def finished(folder: Path, model: Path, num_ranks: int = 1) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def whole(toy_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+def uninterrupted(toy_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("whole")
-    return folder, finished(folder, toy_model())
+    return folder, evaluate(folder, toy_model())
 
 
-def lines(folder: Path) -> list[str]:
+def answer_lines(folder: Path) -> list[str]:
     return [line for path in (folder / "out/answers").glob("*.jsonl") for line in path.read_text().splitlines()]
 
 
-def test_killed_ten_times_it_has_the_same_answers_each_once(
-    whole: tuple[Path, dict[str, Any]], toy_model: Callable[..., Path], tmp_path: Path
+def test_ten_kills_leave_the_answers_unchanged_and_without_duplicates(
+    uninterrupted: tuple[Path, dict[str, Any]], toy_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     total = 2 * 300 * 4
     for kill in range(1, KILLS + 1):
         process = subprocess.Popen(command(tmp_path, toy_model()), stdout=subprocess.DEVNULL, cwd=ROOT)
         until = time.monotonic() + LIMIT_S
         while process.poll() is None and time.monotonic() < until:
-            if (tmp_path / "out/answers").exists() and len(lines(tmp_path)) >= kill * total // (KILLS + 4):
+            if (tmp_path / "out/answers").exists() and len(answer_lines(tmp_path)) >= kill * total // (KILLS + 4):
                 break
             time.sleep(0.005)
-        assert process.poll() is None, "it ended before it could be killed"
+        assert process.poll() is None, "the evaluation ended before it could be killed"
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-        assert 0 < len(lines(tmp_path)) < total
-    found = finished(tmp_path, toy_model())
-    assert len(lines(tmp_path)) == total
-    assert found == whole[1]
-    assert read_answers(tmp_path / "out/answers") == read_answers(whole[0] / "out/answers")
+        assert 0 < len(answer_lines(tmp_path)) < total
+    tasks = evaluate(tmp_path, toy_model())
+    assert len(answer_lines(tmp_path)) == total
+    assert tasks == uninterrupted[1]
+    assert read_answers(tmp_path / "out/answers") == read_answers(uninterrupted[0] / "out/answers")
 
 
 def test_two_ranks_give_the_same_answers(
-    whole: tuple[Path, dict[str, Any]], toy_model: Callable[..., Path], tmp_path: Path
+    uninterrupted: tuple[Path, dict[str, Any]], toy_model: Callable[..., Path], tmp_path: Path
 ) -> None:
-    assert finished(tmp_path, toy_model(), num_ranks=2) == whole[1]
+    assert evaluate(tmp_path, toy_model(), num_ranks=2) == uninterrupted[1]
     assert len(list((tmp_path / "out/answers").glob("*.jsonl"))) == 4
-    assert read_answers(tmp_path / "out/answers") == read_answers(whole[0] / "out/answers")
+    assert read_answers(tmp_path / "out/answers") == read_answers(uninterrupted[0] / "out/answers")
 
 
 @pytest.mark.parametrize(
@@ -90,11 +90,11 @@ def test_two_ranks_give_the_same_answers(
         ("model.dtype=bf16", "holds answers to another evaluation: model.dtype differ"),
     ],
 )
-def test_what_cannot_be_is_said_in_a_line(
-    override: str, message: str, whole: tuple[Path, dict[str, Any]], toy_model: Callable[..., Path]
+def test_invalid_configurations_give_a_single_error_line(
+    override: str, message: str, uninterrupted: tuple[Path, dict[str, Any]], toy_model: Callable[..., Path]
 ) -> None:
     done = subprocess.run(
-        [*command(whole[0], toy_model()), override], capture_output=True, text=True, cwd=ROOT, check=False
+        [*command(uninterrupted[0], toy_model()), override], capture_output=True, text=True, cwd=ROOT, check=False
     )
     assert done.returncode == 1
     errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
@@ -103,21 +103,21 @@ def test_what_cannot_be_is_said_in_a_line(
 
 
 def echoed(text: str) -> dict[str, list[Any]]:
-    """A token for every two characters, a start token before them and a generated one behind; A and C are likelier."""
-    tokens = ["<start>", *(text[place : place + 2] for place in range(0, len(text), 2)), "!"]
+    """Return echoed log-probs: a start token, a token per two characters, a generated token; A and C are likelier."""
+    tokens = ["<start>", *(text[start : start + 2] for start in range(0, len(text), 2)), "!"]
     logprobs = [None, *(-1.0 for _ in tokens[1:-1]), -9.0]
     logprobs[-2] = -1.0 if text.endswith(("A", "C")) else -2.0
     return {"tokens": tokens, "token_logprobs": logprobs, "text_offset": [-1] * len(tokens)}
 
 
 class Endpoint(JsonHandler):
-    """Answers additions as told, and is busy every seventh time."""
+    """Endpoint that answers additions in a way that depends on the model name, and is busy every seventh time."""
 
-    asked: ClassVar[list[dict[str, Any]]] = []
+    requests: ClassVar[list[dict[str, Any]]] = []
 
     def answer(self, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-        self.asked.append({**body, "path": self.path, "key": self.headers.get("Authorization")})
-        if len(self.asked) % 7 == 3:
+        self.requests.append({**body, "path": self.path, "key": self.headers.get("Authorization")})
+        if len(self.requests) % 7 == 3:
             return 503, {"error": "busy"}
         if body["model"] == "none":
             return 404, {"error": "no such model"}
@@ -135,14 +135,14 @@ class Endpoint(JsonHandler):
 
 @pytest.fixture
 def endpoint() -> Iterator[str]:
-    """Its url."""
-    Endpoint.asked.clear()
+    """Start the endpoint and yield its URL."""
+    Endpoint.requests.clear()
     with serving(Endpoint) as url:
         yield url
 
 
-def ask(url: str, model: str, folder: Path, task: str, *more: str) -> subprocess.CompletedProcess[str]:
-    """Evaluate what an endpoint serves."""
+def evaluate_endpoint(url: str, model: str, folder: Path, task: str, *more: str) -> subprocess.CompletedProcess[str]:
+    """Evaluate a model of an endpoint on one task."""
     suite = folder / "suite.yaml"
     suite.write_text(
         f"run: {{name: x, output_dir: {folder}/out}}\nmodel: {{path: {model}}}\ntasks: [{task}]\nlimit: 40\n"
@@ -155,58 +155,58 @@ def ask(url: str, model: str, folder: Path, task: str, *more: str) -> subprocess
 
 
 def scores_of(folder: Path, task: str) -> dict[str, float]:
-    found: dict[str, float] = json.loads((folder / "out/results.json").read_text())["tasks"][task]["scores"]
-    return found
+    scores: dict[str, float] = json.loads((folder / "out/results.json").read_text())["tasks"][task]["scores"]
+    return scores
 
 
 ADDITION = f"{ROOT}/configs/eval/tasks/hasty_addition.yaml"
 
 
-def test_an_endpoint_is_asked(endpoint: str, tmp_path: Path) -> None:
-    done = ask(endpoint, "some-model", tmp_path, ADDITION, "sampling.num_samples=2")
+def test_endpoint_responses_are_graded(endpoint: str, tmp_path: Path) -> None:
+    done = evaluate_endpoint(endpoint, "some-model", tmp_path, ADDITION, "sampling.num_samples=2")
     assert done.returncode == 0, done.stderr
-    found = read_answers(tmp_path / "out/answers")
-    assert len(found) == 80
-    asked = Endpoint.asked
-    assert {(one["path"], one["key"], one["max_tokens"]) for one in asked} == {("/v1/completions", "Bearer k", 12)}
-    assert len({(one["prompt"], one["seed"]) for one in asked}) == 80, "every sample has a seed of its own"
-    odd = {one["prompt"] for one in asked if int(one["prompt"].split("+")[0]) % 2}
+    answers = read_answers(tmp_path / "out/answers")
+    assert len(answers) == 80
+    requests = Endpoint.requests
+    assert {(request["path"], request["key"], request["max_tokens"]) for request in requests} == {("/v1/completions", "Bearer k", 12)}
+    assert len({(request["prompt"], request["seed"]) for request in requests}) == 80, "every sample has its own seed"
+    odd = {request["prompt"] for request in requests if int(request["prompt"].split("+")[0]) % 2}
     assert scores_of(tmp_path, "hasty_addition")["response_length"] == 5
-    right = {key[1] for key, one in found.items() if one.right}
+    right = {key[1] for key, request in answers.items() if request.right}
     assert 0 < len(right) <= len(odd)
-    assert all(one.right == (one.finish_reason == "stop" and one.shown != "0") for one in found.values())
+    assert all(request.right == (request.finish_reason == "stop" and request.shown != "0") for request in answers.values())
 
 
-def test_what_an_endpoint_refuses(endpoint: str, tmp_path: Path) -> None:
-    """One request: it is recorded, and asked again by the next start. All of them: an error."""
+def test_requests_that_an_endpoint_rejects_are_recorded_and_repeated(endpoint: str, tmp_path: Path) -> None:
+    """A single rejected request is recorded and repeated by the next start; if all are rejected, it is an error."""
     for model, message in (("none", "status 404"), ("stricter", "rejected all of 16 requests")):
-        done = ask(endpoint, model, tmp_path, ADDITION, f"run.output_dir={tmp_path}/{model}")
+        done = evaluate_endpoint(endpoint, model, tmp_path, ADDITION, f"run.output_dir={tmp_path}/{model}")
         assert done.returncode == 1
         assert message in done.stderr
-    done = ask(endpoint, "strict", tmp_path, ADDITION)
+    done = evaluate_endpoint(endpoint, "strict", tmp_path, ADDITION)
     assert done.returncode == 0, done.stderr
-    found = read_answers(tmp_path / "out/answers").values()
-    refused = [one for one in found if one.status == "refused"]
-    assert 0 < len(refused) < len(found) == 40
-    assert all(not one.right and "not this one" in one.message for one in refused)
-    assert scores_of(tmp_path, "hasty_addition")["grading_failed"] == len(refused) / 40
-    Endpoint.asked.clear()
-    assert ask(endpoint, "strict", tmp_path, ADDITION).returncode == 0
-    assert len({one["prompt"] for one in Endpoint.asked}) == len(refused)
+    answers = read_answers(tmp_path / "out/answers").values()
+    rejected = [answer for answer in answers if answer.status == "refused"]
+    assert 0 < len(rejected) < len(answers) == 40
+    assert all(not answer.right and "not this one" in answer.message for answer in rejected)
+    assert scores_of(tmp_path, "hasty_addition")["grading_failed"] == len(rejected) / 40
+    Endpoint.requests.clear()
+    assert evaluate_endpoint(endpoint, "strict", tmp_path, ADDITION).returncode == 0
+    assert len({answer["prompt"] for answer in Endpoint.requests}) == len(rejected)
 
 
-def test_an_endpoint_says_which_choice_is_likely(endpoint: str, tmp_path: Path) -> None:
-    rows = [{"question": "?" * (place % 3), "choices": ["x", "y", "z"], "answer": place % 3} for place in range(12)]
+def test_choices_are_ranked_by_log_probs_of_an_endpoint(endpoint: str, tmp_path: Path) -> None:
+    rows = [{"question": "?" * (index % 3), "choices": ["x", "y", "z"], "answer": index % 3} for index in range(12)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "task.yaml").write_text(
         f"name: choice\nversion: 1\nsource: here\ndata: {{kind: jsonl, path: {tmp_path}/rows.jsonl}}\n"
         'prompt: "{question}\\n{choices}\\nAnswer:"\nchoices_field: choices\nchat: false\n'
         "likelihood: {of: letters}\nscorer: {name: exact_match}\ngold_response: '{gold}'\nmajority: false\n"
     )
-    done = ask(endpoint, "some-model", tmp_path, f"{tmp_path}/task.yaml")
+    done = evaluate_endpoint(endpoint, "some-model", tmp_path, f"{tmp_path}/task.yaml")
     assert done.returncode == 0, done.stderr
-    found = read_answers(tmp_path / "out/answers").values()
-    # A and C are equally likely, and the first of equals is taken
-    assert {one.response for one in found} == {"A"}
-    assert {tuple(one.likelihoods[:2]) for one in found} <= {(-1.0, -2.0), (-2.0, -3.0)}
+    answers = read_answers(tmp_path / "out/answers").values()
+    # A and C are equally likely, and the first one is chosen
+    assert {answer.response for answer in answers} == {"A"}
+    assert {tuple(answer.likelihoods[:2]) for answer in answers} <= {(-1.0, -2.0), (-2.0, -3.0)}
     assert scores_of(tmp_path, "choice")["avg@1"] == pytest.approx(4 / 12)

@@ -1,4 +1,4 @@
-"""Being asked to stop in the middle of a phase, the end of a job, and ranks that hang."""
+"""Stop signals in the middle of a phase, the end of a job, and ranks that hang."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from tests.e2e.test_torchrun import command, rows, untimed
 from tests.limits import LIMIT_S
 from tests.toys import write_config
 
-# responses so long that a run is nearly always in the middle of them
+# responses so long that a run is nearly always in the middle of generation
 LONG = (
     "rollout.max_new_tokens=400",
     "data.max_prompt_tokens=8",
@@ -37,8 +37,8 @@ def begin(config: Path, *overrides: str, world_size: int = 2, **environment: str
 
 
 def ranks_of(process: subprocess.Popen[str]) -> list[int]:
-    """Processes that torchrun has started."""
-    found = []
+    """Return the process ids of the ranks that torchrun has started."""
+    pids = []
     for entry in Path("/proc").glob("[0-9]*/stat"):
         try:
             parent = int(entry.read_text().rpartition(")")[2].split()[1])
@@ -46,8 +46,8 @@ def ranks_of(process: subprocess.Popen[str]) -> list[int]:
         except OSError:
             continue
         if parent == process.pid and is_rank:
-            found.append(int(entry.parent.name))
-    return sorted(found)
+            pids.append(int(entry.parent.name))
+    return sorted(pids)
 
 
 def wait_for(is_so: Callable[[], bool], process: subprocess.Popen[str]) -> None:
@@ -63,8 +63,8 @@ def lines_of(run: Path) -> int:
     return path.read_text().count("\n") if path.exists() else 0
 
 
-def listens(process: subprocess.Popen[str]) -> bool:
-    """All ranks have their handler of USR1."""
+def handle_usr1(process: subprocess.Popen[str]) -> bool:
+    """Whether both ranks have installed their handler of USR1."""
     pids = ranks_of(process)
     return len(pids) == 2 and all(_catches(pid, signal.SIGUSR1) for pid in pids)
 
@@ -80,17 +80,17 @@ def config(toy_model: Callable[..., Path], tmp_path: Path) -> Path:
     return write_config(tmp_path, toy_model("qwen2", max_position_embeddings=512))
 
 
-def test_a_signal_in_generation_or_evaluation_loses_nothing(config: Path, tmp_path: Path) -> None:
-    """One rank of two is told, again and again, wherever it is: the run goes on as if nobody had."""
+def test_signals_during_generation_or_evaluation_do_not_change_the_metrics(config: Path, tmp_path: Path) -> None:
+    """One of two ranks gets a signal, several times and in any phase; metrics equal those of an uninterrupted run."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     overrides = (*LONG, "run.num_steps=4")
     done = begin(config, *overrides, f"run.output_dir={whole}")
     printed, _ = done.communicate(timeout=LIMIT_S)
     assert done.returncode == 0, printed
-    # so many seconds after the metrics of so many steps are there, counting none
+    # logged rows to wait for, and seconds to wait after them
     for num_rows, wait in ((0, 0.0), (0, 1.5), (1, 0.3), (2, 0.3), (2, 0.0), (3, 0.3)):
         process = begin(config, *overrides, f"run.output_dir={cut}")
-        wait_for(partial(listens, process), process)
+        wait_for(partial(handle_usr1, process), process)
         wait_for(lambda n=num_rows: lines_of(cut) >= n, process)
         time.sleep(wait)
         os.kill(ranks_of(process)[0], signal.SIGUSR1)
@@ -102,8 +102,8 @@ def test_a_signal_in_generation_or_evaluation_loses_nothing(config: Path, tmp_pa
     assert untimed(cut) == untimed(whole)
 
 
-def test_a_resume_gives_the_engine_what_it_had_outside_of_any_step(config: Path, tmp_path: Path) -> None:
-    """An evaluation has pushed a step's weights already: what measures that push is not the next step's."""
+def test_the_push_of_a_resume_is_not_logged_with_the_next_step(config: Path, tmp_path: Path) -> None:
+    """A resume repeats the weight push of the last evaluation; its metrics are not logged with the next step."""
     overrides = (*LONG, "validation.every=2", "validation.max_new_tokens=8")
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     done = begin(config, *overrides, f"run.output_dir={whole}", world_size=1)
@@ -122,10 +122,10 @@ def test_a_resume_gives_the_engine_what_it_had_outside_of_any_step(config: Path,
     assert pushed == [True, False, True, True]
 
 
-def test_signals_without_end_do_not_change_the_status(config: Path) -> None:
-    """As a job script sends them until the run is over: also while the process ends."""
+def test_repeated_signals_do_not_change_the_exit_status(config: Path) -> None:
+    """A job script sends signals until the run ends, also while the processes exit."""
     process = begin(config, *LONG)
-    wait_for(partial(listens, process), process)
+    wait_for(partial(handle_usr1, process), process)
     while pids := ranks_of(process):
         for pid in pids:
             with suppress(ProcessLookupError):
@@ -136,8 +136,8 @@ def test_signals_without_end_do_not_change_the_status(config: Path) -> None:
     assert "SIGUSR1" not in printed
 
 
-def test_unlogged_metrics_of_a_step_come_with_the_checkpoint(config: Path, tmp_path: Path) -> None:
-    """Stopped in the evaluation after a step, whose metrics are known in part."""
+def test_unlogged_metrics_of_a_step_are_saved_with_the_checkpoint(config: Path, tmp_path: Path) -> None:
+    """The run is stopped in the evaluation after a step, before the row of the step is logged."""
     run = tmp_path / "run"
     overrides = (*LONG, "validation.max_new_tokens=480", "rollout.max_new_tokens=8", "checkpoint.save_hf=true")
     process = begin(config, *overrides, world_size=1)
@@ -147,11 +147,11 @@ def test_unlogged_metrics_of_a_step_come_with_the_checkpoint(config: Path, tmp_p
     process.communicate(timeout=LIMIT_S)
     logged = [row["step"] for row in rows(run)]
     latest = (run / "checkpoints/latest").read_text()
-    kept = run / "checkpoints" / latest / "unlogged.json"
-    if kept.exists():
+    unlogged = run / "checkpoints" / latest / "unlogged.json"
+    if unlogged.exists():
         assert logged[-1] == int(latest.removeprefix("step_")) - 1
-        assert json.loads(kept.read_text())["actor/grad_norm"][0] == "Max"
-        assert not kept.with_name("hf").exists()  # which takes minutes for a large model, and time is short
+        assert json.loads(unlogged.read_text())["actor/grad_norm"][0] == "Max"
+        assert not unlogged.with_name("hf").exists()  # an export takes minutes for a large model, and the job is about to end
     again = begin(config, *overrides, world_size=1)
     printed, _ = again.communicate(timeout=LIMIT_S)
     assert again.returncode == 0, printed
@@ -162,20 +162,20 @@ def test_unlogged_metrics_of_a_step_come_with_the_checkpoint(config: Path, tmp_p
 
 
 def test_a_run_stops_before_the_end_of_its_job(config: Path, tmp_path: Path) -> None:
-    """By itself: the end of the job is further away than this test waits."""
-    told, end = int(time.time()) + 20, int(time.time()) + 20 + LIMIT_S
+    """Without a signal: the end of the job is later than this test waits for."""
+    stop_at, end = int(time.time()) + 20, int(time.time()) + 20 + LIMIT_S
     process = begin(
-        config, "run.num_steps=100000", f"run.stop_margin_s={end - told}",
+        config, "run.num_steps=100000", f"run.stop_margin_s={end - stop_at}",
         world_size=1, SLURM_JOB_END_TIME=str(end),
     )  # fmt: skip
     printed, _ = process.communicate(timeout=LIMIT_S)
-    assert time.time() >= told
+    assert time.time() >= stop_at
     assert f"exitcode  : {EXIT_REQUEUE}" in printed, printed
     assert "stopped on request after step" in printed
     assert (tmp_path / "run/checkpoints/latest").exists()
 
 
-def test_deadlines(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_deadline_is_the_end_of_the_job_minus_the_margin(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_END_TIME", "1000")
     assert deadline(300.0) == 700
     assert deadline(None) == float("inf")
@@ -183,7 +183,7 @@ def test_deadlines(monkeypatch: pytest.MonkeyPatch) -> None:
     assert deadline(300.0) == float("inf")
 
 
-def test_a_rank_that_hangs_is_named_and_the_run_ends(config: Path, tmp_path: Path) -> None:
+def test_a_stopped_rank_is_reported_and_the_run_ends(config: Path, tmp_path: Path) -> None:
     process = begin(config, "run.num_steps=100000", "run.hang_timeout_s=30")
     wait_for(lambda: lines_of(tmp_path / "run") > 3, process)
     first, second = ranks_of(process)
@@ -199,29 +199,29 @@ def test_a_rank_that_hangs_is_named_and_the_run_ends(config: Path, tmp_path: Pat
                 continue
     printed, _ = process.communicate(timeout=LIMIT_S)
     assert process.returncode != 0
-    told = printed.split("The ranks that the others wait for come first:")[1].splitlines()
-    assert f"rank 1 (host {os.uname().nodename}, pid {by_rank[1]})" in told[1]
-    assert "dead or unreachable" in told[1]
-    assert "rank 0" in told[2]
-    assert "Thread" in printed or "thread" in printed  # the stack of the rank that waits
+    report = printed.split("The ranks that the others wait for come first:")[1].splitlines()
+    assert f"rank 1 (host {os.uname().nodename}, pid {by_rank[1]})" in report[1]
+    assert "dead or unreachable" in report[1]
+    assert "rank 0" in report[2]
+    assert "Thread" in printed or "thread" in printed  # stack of the waiting rank
 
 
-def test_a_rank_whose_work_never_ends_is_named_with_its_stack(config: Path) -> None:
-    """Its process lives: only that nobody comes any further shows it."""
+def test_a_rank_without_progress_is_reported_with_its_stack(config: Path) -> None:
+    """Its process still sends heartbeats, so only the lack of progress shows that it hangs."""
     process = begin(
         config, "run.hang_timeout_s=30", "algorithm.advantage=tests.own_advantages:hangs_on_the_second_rank"
     )
     printed, _ = process.communicate(timeout=LIMIT_S)
     assert process.returncode != 0
-    told = printed.split("The ranks that the others wait for come first:")[1].splitlines()
-    assert told[1].startswith("  rank 1 (host")
-    assert "dead or unreachable" not in told[1]
-    assert told[2].startswith("  rank 0 (host")
+    report = printed.split("The ranks that the others wait for come first:")[1].splitlines()
+    assert report[1].startswith("  rank 1 (host")
+    assert "dead or unreachable" not in report[1]
+    assert report[2].startswith("  rank 0 (host")
     assert "hangs_on_the_second_rank" in printed
 
 
 def environment(pid: int) -> dict[str, str]:
-    pairs = (one.partition("=") for one in Path(f"/proc/{pid}/environ").read_text().split("\0") if "=" in one)
+    pairs = (line.partition("=") for line in Path(f"/proc/{pid}/environ").read_text().split("\0") if "=" in line)
     return {name: value for name, _, value in pairs}
 
 
@@ -233,7 +233,7 @@ def wait_for_end(process: subprocess.Popen[str]) -> None:
         time.sleep(0.2)
 
 
-def heard(rank: int, host: str, phase: str, idle_s: float, at_s: float, *, is_over: bool = False) -> ObservedBeat:
+def observed_beat(rank: int, host: str, phase: str, idle_s: float, at_s: float, *, is_over: bool = False) -> ObservedBeat:
     num_phases = {"gen": 4, "update_actor": 5}[phase]
     beat = Beat(
         rank=rank,
@@ -249,14 +249,14 @@ def heard(rank: int, host: str, phase: str, idle_s: float, at_s: float, *, is_ov
     return ObservedBeat(beat, at_s)
 
 
-def test_who_is_where_is_said_by_who_others_wait_for() -> None:
-    everyone = [
-        heard(0, "a", "update_actor", 9.0, 999.0),
-        heard(2, "b", "gen", 598.0, 998.0),
-        heard(3, "b", "gen", 0.0, 500.0),
-        heard(4, "c", "gen", 0.0, 100.0, is_over=True),
+def test_ranks_that_the_others_wait_for_are_reported_first() -> None:
+    beats = [
+        observed_beat(0, "a", "update_actor", 9.0, 999.0),
+        observed_beat(2, "b", "gen", 598.0, 998.0),
+        observed_beat(3, "b", "gen", 0.0, 500.0),
+        observed_beat(4, "c", "gen", 0.0, 100.0, is_over=True),
     ]
-    text = describe(everyone, 5, now=1000.0, stuck_s=600.0).splitlines()
+    text = describe(beats, 5, now=1000.0, stuck_s=600.0).splitlines()
     assert text[1] == "  no heartbeat ever: ranks 1"
     assert (
         text[2] == "  rank 3 (host b, pid 7): step 3, gen, no progress for 500 s, silent for 500 s: dead or unreachable"
@@ -266,8 +266,8 @@ def test_who_is_where_is_said_by_who_others_wait_for() -> None:
     assert text[5] == "  rank 0 (host a, pid 7): step 3, update_actor, no progress for 10 s"
 
 
-def test_a_rank_that_froze_is_named_before_who_waits_for_it() -> None:
-    """Also where its last word came when the others already waited."""
-    everyone = [heard(0, "a", "gen", 30.5, 1000.0), heard(1, "a", "update_actor", 0.0, 971.0)]
-    text = describe(everyone, 2, now=1000.0, stuck_s=30.0).splitlines()
+def test_a_frozen_rank_is_reported_before_the_ranks_that_wait_for_it() -> None:
+    """Also if its last beat came when the other ranks already waited."""
+    beats = [observed_beat(0, "a", "gen", 30.5, 1000.0), observed_beat(1, "a", "update_actor", 0.0, 971.0)]
+    text = describe(beats, 2, now=1000.0, stuck_s=30.0).splitlines()
     assert text[1].startswith("  rank 1 (host a, pid 7): step 3, update_actor, no progress for 29 s, silent for 29 s")

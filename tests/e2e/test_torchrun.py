@@ -1,4 +1,4 @@
-"""The command under torchrun, with ranks that die."""
+"""The command under torchrun, with ranks that are killed or fail."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.limits import LIMIT_S
-from tests.toys import TIMED, whole_rows, without, write_config
+from tests.toys import TIMED, complete_rows, without, write_config
 
 
 def command(world_size: int, config: Path, *overrides: str) -> list[str]:
@@ -34,7 +34,7 @@ def command(world_size: int, config: Path, *overrides: str) -> list[str]:
 
 
 def rows(run: Path) -> list[dict[str, Any]]:
-    return whole_rows(run / "metrics.jsonl")
+    return complete_rows(run / "metrics.jsonl")
 
 
 def untimed(run: Path) -> list[dict[str, Any]]:
@@ -47,10 +47,10 @@ def start(world_size: int, config: Path, *overrides: str) -> subprocess.Complete
 
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(toy_model: Callable[..., Path], tmp_path: Path) -> None:
     config = write_config(tmp_path, toy_model("qwen2"))
-    # the folder is named anew, and a checkpoint after step 7 is what the killed run goes on from
+    # the runs have their own folders; the killed run resumes from the checkpoint after step 7
     common = ["run.num_steps=40", "checkpoint.every=7", "checkpoint.save_hf=true"]
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    done = start(2, config, *common, f"run.output_dir={whole}")
+    uninterrupted, killed = tmp_path / "whole", tmp_path / "killed"
+    done = start(2, config, *common, f"run.output_dir={uninterrupted}")
     assert done.returncode == 0, done.stderr[-3000:]
 
     with (tmp_path / "log").open("w") as log:
@@ -70,8 +70,8 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(toy_model: Callable
     done = start(2, config, *common, f"run.output_dir={killed}")
     assert done.returncode == 0, done.stderr[-3000:]
 
-    assert untimed(killed) == untimed(whole)
-    weights = [load_file(run / "checkpoints/step_000040/hf/model.safetensors") for run in (whole, killed)]
+    assert untimed(killed) == untimed(uninterrupted)
+    weights = [load_file(run / "checkpoints/step_000040/hf/model.safetensors") for run in (uninterrupted, killed)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
@@ -84,7 +84,7 @@ def one_rank(toy_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.mark.parametrize(("tp", "pp"), [(2, 2), (2, 1), (1, 1)], ids=["tp2-pp2", "tp2-dp2", "dp4"])
-def test_four_ranks_equal_one(
+def test_four_ranks_give_the_metrics_of_one(
     tp: int, pp: int, one_rank: list[dict[str, Any]], toy_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     split = [f"parallel.tensor_parallel_size={tp}", f"parallel.pipeline_parallel_size={pp}"]
@@ -97,7 +97,7 @@ def test_four_ranks_equal_one(
                 assert four[name] == pytest.approx(one[name], rel=0, abs=1e-5)
 
 
-def test_every_rank_ends_with_an_error_and_one_message(toy_model: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_failed_run_prints_a_single_error_message(toy_model: Callable[..., Path], tmp_path: Path) -> None:
     config = write_config(tmp_path, toy_model("qwen2"))
     done = start(2, config, "reward.functions=[{name: 'tests.own_rewards:raises'}]")
     assert done.returncode != 0
@@ -105,7 +105,7 @@ def test_every_rank_ends_with_an_error_and_one_message(toy_model: Callable[..., 
     assert "Traceback" not in done.stderr.split("error: ")[0]
 
 
-def test_a_signal_to_the_whole_group_stops_with_a_checkpoint(toy_model: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_signal_to_the_process_group_stops_with_a_checkpoint(toy_model: Callable[..., Path], tmp_path: Path) -> None:
     config = write_config(tmp_path, toy_model("qwen2"))
     process = subprocess.Popen(
         [
@@ -122,7 +122,7 @@ def test_a_signal_to_the_whole_group_stops_with_a_checkpoint(toy_model: Callable
         assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGTERM)  # the reward workers get it too
+    os.killpg(process.pid, signal.SIGTERM)  # the reward workers get the signal too
     printed, _ = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 0, printed
     step = rows(tmp_path / "run")[-1]["step"]
@@ -131,8 +131,8 @@ def test_a_signal_to_the_whole_group_stops_with_a_checkpoint(toy_model: Callable
 
 
 def _ranks_of(run: Path) -> list[int]:
-    """Processes whose command line names the run folder: torchrun gives each rank a session of its own."""
-    found = []
+    """Return the processes whose command line names the run folder; torchrun gives each rank its own session."""
+    pids = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and int(entry.name) != os.getpid():
             try:
@@ -140,5 +140,5 @@ def _ranks_of(run: Path) -> list[int]:
             except OSError:
                 continue
             if str(run).encode() in arguments:
-                found.append(int(entry.name))
-    return found
+                pids.append(int(entry.name))
+    return pids

@@ -1,4 +1,4 @@
-"""Which engine the tests are held against."""
+"""The engine under test."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +15,7 @@ from tests.engines.contract import setup_of
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Sizes of an engine: the embedded one holds the whole model on every rank."""
+    """Parametrize ``engine_tp``; the embedded engine holds the whole model on every rank."""
     if "engine_tp" in metafunc.fixturenames:
         metafunc.parametrize("engine_tp", [1] if metafunc.config.getoption("--engine") == "embedded" else [1, 2])
 
@@ -27,20 +27,20 @@ def engine_name(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def engine_of(engine_name: str) -> Iterator[Callable[..., Engine]]:
-    """A function from a model folder to an engine with its weights at version 3; one lives at a time."""
-    living: dict[tuple[Path, int], Engine] = {}
+    """Return a function from a model folder to an engine with its weights at version 3; one engine exists at a time."""
+    engines: dict[tuple[Path, int], Engine] = {}
 
     def get(folder: Path, max_num_sequences: int = 64) -> Engine:
         key = (folder, max_num_sequences)
-        if key not in living:
-            for other in list(living):
-                living.pop(other).close()
-            living[key] = START[engine_name](setup_of(folder, max_num_sequences))
-        living[key].load_weights(iter(load_file(folder / "model.safetensors").items()), version=3)
-        return living[key]
+        if key not in engines:
+            for other in list(engines):
+                engines.pop(other).close()
+            engines[key] = START[engine_name](setup_of(folder, max_num_sequences))
+        engines[key].load_weights(iter(load_file(folder / "model.safetensors").items()), version=3)
+        return engines[key]
 
     yield get
-    for engine in living.values():
+    for engine in engines.values():
         engine.close()
 
 

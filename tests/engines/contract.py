@@ -1,4 +1,4 @@
-"""What the tests of engines ask for, and how they gather it."""
+"""Requests, setups and failing engines that the tests of engines share."""
 
 import math
 from collections.abc import Iterator
@@ -15,19 +15,19 @@ from megatron_rl.types import Completion, SamplingParams
 from tests.toys import VOCAB
 
 ALONE = EnginePlace(index=0, count=1, tp_rank=0, tp_size=1, leader=0, group=None)
-# heads that the engines' CPU kernels take
+# sizes that the engines' CPU kernels support
 SIZES = {"hidden_size": 128, "head_dim": 32}
 
 
 class Interruption:
-    """Asks to stop after so many questions, of every engine of the tests."""
+    """Interrupts every engine of the tests after ``queries_left`` queries of ``is_due``."""
 
     def __init__(self) -> None:
-        self.after = math.inf
+        self.queries_left = math.inf
 
-    def is_asked(self) -> bool:
-        self.after -= 1
-        return self.after < 0
+    def is_due(self) -> bool:
+        self.queries_left -= 1
+        return self.queries_left < 0
 
 
 INTERRUPTION = Interruption()
@@ -43,7 +43,7 @@ def setup_of(folder: Path, max_num_sequences: int = 64) -> EngineSetup:
         max_num_sequences=max_num_sequences,
         max_model_len=512,
         local_rank=0,
-        is_interrupted=INTERRUPTION.is_asked,
+        is_interrupted=INTERRUPTION.is_due,
     )
 
 
@@ -64,16 +64,16 @@ def requests(count: int = 5, samples: int = 3) -> list[Request]:
     ]
 
 
-def collect(found: Iterator[Finished]) -> dict[tuple[int, int], Completion]:
+def collect(finished_samples: Iterator[Finished]) -> dict[tuple[int, int], Completion]:
     results = {}
-    for finished in found:
+    for finished in finished_samples:
         assert (finished.key, finished.sample) not in results
         results[finished.key, finished.sample] = finished.completion
     return results
 
 
 def kill(engine: Any, name: str) -> None:
-    """End a real engine in the middle of its work: its process, or its next step where it has none of its own."""
+    """Kill the process of an engine; an engine without a process of its own fails in its next step."""
     if name == "sglang":
         scheduler = next(iter(engine._watch._processes))
         scheduler.kill()
@@ -89,21 +89,21 @@ def kill(engine: Any, name: str) -> None:
         engine._step = die
 
 
-class Dying:
-    """The engine with an end after so many results, again and again, or in the middle of pushes."""
+class DyingEngine:
+    """An engine that dies ``deaths`` times after two results of a generation, and ``deaths_in_pushes`` times in a push."""
 
     def __init__(self, engine: Any, name: str, deaths: int, deaths_in_pushes: int = 0) -> None:
-        self._engine, self._name, self.left = engine, name, deaths
-        self.left_in_pushes, self._own_death = deaths_in_pushes, ""
+        self._engine, self._name, self.deaths_left = engine, name, deaths
+        self.push_deaths_left, self._own_death = deaths_in_pushes, ""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
 
     def generate(self, *arguments: Any, **options: Any) -> Iterator[Any]:
-        for number, one in enumerate(self._engine.generate(*arguments, **options)):
-            yield one
-            if number == 1 and self.left:
-                self.left -= 1
+        for number, finished in enumerate(self._engine.generate(*arguments, **options)):
+            yield finished
+            if number == 1 and self.deaths_left:
+                self.deaths_left -= 1
                 kill(self._engine, self._name)
 
     @property
@@ -111,12 +111,12 @@ class Dying:
         return self._own_death or str(self._engine.death)
 
     def load_weights(self, tensors: Iterator[tuple[str, torch.Tensor]], version: int) -> None:
-        if not self.left_in_pushes:
+        if not self.push_deaths_left:
             self._engine.load_weights(tensors, version)
             return
-        self.left_in_pushes -= 1
+        self.push_deaths_left -= 1
         next(tensors)
-        if self._name != "sglang":  # the others have no process that could end in a push
+        if self._name != "sglang":  # the other engines have no process that could end in a push
             self._own_death = "killed by the test"
             raise EngineDied(self._own_death)
         kill(self._engine, self._name)

@@ -1,4 +1,4 @@
-"""Jobs on a real engine: cut short and gone on with, conversations, and engines that die."""
+"""Jobs on a real engine: interrupted and continued samples, multi-turn rollouts, and engines that die."""
 
 import os
 import re
@@ -29,11 +29,11 @@ from megatron_rl.rollout.multi_turn import MultiTurn
 from megatron_rl.rollout.partial import PartialGroup, PartialRollout, begin_group
 from megatron_rl.rollout.serialization import group_from_json, group_to_json, read_lines, write_lines
 from megatron_rl.types import ParallelContext, Prompt, Rollout
-from tests.engines.contract import SIZES, Dying, kill, params
+from tests.engines.contract import SIZES, DyingEngine, kill, params
 from tests.toys import VOCAB
 
 EngineOf = Callable[..., Engine]
-# all tokens are wanted: no toy would stop by itself otherwise
+# without stop tokens every sample has 24 tokens
 ENDLESS = params(stop_token_ids=(), max_new_tokens=24)
 
 
@@ -44,30 +44,30 @@ def folder(toy_model: Callable[..., Path]) -> Path:
 
 @pytest.fixture
 def collector_of(engine_of: EngineOf, folder: Path) -> Iterator[Callable[..., Collector]]:
-    """A function to a collector over the engine; weights are pushed from the folder."""
-    made: list[Collector] = []
+    """Return a function that makes a collector of an engine; weights are pushed from the folder."""
+    collectors: list[Collector] = []
 
     def get(engine: Engine | None = None, max_failures: int = 3) -> Collector:
         chosen = engine_of(folder) if engine is None else engine
         supervisor = EngineSupervisor(
-            chosen, alone(), max_failures=max_failures, push=lambda version: loaded(chosen, folder, version)
+            chosen, single_rank(), max_failures=max_failures, push=lambda version: load_weights(chosen, folder, version)
         )
         collector = Collector(
             supervisor,
             RewardPool(RewardSection(), {"train": [RewardFunctionSection(name="coin_flip")]}),
             load_tokenizer(str(folder)),
-            alone(),
+            single_rank(),
             limits=CollectorLimits(reward_failure_fraction=0.0, max_length=512),
         )
-        made.append(collector)
+        collectors.append(collector)
         return collector
 
     yield get
-    for collector in made:
+    for collector in collectors:
         collector.close()
 
 
-def loaded(engine: Engine, folder: Path, version: int) -> dict[str, Reduction]:
+def load_weights(engine: Engine, folder: Path, version: int) -> dict[str, Reduction]:
     engine.load_weights(weights(folder), version)
     return {}
 
@@ -76,7 +76,7 @@ def weights(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
     return iter(load_file(folder / "model.safetensors").items())
 
 
-def alone() -> ParallelContext:
+def single_rank() -> ParallelContext:
     single = {f"{name}_rank": 0 for name in ("dp", "tp", "pp", "cp", "ep", "etp")}
     sizes = {f"{name}_size": 1 for name in ("dp", "tp", "pp", "vp", "cp", "ep", "etp")}
     return ParallelContext(
@@ -109,14 +109,14 @@ def groups(count: int = 6, samples: int = 3) -> list[PartialGroup]:
     ]
 
 
-def job(work: Sequence[PartialGroup], name: str = "job", **changes: Any) -> Job:
+def job(partial_groups: Sequence[PartialGroup], name: str = "job", **changes: Any) -> Job:
     fields = {"params": ENDLESS, "schedule": "dynamic", "functions": "train", "version": 3, **changes}
-    return Job(name=name, groups=work, **fields)
+    return Job(name=name, groups=partial_groups, **fields)
 
 
-def finished(work: Sequence[PartialGroup]) -> list[Rollout]:
-    assert all(group.is_complete for group in work)
-    return [sample for group in work for sample in group.samples if isinstance(sample, Rollout)]
+def finished_rollouts(partial_groups: Sequence[PartialGroup]) -> list[Rollout]:
+    assert all(group.is_complete for group in partial_groups)
+    return [sample for group in partial_groups for sample in group.samples if isinstance(sample, Rollout)]
 
 
 def trainer_logprobs(folder: Path, rollout: Rollout) -> torch.Tensor:
@@ -126,28 +126,28 @@ def trainer_logprobs(folder: Path, rollout: Rollout) -> torch.Tensor:
     return torch.cat([torch.zeros(1), rows.gather(1, rollout.token_ids[1:, None])[:, 0]])
 
 
-def test_every_sample_of_every_prompt_is_there_once(collector_of: Callable[..., Collector]) -> None:
-    rollouts = finished(collector_of().collect(job(groups())))
+def test_every_sample_of_every_prompt_is_returned_once(collector_of: Callable[..., Collector]) -> None:
+    rollouts = finished_rollouts(collector_of().collect(job(groups())))
     assert len(rollouts) == 18
     assert len({rollout.seed for rollout in rollouts}) == 18
     assert {int(rollout.loss_mask.sum()) for rollout in rollouts} == {24}
     assert {rollout.reward for rollout in rollouts} == {0.0, 1.0}
 
 
-def test_samples_cut_short_are_gone_on_with_where_they_were(
+def test_interrupted_samples_continue_where_they_stopped(
     collector_of: Callable[..., Collector], engine_of: EngineOf, folder: Path
 ) -> None:
     greedy = replace(ENDLESS, temperature=0.0)
     collector = collector_of()
-    whole = finished(collector.collect(job(groups(), "whole", params=greedy)))
-    work: Sequence[PartialGroup] = groups()
+    uninterrupted = finished_rollouts(collector.collect(job(groups(), "whole", params=greedy)))
+    partial_groups: Sequence[PartialGroup] = groups()
     for version, lengths in ((3, 10), (4, 20), (5, 24)):
-        engine_of(folder).load_weights(weights(folder), version)  # the same weights under another name
-        work = collector.collect(job(work, f"part {version}", params=greedy, max_tokens_per_round=10))
-        sampled = [s.num_sampled if isinstance(s, PartialRollout) else 24 for group in work for s in group.samples]
+        engine_of(folder).load_weights(weights(folder), version)  # the same weights as another version
+        partial_groups = collector.collect(job(partial_groups, f"part {version}", params=greedy, max_tokens_per_round=10))
+        sampled = [s.num_sampled if isinstance(s, PartialRollout) else 24 for group in partial_groups for s in group.samples]
         assert set(sampled) == {lengths}
-    for rollout, wanted in zip(finished(work), whole, strict=True):
-        assert rollout.token_ids.tolist() == wanted.token_ids.tolist()
+    for rollout, expected in zip(finished_rollouts(partial_groups), uninterrupted, strict=True):
+        assert rollout.token_ids.tolist() == expected.token_ids.tolist()
         versions = rollout.policy_versions[rollout.loss_mask].tolist()
         assert versions == [3] * 10 + [4] * 10 + [5] * 4
         assert set(rollout.policy_versions[~rollout.loss_mask].tolist()) == {-1}
@@ -155,42 +155,42 @@ def test_samples_cut_short_are_gone_on_with_where_they_were(
         torch.testing.assert_close(rollout.rollout_logprobs[rollout.loss_mask], own, rtol=0, atol=1e-5)
 
 
-def test_the_rest_is_given_up_once_enough_groups_are_complete(
+def test_surplus_samples_are_aborted_once_enough_groups_are_complete(
     collector_of: Callable[..., Collector], engine_of: EngineOf, folder: Path
 ) -> None:
     stops = params(stop_token_ids=tuple(range(0, VOCAB, 7)), max_new_tokens=200)  # lengths of a long tail
     collector = collector_of(engine_of(folder, max_num_sequences=9))
-    work = collector.collect(job(groups(count=12), params=stops, num_groups_needed=5))
-    complete = [group for group in work if group.is_complete]
-    begun = [s for group in work for s in group.samples if isinstance(s, PartialRollout) and s.parts]
+    partial_groups = collector.collect(job(groups(count=12), params=stops, num_groups_needed=5))
+    complete = [group for group in partial_groups if group.is_complete]
+    begun = [s for group in partial_groups for s in group.samples if isinstance(s, PartialRollout) and s.parts]
     assert 5 <= len(complete) < 12
-    assert begun, "what was in work is given back as far as it came"
+    assert begun, "samples in progress are returned with their tokens so far"
     assert all(part.finish_reason == "abort" for sample in begun for part in sample.parts[-1:])
-    work = collector.collect(job(work, "rest", params=stops))
-    rollouts = finished(work)
+    partial_groups = collector.collect(job(partial_groups, "rest", params=stops))
+    rollouts = finished_rollouts(partial_groups)
     assert len({rollout.seed for rollout in rollouts}) == 36
-    kept = {id(sample) for group in work for sample in group.samples}
-    assert {id(sample) for group in complete for sample in group.samples} <= kept, "what is complete stays as it is"
+    kept = {id(sample) for group in partial_groups for sample in group.samples}
+    assert {id(sample) for group in complete for sample in group.samples} <= kept, "complete samples are unchanged"
     for rollout in rollouts[:6]:
         own = trainer_logprobs(folder, rollout)[rollout.loss_mask]
         torch.testing.assert_close(rollout.rollout_logprobs[rollout.loss_mask], own, rtol=0, atol=1e-5)
 
 
 class Echo:
-    """Says how often it was spoken to, until the third time."""
+    """Environment that replies with the number of responses so far; the third response ends the episode."""
 
     def begin(self, prompt: Prompt, seed: int) -> "Echo":
-        made = type(self)()
-        made.said = []  # type: ignore[attr-defined]
-        return made
+        episode = type(self)()
+        episode.responses = []  # type: ignore[attr-defined]
+        return episode
 
     def step(self, response: str) -> Turn:
-        self.said.append(response)  # type: ignore[attr-defined]
-        return Turn(None if len(self.said) == 3 else f"{len(self.said)}", 0.5)  # type: ignore[attr-defined]
+        self.responses.append(response)  # type: ignore[attr-defined]
+        return Turn(None if len(self.responses) == 3 else f"{len(self.responses)}", 0.5)  # type: ignore[attr-defined]
 
 
 class Broken(Echo):
-    """Fails in the middle."""
+    """Environment that fails in its first step."""
 
     def step(self, response: str) -> Turn:
         raise KeyError("no such thing")
@@ -200,37 +200,37 @@ TURNS = params(stop_token_ids=tuple(range(0, VOCAB, 5)), max_new_tokens=200)
 
 
 @pytest.mark.parametrize("budget", [None, 7])
-def test_conversations_go_in_and_out_as_tokens(
+def test_multi_turn_rollouts_keep_their_tokens(
     budget: int | None, collector_of: Callable[..., Collector], folder: Path
 ) -> None:
-    collector, work = collector_of(), groups()
+    collector, partial_groups = collector_of(), groups()
     changes = {"params": TURNS, "multi_turn": MultiTurn(environment=Echo(), max_turns=8, template="={observation}+")}
     for round_ in range(40):
-        work = collector.collect(job(work, f"round {round_}", max_tokens_per_round=budget, **changes))
-        if all(group.is_complete for group in work):
+        partial_groups = collector.collect(job(partial_groups, f"round {round_}", max_tokens_per_round=budget, **changes))
+        if all(group.is_complete for group in partial_groups):
             break
     tokenizer = load_tokenizer(str(folder))
-    said = [torch.tensor(tokenizer.encode(f"={number}+", add_special_tokens=False)) for number in (1, 2)]
-    for rollout in finished(work):
+    observations = [torch.tensor(tokenizer.encode(f"={number}+", add_special_tokens=False)) for number in (1, 2)]
+    for rollout in finished_rollouts(partial_groups):
         assert rollout.finish_reason == "stop"
         assert rollout.reward == rollout.reward_parts["coin_flip"] + 1.5
         sampled = rollout.loss_mask
-        stops = [i for i in range(len(sampled)) if sampled[i] and int(rollout.token_ids[i]) % 5 == 0]
-        assert len(stops) == 3, "one stop token ends each turn, and nothing is tokenised again"
-        for stop, observation in zip(stops[:2], said, strict=True):
-            place = slice(stop + 1, stop + 1 + len(observation))
-            assert rollout.token_ids[place].tolist() == observation.tolist()
-            assert not sampled[place].any()
+        stop_indices = [i for i in range(len(sampled)) if sampled[i] and int(rollout.token_ids[i]) % 5 == 0]
+        assert len(stop_indices) == 3, "one stop token ends each turn, and no response is tokenised again"
+        for stop_index, observation in zip(stop_indices[:2], observations, strict=True):
+            span = slice(stop_index + 1, stop_index + 1 + len(observation))
+            assert rollout.token_ids[span].tolist() == observation.tolist()
+            assert not sampled[span].any()
         own = trainer_logprobs(folder, rollout)[sampled]
         torch.testing.assert_close(rollout.rollout_logprobs[sampled], own, rtol=0, atol=1e-5)
 
 
-def test_a_conversation_ends_at_its_turns_or_tokens(collector_of: Callable[..., Collector]) -> None:
+def test_multi_turn_rollouts_end_at_the_limit_of_turns_or_tokens(collector_of: Callable[..., Collector]) -> None:
     collector, multi_turn = collector_of(), MultiTurn(environment=Echo(), max_turns=2, template=".{observation}.")
-    rollouts = finished(collector.collect(job(groups(), params=TURNS, multi_turn=multi_turn)))
+    rollouts = finished_rollouts(collector.collect(job(groups(), params=TURNS, multi_turn=multi_turn)))
     assert {rollout.finish_reason for rollout in rollouts} == {"length"}
     short = params(stop_token_ids=TURNS.stop_token_ids, max_new_tokens=4)
-    rollouts = finished(collector.collect(job(groups(), "short", params=short, multi_turn=multi_turn)))
+    rollouts = finished_rollouts(collector.collect(job(groups(), "short", params=short, multi_turn=multi_turn)))
     assert max(int(rollout.loss_mask.sum()) for rollout in rollouts) == 4
 
 
@@ -238,58 +238,58 @@ def test_an_environment_that_raises_fails_its_samples(collector_of: Callable[...
     collector = collector_of()
     collector._limits = replace(collector._limits, reward_failure_fraction=1.0)
     broken = MultiTurn(environment=Broken(), max_turns=2, template="{observation}")
-    rollouts = finished(collector.collect(job(groups(), params=TURNS, multi_turn=broken)))
+    rollouts = finished_rollouts(collector.collect(job(groups(), params=TURNS, multi_turn=broken)))
     assert {rollout.status for rollout in rollouts} == {"environment_error"}
     assert "no such thing" in rollouts[0].failure
 
 
-def test_nothing_is_lost_when_the_engine_dies_ten_times(
+def test_results_are_unchanged_when_the_engine_dies_ten_times(
     engine_of: EngineOf, engine_name: str, collector_of: Callable[..., Collector], folder: Path
 ) -> None:
-    # without seeds for each sample only greedy tokens are the same every time
-    wanted_params = replace(ENDLESS, max_new_tokens=60, temperature=0.0 if engine_name == "sglang" else 1.0)
+    # SGLang has no seed per sample, so that only its greedy tokens are reproducible
+    sampling = replace(ENDLESS, max_new_tokens=60, temperature=0.0 if engine_name == "sglang" else 1.0)
     engine = engine_of(folder, max_num_sequences=6)
-    undisturbed = finished(collector_of(engine).collect(job(groups(count=40), params=wanted_params)))
-    dying = Dying(engine, engine_name, deaths=10)
-    collector = collector_of(dying, max_failures=10)
+    undisturbed = finished_rollouts(collector_of(engine).collect(job(groups(count=40), params=sampling)))
+    dying_engine = DyingEngine(engine, engine_name, deaths=10)
+    collector = collector_of(dying_engine, max_failures=10)
     with closing(collector):
-        rollouts = finished(collector.collect(job(groups(count=40), params=wanted_params)))
-    assert dying.left == 0
+        rollouts = finished_rollouts(collector.collect(job(groups(count=40), params=sampling)))
+    assert dying_engine.deaths_left == 0
     assert collector.supervisor.num_failures == 10
     assert len(collector.supervisor.take_notes()) == 10
     assert [r.token_ids.tolist() for r in rollouts] == [r.token_ids.tolist() for r in undisturbed]
     assert [r.seed for r in rollouts] == [r.seed for r in undisturbed]
 
 
-def test_an_engine_that_died_between_jobs_is_started_before_the_next(
+def test_an_engine_that_died_between_jobs_is_restarted_before_the_next(
     engine_of: EngineOf, engine_name: str, collector_of: Callable[..., Collector], folder: Path
 ) -> None:
     engine = engine_of(folder, max_num_sequences=6)
     collector = collector_of(engine, max_failures=1)
     collector.supervisor.restart_dead()
     assert (engine.version, collector.supervisor.num_failures) == (3, 0)
-    if engine_name != "sglang":  # the others end with the process
+    if engine_name != "sglang":  # the other engines have no process of their own
         return
     kill(engine, engine_name)
     collector.supervisor.restart_dead()
     assert (engine.version, collector.supervisor.num_failures) == (-1, 1)
     engine.load_weights(weights(folder), 3)
-    finished(collector.collect(job(groups(count=2), "after")))
+    finished_rollouts(collector.collect(job(groups(count=2), "after")))
 
 
-def test_signals_to_all_processes_of_a_rank_leave_an_engine_alive(
+def test_an_engine_survives_signals_to_all_processes_of_a_rank(
     engine_of: EngineOf, engine_name: str, collector_of: Callable[..., Collector], folder: Path
 ) -> None:
-    """As some schedulers send them, to stop."""
+    """Some schedulers signal all processes to stop a job."""
     engine: Any = engine_of(folder, max_num_sequences=6)
-    for process in engine._watch._processes if engine_name == "sglang" else ():  # the others have none of their own
+    for process in engine._watch._processes if engine_name == "sglang" else ():  # the other engines have none of their own
         for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
             os.kill(process.pid, number)
-    finished(collector_of(engine, max_failures=0).collect(job(groups(count=2), "signalled")))
+    finished_rollouts(collector_of(engine, max_failures=0).collect(job(groups(count=2), "signalled")))
 
 
 @pytest.mark.parametrize("seconds", [None, 300.0])
-def test_an_engine_that_gives_no_answer_is_started_again(
+def test_a_hanging_engine_is_restarted(
     seconds: float | None,
     engine_of: EngineOf,
     engine_name: str,
@@ -297,40 +297,40 @@ def test_an_engine_that_gives_no_answer_is_started_again(
     folder: Path,
 ) -> None:
     engine: Any = engine_of(folder, max_num_sequences=6)
-    if engine_name != "sglang":  # no other has a process that could hang without this one
+    if engine_name != "sglang":  # the other engines have no process that could hang alone
         assert engine.death == ""
         return
     collector = collector_of(engine, max_failures=1)
     engine._watch._timeout_s = 3.0
     stopped = min(engine._watch._processes, key=lambda process: process.pid)  # the scheduler is started first
     os.kill(stopped.pid, signal.SIGSTOP)
-    finished(collector.collect(job(groups(count=2), f"hanging {seconds}", max_seconds=seconds)))
+    finished_rollouts(collector.collect(job(groups(count=2), f"hanging {seconds}", max_seconds=seconds)))
     assert re.search(r"gave no answer for \d+ s \(rollout\.engine_timeout_s\)", collector.supervisor.take_notes()[0])
 
 
-def test_what_is_carried_over_is_written_and_read_exactly(
+def test_partial_groups_are_serialized_exactly(
     collector_of: Callable[..., Collector], tmp_path: Path
 ) -> None:
     prompt = Prompt(prompt_id="x", token_ids=torch.tensor([3, 4]), text="a\u2028b\x85", answer=None)
-    work = [begin_group(prompt, [1, 2]), *groups(count=1)]
-    work = collector_of().collect(job(work, "written", max_tokens_per_round=7))
-    work = [work[0], *collector_of().collect(job(work[1:], "whole"))]
-    write_lines(tmp_path / "in_flight.jsonl", [group_to_json(group) for group in work])
-    again = [group_from_json(line) for line in read_lines(tmp_path / "in_flight.jsonl")]
-    assert [group_to_json(group) for group in again] == [group_to_json(group) for group in work]
-    assert again[0].prompt.text == prompt.text
-    assert not again[0].is_complete
-    assert again[1].is_complete
-    assert all(isinstance(s, PartialRollout) and s.num_sampled == 7 for s in again[0].samples)
-    assert again[0].restart_stale(4).samples[0] == PartialRollout(seed=1)
-    assert again[0].restart_stale(3) == again[0]
+    partial_groups = [begin_group(prompt, [1, 2]), *groups(count=1)]
+    partial_groups = collector_of().collect(job(partial_groups, "written", max_tokens_per_round=7))
+    partial_groups = [partial_groups[0], *collector_of().collect(job(partial_groups[1:], "whole"))]
+    write_lines(tmp_path / "in_flight.jsonl", [group_to_json(group) for group in partial_groups])
+    restored = [group_from_json(line) for line in read_lines(tmp_path / "in_flight.jsonl")]
+    assert [group_to_json(group) for group in restored] == [group_to_json(group) for group in partial_groups]
+    assert restored[0].prompt.text == prompt.text
+    assert not restored[0].is_complete
+    assert restored[1].is_complete
+    assert all(isinstance(s, PartialRollout) and s.num_sampled == 7 for s in restored[0].samples)
+    assert restored[0].restart_stale(4).samples[0] == PartialRollout(seed=1)
+    assert restored[0].restart_stale(3) == restored[0]
 
 
-def test_an_engine_that_dies_too_often_ends_the_run(
+def test_too_many_engine_failures_end_the_run(
     engine_of: EngineOf, engine_name: str, collector_of: Callable[..., Collector], folder: Path
 ) -> None:
     engine = engine_of(folder, max_num_sequences=6)
-    collector = collector_of(Dying(engine, engine_name, deaths=3), max_failures=1)
+    collector = collector_of(DyingEngine(engine, engine_name, deaths=3), max_failures=1)
     with pytest.raises(EngineDied, match=r"died 2 times.*rollout\.max_engine_failures=1"):
         collector.collect(job(groups()))
     engine.__dict__.pop("_step", None)  # type: ignore[attr-defined]

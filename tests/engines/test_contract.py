@@ -1,4 +1,4 @@
-"""The contract that every engine keeps; ``--engine`` says which one is held against it."""
+"""The contract of all engines; ``--engine`` selects the engine under test."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -16,7 +16,7 @@ from tests.engines.contract import INTERRUPTION, SIZES, collect, params, request
 from tests.toys import VOCAB
 
 EngineOf = Callable[..., Engine]
-# the family whose toy has a sliding window, which SGLang does not honour
+# families whose toy model has a sliding window, which SGLang does not support
 WINDOWED = ("mistral",)
 
 
@@ -32,87 +32,87 @@ def test_greedy_tokens_equal_transformers(
             engine_of(folder)
         return
     hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    asked = requests(samples=1)
-    found = collect(engine_of(folder).generate(iter(asked), params(temperature=0.0), max_requests=5))
-    for request in asked:
+    batch = requests(samples=1)
+    completions = collect(engine_of(folder).generate(iter(batch), params(temperature=0.0), max_requests=5))
+    for request in batch:
         ids = request.token_ids[None]
-        wanted = hf.generate(
+        expected = hf.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, eos_token_id=1, pad_token_id=0
         )[0, ids.size(1) :]
-        completion = found[request.key, 0]
-        assert completion.token_ids.tolist() == wanted.tolist()
+        completion = completions[request.key, 0]
+        assert completion.token_ids.tolist() == expected.tolist()
         assert completion.policy_version == 3
-        assert completion.finish_reason == ("stop" if wanted[-1] == 1 else "length")
+        assert completion.finish_reason == ("stop" if expected[-1] == 1 else "length")
 
 
 @pytest.mark.parametrize(
     "changes", [{}, {"temperature": 0.7}, {"temperature": 1.5, "top_k": 5}, {"top_p": 0.6}], ids=str
 )
-def test_logprobs_are_those_of_the_distribution_really_sampled(
+def test_logprobs_are_those_of_the_sampled_distribution(
     changes: dict[str, float], engine_of: EngineOf, engine_name: str, toy_model: Callable[..., Path]
 ) -> None:
     folder = toy_model("qwen2", **SIZES)
-    if engine_name == "sglang" and {"top_k", "top_p"} & set(changes):  # it reports those of the whole distribution
+    if engine_name == "sglang" and {"top_k", "top_p"} & set(changes):  # SGLang reports log-probs of the distribution without top-k and top-p
         with pytest.raises(EngineError, match=r"Set rollout\.top_p=1 and rollout\.top_k=0"):
             list(engine_of(folder).generate(iter(requests()), params(**changes), max_requests=5))
         return
     hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    asked, asked_params = requests(), params(**changes)
-    found = collect(engine_of(folder).generate(iter(asked), asked_params, max_requests=5))
-    assert len(found) == 15
-    for (key, _), completion in found.items():
-        ids = torch.cat([asked[key].token_ids, completion.token_ids])
+    batch, sampling = requests(), params(**changes)
+    completions = collect(engine_of(folder).generate(iter(batch), sampling, max_requests=5))
+    assert len(completions) == 15
+    for (key, _), completion in completions.items():
+        ids = torch.cat([batch[key].token_ids, completion.token_ids])
         with torch.no_grad():
-            logits = hf(ids[None]).logits[0, asked[key].token_ids.numel() - 1 : -1] / asked_params.temperature
-        if asked_params.top_k:
-            logits = logits.masked_fill(logits < logits.topk(asked_params.top_k).values[:, -1:], float("-inf"))
-        if asked_params.top_p < 1:
+            logits = hf(ids[None]).logits[0, batch[key].token_ids.numel() - 1 : -1] / sampling.temperature
+        if sampling.top_k:
+            logits = logits.masked_fill(logits < logits.topk(sampling.top_k).values[:, -1:], float("-inf"))
+        if sampling.top_p < 1:
             values, order = logits.softmax(-1).sort(descending=True)
             outside = torch.zeros_like(logits, dtype=torch.bool).scatter(
-                1, order, values.cumsum(-1) - values >= asked_params.top_p
+                1, order, values.cumsum(-1) - values >= sampling.top_p
             )
             logits = logits.masked_fill(outside, float("-inf"))
-        wanted = logits.log_softmax(-1).gather(1, completion.token_ids[:, None])[:, 0]
-        torch.testing.assert_close(completion.logprobs, wanted, rtol=0, atol=1e-5)
+        expected = logits.log_softmax(-1).gather(1, completion.token_ids[:, None])[:, 0]
+        torch.testing.assert_close(completion.logprobs, expected, rtol=0, atol=1e-5)
 
 
 def test_samples_without_logprobs_come_from_the_nucleus(engine_of: EngineOf, toy_model: Callable[..., Path]) -> None:
-    """Evaluation asks so; of SGLang it is the only way to have a nucleus."""
+    """Evaluation samples without log-probs; SGLang supports top-p only in this way."""
     folder = toy_model("qwen2", **SIZES)
     hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    asked, wanted = requests(count=8, samples=8), params(top_p=0.4, logprobs=False)
-    found = collect(engine_of(folder).generate(iter(asked), wanted, max_requests=8))
-    assert len(found) == 64
+    batch, sampling = requests(count=8, samples=8), params(top_p=0.4, logprobs=False)
+    completions = collect(engine_of(folder).generate(iter(batch), sampling, max_requests=8))
+    assert len(completions) == 64
     outside = 0
-    for (key, _), completion in found.items():
-        ids = torch.cat([asked[key].token_ids, completion.token_ids])
+    for (key, _), completion in completions.items():
+        ids = torch.cat([batch[key].token_ids, completion.token_ids])
         with torch.no_grad():
-            probs = hf(ids[None]).logits[0, asked[key].token_ids.numel() - 1 : -1].softmax(-1)
+            probs = hf(ids[None]).logits[0, batch[key].token_ids.numel() - 1 : -1].softmax(-1)
         values, order = probs.sort(descending=True)
-        before = (values.cumsum(-1) - values).gather(1, order.argsort(-1))  # the mass of all likelier tokens
+        before = (values.cumsum(-1) - values).gather(1, order.argsort(-1))  # probability mass of all likelier tokens
         outside += int((before.gather(1, completion.token_ids[:, None]) >= 0.4 + 1e-4).sum())
         assert completion.logprobs.shape == completion.token_ids.shape
     assert outside == 0
 
 
-def test_loglikelihoods_are_transformers_log_probabilities(engine_of: EngineOf, toy_model: Callable[..., Path]) -> None:
+def test_loglikelihoods_equal_transformers(engine_of: EngineOf, toy_model: Callable[..., Path]) -> None:
     folder = toy_model("qwen2", **SIZES)
     hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     engine = engine_of(folder)
-    asked = [
-        Continuation(token_ids=one.token_ids, start=start)
-        for one in requests(count=9) for start in {1, one.token_ids.numel() - 1}
+    continuations = [
+        Continuation(token_ids=continuation.token_ids, start=start)
+        for continuation in requests(count=9) for start in {1, continuation.token_ids.numel() - 1}
     ]  # fmt: skip
-    for _ in range(2):  # the second time the engine may have the prompts in its cache
-        found = engine.loglikelihood(asked)
-        assert len(found) == len(asked)
-        for one, logprobs in zip(asked, found, strict=True):
+    for _ in range(2):  # in the second pass the engine may have the prompts in its cache
+        loglikelihoods = engine.loglikelihood(continuations)
+        assert len(loglikelihoods) == len(continuations)
+        for continuation, logprobs in zip(continuations, loglikelihoods, strict=True):
             with torch.no_grad():
-                logits = hf(one.token_ids[None]).logits[0, one.start - 1 : -1]
-            wanted = logits.log_softmax(-1).gather(1, one.token_ids[one.start :, None])[:, 0]
-            torch.testing.assert_close(logprobs, wanted, rtol=0, atol=1e-5)
+                logits = hf(continuation.token_ids[None]).logits[0, continuation.start - 1 : -1]
+            expected = logits.log_softmax(-1).gather(1, continuation.token_ids[continuation.start :, None])[:, 0]
+            torch.testing.assert_close(logprobs, expected, rtol=0, atol=1e-5)
     assert engine.loglikelihood([]) == []
-    # it can still sample
+    # the engine can still sample
     assert len(collect(engine.generate(iter(requests()), params(), max_requests=5))) == 15
 
 
@@ -130,25 +130,25 @@ def test_invalid_continuations_are_rejected(
         )
 
 
-def test_a_sample_depends_on_its_seed_and_not_on_its_company(
+def test_a_sample_depends_on_its_seed_and_not_on_other_requests(
     engine_of: EngineOf, engine_name: str, toy_model: Callable[..., Path]
 ) -> None:
-    folder, asked = toy_model("qwen3", **SIZES), requests(count=9)
-    together = collect(engine_of(folder).generate(iter(asked), params(), max_requests=9))
+    folder, batch = toy_model("qwen3", **SIZES), requests(count=9)
+    together = collect(engine_of(folder).generate(iter(batch), params(), max_requests=9))
     assert len({tuple(c.token_ids.tolist()) for c in together.values()}) > 20
-    if engine_name == "sglang":  # one random state for all requests: repeated requests give other samples
-        again = collect(engine_of(folder).generate(iter(asked), params(), max_requests=9))
+    if engine_name == "sglang":  # SGLang has one random state for all requests, so that repeated requests give other samples
+        again = collect(engine_of(folder).generate(iter(batch), params(), max_requests=9))
         assert sum(again[k].token_ids.tolist() == together[k].token_ids.tolist() for k in again) < 10
         return
     for limits in ((64, 1), (3, 9), (7, 2)):
         engine = engine_of(folder, max_num_sequences=limits[0])
-        other = collect(engine.generate(iter(reversed(asked)), params(), max_requests=limits[1]))
+        other = collect(engine.generate(iter(reversed(batch)), params(), max_requests=limits[1]))
         assert other.keys() == together.keys()
-        for place, completion in together.items():
-            assert other[place].token_ids.tolist() == completion.token_ids.tolist()
+        for key, completion in together.items():
+            assert other[key].token_ids.tolist() == completion.token_ids.tolist()
 
 
-def test_results_come_as_they_finish_and_requests_are_pulled_as_places_get_free(
+def test_results_are_streamed_and_requests_are_pulled_as_slots_become_free(
     engine_of: EngineOf, toy_model: Callable[..., Path]
 ) -> None:
     pulled: list[int] = []
@@ -159,21 +159,21 @@ def test_results_come_as_they_finish_and_requests_are_pulled_as_places_get_free(
             yield request
 
     engine = engine_of(toy_model("qwen2", **SIZES), max_num_sequences=6)
-    found = engine.generate(queue(), params(max_new_tokens=40), max_requests=6)
-    next(found)
+    results = engine.generate(queue(), params(max_new_tokens=40), max_requests=6)
+    next(results)
     assert pulled == [0, 1]
-    assert len(list(found)) == 17
+    assert len(list(results)) == 17
     assert pulled == list(range(6))
 
 
-def test_lengths_stop_tokens_and_many_stops(engine_of: EngineOf, toy_model: Callable[..., Path]) -> None:
-    found = collect(
+def test_length_limits_and_stop_tokens_end_samples(engine_of: EngineOf, toy_model: Callable[..., Path]) -> None:
+    completions = collect(
         engine_of(toy_model("qwen2", **SIZES)).generate(iter(requests()), params(max_new_tokens=1), max_requests=5)
     )
-    assert {c.token_ids.numel() for c in found.values()} == {1}
+    assert {c.token_ids.numel() for c in completions.values()} == {1}
     everything = params(stop_token_ids=tuple(range(VOCAB)))
-    found = collect(engine_of(toy_model("qwen2", **SIZES)).generate(iter(requests()), everything, max_requests=5))
-    assert {(c.token_ids.numel(), c.finish_reason) for c in found.values()} == {(1, "stop")}
+    completions = collect(engine_of(toy_model("qwen2", **SIZES)).generate(iter(requests()), everything, max_requests=5))
+    assert {(c.token_ids.numel(), c.finish_reason) for c in completions.values()} == {(1, "stop")}
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_lengths_stop_tokens_and_many_stops(engine_of: EngineOf, toy_model: Call
         ([5] * 510, "more than the engine's 512"),
     ],
 )
-def test_bad_requests_are_refused(
+def test_invalid_requests_are_rejected(
     ids: list[int], message: str, engine_of: EngineOf, toy_model: Callable[..., Path]
 ) -> None:
     request = Request(key=0, token_ids=torch.tensor(ids, dtype=torch.int64), seeds=(1,))
@@ -193,7 +193,7 @@ def test_bad_requests_are_refused(
         list(engine_of(toy_model(**SIZES)).generate(iter([request]), params(), max_requests=1))
 
 
-def test_weights_are_taken_whole_or_refused(engine_of: EngineOf, toy_model: Callable[..., Path]) -> None:
+def test_incomplete_or_unknown_weights_are_rejected(engine_of: EngineOf, toy_model: Callable[..., Path]) -> None:
     tensors = load_file(toy_model(**SIZES) / "model.safetensors")
     engine = engine_of(toy_model(**SIZES))
     without = {name: t for name, t in tensors.items() if "norm.weight" not in name}
@@ -210,7 +210,7 @@ def test_weights_are_taken_whole_or_refused(engine_of: EngineOf, toy_model: Call
     assert engine.version == 5
 
 
-def test_a_sleeping_engine_holds_nothing_and_wakes_part_by_part(
+def test_a_sleeping_engine_holds_no_memory_and_wakes_part_by_part(
     engine_of: EngineOf, engine_name: str, toy_model: Callable[..., Path]
 ) -> None:
     folder = toy_model("qwen2", **SIZES)
@@ -234,27 +234,27 @@ def test_a_sleeping_engine_holds_nothing_and_wakes_part_by_part(
     assert {completion.policy_version for completion in after.values()} == {6}
 
 
-def test_a_sequence_may_be_as_long_as_the_engine_was_built_for(
+def test_sequences_may_be_as_long_as_the_engines_maximum(
     engine_of: EngineOf, toy_model: Callable[..., Path]
 ) -> None:
     engine = engine_of(toy_model("qwen2", **SIZES))
     for length in (500, 511):
-        asked = Request(key=0, token_ids=torch.full((length,), 5), seeds=(1,))
+        request = Request(key=0, token_ids=torch.full((length,), 5), seeds=(1,))
         changes = params(temperature=0.0, max_new_tokens=512 - length, stop_token_ids=())
-        found = collect(engine.generate(iter([asked]), changes, max_requests=1))[0, 0]
-        assert (found.token_ids.numel(), found.finish_reason) == (512 - length, "length")
+        completion = collect(engine.generate(iter([request]), changes, max_requests=1))[0, 0]
+        assert (completion.token_ids.numel(), completion.finish_reason) == (512 - length, "length")
 
 
-def test_an_engine_that_is_interrupted_stops_at_once_and_goes_on_later(
+def test_an_interrupted_engine_stops_at_once_and_can_generate_again(
     engine_of: EngineOf, toy_model: Callable[..., Path]
 ) -> None:
     engine = engine_of(toy_model("qwen2", **SIZES))
-    asked = [Request(key=key, token_ids=torch.tensor([5, 6, 7]), seeds=(1, 2)) for key in range(2)]
-    INTERRUPTION.after = 5
+    batch = [Request(key=key, token_ids=torch.tensor([5, 6, 7]), seeds=(1, 2)) for key in range(2)]
+    INTERRUPTION.queries_left = 5
     with pytest.raises(Interrupted):
-        collect(engine.generate(iter(asked), params(max_new_tokens=500, stop_token_ids=()), max_requests=4))
-    INTERRUPTION.after = math.inf
-    found = collect(engine.generate(iter(asked), params(max_new_tokens=3, stop_token_ids=()), max_requests=4))
-    assert {place: one.token_ids.numel() for place, one in found.items()} == dict.fromkeys(
+        collect(engine.generate(iter(batch), params(max_new_tokens=500, stop_token_ids=()), max_requests=4))
+    INTERRUPTION.queries_left = math.inf
+    completions = collect(engine.generate(iter(batch), params(max_new_tokens=3, stop_token_ids=()), max_requests=4))
+    assert {key_and_sample: completion.token_ids.numel() for key_and_sample, completion in completions.items()} == dict.fromkeys(
         [(0, 0), (0, 1), (1, 0), (1, 1)], 3
     )

@@ -1,4 +1,4 @@
-"""What only the embedded engine does, and how it draws."""
+"""Features that only the embedded engine has, and its random draws."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,25 +13,25 @@ from megatron_rl.rollout.engines.sampling import choose, sample_seed, uniforms
 from tests.engines.contract import collect, params, requests, setup_of
 
 
-def test_reported_routes_are_those_of_transformers(toy_model: Callable[..., Path]) -> None:
+def test_reported_routing_equals_transformers(toy_model: Callable[..., Path]) -> None:
     folder = toy_model("qwen3_moe", tied=False)
     hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    engine = EmbeddedEngine(setup_of(folder, max_num_sequences=4), reports_routing=True)  # rows join and leave
+    engine = EmbeddedEngine(setup_of(folder, max_num_sequences=4), reports_routing=True)  # sequences join and leave the batch
     engine.load_weights(iter(load_file(folder / "model.safetensors").items()), version=0)
-    asked = requests(count=6, samples=2)
-    found = collect(engine.generate(iter(asked), params(), max_requests=6))
-    assert len({completion.token_ids.numel() for completion in found.values()}) > 1
-    for (key, _), completion in found.items():
-        tokens = torch.cat([asked[key].token_ids, completion.token_ids])
+    batch = requests(count=6, samples=2)
+    completions = collect(engine.generate(iter(batch), params(), max_requests=6))
+    assert len({completion.token_ids.numel() for completion in completions.values()}) > 1
+    for (key, _), completion in completions.items():
+        tokens = torch.cat([batch[key].token_ids, completion.token_ids])
         assert completion.routing is not None
         assert completion.routing.shape == (tokens.numel(), 2, 2)
         with torch.no_grad():
             scores = hf(tokens[None], output_router_logits=True).router_logits
         for layer, logits in enumerate(scores):
-            wanted = logits.topk(2).indices.sort(-1).values
-            mine = completion.routing[:, layer].long().sort(-1).values
-            assert torch.equal(mine[:-1], wanted[:-1])  # the last token never passed the engine
-            assert mine[-1].tolist() == [0, 1]
+            expected = logits.topk(2).indices.sort(-1).values
+            actual = completion.routing[:, layer].long().sort(-1).values
+            assert torch.equal(actual[:-1], expected[:-1])  # the engine never runs the last token through the model
+            assert actual[-1].tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0])

@@ -1,4 +1,4 @@
-"""An evaluation comes to the same on every engine."""
+"""An evaluation gives the same answers on every engine."""
 
 import json
 import subprocess
@@ -20,7 +20,7 @@ limit: 48
 """
 
 
-def evaluated(engine: str, folder: Path, model: Path, at_a_time: int) -> dict[str, Any]:
+def evaluate(engine: str, folder: Path, model: Path, at_a_time: int) -> dict[str, Any]:
     folder.mkdir()
     suite, tasks = folder / "suite.yaml", ROOT / "configs/eval/tasks"
     write_choice_task(folder, 48)
@@ -33,14 +33,14 @@ def evaluated(engine: str, folder: Path, model: Path, at_a_time: int) -> dict[st
     return json.loads((folder / "out/results.json").read_text())
 
 
-def test_greedy_answers_are_those_of_the_embedded_engine(
+def test_greedy_answers_equal_those_of_the_embedded_engine(
     engine_name: str, toy_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     model = toy_model("qwen2", hidden_size=128, head_dim=32, tied=True)
-    ours = evaluated("embedded", tmp_path / "ours", model, 64)
-    theirs = evaluated(engine_name, tmp_path / "theirs", model, 5)
-    assert theirs["tasks"] == ours["tasks"]
-    assert "not installed" not in theirs["versions"].values()
-    assert set(ours["tasks"]) == {"hasty_addition", "choice"}
-    found, wanted = (read_answers(tmp_path / name / "out/answers") for name in ("theirs", "ours"))
-    assert {key: one.response for key, one in found.items()} == {key: one.response for key, one in wanted.items()}
+    embedded = evaluate("embedded", tmp_path / "ours", model, 64)
+    other = evaluate(engine_name, tmp_path / "theirs", model, 5)
+    assert other["tasks"] == embedded["tasks"]
+    assert "not installed" not in other["versions"].values()
+    assert set(embedded["tasks"]) == {"hasty_addition", "choice"}
+    other_answers, embedded_answers = (read_answers(tmp_path / name / "out/answers") for name in ("theirs", "ours"))
+    assert {key: answer.response for key, answer in other_answers.items()} == {key: answer.response for key, answer in embedded_answers.items()}

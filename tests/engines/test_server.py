@@ -1,4 +1,4 @@
-"""An evaluation through vLLM's own server says what the embedded engine says."""
+"""An evaluation through vLLM's own server gives the answers of the embedded engine."""
 
 import os
 import socket
@@ -32,7 +32,7 @@ def model(toy_model: Callable[..., Path]) -> Path:
 
 @pytest.fixture
 def server(model: Path, engine_name: str, tmp_path: Path) -> Iterator[str]:
-    """Url of a server that calls the model "toy"."""
+    """Start a vLLM server that serves the model as "toy", and yield its URL."""
     if engine_name != "vllm":
         pytest.skip("a test of vLLM's server")
     with socket.socket() as free:
@@ -61,7 +61,7 @@ def server(model: Path, engine_name: str, tmp_path: Path) -> Iterator[str]:
         log.close()
 
 
-def evaluated(suite: Path, output: Path, *overrides: str) -> Path:
+def evaluate(suite: Path, output: Path, *overrides: str) -> Path:
     done = subprocess.run(
         [sys.executable, "-m", "megatron_rl.evaluate", "--config", str(suite), f"run.output_dir={output}", *overrides],
         capture_output=True, text=True, cwd=ROOT, check=False,
@@ -70,15 +70,15 @@ def evaluated(suite: Path, output: Path, *overrides: str) -> Path:
     return output / "answers"
 
 
-def test_answers_and_likelihoods_of_a_server(server: str, model: Path, tmp_path: Path) -> None:
+def test_answers_and_likelihoods_of_a_server_equal_the_embedded_engine(server: str, model: Path, tmp_path: Path) -> None:
     write_choice_task(tmp_path, 24)
     suite = tmp_path / "suite.yaml"
     suite.write_text(SUITE.format(folder=tmp_path, model=model, tasks=ROOT / "configs/eval/tasks"))
-    ours = read_answers(evaluated(suite, tmp_path / "ours"))
-    theirs = read_answers(
-        evaluated(suite, tmp_path / "theirs", "engine.name=openai", f"engine.url={server}", "model.path=toy")
+    embedded_answers = read_answers(evaluate(suite, tmp_path / "ours"))
+    server_answers = read_answers(
+        evaluate(suite, tmp_path / "theirs", "engine.name=openai", f"engine.url={server}", "model.path=toy")
     )
-    assert len(ours) == len(theirs) == 48
-    for key, one in theirs.items():
-        assert one.response == ours[key].response
-        assert one.likelihoods == pytest.approx(ours[key].likelihoods, abs=1e-4)
+    assert len(embedded_answers) == len(server_answers) == 48
+    for key, answer in server_answers.items():
+        assert answer.response == embedded_answers[key].response
+        assert answer.likelihoods == pytest.approx(embedded_answers[key].likelihoods, abs=1e-4)

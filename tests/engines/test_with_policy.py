@@ -1,4 +1,4 @@
-"""The engine beside a Megatron policy in the same processes: both find the same log-probabilities after every push."""
+"""The engine beside a Megatron policy in the same processes: both compute the same log-probabilities after pushes."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +22,7 @@ LAYOUTS: dict[str, tuple[str, bool, list[str]]] = {
 }
 
 
-def test_an_engine_that_dies_beside_others_and_in_a_push_is_replaced(
+def test_an_engine_that_dies_in_a_job_or_a_push_is_restarted(
     engine_name: str, gangs: Callable[[int], Gang], toy_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     config = toy_config(
@@ -34,14 +34,14 @@ def test_an_engine_that_dies_beside_others_and_in_a_push_is_replaced(
         "rollout.max_num_sequences=4",
         "rollout.max_new_tokens=12",
     )
-    for undisturbed, disturbed, num_failures in gangs(2).call(cases.collected_despite_deaths, config=config):
+    for undisturbed, disturbed, num_failures in gangs(2).call(cases.collect_despite_engine_deaths, config=config):
         assert len(undisturbed) == 24
         assert disturbed == undisturbed
         assert num_failures == 2
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_log_probabilities_are_the_policys(
+def test_engine_log_probs_equal_the_policys(
     name: str,
     engine_tp: int,
     engine_name: str,
@@ -50,7 +50,7 @@ def test_log_probabilities_are_the_policys(
     tmp_path: Path,
 ) -> None:
     family, tied, overrides = LAYOUTS[name]
-    # sizes that the engines' CPU kernels take, also of half an expert
+    # sizes that the engines' CPU kernels support, also for half an expert
     experts = {"moe_intermediate_size": 64} if family == "qwen3_moe" else {}
     model = toy_model(family, tied=tied, num_hidden_layers=8, hidden_size=128, head_dim=32, **experts)
     config = toy_config(
@@ -64,7 +64,7 @@ def test_log_probabilities_are_the_policys(
         "weight_sync.bucket_mb=1",
         "weight_sync.verify_every=1",
     )
-    for found in gangs(4).call(cases.engine_and_policy, config=config, num_updates=2):
-        assert len(found) == 3 * 12
-        for completion, own in found:
+    for results in gangs(4).call(cases.engine_and_policy_logprobs, config=config, num_updates=2):
+        assert len(results) == 3 * 12
+        for completion, own in results:
             torch.testing.assert_close(completion.logprobs, own, rtol=0, atol=1e-5)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.limits import LIMIT_S
-from tests.toys import TIMED, whole_rows, without, write_config
+from tests.toys import TIMED, complete_rows, without, write_config
 
 ROOT = Path(__file__).parents[2]
 # in the place of what the scripts ask for: this machine has no GPUs and nodes share it
@@ -70,7 +70,7 @@ class Job:
 
     def rows(self) -> list[dict[str, Any]]:
         path = self.run / "metrics.jsonl"
-        return whole_rows(path) if path.exists() else []
+        return complete_rows(path) if path.exists() else []
 
     def untimed(self) -> list[dict[str, Any]]:
         """What two runs must have in common, bit for bit."""

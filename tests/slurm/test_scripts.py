@@ -11,7 +11,7 @@ import pytest
 from tests.slurm.jobs import Cluster
 
 ROOT = Path(__file__).parents[2]
-SHELL = sorted([*(ROOT / "slurm").glob("*.sh"), *(ROOT / "tools").glob("*.sh"), ROOT / ".ci/run"])
+SHELL = sorted([*(ROOT / "slurm").glob("*.sh"), *(ROOT / "tools").rglob("*.sh"), ROOT / ".ci/run"])
 JOBS = sorted(path for path in (ROOT / "slurm").glob("*.sh") if "\n#SBATCH" in path.read_text())
 
 

@@ -1,4 +1,4 @@
-"""How saved responses behave: keywords and judges of reflection, rates, templates, the pages."""
+"""Behaviour of saved responses: reflection keywords, LLM judges, rates, prompt templates and HTML pages."""
 
 import json
 import os
@@ -29,16 +29,16 @@ from tools.analysis import analyze_responses
 ROOT = Path(__file__).parents[2]
 
 
-def said(place: int, sample: int, response: str, **changes: Any) -> ResponseRecord:
-    one = ResponseRecord(
-        label="4", key=str(place), question=f"question {place}", response=response, is_right=False, num_tokens=10,
+def record(question: int, sample: int, response: str, **changes: Any) -> ResponseRecord:
+    default = ResponseRecord(
+        label="4", key=str(question), question=f"question {question}", response=response, is_right=False, num_tokens=10,
         is_truncated=False, has_answer=True,
     )  # fmt: skip
-    return replace(one, **changes)
+    return replace(default, **changes)
 
 
 @pytest.mark.parametrize("pool", POOLS)
-def test_every_keyword_is_found_at_the_beginning_of_a_word(pool: str) -> None:
+def test_keywords_match_only_at_the_beginning_of_a_word(pool: str) -> None:
     for word in POOLS[pool]:
         assert word in keywords_in(f"So. {word.capitalize()} it", pool)
         assert word in keywords_in(f"({word}ing)", pool)
@@ -46,7 +46,7 @@ def test_every_keyword_is_found_at_the_beginning_of_a_word(pool: str) -> None:
     assert keywords_in("Nothing here: awaited, forewarned.", pool) == []
 
 
-def test_the_pools_are_the_published_ones() -> None:
+def test_keyword_pools_have_their_published_sizes() -> None:
     assert {name: len(words) for name, words in POOLS.items()} == {"understand_r1_zero": 15, "simplerl_zoo": 7}
 
 
@@ -54,21 +54,21 @@ def test_the_pools_are_the_published_ones() -> None:
     ("text", "category"),
     [("Category: 2", 2), ("category 1, no: **Category: 3**", 3), ("Category: 7", None), ("2", None), ("", None)],
 )
-def test_what_a_judge_says_is_read(text: str, category: int | None) -> None:
+def test_the_category_is_parsed_from_a_judge_response(text: str, category: int | None) -> None:
     assert category_of(text, REFLECTION) == category
     assert category_of("Category: 2", ANSWERING) is None
 
 
-def test_rates_are_counted_as_they_are_defined() -> None:
-    script = [
-        said(0, 0, "wait, recheck", is_right=True, num_tokens=4, judge_categories={"reflection": 2, "answering": 1}),
-        said(0, 1, "plainly", num_tokens=6, judge_categories={"reflection": 1, "answering": 1}),
-        said(
+def test_rates_follow_their_definitions() -> None:
+    records = [
+        record(0, 0, "wait, recheck", is_right=True, num_tokens=4, judge_categories={"reflection": 2, "answering": 1}),
+        record(0, 1, "plainly", num_tokens=6, judge_categories={"reflection": 1, "answering": 1}),
+        record(
             1, 0, "Recheck it", num_tokens=20, is_truncated=True, has_answer=False, judge_categories={"reflection": 1}
         ),
-        said(1, 1, "", num_tokens=2, has_answer=False, judge_categories={"reflection": 0, "answering": 0}),
+        record(1, 1, "", num_tokens=2, has_answer=False, judge_categories={"reflection": 0, "answering": 0}),
     ]
-    rates = behaviour(script).rates
+    rates = behaviour(records).rates
     assert rates["accuracy"] == 0.25
     assert rates["pass@2"] == pytest.approx((pass_at_k(2, 1, 2) + 0) / 2)
     assert (rates["answered"], rates["truncated"]) == (0.5, 0.25)
@@ -79,12 +79,12 @@ def test_rates_are_counted_as_they_are_defined() -> None:
     assert rates["accuracy/understand_r1_zero/without"] == 0.0
     assert [rates[f"judged/{name}"] for name in REFLECTION.categories.values()] == [0.25, 0.5, 0.25, 0.0]
     assert rates["answered_by_judge"] == pytest.approx(2 / 3)
-    unjudged = behaviour([replace(one, judge_categories={}) for one in script]).rates
-    assert not {"reflection/judge", "answered_by_judge"} & set(unjudged), "what nobody said has no rate"
+    without_judge = behaviour([replace(one, judge_categories={}) for one in records]).rates
+    assert not {"reflection/judge", "answered_by_judge"} & set(without_judge), "rates of the judge need its responses"
 
 
-def rollouts(folder: Path) -> Path:
-    """A run of three steps, later ones longer and reflecting."""
+def write_run(folder: Path) -> Path:
+    """Write a run of three steps; responses get longer, right more often, and reflect less from step to step."""
     for step in (1, 2, 3):
         groups = []
         for index in range(4):
@@ -112,38 +112,38 @@ def rollouts(folder: Path) -> Path:
     return folder
 
 
-def test_a_run_is_read_by_step(tmp_path: Path) -> None:
-    found = by_label(read_responses([rollouts(tmp_path)], min_reward=1.0, answer_shown_by=None))
-    assert [one.label for one in found] == ["1", "2", "3"]
-    assert [one.rates["accuracy"] for one in found] == [0.25, 0.5, 0.75]
-    assert [one.rates["answered"] for one in found] == [0.25, 0.5, 0.75]
-    assert [one.rates["reflection/simplerl_zoo"] for one in found] == [0.75, 0.5, 0.25]
-    assert [one.rates["response_length"] for one in found] == [2, 3, 4]
-    page = render_behaviour("x", found, read_responses([tmp_path], min_reward=1.0, answer_shown_by=None))
+def test_rates_of_a_run_are_grouped_by_step(tmp_path: Path) -> None:
+    steps = by_label(read_responses([write_run(tmp_path)], min_reward=1.0, answer_shown_by=None))
+    assert [step.label for step in steps] == ["1", "2", "3"]
+    assert [step.rates["accuracy"] for step in steps] == [0.25, 0.5, 0.75]
+    assert [step.rates["answered"] for step in steps] == [0.25, 0.5, 0.75]
+    assert [step.rates["reflection/simplerl_zoo"] for step in steps] == [0.75, 0.5, 0.25]
+    assert [step.rates["response_length"] for step in steps] == [2, 3, 4]
+    page = render_behaviour("x", steps, read_responses([tmp_path], min_reward=1.0, answer_shown_by=None))
     assert page.count("<svg") == 5
     assert "wait, no" in page
     with pytest.raises(DataError, match="has no step_"):
         read_responses([tmp_path / "nothing"], min_reward=1.0, answer_shown_by=None)
 
 
-def test_several_runs_are_told_apart(tmp_path: Path) -> None:
-    paths = [rollouts(tmp_path / name) for name in ("one/run", "two/run", "other")]
-    found = by_label(read_responses(paths, min_reward=1.0, answer_shown_by=None))
+def test_several_runs_get_distinct_titles(tmp_path: Path) -> None:
+    paths = [write_run(tmp_path / name) for name in ("one/run", "two/run", "other")]
+    behaviours = by_label(read_responses(paths, min_reward=1.0, answer_shown_by=None))
     names = ["one/run", "two/run", f"{tmp_path.name}/other"]
-    assert [one.title for one in found] == [f"{name} {step}" for name in names for step in (1, 2, 3)]
-    assert [one.num_questions for one in found] == [4] * 9
+    assert [one.title for one in behaviours] == [f"{name} {step}" for name in names for step in (1, 2, 3)]
+    assert [one.num_questions for one in behaviours] == [4] * 9
     named = by_label(read_responses(paths[1:], min_reward=1.0, answer_shown_by=None))
     assert [one.title for one in named] == [f"{name} {step}" for name in ("run", "other") for step in (1, 2, 3)]
 
 
 class JudgeServer(JsonHandler):
-    """Says that responses with "wait" reflect."""
+    """Fake LLM judge: a response reflects (category 2) if it has "wait, no", and answers if it has "boxed"."""
 
-    asked: ClassVar[list[str]] = []
+    prompts: ClassVar[list[str]] = []
 
     def answer(self, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         text = body["messages"][0]["content"]
-        self.asked.append(text)
+        self.prompts.append(text)
         is_about_answering = "N being 0 or 1" in text
         category = int("boxed" in text) if is_about_answering else 1 + ("wait, no" in text)
         return 200, {"choices": [{"message": {"content": f"Well. Category: {category}"}, "finish_reason": "stop"}]}
@@ -151,33 +151,33 @@ class JudgeServer(JsonHandler):
 
 @pytest.fixture
 def judge_url() -> Iterator[str]:
-    JudgeServer.asked.clear()
+    JudgeServer.prompts.clear()
     with serving(JudgeServer) as url:
         yield url
 
 
-def test_a_judge_behind_an_endpoint_is_asked_once(judge_url: str, tmp_path: Path) -> None:
-    run, output = rollouts(tmp_path / "run"), tmp_path / "out"
-    line = [str(run), "--output", str(output), "--judge-url", judge_url, "--judge-model", "m"]
-    assert analyze_responses.main(line) == 0
-    found = json.loads((output / "behaviour.json").read_text())
-    assert [one["rates"]["reflection/judge"] for one in found] == [0.75, 0.5, 0.25]
-    assert [one["rates"]["answered_by_judge"] for one in found] == [0.25, 0.5, 0.75]
-    # four questions, each with two different responses; both verdicts
-    assert len(JudgeServer.asked) == len(set(JudgeServer.asked)) == 4 * 2 * 2
-    assert analyze_responses.main(line) == 0
-    assert len(JudgeServer.asked) == 16, "what was said is kept"
+def test_a_judge_endpoint_gets_each_prompt_once(judge_url: str, tmp_path: Path) -> None:
+    run, output = write_run(tmp_path / "run"), tmp_path / "out"
+    arguments = [str(run), "--output", str(output), "--judge-url", judge_url, "--judge-model", "m"]
+    assert analyze_responses.main(arguments) == 0
+    behaviours = json.loads((output / "behaviour.json").read_text())
+    assert [one["rates"]["reflection/judge"] for one in behaviours] == [0.75, 0.5, 0.25]
+    assert [one["rates"]["answered_by_judge"] for one in behaviours] == [0.25, 0.5, 0.75]
+    # 4 questions with 2 distinct responses each, and 2 prompts (reflection, answering) for each response
+    assert len(JudgeServer.prompts) == len(set(JudgeServer.prompts)) == 4 * 2 * 2
+    assert analyze_responses.main(arguments) == 0
+    assert len(JudgeServer.prompts) == 16, "saved judge responses are reused"
     with pytest.raises(SystemExit):
         analyze_responses.main([str(run), "--output", str(output), "--judge-url", judge_url])
-    # killed in the middle of a line
-    judged = output / "judged.jsonl"
-    judged.write_text(judged.read_text()[:-5])
-    assert analyze_responses.main(line) == 0
-    assert len(JudgeServer.asked) == 17
-    assert len(judged.read_text().splitlines()) == 16
-    judged.write_text("nonsense\n" + judged.read_text())
+    # as left by a process that is killed in the middle of a line
+    saved = output / "judged.jsonl"
+    saved.write_text(saved.read_text()[:-5])
+    assert analyze_responses.main(arguments) == 0
+    assert len(JudgeServer.prompts) == 17
+    assert len(saved.read_text().splitlines()) == 16
+    saved.write_text("nonsense\n" + saved.read_text())
     with pytest.raises(SystemExit, match=r"judged\.jsonl:1 is damaged"):
-        analyze_responses.main(line)
+        analyze_responses.main(arguments)
 
 
 SUITE = """
@@ -219,7 +219,7 @@ def suite_in(folder: Path, model: str) -> Path:
     return suite
 
 
-def test_a_suite_asks_by_every_template_at_every_temperature(tmp_path: Path) -> None:
+def test_a_suite_has_a_task_per_template_and_temperature(tmp_path: Path) -> None:
     _, tasks = load_evaluation(suite_in(tmp_path, "m"), [])
     names = [f"sums@{name}@{t}" for name in ("none", "qwen_math", "r1", "four_shot") for t in ("0.5", "1")]
     assert [task.name for task in tasks] == names
@@ -240,12 +240,12 @@ def test_a_suite_asks_by_every_template_at_every_temperature(tmp_path: Path) -> 
     [("so </think> <answer> 1/2", 1), ("</think> <answer>\\boxed{0.5}</answer> 3", 1), ("so \\boxed{1/2}", 0),
      ("</think><answer> 1/2", 0), ("</think> <answer> 1/3", 0), ("</think> <answer>", 0)],
 )  # fmt: skip
-def test_the_r1_template_wants_its_tags(response: str, right: int) -> None:
+def test_the_r1_template_requires_its_tags(response: str, right: int) -> None:
     sample = RewardInput(prompt="", response=response, answer="1/2", finish_reason="stop", num_tokens=1, seed=0)
     assert math_answer(sample, after="</think> <answer>") == right
 
 
-def test_templates_of_a_base_model_in_one_command(toy_model: Any, judge_url: str, tmp_path: Path) -> None:
+def test_one_command_compares_templates_on_a_base_model(toy_model: Any, judge_url: str, tmp_path: Path) -> None:
     suite = suite_in(tmp_path, str(toy_model("qwen2", tied=False, hidden_size=64)))
     done = subprocess.run(
         [sys.executable, "-m", "megatron_rl.evaluate", "--config", str(suite)],
@@ -259,8 +259,8 @@ def test_templates_of_a_base_model_in_one_command(toy_model: Any, judge_url: str
     assert len(questions) == 8 * 6
     assert questions[-1]["text"].count("Problem:") == 5
     assert analyze_responses.main([str(tmp_path / "out"), "--output", str(tmp_path / "behaviour")]) == 0
-    found = json.loads((tmp_path / "behaviour/behaviour.json").read_text())
-    assert [(one["label"].split("@")[1:], one["num_responses"]) for one in found][:3] == [
+    behaviours = json.loads((tmp_path / "behaviour/behaviour.json").read_text())
+    assert [(one["label"].split("@")[1:], one["num_responses"]) for one in behaviours][:3] == [
         (["none", "0.5"], 24), (["none", "1"], 24), (["qwen_math", "0.5"], 24),
     ]  # fmt: skip
     assert (tmp_path / "behaviour/behaviour.html").read_text().count("<svg") == 3

@@ -1,3 +1,5 @@
+"""Waits for an engine end when its child process has exited or does not answer."""
+
 import asyncio
 import time
 from collections.abc import Callable, Iterator
@@ -61,9 +63,9 @@ def test_a_wait_ends_when_no_answer_comes(
         loop.run_until_complete(asyncio.sleep(600.0))
 
 
-@pytest.mark.parametrize("is_stop_under_way", [False, True])
-def test_what_waits_for_a_lost_child_is_cancelled_however_the_loss_was_found(
-    is_stop_under_way: bool, loop: asyncio.AbstractEventLoop, watch_of: Callable[[BaseProcess, float], ChildWatch]
+@pytest.mark.parametrize("is_stopping", [False, True])
+def test_tasks_that_wait_for_a_lost_child_are_cancelled_even_if_the_loop_is_stopping(
+    is_stopping: bool, loop: asyncio.AbstractEventLoop, watch_of: Callable[[BaseProcess, float], ChildWatch]
 ) -> None:
     child = sleeping_child()
     watch = watch_of(child, 600.0)
@@ -71,9 +73,9 @@ def test_what_waits_for_a_lost_child_is_cancelled_however_the_loss_was_found(
     loop.run_until_complete(asyncio.sleep(0))
     child.kill()
     child.join()
-    assert watch.lost  # found by asking: the watch itself has not looked yet and will want to stop the loop
+    assert watch.lost  # `lost` polls the process; the monitor has not run since, and will request a stop of the loop
     time.sleep(POLL_S)
-    if is_stop_under_way:
+    if is_stopping:
         loop.stop()
     watch.abandon(tasks)
     assert all(task.cancelled() for task in tasks)

@@ -1,4 +1,4 @@
-"""Files, overrides, suggestions and checks."""
+"""Config files, overrides, suggestions for unknown keys and values, and validation."""
 
 from math import lcm
 from pathlib import Path
@@ -29,7 +29,12 @@ def config(tmp_path: Path) -> Path:
 
 
 STUDIES = sorted((ROOT / "configs" / "ablations").glob("*.yaml"))
-REWARD_TRAININGS = sorted((ROOT / "configs" / "reward_models").glob("*.yaml"))
+REWARD_TRAININGS = sorted(
+    [
+        *(ROOT / "configs/algorithms").glob("reward_model_*.yaml"),
+        *(ROOT / "configs/recipes/reward_models").glob("*.yaml"),
+    ]
+)
 SUITES = sorted((ROOT / "configs" / "eval").glob("*.yaml"))
 TASKS = sorted((ROOT / "configs" / "eval" / "tasks").glob("*.yaml"))
 TEMPLATES = sorted((ROOT / "configs" / "eval" / "templates").glob("*.yaml"))
@@ -48,7 +53,7 @@ def test_every_config_of_the_project_loads(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", REWARD_TRAININGS, ids=lambda p: p.name)
-def test_every_reward_models_training_loads(path: Path, tmp_path: Path) -> None:
+def test_every_reward_training_config_loads(path: Path, tmp_path: Path) -> None:
     loaded = load_as(RewardTrainingConfig, path)
     validate_reward_training(loaded, 2)
     again = tmp_path / "again.yaml"
@@ -67,12 +72,12 @@ def test_every_suite_of_the_project_loads(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", CURATIONS, ids=lambda p: p.name)
-def test_every_curation_of_the_project_loads(path: Path) -> None:
+def test_every_curation_config_of_the_project_loads(path: Path) -> None:
     loaded = load_as(CurationConfig, path, ["generate.model.path=somewhere"])
     assert all((path.parent / name).exists() for name in loaded.contamination.tasks)
 
 
-def test_every_task_and_template_of_the_project_is_called_as_its_file() -> None:
+def test_every_task_and_template_is_named_after_its_file() -> None:
     assert [load_as(TaskConfig, path).name for path in TASKS] == [path.stem for path in TASKS]
     assert [load_as(TemplateConfig, path).name for path in TEMPLATES] == [path.stem for path in TEMPLATES]
 
@@ -92,7 +97,7 @@ def test_every_task_and_template_of_the_project_is_called_as_its_file() -> None:
         ("tasks: [c.yaml]", [], r"c\.yaml"),
     ],
 )
-def test_a_suite_that_cannot_be(suite: str, overrides: list[str], message: str, tmp_path: Path) -> None:
+def test_invalid_suites_are_rejected(suite: str, overrides: list[str], message: str, tmp_path: Path) -> None:
     for name in "ab":
         (tmp_path / f"{name}.yaml").write_text(TASKS[0].read_text().replace(f"name: {TASKS[0].stem}", "name: a"))
     path = tmp_path / "suite.yaml"
@@ -115,8 +120,8 @@ def test_a_suite_that_cannot_be(suite: str, overrides: list[str], message: str, 
         (["parallel.tensor_parallel_size=4"], r"world size 2 is not divisible"),
     ],
 )
-def test_a_reward_models_training_that_cannot_be(overrides: list[str], message: str) -> None:
-    path = ROOT / "configs/reward_models/chain_outcome.yaml"
+def test_invalid_reward_trainings_are_rejected(overrides: list[str], message: str) -> None:
+    path = ROOT / "configs/algorithms/reward_model_outcome.yaml"
     with pytest.raises(ConfigError, match=message):
         validate_reward_training(load_as(RewardTrainingConfig, path, overrides), 2)
 
@@ -129,9 +134,9 @@ def test_a_reward_models_training_that_cannot_be(overrides: list[str], message: 
         (["step_separator=''"], r"step_separator=''"),
     ],
 )
-def test_a_reward_model_that_cannot_be_used(config: Path, overrides: list[str], message: str) -> None:
+def test_invalid_reward_models_are_rejected(config: Path, overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        load_config(config, [JUDGE, *(f"reward.model.{text}" for text in overrides)])
+        load_config(config, [REWARD_MODEL, *(f"reward.model.{text}" for text in overrides)])
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda p: p.name)
@@ -154,13 +159,13 @@ def test_every_study_of_the_project_loads(path: Path) -> None:
         ("metric: x\nseeds: [0]\nruns: {a: {overrides: []}}", "config"),
     ],
 )
-def test_a_study_that_cannot_be(text: str, message: str, tmp_path: Path) -> None:
+def test_invalid_studies_are_rejected(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "study.yaml").write_text(text)
     with pytest.raises(ConfigError, match=message):
         load_study(tmp_path / "study.yaml")
 
 
-def test_precedence_and_round_trip(config: Path, tmp_path: Path) -> None:
+def test_overrides_take_precedence_and_a_dumped_config_loads_again(config: Path, tmp_path: Path) -> None:
     child = tmp_path / "child.yaml"
     child.write_text(f"base: {config.name}\noptimizer: {{lr: 5.0e-4}}\nrollout: {{group_size: 2}}\n")
     loaded = load_config(child, ["optimizer.lr=2e-4", "data.train.split=test", "rollout.stop_token_ids=[3,4]"])
@@ -173,7 +178,7 @@ def test_precedence_and_round_trip(config: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "meant"),
+    ("key", "suggestion"),
     [
         ("optimizer.learning_rte", "optimizer.lr"),
         ("rollout.group_sise", "rollout.group_size"),
@@ -190,8 +195,8 @@ def test_precedence_and_round_trip(config: Path, tmp_path: Path) -> None:
         ("vllm_importance_sampling_mode", "algorithm.rollout_is"),
     ],
 )
-def test_unknown_keys_get_a_suggestion(config: Path, key: str, meant: str) -> None:
-    with pytest.raises(ConfigError, match=f"unknown key .*Did you mean {meant}"):
+def test_unknown_keys_get_a_suggestion(config: Path, key: str, suggestion: str) -> None:
+    with pytest.raises(ConfigError, match=f"unknown key .*Did you mean {suggestion}"):
         load_config(config, [f"{key}=1"])
 
 
@@ -220,7 +225,7 @@ def test_unknown_keys_get_a_suggestion(config: Path, key: str, meant: str) -> No
         ("evaluation.suite_every", "benchmarks.every"),
     ],
 )
-def test_a_renamed_key_gets_its_new_name(config: Path, tmp_path: Path, old: str, new: str) -> None:
+def test_a_renamed_key_is_reported_with_its_new_name(config: Path, tmp_path: Path, old: str, new: str) -> None:
     message = rf"unknown key {old}\. Did you mean {new}\?"
     with pytest.raises(ConfigError, match=message):
         load_config(config, [f"{old}=1"])
@@ -233,16 +238,16 @@ def test_a_renamed_key_gets_its_new_name(config: Path, tmp_path: Path, old: str,
         load_config(child)
 
 
-def test_a_renamed_section_of_a_reward_models_training_gets_its_new_name() -> None:
-    path = ROOT / "configs/reward_models/chain_outcome.yaml"
+def test_a_renamed_section_of_a_reward_training_is_reported_with_its_new_name() -> None:
+    path = ROOT / "configs/algorithms/reward_model_outcome.yaml"
     with pytest.raises(ConfigError, match=r"unknown key evaluation\.every\. Did you mean validation\.every\?"):
         load_as(RewardTrainingConfig, path, ["evaluation.every=1"])
 
 
 def test_every_suggestion_for_a_foreign_or_former_name_exists() -> None:
-    known = set(_dotted_keys(RunConfig))
-    assert {*FOREIGN_NAMES.values(), *RENAMED_KEYS.values(), *FOREIGN_VALUES} <= known
-    assert not known & set(RENAMED_KEYS)
+    existing = set(_dotted_keys(RunConfig))
+    assert {*FOREIGN_NAMES.values(), *RENAMED_KEYS.values(), *FOREIGN_VALUES} <= existing
+    assert not existing & set(RENAMED_KEYS)
 
 
 @pytest.mark.parametrize(
@@ -316,12 +321,12 @@ def test_every_counterpart_of_a_foreign_value_is_valid(config: Path, key: str) -
         (["reward.functions=[{nam: math}]"], r"unknown key reward\.functions\.nam\. Did you mean"),
     ],
 )
-def test_bad_values(config: Path, overrides: list[str], message: str) -> None:
+def test_invalid_values_are_rejected(config: Path, overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(config, overrides)
 
 
-def test_files_that_are_missing_broken_or_loop(config: Path, tmp_path: Path) -> None:
+def test_missing_broken_and_looping_files_are_rejected(config: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"missing\.yaml"):
         load_config(tmp_path / "missing.yaml")
     broken = tmp_path / "broken.yaml"
@@ -339,7 +344,7 @@ def test_files_that_are_missing_broken_or_loop(config: Path, tmp_path: Path) -> 
 PPO = "algorithm.advantage=gae"
 DISTILLATION = ("algorithm.advantage=distillation", "algorithm.reference_path=teacher")
 PENALTY = ("algorithm.kl_reward_coef=0.1", "algorithm.kl_reward_target=0.1")
-JUDGE = "reward.model.path=judge"
+REWARD_MODEL = "reward.model.path=judge"
 SHORTER = "[{from_step: 1}, {from_step: 2, max_new_tokens: 4}]"
 DEMONSTRATIONS = ("rollout.source=demonstrations", "algorithm.loss=nll", "data.train.demonstration_field=text")
 
@@ -373,10 +378,10 @@ DEMONSTRATIONS = ("rollout.source=demonstrations", "algorithm.loss=nll", "data.t
             r"shortens responses \(max_new_tokens \[8, 4\]\)",
         ),
         (["reward.functions=[]"], 1, r"reward\.functions is empty"),
-        ([JUDGE, "rollout.dynamic_sampling=true"], 1, r"dynamic_sampling=True with reward\.model"),
-        ([JUDGE, "rollout.source=replay", "rollout.replay_path=x"], 1, r"source=replay with reward\.model"),
+        ([REWARD_MODEL, "rollout.dynamic_sampling=true"], 1, r"dynamic_sampling=True with reward\.model"),
+        ([REWARD_MODEL, "rollout.source=replay", "rollout.replay_path=x"], 1, r"source=replay with reward\.model"),
         (
-            [JUDGE, *DISTILLATION, "algorithm.kl_coef=0"],
+            [REWARD_MODEL, *DISTILLATION, "algorithm.kl_coef=0"],
             1,
             r"distillation with reward\.model: this estimator reads no rewards",
         ),
@@ -388,7 +393,7 @@ DEMONSTRATIONS = ("rollout.source=demonstrations", "algorithm.loss=nll", "data.t
         (["data.validation=null", "validation.every=1"], 1, r"validation\.every=1"),
     ],
 )
-def test_contradictions(config: Path, overrides: list[str], world_size: int, message: str) -> None:
+def test_contradictory_settings_are_rejected(config: Path, overrides: list[str], world_size: int, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         validate(load_config(config, overrides), world_size)
 

@@ -38,7 +38,7 @@ from tests.limits import LIMIT_S
 
 ROOT = Path(__file__).parents[2]
 ALONE = Ranks(rank=0, size=1)
-UNIT = 20_000  # so that tiny models make many units of work
+UNIT = 20_000  # bytes; tiny models then have many units of work
 
 
 def to_megatron(source: Path, target: Path, dtype: torch.dtype | None = None) -> Path:
@@ -77,7 +77,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def source(toy_model: Callable[..., Path], tmp_path: Path) -> Path:
-    """A folder of its own, in several shards, that a test may damage."""
+    """Return a fresh model folder in several shards, which a test may damage."""
     model = toy_model("qwen2", tied=False)
     write_hf_folder(tmp_path / "hf", load_file(model / "model.safetensors").items(), like=model, max_shard_bytes=30_000)
     (tmp_path / "hf" / "chat_template.jinja").write_text("{{ messages }}")
@@ -91,9 +91,7 @@ def converted(source: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_there_and_back_is_bit_identical(
-    family: str, tied: bool, toy_model: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_a_round_trip_is_bit_identical(family: str, tied: bool, toy_model: Callable[..., Path], tmp_path: Path) -> None:
     model = toy_model(family, tied=tied)
     before = files_of(model)
     back = to_hf(to_megatron(model, tmp_path / "m"), tmp_path / "h")
@@ -103,7 +101,9 @@ def test_there_and_back_is_bit_identical(
     assert set(files_of(back)) >= others
 
 
-def test_the_export_is_whole(source: Path, converted: Path, tmp_path: Path) -> None:
+def test_an_exported_folder_is_complete_and_loads_in_transformers(
+    source: Path, converted: Path, tmp_path: Path
+) -> None:
     from transformers import AutoModelForCausalLM
 
     back = to_hf(converted, tmp_path / "back")
@@ -111,14 +111,14 @@ def test_the_export_is_whole(source: Path, converted: Path, tmp_path: Path) -> N
     assert index["metadata"]["total_size"] == sum(t.numel() * t.element_size() for t in tensors_of(source).values())
     assert len(set(index["weight_map"].values())) > 2
     model = AutoModelForCausalLM.from_pretrained(back, dtype=torch.float32)
-    wanted = tensors_of(source)
-    assert all(torch.equal(tensor, wanted[name]) for name, tensor in model.state_dict().items())
+    expected = tensors_of(source)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
     assert load_tokenizer(str(back)).eos_token == "<eos>"
     for name in ("generation_config.json", "chat_template.jinja", "config.json"):
         assert (back / name).read_bytes() == (source / name).read_bytes()
 
 
-def test_types_change_only_when_asked(source: Path, converted: Path, tmp_path: Path) -> None:
+def test_dtypes_change_only_with_the_dtype_argument(source: Path, converted: Path, tmp_path: Path) -> None:
     half = to_megatron(source, tmp_path / "half", torch.bfloat16)
     assert json.loads((half / "config.json").read_text())["dtype"] == "bfloat16"
     exported = tensors_of(to_hf(half, tmp_path / "half_hf"))
@@ -127,14 +127,14 @@ def test_types_change_only_when_asked(source: Path, converted: Path, tmp_path: P
     assert all(torch.equal(wide[n], t.bfloat16().float()) for n, t in tensors_of(source).items())
 
 
-def test_mixed_types_keep_theirs_and_start_aligned(source: Path, tmp_path: Path) -> None:
+def test_mixed_dtypes_survive_a_round_trip(source: Path, tmp_path: Path) -> None:
     tensors = {n: t.bfloat16() if "proj" in n else t for n, t in tensors_of(source).items()}
     mixed = tmp_path / "mixed"
     write_hf_folder(mixed, tensors.items(), like=source)
     assert same(mixed, to_hf(to_megatron(mixed, tmp_path / "m"), tmp_path / "h", shard=10**9))
 
 
-def test_slices_are_those_of_the_whole(converted: Path, source: Path) -> None:
+def test_slices_equal_those_of_the_whole_tensor(converted: Path, source: Path) -> None:
     reader = MegatronReader(converted, layout_table(read_model_spec(source), 1))
     rng = random.Random(0)
     for name, whole in tensors_of(source).items():
@@ -144,7 +144,7 @@ def test_slices_are_those_of_the_whole(converted: Path, source: Path) -> None:
         assert torch.equal(HFReader(source).read(name, index), whole[index])
 
 
-def test_verification_notices_one_changed_bit(source: Path, converted: Path) -> None:
+def test_verification_detects_one_changed_bit(source: Path, converted: Path) -> None:
     table = layout_table(read_model_spec(source), 1)
 
     def check() -> None:
@@ -154,7 +154,7 @@ def test_verification_notices_one_changed_bit(source: Path, converted: Path) -> 
     check()
     victim = converted / "release" / "__3_0.distcp"
     content = bytearray(victim.read_bytes())
-    content[2000] ^= 1  # among the first tensor's elements
+    content[2000] ^= 1  # in the data of the first tensor
     victim.write_bytes(content)
     with pytest.raises(ConversionError, match="differs from"):
         check()
@@ -210,7 +210,7 @@ BAD_HF: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: damage(shard(f), put=b"\xff" * 12),
         r"model-00002-of-\d+\.safetensors is truncated or",
     ),
-    "index says another file": (move_in_index, r"says that model\.norm\.weight is in"),
+    "index names another file": (move_in_index, r"says that model\.norm\.weight is in"),
     "index does not name a tensor": (forget_in_index, r"does not name model\.norm\.weight"),
     "index is no JSON": (lambda f: damage(f / "model.safetensors.index.json", keep=40), "index.json is damaged"),
     "tensor in two files": (repeat_in_another_shard, r"tensor \S+ is in model-00001\S+ and in model-00003"),
@@ -220,7 +220,7 @@ BAD_HF: dict[str, tuple[Callable[[Path], object], str]] = {
         r"has shape \(.*, but config.json says",
     ),
     "missing tensor": (lambda f: edit_tensors(f, lambda t: t.pop(UP)), rf"1 tensors are missing, first {UP}"),
-    "tensor nobody maps": (
+    "unmapped tensor": (
         lambda f: edit_tensors(f, lambda t: t.update({"model.layers.9.x.weight": torch.zeros(2)})),
         r"are not part of this architecture, first model\.layers\.9\.x\.weight",
     ),
@@ -245,9 +245,9 @@ BAD_HF: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("name", BAD_HF)
-def test_bad_hugging_face_folder(name: str, source: Path, tmp_path: Path) -> None:
-    sabotage, message = BAD_HF[name]
-    sabotage(source)
+def test_damaged_hugging_face_folders_are_rejected(name: str, source: Path, tmp_path: Path) -> None:
+    corrupt, message = BAD_HF[name]
+    corrupt(source)
     with pytest.raises(ConversionError, match=message):
         to_megatron(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -287,7 +287,7 @@ BAD_MEGATRON: dict[str, tuple[Callable[[Path], object], str]] = {
     "no metadata": (lambda f: (f / "release/.metadata").unlink(), r"names release, but .*\.metadata is missing"),
     "damaged metadata": (lambda f: damage(f / "release/.metadata", keep=100), r"\.metadata cannot be read"),
     "a part is not stored": (forget_a_chunk, r"only 2048 of 4096 elements of decoder\.layers\.mlp\.linear_fc2\.weight"),
-    "tensor nobody maps": (rename_key, r"not part of the architecture.*decoder\.strange\.weight"),
+    "unmapped tensor": (rename_key, r"not part of the architecture.*decoder\.strange\.weight"),
     "other width than config": (lambda f: edit_config(f, intermediate_size=96), r"linear_fc1\.weight has shape"),
     "fewer layers in config": (
         lambda f: edit_config(f, num_hidden_layers=1, layer_types=["full_attention"]),
@@ -310,22 +310,22 @@ BAD_MEGATRON: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("name", BAD_MEGATRON)
-def test_bad_megatron_checkpoint(name: str, converted: Path, tmp_path: Path) -> None:
-    sabotage, message = BAD_MEGATRON[name]
-    sabotage(converted)
+def test_damaged_megatron_checkpoints_are_rejected(name: str, converted: Path, tmp_path: Path) -> None:
+    corrupt, message = BAD_MEGATRON[name]
+    corrupt(converted)
     with pytest.raises(ConversionError, match=message):
         to_hf(converted, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_not_tied_by_config_but_no_head_is_stored(toy_model: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_missing_head_is_reported_if_the_config_is_untied(toy_model: Callable[..., Path], tmp_path: Path) -> None:
     folder = to_megatron(toy_model("qwen2", tied=True), tmp_path / "m")
     edit_config(folder, tie_word_embeddings=False)
     with pytest.raises(ConversionError, match=r"output_layer\.weight is missing.*tie_word_embeddings=true"):
         to_hf(folder, tmp_path / "out")
 
 
-def test_a_tied_folder_may_repeat_the_embedding(toy_model: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_tied_folder_may_also_store_the_head(toy_model: Callable[..., Path], tmp_path: Path) -> None:
     source = tmp_path / "hf"
     shutil.copytree(toy_model("qwen2", tied=True), source)
     edit_tensors(source, lambda t: t.update({HEAD: t["model.embed_tokens.weight"].clone()}))
@@ -333,7 +333,7 @@ def test_a_tied_folder_may_repeat_the_embedding(toy_model: Callable[..., Path], 
     assert same(back, toy_model("qwen2", tied=True))
 
 
-def test_a_table_that_maps_a_tensor_twice(source: Path) -> None:
+def test_a_table_that_maps_a_tensor_twice_is_rejected(source: Path) -> None:
     table = layout_table(read_model_spec(source), 1)
     check_each_once(table)
     layer = "decoder.layers.{}.mlp.linear_fc2.weight"
@@ -343,7 +343,7 @@ def test_a_table_that_maps_a_tensor_twice(source: Path) -> None:
 
 def test_the_target_must_be_empty(source: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    to_megatron(source, tmp_path / "out")  # an empty folder will do
+    to_megatron(source, tmp_path / "out")  # an empty folder is accepted
     kept = files_of(tmp_path / "out")
     for convert in (lambda: to_megatron(source, tmp_path / "out"), lambda: to_hf(tmp_path / "out", source)):
         with pytest.raises(ConversionError, match="exists and is not empty"):
@@ -351,24 +351,25 @@ def test_the_target_must_be_empty(source: Path, tmp_path: Path) -> None:
     assert files_of(tmp_path / "out") == kept
 
 
-def test_too_little_disk(tmp_path: Path) -> None:
+def test_too_little_free_disk_is_reported(tmp_path: Path) -> None:
     free = shutil.disk_usage(tmp_path).free
     check_free_disk(tmp_path / "a" / "b", free // 2)
     with pytest.raises(ConversionError, match=r"needs .* GB, but its disk has .* GB free"):
         check_free_disk(tmp_path / "a" / "b", 2 * free)
 
 
-def in_child(work: Callable[..., object], *arguments: object, is_to_be_killed: Callable[[], bool] | None = None) -> int:
-    """Run it in a process of its own; its exit status, negative when it was killed.
+def in_child(work: Callable[..., object], *arguments: object, kill_when: Callable[[], bool] | None = None) -> int:
+    """Run `work` in a child process and return its exit status, negative if a signal ended it.
 
-    Forked from a server without threads: a fork of this process may find a lock of torch taken for ever.
+    The child is forked from a fork server without threads: in a fork of this process, a lock of torch that another
+    thread holds would never be released.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     process = context.Process(target=work, args=arguments)
     process.start()
-    if is_to_be_killed is not None:
-        while process.is_alive() and not is_to_be_killed():
+    if kill_when is not None:
+        while process.is_alive() and not kill_when():
             time.sleep(0.0005)
         assert process.pid is not None
         with contextlib.suppress(ProcessLookupError):
@@ -379,37 +380,39 @@ def in_child(work: Callable[..., object], *arguments: object, is_to_be_killed: C
 
 
 def num_recorded(target: Path) -> int:
-    """Units of work that a conversion has done so far."""
-    found = 0
+    """Return the number of work units that a conversion has recorded so far."""
+    count = 0
     for path in target.with_name(f"{target.name}.partial").glob("journal/*.jsonl"):
-        with contextlib.suppress(FileNotFoundError):  # it is done
-            found += path.read_bytes().count(b"\n")
-    return found
+        with contextlib.suppress(FileNotFoundError):  # the conversion has finished and removed it
+            count += path.read_bytes().count(b"\n")
+    return count
 
 
-def forth(hf: Path, megatron: Path, target: Path) -> Path:
+def hf_to_megatron(hf: Path, megatron: Path, target: Path) -> Path:
     return to_megatron(hf, target)
 
 
-def back(hf: Path, megatron: Path, target: Path) -> Path:
+def megatron_to_hf(hf: Path, megatron: Path, target: Path) -> Path:
     return to_hf(megatron, target)
 
 
-DIRECTIONS = {"to Megatron": forth, "to Hugging Face": back}
+DIRECTIONS = {"to Megatron": hf_to_megatron, "to Hugging Face": megatron_to_hf}
 
 
 @pytest.fixture
 def larger(toy_model: Callable[..., Path], tmp_path: Path) -> tuple[Path, Path]:
-    """A model that takes a while, both ways."""
+    """Return a model folder and its Megatron checkpoint, large enough to interrupt the conversion of either."""
     model = toy_model("qwen3_moe", tied=False, num_hidden_layers=6, num_experts=16)
     return model, to_megatron(model, tmp_path / "larger")
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_killed_twenty_times_and_run_again(direction: str, larger: tuple[Path, Path], tmp_path: Path) -> None:
-    target, undisturbed = tmp_path / "out", tmp_path / "undisturbed"
+def test_a_conversion_killed_twenty_times_completes_when_run_again(
+    direction: str, larger: tuple[Path, Path], tmp_path: Path
+) -> None:
+    target, reference = tmp_path / "out", tmp_path / "reference"
     convert = DIRECTIONS[direction]
-    assert in_child(convert, *larger, undisturbed) == 0
+    assert in_child(convert, *larger, reference) == 0
     rng, killed = random.Random(0), 0
     while killed < 20:
         enough = num_recorded(target) + rng.randint(1, 4)
@@ -420,40 +423,42 @@ def test_killed_twenty_times_and_run_again(direction: str, larger: tuple[Path, P
             time.sleep(rng.uniform(0, 0.01))
             return True
 
-        status = in_child(convert, *larger, target, is_to_be_killed=is_far_enough)
+        status = in_child(convert, *larger, target, kill_when=is_far_enough)
         assert status in (0, -signal.SIGKILL)
-        if target.exists():  # then it is whole, even if the process was killed while it ended
-            assert files_of(target) == files_of(undisturbed)
+        if target.exists():  # it is complete, even if the process was killed while it exited
+            assert files_of(target) == files_of(reference)
             shutil.rmtree(target)
         else:
             killed += 1
     convert(*larger, target)
-    assert files_of(target) == files_of(undisturbed)
+    assert files_of(target) == files_of(reference)
     assert not list(tmp_path.glob("*.partial"))
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_a_write_that_fails_half_way(direction: str, larger: tuple[Path, Path], tmp_path: Path) -> None:
-    """As on a full disk: the system refuses to make a file longer."""
-    target, undisturbed = tmp_path / "out", tmp_path / "undisturbed"
+def test_a_conversion_completes_after_a_failed_write(direction: str, larger: tuple[Path, Path], tmp_path: Path) -> None:
+    """As on a full disk, a file cannot grow any further."""
+    target, reference = tmp_path / "out", tmp_path / "reference"
     convert = DIRECTIONS[direction]
-    convert(*larger, undisturbed)
-    assert in_child(write_little, undisturbed, convert, *larger, target) == 1
-    said = (tmp_path / "said.txt").read_text()
-    assert "cannot write" in said
-    assert "run the same command again" in said
+    convert(*larger, reference)
+    assert in_child(run_with_size_limit, reference, convert, *larger, target) == 1
+    message = (tmp_path / "error.txt").read_text()
+    assert "cannot write" in message
+    assert "run the same command again" in message
     assert not target.exists()
     convert(*larger, target)
-    assert files_of(target) == files_of(undisturbed)
+    assert files_of(target) == files_of(reference)
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_what_was_damaged_since_is_written_again(direction: str, larger: tuple[Path, Path], tmp_path: Path) -> None:
-    """As after a power failure: the file has its length, but not all of its bytes."""
-    target, undisturbed = tmp_path / "out", tmp_path / "undisturbed"
+def test_files_damaged_after_an_interruption_are_written_again(
+    direction: str, larger: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """As after a power failure, files have their full length, but not all of their bytes."""
+    target, reference = tmp_path / "out", tmp_path / "reference"
     convert = DIRECTIONS[direction]
-    convert(*larger, undisturbed)
-    assert in_child(write_little, undisturbed, convert, *larger, target) == 1
+    convert(*larger, reference)
+    assert in_child(run_with_size_limit, reference, convert, *larger, target) == 1
     written = [path for path in (tmp_path / "out.partial").rglob("*") if path.suffix in (".distcp", ".safetensors")]
     assert written
     for path in written:
@@ -461,21 +466,21 @@ def test_what_was_damaged_since_is_written_again(direction: str, larger: tuple[P
         content[len(content) // 2 :] = bytes(len(content) - len(content) // 2)
         path.write_bytes(content)
     convert(*larger, target)
-    assert files_of(target) == files_of(undisturbed)
+    assert files_of(target) == files_of(reference)
 
 
-def write_little(undisturbed: Path, work: Callable[..., object], *arguments: object) -> None:
-    """Fail when the largest file of the undisturbed output would be complete."""
-    most = max(path.stat().st_size for path in undisturbed.rglob("*") if path.is_file()) - 1
-    resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+def run_with_size_limit(reference: Path, work: Callable[..., object], *arguments: object) -> None:
+    """Run `work` with a limit on file sizes, one byte below the largest file of the folder `reference`."""
+    limit = max(path.stat().st_size for path in reference.rglob("*") if path.is_file()) - 1
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     try:
         work(*arguments)
     except ConversionError as error:
-        undisturbed.with_name("said.txt").write_text(str(error))
+        reference.with_name("error.txt").write_text(str(error))
         raise
 
 
-def test_what_is_left_of_another_conversion_is_not_used(larger: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_partial_folder_of_another_conversion_is_rejected(larger: tuple[Path, Path], tmp_path: Path) -> None:
     target = tmp_path / "out"
     with pytest.raises(ConversionError, match="damaged"):
         to_hf_of_damaged(larger[1], target)
@@ -490,7 +495,7 @@ def to_hf_of_damaged(folder: Path, target: Path) -> None:
     to_hf(folder, target)
 
 
-def test_two_conversions_to_one_place(larger: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_second_conversion_to_the_same_folder_is_rejected(larger: tuple[Path, Path], tmp_path: Path) -> None:
     from megatron_rl.conversion.partial_folder import PartialFolder
 
     held = PartialFolder(tmp_path / "out", {}, ALONE)
@@ -505,7 +510,7 @@ def tool(name: str, *arguments: object, ranks: int = 1) -> subprocess.CompletedP
     return subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
 
 
-def test_the_commands_and_two_ranks(larger: tuple[Path, Path], tmp_path: Path) -> None:
+def test_the_commands_convert_both_ways_on_one_and_two_ranks(larger: tuple[Path, Path], tmp_path: Path) -> None:
     model, _ = larger
     megatron, back = tmp_path / "m", tmp_path / "h"
     for ranks in (1, 2):
@@ -518,15 +523,15 @@ def test_the_commands_and_two_ranks(larger: tuple[Path, Path], tmp_path: Path) -
     done = tool("convert_megatron_to_hf.py", "--input", megatron, "--output", back, "--verify", ranks=2)
     assert done.returncode == 0, done.stderr
     assert same(model, back)
-    refused = tool("convert_megatron_to_hf.py", "--input", megatron, "--output", back, ranks=2)
-    assert refused.returncode != 0
-    assert f"error: {back} exists and is not empty" in refused.stderr
-    wrong = tool("convert_megatron_to_hf.py", "--input", megatron, "--output", back, "--max-shard-size", "many")
-    assert wrong.returncode == 2
-    assert "expected one such as 5GB" in wrong.stderr
+    repeated = tool("convert_megatron_to_hf.py", "--input", megatron, "--output", back, ranks=2)
+    assert repeated.returncode != 0
+    assert f"error: {back} exists and is not empty" in repeated.stderr
+    bad_size = tool("convert_megatron_to_hf.py", "--input", megatron, "--output", back, "--max-shard-size", "many")
+    assert bad_size.returncode == 2
+    assert "expected one such as 5GB" in bad_size.stderr
 
 
-def test_sizes_and_the_model_of_a_run(source: Path, converted: Path, tmp_path: Path) -> None:
+def test_sizes_are_parsed_and_the_model_of_a_run_is_found(source: Path, converted: Path, tmp_path: Path) -> None:
     assert parse_bytes("5GB") == 5 * 10**9
     assert parse_bytes("1.5 MiB") == 3 * 2**19
     assert find_model_folder(converted) == converted

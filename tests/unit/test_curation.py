@@ -1,4 +1,4 @@
-"""Published schemas, licences, contamination, near duplicates, pass rates and what is written."""
+"""Curation: published schemas, licences, contamination, near duplicates, pass rates and output rows."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ from tools.data import curate
 ROOT = Path(__file__).parents[2]
 TURNS = [{"from": "user", "value": "2+2?"}, {"from": "assistant", "value": "so \\boxed{4}"}]
 MESSAGES = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "so \\boxed{4}"}]
-ASKED = [{"role": "user", "content": "2+2?"}]
+PROMPT = [{"role": "user", "content": "2+2?"}]
 # schema -> (a row with its public columns, prompt, answer, demonstration)
 ROWS: dict[str, tuple[dict[str, Any], Any, str | None, str | None]] = {
     "openr1_math": (
@@ -43,9 +43,9 @@ ROWS: dict[str, tuple[dict[str, Any], Any, str | None, str | None]] = {
     ),
     "conversations": (
         {"system": "be brief", "conversations": TURNS},
-        [{"role": "system", "content": "be brief"}, *ASKED], "4", "so \\boxed{4}",
+        [{"role": "system", "content": "be brief"}, *PROMPT], "4", "so \\boxed{4}",
     ),
-    "messages": ({"messages": MESSAGES}, ASKED, "4", "so \\boxed{4}"),
+    "messages": ({"messages": MESSAGES}, PROMPT, "4", "so \\boxed{4}"),
     "r1_distill_sft": (
         {"id": "1", "reannotated_assistant_content": "<think></think>4", "problem": "2+2?", "source": "x",
          "solution": "it is \\boxed{4}", "verified": True, "quality_metrics": None},
@@ -59,8 +59,8 @@ ROWS: dict[str, tuple[dict[str, Any], Any, str | None, str | None]] = {
         "Who?", "(1) Ada is a knight\n(2) Ben is a knave", None,
     ),
     "verl": (
-        {"data_source": "x", "prompt": ASKED, "ability": "math", "reward_model": {"style": "rule", "ground_truth": 4}},
-        ASKED, "4", None,
+        {"data_source": "x", "prompt": PROMPT, "ability": "math", "reward_model": {"style": "rule", "ground_truth": 4}},
+        PROMPT, "4", None,
     ),
     "deepscaler": ({"problem": "2+2?", "answer": "4", "solution": "add"}, "2+2?", "4", "add"),
     "x_r1": ({"problem": "2+2?", "solution": "$4$"}, "2+2?", "4", None),
@@ -78,16 +78,16 @@ def test_every_schema_has_a_row_here() -> None:
 
 
 @pytest.mark.parametrize("schema", ROWS)
-def test_a_published_schema_is_read(schema: str, tmp_path: Path) -> None:
+def test_rows_of_a_published_schema_are_read(schema: str, tmp_path: Path) -> None:
     row, prompt, answer, demonstration = ROWS[schema]
     path = write(tmp_path, [row])
     source = SourceSection(kind="jsonl", path=path, schema=schema, allow_noncommercial=True, demonstration_field=None)
-    (found,) = read_rows(source)
-    assert found["prompt"] == prompt if prompt is not None else "[3, 4]" in found["prompt"]
-    assert (found["answer"], found["demonstration"]) == (answer, demonstration)
-    assert found["licence"] == "unknown", "a file of one's own"
-    assert found["source"] == row.get("source", path)
-    problem = to_problem(found, source, 0)
+    (parsed,) = read_rows(source)
+    assert parsed["prompt"] == prompt if prompt is not None else "[3, 4]" in parsed["prompt"]
+    assert (parsed["answer"], parsed["demonstration"]) == (answer, demonstration)
+    assert parsed["licence"] == "unknown", "the licence of a local file is unknown"
+    assert parsed["source"] == row.get("source", path)
+    problem = to_problem(parsed, source, 0)
     assert problem.answer == answer
     broken = {key: value for key, value in row.items() if key in ("source", "system", "data_source", "id")}
     write(tmp_path, [broken or {"x": 1}])
@@ -95,30 +95,30 @@ def test_a_published_schema_is_read(schema: str, tmp_path: Path) -> None:
         read_rows(source)
 
 
-def test_reasoning_beside_messages_becomes_the_demonstration(tmp_path: Path) -> None:
-    path = write(tmp_path, [{"messages": ASKED, "reasoning": "hm", "answer": "\\boxed{4}"}])
+def test_reasoning_beside_messages_is_put_into_the_demonstration(tmp_path: Path) -> None:
+    path = write(tmp_path, [{"messages": PROMPT, "reasoning": "hm", "answer": "\\boxed{4}"}])
     (row,) = read_rows(RowsSection(kind="jsonl", path=path, schema="messages"))
-    assert (row["prompt"], row["answer"], row["demonstration"]) == (ASKED, "4", "<think>hm</think>\\boxed{4}")
+    assert (row["prompt"], row["answer"], row["demonstration"]) == (PROMPT, "4", "<think>hm</think>\\boxed{4}")
 
 
-def test_the_columns_of_a_schema_are_what_its_reward_reads(tmp_path: Path) -> None:
+def test_a_schema_has_the_columns_that_its_reward_reads(tmp_path: Path) -> None:
     for schema, reward, response in (
         ("countdown", countdown, "<answer>4 + 3</answer>"),
         ("knights_and_knaves", knights_and_knaves, "<answer>Ada is a knight, Ben is a knave</answer>"),
     ):
         path = write(tmp_path, [ROWS[schema][0]])
         (row,) = read_rows(RowsSection(kind="jsonl", path=path, schema=schema, allow_noncommercial=True))
-        said = RewardInput(
+        sample = RewardInput(
             prompt="", response=response, answer=row["answer"], finish_reason="stop", num_tokens=1, seed=0, metadata=row
         )
-        assert reward(said) == 1
+        assert reward(sample) == 1
 
 
 def test_non_commercial_licences_need_a_flag(tmp_path: Path) -> None:
     path = write(tmp_path, [ROWS["r1_distill_sft"][0]])
     with pytest.raises(DataError, match=r"cc-by-nc-sa-4\.0.*allow_noncommercial=true"):
         read_rows(RowsSection(kind="jsonl", path=path, schema="r1_distill_sft"))
-    # by its id also without a schema, and before anything is downloaded
+    # a known data set is rejected by its id alone, before any download
     with pytest.raises(DataError, match=r"K-and-K/knights-and-knaves has the licence cc-by-nc-sa-4\.0"):
         read_rows(RowsSection(kind="datasets", path="K-and-K/knights-and-knaves"))
     assert licence_of("openai/gsm8k") == "mit"
@@ -126,7 +126,7 @@ def test_non_commercial_licences_need_a_flag(tmp_path: Path) -> None:
         read_rows(RowsSection(kind="jsonl", path=path, schema="nothing"))
 
 
-def test_contamination_is_any_shared_run_of_words() -> None:
+def test_a_shared_word_sequence_is_contamination() -> None:
     question = "A farmer has seven cows and buys three more cows at the market. How many?"
     benchmarks = BenchmarkNgrams({"farm": [question], "short": ["Two plus two?"]})
     assert benchmarks.find_shared("x " + question.upper() + " y") is not None
@@ -137,12 +137,14 @@ def test_contamination_is_any_shared_run_of_words() -> None:
     assert benchmarks.find_shared("two plus two") == ("short", "two plus two")
     assert benchmarks.find_shared("so two plus two") is None
     instruction = "Please answer in one word and think before you answer"
-    asked = BenchmarkNgrams({"x": [f"{instruction}: what is {i} and {i}?" for i in range(9)]})
-    assert asked.find_shared(f"{instruction} this") is None, "how a benchmark asks is none of its questions"
-    assert asked.find_shared("before you answer what is 3 and 3") is not None
+    with_instruction = BenchmarkNgrams({"x": [f"{instruction}: what is {i} and {i}?" for i in range(9)]})
+    assert with_instruction.find_shared(f"{instruction} this") is None, (
+        "an instruction that all questions share is no contamination"
+    )
+    assert with_instruction.find_shared("before you answer what is 3 and 3") is not None
 
 
-def test_near_duplicates_are_those_of_a_comparison_of_all_pairs() -> None:
+def test_near_duplicates_equal_those_of_comparing_all_pairs() -> None:
     from rapidfuzz import fuzz
 
     bases = [
@@ -153,42 +155,44 @@ def test_near_duplicates_are_those_of_a_comparison_of_all_pairs() -> None:
     texts = []
     for i, base in enumerate(bases):
         texts += [base, base.upper() + " ", base.replace("passengers", "travellers", i % 2), base[:40] * 3]
-    found = near_duplicates(texts, 95.0)
+    duplicates = near_duplicates(texts, 95.0)
     kept: list[int] = []
-    for place, text in enumerate(texts):
-        plain = " ".join(text.lower().split())
-        same = next((one for one in kept if fuzz.ratio(plain, " ".join(texts[one].lower().split())) >= 95), None)
-        assert found[place] == same, (text, texts[same or 0])
-        if same is None:
-            kept.append(place)
+    for index, text in enumerate(texts):
+        normalized = " ".join(text.lower().split())
+        duplicate_of = next(
+            (one for one in kept if fuzz.ratio(normalized, " ".join(texts[one].lower().split())) >= 95), None
+        )
+        assert duplicates[index] == duplicate_of, (text, texts[duplicate_of or 0])
+        if duplicate_of is None:
+            kept.append(index)
     assert 20 < len(kept) < 80
     assert near_duplicates(["", "", "a"], 95.0) == [None, 0, None]
 
 
-def answer_of(sample: int, text: str, *, right: bool, tokens: int) -> GradedAnswer:
+def graded_answer(sample: int, text: str, *, right: bool, tokens: int) -> GradedAnswer:
     return GradedAnswer(
         task="t", question=0, sample=sample, seed=0, response=text, num_tokens=tokens, finish_reason="stop",
         right=right, status="ok", message="", shown=None, asked="",
     )  # fmt: skip
 
 
-def test_what_is_written_can_be_read_again(tmp_path: Path) -> None:
+def test_output_rows_can_be_read_by_their_schema(tmp_path: Path) -> None:
     answers = [
-        answer_of(0, "wrong", right=False, tokens=1), answer_of(1, "long \\boxed{4}", right=True, tokens=9),
-        answer_of(2, "\\boxed{4}", right=True, tokens=3), answer_of(3, "no", right=False, tokens=2),
+        graded_answer(0, "wrong", right=False, tokens=1), graded_answer(1, "long \\boxed{4}", right=True, tokens=9),
+        graded_answer(2, "\\boxed{4}", right=True, tokens=3), graded_answer(3, "no", right=False, tokens=2),
     ]  # fmt: skip
     row = {"prompt": "2+2?", "answer": "4", "source": "here", "prompt_text": "2+2?", "nums": [2, 2]}
-    one = Solved.of(row, answers, {"easy": 0.7, "medium": 0.3, "hard": 0.0})
-    assert (one.pass_rate, one.difficulty) == (0.5, "medium")
-    written = {name: json.loads(json.dumps(output(one))) for name, output in OUTPUTS.items()}
+    solved = Solved.of(row, answers, {"easy": 0.7, "medium": 0.3, "hard": 0.0})
+    assert (solved.pass_rate, solved.difficulty) == (0.5, "medium")
+    written = {name: json.loads(json.dumps(output(solved))) for name, output in OUTPUTS.items()}
     assert set(ROWS["openr1_math"][0]) <= set(written["openr1_math"])
     for schema in ("openr1_math", "conversations"):
-        (found,) = read_rows(RowsSection(kind="jsonl", path=write(tmp_path, [written[schema]]), schema=schema))
-        assert found["answer"] == "4"
-        assert found["demonstration"] == ("long \\boxed{4}" if schema == "openr1_math" else "\\boxed{4}")
+        (parsed,) = read_rows(RowsSection(kind="jsonl", path=write(tmp_path, [written[schema]]), schema=schema))
+        assert parsed["answer"] == "4"
+        assert parsed["demonstration"] == ("long \\boxed{4}" if schema == "openr1_math" else "\\boxed{4}")
     assert written["problems"]["nums"] == [2, 2]
     assert written["problems"]["pass_rate"] == 0.5
-    assert written["openr1_math"]["messages"][-1]["content"] == "\\boxed{4}", "the shortest right one"
+    assert written["openr1_math"]["messages"][-1]["content"] == "\\boxed{4}", "the shortest right response"
 
 
 @pytest.mark.parametrize(("rate", "label"), [(0.0, "hard"), (0.29, "hard"), (0.3, "medium"), (1.0, "easy")])
@@ -206,7 +210,7 @@ def test_difficulty_is_the_label_with_the_largest_bound(rate: float, label: str)
         (["output.schema=conversations", "generate=null"], r"output\.schema=.?conversations"),
     ],
 )
-def test_a_wrong_configuration_is_refused(overrides: list[str], message: str) -> None:
+def test_invalid_configurations_are_rejected(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_as(CurationConfig, ROOT / "configs/curation/quickstart.yaml", overrides)
 
@@ -224,8 +228,11 @@ generate:
 """
 
 
-def test_the_whole_way(toy_model: Any, tmp_path: Path) -> None:
-    """Planted: one contaminated problem, two doubles; the rest is sieved by what a random model really says."""
+def test_the_command_drops_unsuitable_problems_and_reuses_responses(toy_model: Any, tmp_path: Path) -> None:
+    """Drop unsuitable problems, and filter the others by the pass rates of a random model.
+
+    The rows include one problem without an answer, one contaminated problem and two duplicates.
+    """
     rows = [{"prompt": f"{i}+{i * i}+{7 * i}=", "answer": str(i)} for i in range(11, 59)]
     rows += [{"prompt": prompt, "answer": "1"} for prompt in ("99+1=", " 11+121+77=", "12+144+84=")]
     rows += [{"prompt": "what is this?", "answer": None}]
@@ -243,22 +250,22 @@ def test_the_whole_way(toy_model: Any, tmp_path: Path) -> None:
     assert len(kept) + len(dropped) == len(rows)
     assert kept
     assert all(0 < row["pass_rate"] < 1 and row["num_samples"] == 8 for row in kept)
-    said = tmp_path / "out/generated/answers/problems.0.jsonl"
-    answers = [json.loads(line) for line in said.read_text().splitlines()]
+    answers_file = tmp_path / "out/generated/answers/problems.0.jsonl"
+    answers = [json.loads(line) for line in answers_file.read_text().splitlines()]
     assert len(answers) == 8 * 48
-    counts = {place: sum(one["right"] for one in answers if one["question"] == place) for place in range(48)}
-    wanted = {row["prompt"]: counts[place] / 8 for place, row in enumerate(rows[:48]) if 0 < counts[place] < 8}
-    assert {row["prompt"]: row["pass_rate"] for row in kept} == wanted
-    assert stages.count("pass rate") == 48 - len(wanted)
+    counts = {index: sum(one["right"] for one in answers if one["question"] == index) for index in range(48)}
+    expected = {row["prompt"]: counts[index] / 8 for index, row in enumerate(rows[:48]) if 0 < counts[index] < 8}
+    assert {row["prompt"]: row["pass_rate"] for row in kept} == expected
+    assert stages.count("pass rate") == 48 - len(expected)
     with pytest.raises(ConfigError, match=r"contamination\.data\.gsm8k: contamination\.tasks has no such task"):
         candidates(load_as(CurationConfig, config, ["contamination.data={gsm8k: x}"]), tmp_path)
-    all_of_them = write(tmp_path, rows[:48], "all")
-    overrides = [f"contamination.data={{hasty_addition: {all_of_them}}}", "data.limit=48"]
+    every_problem = write(tmp_path, rows[:48], "all")
+    overrides = [f"contamination.data={{hasty_addition: {every_problem}}}", "data.limit=48"]
     nothing_left = load_as(CurationConfig, config, overrides)
     with pytest.raises(DataError, match=r"all 48 problems of .* were dropped.*contamination"):
         candidates(nothing_left, tmp_path)
-    # once more, with another window: nothing is asked again
+    # a second run with another range of pass rates reuses all responses
     assert curate.main(["--config", str(config), "pass_rate.below=0.5"]) == 0
     again = [json.loads(line) for line in (tmp_path / "out/curated.jsonl").read_text().splitlines()]
-    assert {row["prompt"] for row in again} == {prompt for prompt, rate in wanted.items() if rate < 0.5}
-    assert len(said.read_text().splitlines()) == 8 * 48
+    assert {row["prompt"] for row in again} == {prompt for prompt, rate in expected.items() if rate < 0.5}
+    assert len(answers_file.read_text().splitlines()) == 8 * 48

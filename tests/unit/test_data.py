@@ -1,4 +1,4 @@
-"""Sources, adapters, templates and the order of prompts."""
+"""Data sources, adapters, chat templates, generated tasks and the order of prompts."""
 
 import json
 import operator
@@ -31,7 +31,7 @@ def tokenizer(toy_model: Callable[..., Path]) -> Any:
     return load_tokenizer(str(toy_model()))
 
 
-def test_a_tokenizer_of_ones_own_is_not_replaced_by_the_familys(tokenizer: Any) -> None:
+def test_a_custom_tokenizer_is_not_replaced_by_that_of_the_family(tokenizer: Any) -> None:
     assert tokenizer.convert_ids_to_tokens(tokenizer("1 +Z")["input_ids"]) == ["1", " ", "+", "<unk>"]
 
 
@@ -45,7 +45,7 @@ def section(source: SourceSection, **options: Any) -> DataSection:
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "datasets"])
-def test_gsm8k_schema_from_local_files(kind: str, tmp_path: Path, tokenizer: Any) -> None:
+def test_gsm8k_columns_are_read_from_local_files(kind: str, tmp_path: Path, tokenizer: Any) -> None:
     import datasets
 
     data = datasets.Dataset.from_list(GSM8K)
@@ -63,21 +63,21 @@ def test_gsm8k_schema_from_local_files(kind: str, tmp_path: Path, tokenizer: Any
     assert tokenizer.decode(prompts[0].token_ids) == "<unk>wo and two?"
 
 
-def test_a_folder_of_files_through_datasets(tmp_path: Path) -> None:
+def test_datasets_reads_a_folder_of_files(tmp_path: Path) -> None:
     jsonl(tmp_path / "train.jsonl", [{"prompt": "a", "answer": "b"}])
     assert read_rows(SourceSection(kind="datasets", path=str(tmp_path))) == [{"prompt": "a", "answer": "b"}]
 
 
-def own_source(source: SourceSection) -> list[dict[str, str]]:
+def custom_source(source: SourceSection) -> list[dict[str, str]]:
     return [{"prompt": source.options["word"], "answer": "x"}]
 
 
-def test_own_source_by_name() -> None:
-    source = SourceSection(kind="tests.unit.test_data:own_source", options={"word": "hello"})
+def test_a_custom_source_is_loaded_by_name() -> None:
+    source = SourceSection(kind="tests.unit.test_data:custom_source", options={"word": "hello"})
     assert read_rows(source) == [{"prompt": "hello", "answer": "x"}]
 
 
-def test_chat_template_system_prompt_and_messages(tmp_path: Path, tokenizer: Any) -> None:
+def test_the_chat_template_renders_system_prompt_and_messages(tmp_path: Path, tokenizer: Any) -> None:
     tokenizer.chat_template = (
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
         "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -98,11 +98,11 @@ def test_chat_template_system_prompt_and_messages(tmp_path: Path, tokenizer: Any
         load_prompts(source, replace(plain, system_prompt="add"), tokenizer)
 
 
-def test_overlong_prompts_are_dropped_counted_or_refused(tmp_path: Path, tokenizer: Any) -> None:
+def test_overlong_prompts_are_dropped_and_counted_or_rejected(tmp_path: Path, tokenizer: Any) -> None:
     source = jsonl(tmp_path / "x.jsonl", [{"prompt": "1" * n, "answer": "2"} for n in (3, 9, 4)])
-    found = load_prompts(source, section(source, max_prompt_tokens=4), tokenizer)
-    assert [p.token_ids.numel() for p in found.prompts] == [3, 4]
-    assert found.num_overlong == 1
+    loaded = load_prompts(source, section(source, max_prompt_tokens=4), tokenizer)
+    assert [p.token_ids.numel() for p in loaded.prompts] == [3, 4]
+    assert loaded.num_overlong == 1
     with pytest.raises(DataError, match=r"prompt 1 of .* has 9 tokens"):
         load_prompts(source, section(source, max_prompt_tokens=4, on_overlong_prompt="error"), tokenizer)
     with pytest.raises(DataError, match=r"all 3 prompts .*longest: 9"):
@@ -121,7 +121,7 @@ def test_overlong_prompts_are_dropped_counted_or_refused(tmp_path: Path, tokeniz
         ('{"prompt": 3, "answer": "x"}\n', "prompt is int"),
     ],
 )
-def test_bad_files(content: str, message: str, tmp_path: Path, tokenizer: Any) -> None:
+def test_malformed_files_are_rejected(content: str, message: str, tmp_path: Path, tokenizer: Any) -> None:
     path = tmp_path / "x.jsonl"
     path.write_text(content)
     source = SourceSection(kind="jsonl", path=str(path))
@@ -129,7 +129,7 @@ def test_bad_files(content: str, message: str, tmp_path: Path, tokenizer: Any) -
         load_prompts(source, section(source), tokenizer)
 
 
-def test_files_that_are_not_there_or_not_what_they_say(tmp_path: Path) -> None:
+def test_missing_files_and_files_of_another_kind_are_rejected(tmp_path: Path) -> None:
     for kind in ("jsonl", "parquet"):
         with pytest.raises(DataError, match="does not exist"):
             read_rows(SourceSection(kind=kind, path=str(tmp_path / "none")))
@@ -140,13 +140,13 @@ def test_files_that_are_not_there_or_not_what_they_say(tmp_path: Path) -> None:
         read_rows(SourceSection(kind="datasets", path=str(tmp_path / "none")))
 
 
-def test_answer_pattern_that_does_not_match(tmp_path: Path, tokenizer: Any) -> None:
+def test_an_answer_pattern_that_does_not_match_is_rejected(tmp_path: Path, tokenizer: Any) -> None:
     source = replace(jsonl(tmp_path / "x.jsonl", [{"prompt": "a", "answer": "no hash"}]), answer_pattern="#### (.*)")
     with pytest.raises(DataError, match=r"answer_pattern .* does not match 'no hash'"):
         load_prompts(source, section(source), tokenizer)
 
 
-def test_tokenizers_that_cannot_be_used(toy_model: Callable[..., Path], tmp_path: Path, tokenizer: Any) -> None:
+def test_unusable_tokenizers_are_rejected(toy_model: Callable[..., Path], tmp_path: Path, tokenizer: Any) -> None:
     with pytest.raises(DataError, match="does not exist"):
         load_tokenizer(str(tmp_path / "none"))
     with pytest.raises(DataError, match="no usable tokenizer"):
@@ -157,7 +157,7 @@ def test_tokenizers_that_cannot_be_used(toy_model: Callable[..., Path], tmp_path
         load_tokenizer(str(tmp_path / "no_end"))
 
 
-def test_order_visits_every_prompt_each_epoch_and_can_jump(tmp_path: Path, tokenizer: Any) -> None:
+def test_order_visits_every_prompt_each_epoch_and_can_start_anywhere(tmp_path: Path, tokenizer: Any) -> None:
     source = jsonl(tmp_path / "x.jsonl", [{"prompt": str(n), "answer": "2"} for n in range(7)])
     prompts = load_prompts(source, section(source), tokenizer).prompts
     order = Order(prompts, shuffle=True, seed=3)
@@ -172,7 +172,7 @@ def test_order_visits_every_prompt_each_epoch_and_can_jump(tmp_path: Path, token
 
 
 @pytest.mark.parametrize("name", sorted(TASKS))
-def test_tasks_repeat_and_keep_their_splits_apart(name: str) -> None:
+def test_generated_tasks_are_deterministic_and_their_splits_disjoint(name: str) -> None:
     options = {"num_train": 300, "num_test": 50} if name == "countdown" else {}
     train, test = (TASKS[name](**options).rows(split) for split in ("train", "test"))
     assert train == TASKS[name](**options).rows("train")
@@ -181,8 +181,8 @@ def test_tasks_repeat_and_keep_their_splits_apart(name: str) -> None:
         TASKS[name](**options).rows("dev")
 
 
-def test_the_value_of_an_expression_is_its_own() -> None:
-    """By Python itself."""
+def test_answers_of_expressions_equal_the_values_of_python() -> None:
+    """Compare the answers with Python's `eval`."""
     rows = TASKS["arithmetic"](max_numbers=6, num_train=500, num_test=10).rows("train")
     for row in rows:
         expression = re.fullmatch(r"What is ([\d +*()-]+)\? Show.*", row["prompt"])
@@ -195,29 +195,31 @@ def test_the_value_of_an_expression_is_its_own() -> None:
 
 @pytest.mark.parametrize("num_people", [2, 3, 6])
 def test_a_puzzle_has_one_solution(num_people: int) -> None:
-    """Found from the text alone."""
+    """Solve each puzzle by brute force from its text."""
 
-    def holds(claim: str, said: dict[str, str]) -> bool:
-        for word, join in ((" if and only if ", operator.eq), (" and ", operator.and_), (" or ", operator.or_)):
+    def holds(claim: str, assignment: dict[str, str]) -> bool:
+        for word, combine in ((" if and only if ", operator.eq), (" and ", operator.and_), (" or ", operator.or_)):
             if word in claim:
                 left, right = claim.split(word)
-                return bool(join(holds(left, said), holds(right, said)))
+                return bool(combine(holds(left, assignment), holds(right, assignment)))
         if claim.startswith("If "):
             left, right = claim.removeprefix("If ").split(" then ")
-            return not holds(left, said) or holds(right, said)
+            return not holds(left, assignment) or holds(right, assignment)
         name, role = claim.split(" is a ")
-        return said[name] == role
+        return assignment[name] == role
 
     for row in TASKS["knights_and_knaves"](num_people=num_people, num_train=40, num_test=10).rows("train"):
         claims = dict(re.findall(r'(\w+) says: "(.*?)\."', row["prompt"]))
         assert len(claims) == num_people
-        every = (dict(zip(claims, roles, strict=True)) for roles in product(("knight", "knave"), repeat=num_people))
-        fitting = [
-            said
-            for said in every
-            if all(holds(claim, said) == (said[who] == "knight") for who, claim in claims.items())
+        assignments = (
+            dict(zip(claims, roles, strict=True)) for roles in product(("knight", "knave"), repeat=num_people)
+        )
+        solutions = [
+            assignment
+            for assignment in assignments
+            if all(holds(claim, assignment) == (assignment[speaker] == "knight") for speaker, claim in claims.items())
         ]
-        assert fitting == [row["roles"]]
+        assert solutions == [row["roles"]]
 
 
 def test_countdown_is_always_solvable() -> None:

@@ -3,6 +3,8 @@
 import ast
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from megatron_rl.config.reference import field_texts, render, sections
 from megatron_rl.config.reward_training import RewardTrainingConfig
 from megatron_rl.config.schema import RunConfig
 from megatron_rl.config.study import load_study
+from tests.limits import LIMIT_S
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
@@ -35,7 +38,7 @@ def page_id(path: Path) -> str:
 
 
 def blocks(text: str) -> Iterator[str]:
-    """Fenced blocks without a language, indented ones included."""
+    """Fenced blocks without a language and console blocks, indented ones included."""
     language, lines = None, []
     for line in text.splitlines():
         fence = re.match(r"^ *```(\w*)", line)
@@ -44,7 +47,7 @@ def blocks(text: str) -> Iterator[str]:
         elif language is None:
             language, lines = fence[1], []
         else:
-            if not language:
+            if language in ("", "console"):
                 yield "\n".join(lines)
             language = None
 
@@ -85,6 +88,13 @@ def options_of(script: Path) -> set[str]:
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("-")
     } | {"--help"}
+
+
+def options_in_help(script: Path) -> set[str]:
+    """Options that ``--help`` lists; slower, for scripts that make option names from others."""
+    command = [sys.executable, str(script), "--help"]
+    text = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S, check=True).stdout
+    return set(re.findall(r"--[\w-]+", text))
 
 
 def check(words: list[str]) -> None:
@@ -129,8 +139,8 @@ def check_python(words: list[str]) -> None:
     else:
         script = ROOT / words[0]
         assert script.exists(), words
-        known = options_of(script)
-        assert {word.partition("=")[0] for word in words[1:] if word.startswith("--")} <= known, (words, known)
+        used = {word.partition("=")[0] for word in words[1:] if word.startswith("--")}
+        assert used <= options_of(script) or used <= options_in_help(script), words
         if config is not None and not PLACEHOLDER.match(config) and words[0] != "tools/data/curate.py":
             load_config(ROOT / config, overrides)
         elif words[0] == "tools/data/curate.py" and config is not None:
@@ -167,6 +177,7 @@ def test_links_resolve(path: Path) -> None:
         assert not anchor or anchor in anchors(target), link
 
 
+FILES = {"json", "jsonl", "yaml", "py", "md", "html", "sh", "txt", "log", "safetensors"}
 SECTIONS = {prefix for prefix, _ in sections(RunConfig) if prefix and "." not in prefix}
 KEYS = {
     f"{prefix}.{name}".lstrip(".").replace("[]", "")
@@ -181,7 +192,18 @@ def test_configuration_keys_exist(path: Path) -> None:
     """A backticked ``section.key`` of a section of a run is a key."""
     text = re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL)
     for section, key in re.findall(r"`([a-z_]+)\.([a-z_.]+)(?=[`=:])", text):
-        is_file = key.rsplit(".", 1)[-1] in ("json", "jsonl", "yaml", "py", "md", "html", "sh", "txt", "log", "safetensors")
+        is_file = key.rsplit(".", 1)[-1] in (
+            "json",
+            "jsonl",
+            "yaml",
+            "py",
+            "md",
+            "html",
+            "sh",
+            "txt",
+            "log",
+            "safetensors",
+        )
         if section in SECTIONS and not is_file:
             assert f"{section}.{key}" in KEYS, f"{section}.{key}"
 

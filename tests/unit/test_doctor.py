@@ -1,4 +1,4 @@
-"""The doctor: what it sees, whom it names, and what it says to do."""
+"""The doctor: its findings, the hosts and ranks that it names, and the fixes that it suggests."""
 
 import os
 import shutil
@@ -19,7 +19,7 @@ from tests.toys import write_config
 ROOT = Path(__file__).parents[2]
 
 
-def test_hosts_that_agree_share_a_line() -> None:
+def test_equal_findings_of_several_hosts_share_a_line() -> None:
     findings = [
         ("a", ok("gpu", "8 x H100")), ("b", ok("gpu", "8 x H100")),
         ("b", error("disk", "1 GB are free", "make room")),
@@ -53,16 +53,16 @@ def test_versions_are_compared_by_their_numbers() -> None:
     assert host.version_numbers("unknown") == ()
 
 
-def test_versions_that_have_not_been_tried_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_untested_versions_get_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     real = host.importlib.metadata.version
     monkeypatch.setattr(
         host.importlib.metadata, "version", lambda name: "0.25.0" if name == "megatron-core" else real(name)
     )
-    found = [one for one in host.versions(None) if one.grade == "warning"]
-    assert any(one.detail == "megatron-core 0.25.0" and "0.16.1 to below 0.20" in one.fix for one in found)
+    warnings = [one for one in host.versions(None) if one.grade == "warning"]
+    assert any(one.detail == "megatron-core 0.25.0" and "0.16.1 to below 0.20" in one.fix for one in warnings)
 
 
-def test_full_disks_small_hosts_and_folders_that_cannot_be_written(
+def test_full_disks_small_hosts_and_unwritable_folders_are_errors(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     usage = namedtuple("usage", "total used free")
@@ -76,9 +76,7 @@ def test_full_disks_small_hosts_and_folders_that_cannot_be_written(
     assert host.file_system(Path("/proc/self")).grade == "error"
 
 
-def test_the_command_on_a_run_that_can_start_and_on_one_that_cannot(
-    toy_model: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_the_command_reports_whether_a_run_can_start(toy_model: Callable[..., Path], tmp_path: Path) -> None:
     config = write_config(tmp_path, toy_model("qwen2"))
 
     def doctor(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -92,7 +90,7 @@ def test_the_command_on_a_run_that_can_start_and_on_one_that_cannot(
     assert "qwen2, 2 layers" in fine.stdout
     assert "ok      data         64 training prompts, 8 held-out prompts" in fine.stdout
     assert "ok      checkpoint   none: starts at step 0" in fine.stdout
-    assert "layout" not in fine.stdout  # nobody has said how many ranks there will be
+    assert "layout" not in fine.stdout  # the number of ranks is unknown
     assert read_hardware(str(tmp_path / "here.yaml")).tflops > 0
     broken = doctor("model.path=nowhere", "rollout.engine=sglang", "rollout.top_k=0")
     assert broken.returncode == 1

@@ -1,4 +1,4 @@
-"""Benchmarks: questions, verdicts, what they come to, and answers that outlive a kill."""
+"""Benchmarks: questions, grading, scores, saved answers and comparisons."""
 
 import json
 import math
@@ -30,7 +30,7 @@ from megatron_rl.reporting.stats import bootstrap_interval, paired_difference, p
 from megatron_rl.rewards.math import math_answer
 from megatron_rl.rewards.math_graders import math_qwen, math_sympy
 from megatron_rl.rewards.types import RewardInput
-from tests.limits import patient
+from tests.limits import with_long_timeout
 from tools.analysis import compare_evals
 
 ROOT = Path(__file__).parents[2]
@@ -71,7 +71,7 @@ def choice_row(i: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-# task -> (row number i, a right response, a wrong response)
+# task -> functions from i to row i, to a right response and to a wrong response
 FIXTURES: dict[str, tuple[Callable[[int], dict[str, Any]], Callable[[int], str], Callable[[int], str]]] = {
     "gsm8k": (
         lambda i: {"question": f"{i} and {i}?", "answer": f"{i} + {i} = <<{i}+{i}={2 * i}>>{2 * i}\n#### {2 * i:,}"},
@@ -182,12 +182,12 @@ FIXTURES: dict[str, tuple[Callable[[int], dict[str, Any]], Callable[[int], str],
 
 
 def is_right(question: int, sample: int) -> bool:
-    """The script: of four samples of question i the first i % 5 are right."""
+    """Return whether a scripted response is right: of the four samples of question i, the first i % 5 are."""
     return sample < question % 5
 
 
 @pytest.fixture
-def grade() -> Iterator[Callable[[TaskConfig], Grader]]:
+def start_grader() -> Iterator[Callable[[TaskConfig], Grader]]:
     started: list[Grader] = []
 
     def start(task: TaskConfig) -> Grader:
@@ -200,8 +200,8 @@ def grade() -> Iterator[Callable[[TaskConfig], Grader]]:
 
 
 def fixture_task(name: str, folder: Path) -> TaskConfig:
-    """The task on rows in the public schema, which are made here."""
-    task = patient(load_as(TaskConfig, TASKS / f"{name}.yaml"))
+    """Return the task with NUM_ROWS generated rows in the schema of its public data set."""
+    task = with_long_timeout(load_as(TaskConfig, TASKS / f"{name}.yaml"))
     rows = [FIXTURES[name][0](i) for i in range(1, NUM_ROWS + 1)]
     path = folder / f"{name}.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -209,7 +209,7 @@ def fixture_task(name: str, folder: Path) -> TaskConfig:
     shots = task.few_shot and replace(task.few_shot, rows=replace(task.few_shot.rows, **local))
     return replace(
         task,
-        likelihood=None,  # letters are the responses of the script
+        likelihood=None,  # the scripted responses are letters
         data=replace(task.data, **local, limit=None),
         few_shot=shots,
         sampling=replace(task.sampling, num_samples=4),
@@ -222,11 +222,11 @@ def test_every_task_has_a_fixture() -> None:
 
 
 @pytest.mark.parametrize("name", FIXTURES)
-def test_scripted_responses_come_to_what_they_should(
-    name: str, grade: Callable[[TaskConfig], Grader], tmp_path: Path
+def test_scripted_responses_get_the_expected_scores(
+    name: str, start_grader: Callable[[TaskConfig], Grader], tmp_path: Path
 ) -> None:
     task = fixture_task(name, tmp_path)
-    questions, grader = read_questions(task), grade(task)
+    questions, grader = read_questions(task), start_grader(task)
     assert len(questions) == NUM_ROWS
     assert grader.misgraded_references(task, questions) == []
     _, right, wrong = FIXTURES[name]
@@ -236,42 +236,42 @@ def test_scripted_responses_come_to_what_they_should(
         for sample in range(4):
             text = (right if is_right(number, sample) else wrong)(number)
             text = text.replace("{right}", f"Answer: {question.row.get('letter')}")
-            asked = RenderedQuestion(question=question, prompt=question.text, token_ids=[1])
+            rendered = RenderedQuestion(question=question, prompt=question.text, token_ids=[1])
             response = Response(
-                rendered=asked, sample=sample, seed=0, text=text, num_tokens=10 + sample, finish_reason="stop"
+                rendered=rendered, sample=sample, seed=0, text=text, num_tokens=10 + sample, finish_reason="stop"
             )
             pending.append((number, response, grader.submit(task, response)))
     answers = []
-    for number, response, verdicts in pending:
-        found = grader.collect(task, response, verdicts)
-        assert found.status == "ok", found.message
-        assert found.right == is_right(number, found.sample), (number, found)
-        answers.append(found)
+    for number, response, submitted in pending:
+        answer = grader.collect(task, response, submitted)
+        assert answer.status == "ok", answer.message
+        assert answer.right == is_right(number, answer.sample), (number, answer)
+        answers.append(answer)
     grouped = by_question(answers)
     clusters = {q.index: grader.cluster_answers(task, q, grouped[q.index]) for q in questions} if task.majority else {}
     result = task_result(task, grouped, clusters, {q.index: q.group for q in questions}, [])
     counts = [i % 5 for i in range(1, NUM_ROWS + 1)]
     assert result.scores["avg@4"] == pytest.approx(sum(counts) / 4 / NUM_ROWS)
     for k in (1, 2, 4):
-        brute = [any_right(count, k) for count in counts]
-        assert result.scores[f"pass@{k}"] == pytest.approx(sum(brute) / NUM_ROWS)
+        expected_pass = [any_right(count, k) for count in counts]
+        assert result.scores[f"pass@{k}"] == pytest.approx(sum(expected_pass) / NUM_ROWS)
     if task.majority:
-        # the wrong ones of a question all say the same, or nothing; ties go to the first, which is right
-        wanted = [
-            sum(one.right for one in found) >= (1 if all(one.right or one.shown is None for one in found) else 2)
-            for found in grouped.values()
+        # the wrong responses to a question have the same answer, or none; a tie goes to the first, which is right
+        expected = [
+            sum(one.right for one in samples) >= (1 if all(one.right or one.shown is None for one in samples) else 2)
+            for samples in grouped.values()
         ]
-        assert result.scores["maj@4"] == pytest.approx(sum(wanted) / NUM_ROWS)
+        assert result.scores["maj@4"] == pytest.approx(sum(expected) / NUM_ROWS)
     assert result.scores["grading_failed"] == 0
 
 
 def any_right(num_right: int, k: int) -> float:
-    """By going through all choices of k of four samples."""
-    chosen = list(combinations(range(4), k))
-    return sum(any(place < num_right for place in one) for one in chosen) / len(chosen)
+    """Return pass@k of four samples, of which the first `num_right` are right, by enumerating all choices of k."""
+    choices = list(combinations(range(4), k))
+    return sum(any(sample < num_right for sample in choice) for choice in choices) / len(choices)
 
 
-# answer, reference, and whether math_sympy, math and math_qwen take it: the table of how graders disagree
+# answer, reference answer, and whether math_sympy, math and math_qwen accept it
 DISAGREEMENTS = [
     ("42.0", "42", "111"),
     ("1/2", r"\frac12", "111"),
@@ -297,52 +297,56 @@ DISAGREEMENTS = [
 ]
 
 
-@pytest.mark.parametrize(("given", "answer", "wanted"), DISAGREEMENTS)
-def test_graders_disagree_as_published(given: str, answer: str, wanted: str) -> None:
+@pytest.mark.parametrize(("given", "answer", "expected"), DISAGREEMENTS)
+def test_graders_disagree_as_published(given: str, answer: str, expected: str) -> None:
     sample = RewardInput(prompt="", response=boxed(given), answer=answer, finish_reason="stop", num_tokens=1, seed=0)
-    assert "".join(str(int(grader(sample))) for grader in (math_sympy, math_answer, math_qwen)) == wanted
+    assert "".join(str(int(grader(sample))) for grader in (math_sympy, math_answer, math_qwen)) == expected
 
 
-def test_another_grader_changes_a_tasks_score(grade: Callable[[TaskConfig], Grader], tmp_path: Path) -> None:
+def test_the_grades_of_a_task_depend_on_its_grader(
+    start_grader: Callable[[TaskConfig], Grader], tmp_path: Path
+) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({"problem": "?", "answer": answer}) + "\n" for _, answer, _ in DISAGREEMENTS))
     task = load_as(TaskConfig, TASKS / "math500.yaml")
     task = replace(task, data=replace(task.data, kind="jsonl", path=str(path)), group_field=None)
     for column, name in enumerate(("math_sympy", "math", "math_qwen")):
         graded = replace(task, scorer=replace(task.scorer, name=name))
-        grader, verdicts = grade(graded), []
+        grader, grades = start_grader(graded), []
         for question, (given, _, _) in zip(read_questions(graded), DISAGREEMENTS, strict=True):
-            asked = RenderedQuestion(question=question, prompt="", token_ids=[1])
-            said = Response(rendered=asked, sample=0, seed=0, text=boxed(given), num_tokens=1, finish_reason="stop")
-            verdicts.append(grader.collect(graded, said, grader.submit(graded, said)).right)
-        assert verdicts == [wanted[column] == "1" for *_, wanted in DISAGREEMENTS]
+            rendered = RenderedQuestion(question=question, prompt="", token_ids=[1])
+            response = Response(
+                rendered=rendered, sample=0, seed=0, text=boxed(given), num_tokens=1, finish_reason="stop"
+            )
+            grades.append(grader.collect(graded, response, grader.submit(graded, response)).right)
+        assert grades == [expected[column] == "1" for *_, expected in DISAGREEMENTS]
 
 
 @pytest.mark.parametrize(
-    ("tokens", "found"),
+    ("tokens", "expected"),
     [
-        (["<s>", "Q", ":", " A", "!"], [3]),  # a start token, and one that was generated
-        (["Q", ":", "A"], [2]),  # decoded without white space, nothing generated
+        (["<s>", "Q", ":", " A", "!"], [3]),  # with a start token and a generated token
+        (["Q", ":", "A"], [2]),  # decoded without white space, no generated token
         (["Q", ":", " ", "A", "!"], [2, 3]),
         (["Q", ": A", "!"], [1]),
         (["\ufffd", ":", " A", ""], [2]),
     ],
 )
-def test_the_tokens_of_a_choice_are_found_at_a_prompts_end(tokens: list[str], found: list[int]) -> None:
-    assert suffix_logprobs(" A", tokens, [None, *map(float, range(1, len(tokens)))]) == found
+def test_suffix_logprobs_are_those_of_the_tokens_of_a_choice(tokens: list[str], expected: list[int]) -> None:
+    assert suffix_logprobs(" A", tokens, [None, *map(float, range(1, len(tokens)))]) == expected
 
 
-def test_a_choice_that_is_not_at_the_end_is_no_choice() -> None:
+def test_a_choice_that_is_not_at_the_end_is_rejected() -> None:
     with pytest.raises(ValueError, match="do not end with ' B'"):
         suffix_logprobs(" B", ["Q", ":", " A", "!"], [None, 1.0, 2.0, 3.0])
 
 
 def test_pass_at_k_has_published_values() -> None:
-    found = [pass_at_k(8, 2, 1), pass_at_k(8, 2, 4), pass_at_k(8, 2, 8), pass_at_k(16, 1, 8), pass_at_k(8, 0, 4)]
-    assert found == pytest.approx([0.25, 0.785714, 1, 0.5, 0], abs=1e-6)
+    values = [pass_at_k(8, 2, 1), pass_at_k(8, 2, 4), pass_at_k(8, 2, 8), pass_at_k(16, 1, 8), pass_at_k(8, 0, 4)]
+    assert values == pytest.approx([0.25, 0.785714, 1, 0.5, 0], abs=1e-6)
 
 
-def test_errors_and_intervals() -> None:
+def test_standard_errors_and_intervals_have_the_expected_values() -> None:
     values = [0.0, 1.0, 1.0, 0.5]
     assert standard_error(values) == pytest.approx(math.sqrt(0.6875 / 3 / 4))
     low, high = bootstrap_interval([0.0, 1.0] * 200)
@@ -352,50 +356,52 @@ def test_errors_and_intervals() -> None:
     assert math.isnan(standard_error([1.0]))
 
 
-def test_the_majority_is_the_largest_cluster_and_the_first_of_equals() -> None:
+def test_the_majority_is_the_largest_cluster_or_the_first_of_a_tie() -> None:
     assert majority([None, 1, 2, 1, 2]) == 1
     assert majority([2, 1, 1]) == 1
     assert majority([None, None]) is None
 
 
-def test_repetition_is_the_share_of_what_was_there_before() -> None:
+def test_repetition_is_the_share_of_repeated_ngrams() -> None:
     assert repetition("abcdefghijklmnopqrstuvwxyz", 5) == 0
     assert repetition("ab" * 50, 5) == pytest.approx(1 - 2 / 96)
     assert repetition("ab", 5) == 0
 
 
-def test_wrong_answers_that_are_equal_vote_together(grade: Callable[[TaskConfig], Grader], tmp_path: Path) -> None:
+def test_equal_wrong_answers_vote_together(start_grader: Callable[[TaskConfig], Grader], tmp_path: Path) -> None:
     task = fixture_task("math500", tmp_path)
-    grader = grade(task)
+    grader = start_grader(task)
     question = Question(index=0, text="?", answers=["7"], group=None)
-    said = [boxed("1/2"), boxed("7"), boxed("0.5"), "nothing", boxed(r"\frac{1}{2}"), boxed("7.0")]
+    responses = [boxed("1/2"), boxed("7"), boxed("0.5"), "nothing", boxed(r"\frac{1}{2}"), boxed("7.0")]
     answers = [
-        answer_of(0, sample, response=text, right=sample in (1, 5), shown=text[len("So it is \\boxed{") : -2] or None)
-        for sample, text in enumerate(said)
+        graded_answer(
+            0, sample, response=text, right=sample in (1, 5), shown=text[len("So it is \\boxed{") : -2] or None
+        )
+        for sample, text in enumerate(responses)
     ]
     answers[3] = replace(answers[3], shown=None)
     assert grader.cluster_answers(task, question, answers) == [0, 1, 0, None, 0, 1]
 
 
-def answer_of(question: int, sample: int, **fields: Any) -> GradedAnswer:
-    given = {"response": "r", "right": False, "shown": None, "asked": "d", **fields}
+def graded_answer(question: int, sample: int, **fields: Any) -> GradedAnswer:
+    values = {"response": "r", "right": False, "shown": None, "asked": "d", **fields}
     return GradedAnswer(
         task="t", question=question, sample=sample, seed=1, num_tokens=3, finish_reason="stop", status="ok", message="",
-        **given,
+        **values,
     )  # fmt: skip
 
 
-def test_a_line_cut_in_two_is_sampled_again(tmp_path: Path) -> None:
+def test_a_truncated_last_line_is_ignored_and_overwritten(tmp_path: Path) -> None:
     path = tmp_path / "t.0.jsonl"
     file = AnswerFile(path)
     for sample in range(3):
-        file.write(answer_of(0, sample, response="ä\nb"))
+        file.write(graded_answer(0, sample, response="ä\nb"))
     file.close()
     whole = path.read_bytes()
     path.write_bytes(whole[:-10])
     assert sorted(read_answers(tmp_path)) == [("t", 0, 0, "d"), ("t", 0, 1, "d")]
     again = AnswerFile(path)
-    again.write(answer_of(0, 2, response="ä\nb"))
+    again.write(graded_answer(0, 2, response="ä\nb"))
     again.close()
     assert path.read_bytes() == whole
     path.write_bytes(b"x" + whole)
@@ -403,34 +409,36 @@ def test_a_line_cut_in_two_is_sampled_again(tmp_path: Path) -> None:
         read_answers(tmp_path)
 
 
-def test_an_answer_counts_for_what_was_asked_and_graded(tmp_path: Path) -> None:
+def test_a_saved_answer_counts_only_for_its_prompt_and_if_graded(tmp_path: Path) -> None:
     task = fixture_task("math500", tmp_path)
     first, second = (Question(index=0, text="?", answers=[gold], group=None) for gold in ("1", "2"))
-    asked = [RenderedQuestion(question=one, prompt="?", token_ids=[1]) for one in (first, second)]
-    assert asked[0].digest != asked[1].digest
+    rendered = [RenderedQuestion(question=one, prompt="?", token_ids=[1]) for one in (first, second)]
+    assert rendered[0].digest != rendered[1].digest
     file = AnswerFile(tmp_path / "answers/math500.0.jsonl")
-    exam = Benchmark(replace(task, sampling=replace(task.sampling, num_samples=2)), [first], [asked[0]], [])
-    for sample, digest, status in ((0, asked[0].digest, "ok"), (1, asked[1].digest, "ok")):
-        file.write(replace(answer_of(0, sample, asked=digest), task="math500", status=status))
-    ((_, samples),) = missing_samples(exam, 0, read_answers(tmp_path / "answers"), 0, 1)
-    assert [sample for sample, _ in samples] == [1], "the other one answers another question"
-    file.write(replace(answer_of(0, 1, asked=asked[0].digest), task="math500", status="reward_error"))
-    ((_, samples),) = missing_samples(exam, 0, read_answers(tmp_path / "answers"), 0, 1)
-    assert [sample for sample, _ in samples] == [1], "it was not graded"
-    file.write(replace(answer_of(0, 1, asked=asked[0].digest, right=True), task="math500"))
+    benchmark = Benchmark(replace(task, sampling=replace(task.sampling, num_samples=2)), [first], [rendered[0]], [])
+    for sample, digest, status in ((0, rendered[0].digest, "ok"), (1, rendered[1].digest, "ok")):
+        file.write(replace(graded_answer(0, sample, asked=digest), task="math500", status=status))
+    ((_, samples),) = missing_samples(benchmark, 0, read_answers(tmp_path / "answers"), 0, 1)
+    assert [sample for sample, _ in samples] == [1], "the second answer belongs to another prompt"
+    file.write(replace(graded_answer(0, 1, asked=rendered[0].digest), task="math500", status="reward_error"))
+    ((_, samples),) = missing_samples(benchmark, 0, read_answers(tmp_path / "answers"), 0, 1)
+    assert [sample for sample, _ in samples] == [1], "the grading of the second answer failed"
+    file.write(replace(graded_answer(0, 1, asked=rendered[0].digest, right=True), task="math500"))
     file.close()
-    assert missing_samples(exam, 0, read_answers(tmp_path / "answers"), 0, 1) == []
-    assert read_answers(tmp_path / "answers")["math500", 0, 1, asked[0].digest].right
+    assert missing_samples(benchmark, 0, read_answers(tmp_path / "answers"), 0, 1) == []
+    assert read_answers(tmp_path / "answers")["math500", 0, 1, rendered[0].digest].right
 
 
-def test_a_scorer_that_fails_is_no_zero(grade: Callable[[TaskConfig], Grader], tmp_path: Path) -> None:
+def test_a_scorer_that_fails_on_every_reference_answer_raises(
+    start_grader: Callable[[TaskConfig], Grader], tmp_path: Path
+) -> None:
     task = fixture_task("humaneval", tmp_path)
     broken = replace(task, scorer=replace(task.scorer, options={"style": "mbpp"}))
     with pytest.raises(RewardError, match=r"fails on every reference answer: .*no column 'test_list'"):
-        grade(broken).misgraded_references(broken, read_questions(broken))
+        start_grader(broken).misgraded_references(broken, read_questions(broken))
 
 
-def test_a_folder_keeps_one_evaluation(tmp_path: Path) -> None:
+def test_a_folder_rejects_another_evaluation(tmp_path: Path) -> None:
     task = fixture_task("math500", tmp_path)
     config = EvalConfig(
         run=EvalRunSection(name="x", output_dir=str(tmp_path / "out")), model=ModelSection(path="m"), tasks=["t"]
@@ -438,12 +446,12 @@ def test_a_folder_keeps_one_evaluation(tmp_path: Path) -> None:
     folder = EvalFolder(tmp_path / "out")
     folder.prepare(config, [task], "f1")
     folder.prepare(replace(config, limit=3), [replace(task, majority=False), fixture_task("aime24", tmp_path)], "f1")
-    for changed, mark, message in (
+    for changed, fingerprint, message in (
         (task, "f2", "the model's fingerprint"),
         (replace(task, prompt="{problem}"), "f1", r"tasks\.math500\.prompt"),
     ):
         with pytest.raises(ConfigError, match=f"another evaluation: {message} differ"):
-            folder.prepare(config, [changed], mark)
+            folder.prepare(config, [changed], fingerprint)
     result = TaskResult(task="math500", version=1, num_questions=2, num_samples=1, scores={"a": 0.5, "b": math.nan})
     folder.write_results(config, [], [], model="f1", versions={})
     assert result.as_json()["scores"] == {"a": 0.5, "b": None}
@@ -467,7 +475,7 @@ def test_a_folder_keeps_one_evaluation(tmp_path: Path) -> None:
         ({"subsets": ["a"]}, {"subset": "b"}, "'b', which is none of the task's subsets"),
     ],
 )
-def test_bad_rows_are_named(changes: dict[str, Any], row: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_invalid_rows_are_rejected(changes: dict[str, Any], row: dict[str, Any], message: str, tmp_path: Path) -> None:
     task = replace(fixture_task("math500", tmp_path), group_field=None)
     (tmp_path / "one.jsonl").write_text(json.dumps({"problem": "?", "answer": "1", **row}))
     task = replace(task, data=replace(task.data, path=str(tmp_path / "one.jsonl")), **changes)
@@ -475,17 +483,17 @@ def test_bad_rows_are_named(changes: dict[str, Any], row: dict[str, Any], messag
         read_questions(task)
 
 
-def test_prompts_name_columns_and_keep_other_braces() -> None:
+def test_templates_fill_columns_and_keep_other_braces() -> None:
     filled = fill_template(r"{a} {Two Words} \boxed{} {ANSWER}", {"a": "{b}", "Two Words": 2}, "")
     assert filled == r"{b} 2 \boxed{} {ANSWER}"
 
 
-def test_an_answer_ends_before_a_stop() -> None:
+def test_a_response_is_truncated_before_a_stop_string() -> None:
     assert truncate_at_stop("a\nQ: b [DONE]", ["[DONE]", "\nQ:"]) == ("a", True)
     assert truncate_at_stop("a", ["b"]) == ("a", False)
 
 
-def test_examples_fit_the_question(tmp_path: Path) -> None:
+def test_few_shot_examples_match_the_question(tmp_path: Path) -> None:
     task = fixture_task("mmlu", tmp_path)
     shots = load_as(TaskConfig, TASKS / "gsm8k_5shot.yaml").few_shot
     assert shots is not None
@@ -498,7 +506,7 @@ def test_examples_fit_the_question(tmp_path: Path) -> None:
 
 
 def finished_run(folder: Path, rights: list[bool], *, prompt: str = "{problem}") -> Path:
-    """An evaluation of the shape that a run leaves."""
+    """Write a finished evaluation, in which the response to question i is right if `rights[i]`; return its folder."""
     folder.mkdir()
     task = replace(fixture_task("math500", folder), prompt=prompt, sampling=TaskSamplingSection())
     rows = Path(str(task.data.path))
@@ -512,7 +520,7 @@ def finished_run(folder: Path, rights: list[bool], *, prompt: str = "{problem}")
     out.prepare(config, [task], "mark")
     file = AnswerFile(out.answers_of(task.name, 0))
     answers = [
-        replace(answer_of(i, 0, right=right, shown="1", response=boxed("<b>1</b>")), task=task.name)
+        replace(graded_answer(i, 0, right=right, shown="1", response=boxed("<b>1</b>")), task=task.name)
         for i, right in enumerate(rights)
     ]
     for one in answers:
@@ -520,17 +528,19 @@ def finished_run(folder: Path, rights: list[bool], *, prompt: str = "{problem}")
     file.close()
     questions = read_questions(task)
     result = task_result(task, by_question(answers), {}, {q.index: q.group for q in questions}, ["a note"])
-    found = out.write_results(config, [task], [result], model="mark", versions={"torch": "2"})
-    asked = [RenderedQuestion(question=question, prompt=f"<s>{question.text}", token_ids=[1]) for question in questions]
-    page = render(found, {task.name: asked}, {task.name: by_question(answers)})
-    assert page.count("<svg") == 2, "by length and by level"
-    assert "&lt;s&gt;" in page, "what a model says is text and no HTML"
+    results = out.write_results(config, [task], [result], model="mark", versions={"torch": "2"})
+    rendered = [
+        RenderedQuestion(question=question, prompt=f"<s>{question.text}", token_ids=[1]) for question in questions
+    ]
+    page = render(results, {task.name: rendered}, {task.name: by_question(answers)})
+    assert page.count("<svg") == 2, "one plot by length, one by level"
+    assert "&lt;s&gt;" in page, "prompts and responses are escaped"
     assert "<b>1</b>" not in page
     assert "a note" in page
     return out.path
 
 
-def test_models_are_compared_at_the_same_questions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_models_are_compared_on_the_same_questions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = finished_run(tmp_path / "before", [i < 8 for i in range(NUM_ROWS)])
     after = finished_run(tmp_path / "after", [4 <= i < 18 for i in range(NUM_ROWS)])
     assert compare_evals.main([str(before), str(after)]) == 0

@@ -1,4 +1,4 @@
-"""Published models: what their config.json says gives the number of parameters they are published with."""
+"""The layout table of a published config.json has the published number of parameters."""
 
 import json
 from pathlib import Path
@@ -91,7 +91,7 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_parameters_of_published_models(name: str, tmp_path: Path) -> None:
+def test_published_models_have_their_published_number_of_parameters(name: str, tmp_path: Path) -> None:
     config, parameters = PUBLISHED[name]
     (tmp_path / "config.json").write_text(json.dumps(config))
     shapes = hf_shapes(layout_table(read_model_spec(tmp_path), 1))

@@ -1,4 +1,4 @@
-"""Boxes read out of a process's memory; here the reader's own."""
+"""Reads of boxes of tensors from the memory of a process, here the reading process itself."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ from megatron_rl.weight_sync import host_memory
 from megatron_rl.weight_sync.host_memory import RemoteTensor
 from megatron_rl.weights.layout import Box, box_index, box_shape
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="process_vm_readv is Linux's")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="process_vm_readv exists only on Linux")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -21,25 +21,27 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="process_vm_read
     ids=str,
 )
 @pytest.mark.parametrize("is_strided", [False, True], ids=["into a tensor", "into a part of one"])
-def test_a_box_of_a_matrix(box: Box, dtype: torch.dtype, is_strided: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_box_of_a_matrix_is_read(
+    box: Box, dtype: torch.dtype, is_strided: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(host_memory, "MAX_BYTES", 1000)
     source = torch.arange(3000 * 6).reshape(3000, 6).to(dtype)
     rows, columns = box_shape(box)
-    around = torch.zeros(rows, columns + 3, dtype=dtype)
-    into = around[:, 1 : columns + 1] if is_strided else torch.zeros(rows, columns, dtype=dtype)
+    padded = torch.zeros(rows, columns + 3, dtype=dtype)
+    into = padded[:, 1 : columns + 1] if is_strided else torch.zeros(rows, columns, dtype=dtype)
     RemoteTensor.of(source).read(box, into)
     assert torch.equal(into, source[box_index(box)])
-    assert not around[:, 0].any()
-    assert not around[:, columns + 1 :].any()
+    assert not padded[:, 0].any()
+    assert not padded[:, columns + 1 :].any()
 
 
-def test_a_vector() -> None:
+def test_a_range_of_a_vector_is_read() -> None:
     source, into = torch.arange(9.0), torch.zeros(4)
     RemoteTensor.of(source).read(((2, 6),), into)
     assert into.tolist() == [2, 3, 4, 5]
 
 
-def test_a_process_that_has_ended() -> None:
+def test_reading_from_an_ended_process_raises() -> None:
     ended = subprocess.Popen(["true"])
     ended.wait()
     with pytest.raises(WeightSyncError, match=f"process {ended.pid} of this host could not be read"):

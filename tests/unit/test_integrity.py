@@ -1,4 +1,4 @@
-"""Seals of a checkpoint's files."""
+"""Digests of the files of a checkpoint."""
 
 from pathlib import Path
 
@@ -46,7 +46,7 @@ def test_a_changed_byte_is_found(name: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [None, "{"])
-def test_a_folder_without_readable_seals_is_incomplete(damage: str | None, folder: Path) -> None:
+def test_a_folder_without_readable_digests_is_incomplete(damage: str | None, folder: Path) -> None:
     (folder / DIGESTS).unlink()
     if damage:
         (folder / DIGESTS).write_text(damage)

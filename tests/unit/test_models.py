@@ -1,4 +1,4 @@
-"""Rotary scaling against transformers, operation counts, and what a machine without a GPU refuses."""
+"""Rotary scaling against transformers, FLOP counts, and settings that need a GPU."""
 
 import json
 from pathlib import Path
@@ -61,11 +61,11 @@ def test_rotary_scaling_equals_transformers(name: str, tmp_path: Path) -> None:
     assert (softmax_scale(spec) or 128**-0.5) == pytest.approx(factor**2 * 128**-0.5)
 
 
-def test_operations_of_a_forward_pass(tmp_path: Path) -> None:
-    """Counted by hand for one sequence of 10 tokens, 4 of them with logits."""
-    found = forward_flops(spec_of(tmp_path), num_tokens=10, sum_squared_lengths=100, num_logit_tokens=4)
+def test_forward_flops_equal_a_count_by_hand(tmp_path: Path) -> None:
+    """Check one sequence of 10 tokens, 4 of them with logits."""
+    flops = forward_flops(spec_of(tmp_path), num_tokens=10, sum_squared_lengths=100, num_logit_tokens=4)
     layer = 256 * (256 + 2 * 128) + 256 * 256 + 3 * 256 * 512
-    assert found == 2 * (10 * 3 * layer + 3 * 256 * 100 + 4 * 256 * 1000)
+    assert flops == 2 * (10 * 3 * layer + 3 * 256 * 100 + 4 * 256 * 1000)
 
 
 @pytest.mark.parametrize(
@@ -78,11 +78,11 @@ def test_operations_of_a_forward_pass(tmp_path: Path) -> None:
         ("NVIDIA GeForce GTX 1080", None),
     ],
 )
-def test_peak_of_a_device(device: str, peak: float | None) -> None:
+def test_known_devices_have_a_peak(device: str, peak: float | None) -> None:
     assert peak_tflops(device) == peak
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="checks a machine without a GPU")
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -93,7 +93,7 @@ def test_peak_of_a_device(device: str, peak: float | None) -> None:
         ("optimizer.cpu_offload_fraction=0.5", "optimizer.cpu_offload_fraction=0.5 needs a GPU"),
     ],
 )
-def test_what_needs_a_gpu_is_refused_without(override: str, message: str, tmp_path: Path) -> None:
+def test_settings_that_need_a_gpu_are_rejected_without_one(override: str, message: str, tmp_path: Path) -> None:
     config = toy_config(tmp_path, tmp_path, override)
     check = check_optimizer if override.startswith("optimizer") else choose_implementation
     with pytest.raises(ConfigError, match=message):

@@ -1,4 +1,4 @@
-"""Tensors of which a part is in memory behave as if the rest were NaN."""
+"""A PartialTensor, which holds one box of a tensor, behaves as if all other elements were NaN."""
 
 import itertools
 
@@ -20,29 +20,29 @@ BOXES: list[Box] = [
 
 
 def partial(box: Box) -> tuple[PartialTensor, Tensor]:
-    """The tensor and what it stands for."""
+    """Return a partial tensor and the full tensor that it represents."""
     expected = torch.full_like(WHOLE, float("nan"))
     expected[box_index(box)] = WHOLE[box_index(box)]
     return PartialTensor(WHOLE[box_index(box)], box, WHOLE.shape), expected
 
 
-def assert_same(found: Tensor, expected: Tensor) -> None:
-    assert found.shape == expected.shape
-    assert torch.equal(found.clone().nan_to_num(7e7), expected.nan_to_num(7e7))
+def assert_same(actual: Tensor, expected: Tensor) -> None:
+    assert actual.shape == expected.shape
+    assert torch.equal(actual.clone().nan_to_num(7e7), expected.nan_to_num(7e7))
 
 
 @pytest.mark.parametrize("box", BOXES, ids=str)
-def test_the_part_is_a_view(box: Box) -> None:
+def test_a_slice_of_the_held_box_is_a_view(box: Box) -> None:
     tensor, _ = partial(box)
-    found = tensor[box_index(box)]
-    assert not isinstance(found, PartialTensor)
-    assert torch.equal(found, WHOLE[box_index(box)])
-    assert found.numel() == 0 or found.data_ptr() == WHOLE[box_index(box)].data_ptr()
+    view = tensor[box_index(box)]
+    assert not isinstance(view, PartialTensor)
+    assert torch.equal(view, WHOLE[box_index(box)])
+    assert view.numel() == 0 or view.data_ptr() == WHOLE[box_index(box)].data_ptr()
 
 
 @pytest.mark.parametrize("mode", [False, True], ids=["", "inference mode"])
 @pytest.mark.parametrize("box", BOXES, ids=str)
-def test_any_slice(box: Box, mode: bool) -> None:
+def test_any_slice_equals_that_of_the_full_tensor(box: Box, mode: bool) -> None:
     tensor, expected = partial(box)
     with torch.inference_mode(mode):
         for start, stop in itertools.product(range(-9, 10), repeat=2):
@@ -72,8 +72,8 @@ def test_any_slice(box: Box, mode: bool) -> None:
     ],
 )
 @pytest.mark.parametrize("box", BOXES, ids=str)
-def test_other_operations_see_the_whole(box: Box, operation: object) -> None:
+def test_other_operations_act_on_the_full_tensor(box: Box, operation: object) -> None:
     tensor, expected = partial(box)
     assert callable(operation)
     assert_same(operation(tensor), operation(expected))
-    assert_same(tensor, expected)  # written to as well
+    assert_same(tensor, expected)  # also after in-place operations

@@ -1,4 +1,4 @@
-"""Plans: what ranks hold, what fits, what is refused, and the recipes that depend on it."""
+"""Plans: memory and time of a configuration, errors if it does not fit, and the production recipes."""
 
 import json
 import os
@@ -29,15 +29,15 @@ HARDWARE = {"a100": "a100-80g", "h100": "h100-80g", "h200": "h200-141g"}
 
 
 def recipe_config(recipe: Path, *overrides: str) -> RunConfig:
-    """With the published configuration of its model, whose weights nobody has here."""
+    """Load a recipe with the published config.json of its model in place of a folder with weights."""
     name = Path(load_config(recipe).model.path).name
     return load_config(recipe, [f"model.path={MODELS / name}", *overrides])
 
 
 def machine(recipe: Path) -> tuple[Hardware, int]:
-    found = NAME.search(recipe.name)
-    assert found is not None, recipe.name
-    return KNOWN_HARDWARE[HARDWARE[found[3]]], int(found[1]) * int(found[2])
+    fields = NAME.search(recipe.name)
+    assert fields is not None, recipe.name
+    return KNOWN_HARDWARE[HARDWARE[fields[3]]], int(fields[1]) * int(fields[2])
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
@@ -67,7 +67,7 @@ def test_the_table_of_the_recipes_is_up_to_date() -> None:
 
 @pytest.mark.parametrize("name", sorted(path.name for path in MODELS.iterdir()))
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 1), (4, 4, 1), (1, 2, 8)], ids=str)
-def test_shares_are_what_the_layout_table_gives_to_ranks(name: str, sizes: tuple[int, int, int]) -> None:
+def test_stage_shares_equal_those_of_the_layout_table(name: str, sizes: tuple[int, int, int]) -> None:
     spec, (tp, pp, ep) = read_model_spec(MODELS / name), sizes
     if ep > 1 and spec.moe is None:
         pytest.skip("no experts")
@@ -92,7 +92,7 @@ def _elements(shape: tuple[int, ...]) -> int:
     return box_size(tuple((0, extent) for extent in shape))
 
 
-def test_uneven_stages() -> None:
+def test_layers_are_split_over_uneven_stages() -> None:
     spec = read_model_spec(MODELS / "Qwen2.5-7B")  # 28 layers
     assert layers_of_stages(spec, ParallelSection(pipeline_parallel_size=4)) == [7, 7, 7, 7]
     uneven = ParallelSection(
@@ -112,34 +112,34 @@ def plan_7b(*overrides: str, world_size: int = 8) -> Plan:
     return make_plan(recipe_config(recipe, *overrides), KNOWN_HARDWARE["h100-80g"], world_size)
 
 
-def test_what_saves_memory_saves_it_in_the_plan() -> None:
-    usual = plan_7b()
-    in_update = usual.memory.total("update")
+def test_memory_savings_appear_in_the_plan() -> None:
+    baseline = plan_7b()
+    in_update = baseline.memory.total("update")
     assert plan_7b("memory.recompute=full").memory.total("update") < in_update
     assert plan_7b("batching.max_tokens_per_micro_batch=5120").memory.total("update") < in_update
     assert plan_7b("parallel.tensor_parallel_size=4").memory.total("update") < in_update
     assert plan_7b(world_size=16).memory.total("update") < in_update  # the optimizer is shared by more
     offloaded = plan_7b("memory.offload=[params,grads,optimizer]").memory
-    assert offloaded.total("generation") < usual.memory.total("generation")
+    assert offloaded.total("generation") < baseline.memory.total("generation")
     assert offloaded.total("update") == in_update
-    assert sum(offloaded.host.values()) > sum(usual.memory.host.values())
+    assert sum(offloaded.host.values()) > sum(baseline.memory.host.values())
     assert plan_7b("rollout.sleep_engine=false").shortfalls
     lora = plan_7b("lora.rank=16", "lora.quantize=nf4").memory.phases["update"]
-    assert lora["policy grads"] < 0.05 * usual.memory.phases["update"]["policy grads"]
-    assert lora["policy params"] < 0.5 * usual.memory.phases["update"]["policy params"]
+    assert lora["policy grads"] < 0.05 * baseline.memory.phases["update"]["policy grads"]
+    assert lora["policy params"] < 0.5 * baseline.memory.phases["update"]["policy params"]
 
 
-def test_times_follow_what_is_computed() -> None:
-    usual = plan_7b().seconds
-    assert plan_7b("memory.recompute=full").seconds["update"] > usual["update"]
-    assert plan_7b("precision.fp8=disabled").seconds["update"] > usual["update"]
-    assert plan_7b(world_size=16).seconds["update"] < usual["update"]
+def test_time_estimates_follow_the_settings() -> None:
+    baseline = plan_7b().seconds
+    assert plan_7b("memory.recompute=full").seconds["update"] > baseline["update"]
+    assert plan_7b("precision.fp8=disabled").seconds["update"] > baseline["update"]
+    assert plan_7b(world_size=16).seconds["update"] < baseline["update"]
     deep = plan_7b(
         "parallel.tensor_parallel_size=1", "parallel.sequence_parallel=false", "parallel.pipeline_parallel_size=4"
     )
-    assert deep.seconds["weight push"] > usual["weight push"]
+    assert deep.seconds["weight push"] > baseline["weight push"]
     assert plan_7b("algorithm.kl_coef=0.01").seconds["log-probabilities"] == pytest.approx(
-        2 * usual["log-probabilities"]
+        2 * baseline["log-probabilities"]
     )
 
 
@@ -157,20 +157,20 @@ def test_a_short_cache_and_a_small_host_do_not_fit() -> None:
     assert any("a host needs" in reason and "checkpoint in background" in reason for reason in small.shortfalls)
 
 
-def test_search_finds_layouts_that_fit_with_something_to_spare() -> None:
+def test_search_finds_layouts_that_fit_with_a_margin() -> None:
     recipe = next(path for path in RECIPES if "70b-8n8g-h100" in path.name)
     config, hardware = recipe_config(recipe), KNOWN_HARDWARE["h100-80g"]
-    found = search(config, hardware, 64)
-    assert found
-    assert [plan.step_s for plan in found] == sorted(plan.step_s for plan in found)
-    for plan in found[:20]:
+    plans = search(config, hardware, 64)
+    assert plans
+    assert [plan.step_s for plan in plans] == sorted(plan.step_s for plan in plans)
+    for plan in plans[:20]:
         assert plan.memory.total(plan.memory.fullest) / 1e9 <= (1 - MEMORY_MARGIN) * hardware.device_gb
         again = recipe_config(recipe, *settings(plan, config).split())
         assert make_plan(again, hardware, 64).step_s == pytest.approx(plan.step_s)
     assert search(config, hardware, 8) == []
 
 
-def test_the_command_says_what_does_not_fit(tmp_path: Path) -> None:
+def test_the_command_reports_what_does_not_fit(tmp_path: Path) -> None:
     recipe = next(path for path in RECIPES if "70b-8n8g-h100" in path.name)
 
     def plan(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -181,11 +181,11 @@ def test_the_command_says_what_does_not_fit(tmp_path: Path) -> None:
     assert fits.returncode == 0, fits.stderr
     assert "TP8 x PP4 x DP2, vllm of TP8" in fits.stdout
     assert "\nfits: " in fits.stdout
-    lacking = plan("--nodes", "8", "memory.recompute=disabled", "batching.max_tokens_per_micro_batch=65536")
-    assert lacking.returncode == 3
-    assert "planning with configs/model_shapes/Llama-3.1-70B-Instruct" in lacking.stderr
-    assert "does not fit: update needs" in lacking.stdout
-    assert "change: memory.recompute=full" in lacking.stdout
+    too_large = plan("--nodes", "8", "memory.recompute=disabled", "batching.max_tokens_per_micro_batch=65536")
+    assert too_large.returncode == 3
+    assert "planning with configs/model_shapes/Llama-3.1-70B-Instruct" in too_large.stderr
+    assert "does not fit: update needs" in too_large.stdout
+    assert "change: memory.recompute=full" in too_large.stdout
     assert plan("--nodes", "1", "--search").returncode == 3
     unknown = plan("--hardware", "h300")
     assert unknown.returncode == 1
@@ -195,7 +195,7 @@ def test_the_command_says_what_does_not_fit(tmp_path: Path) -> None:
     assert "ranks_per_node: Value 'many'" in plan("--hardware", str(own)).stderr
 
 
-def test_a_described_machine_is_read(tmp_path: Path) -> None:
+def test_a_hardware_file_is_read_and_validated(tmp_path: Path) -> None:
     values = {**vars(KNOWN_HARDWARE["a100-80g"]), "name": "ours", "device_gb": 40.0}
     path = tmp_path / "ours.yaml"
     path.write_text(json.dumps(values))
@@ -205,7 +205,7 @@ def test_a_described_machine_is_read(tmp_path: Path) -> None:
         read_hardware(str(path))
 
 
-def test_the_plan_as_text_names_every_holder() -> None:
+def test_the_text_of_a_plan_lists_every_item() -> None:
     text = describe(plan_7b())
     for word in ("policy grads", "engine cache", "activations", "transfer buffers", "GB of a host", "tokens/s/rank"):
         assert word in text

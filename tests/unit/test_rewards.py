@@ -1,4 +1,4 @@
-"""Reward functions, and the pool that survives them."""
+"""Reward functions, and the pool of worker processes that runs them."""
 
 from collections.abc import Iterator
 
@@ -26,7 +26,7 @@ def sample(response: str, answer: str | None = "42", finish_reason: str = "stop"
 
 
 @pytest.mark.parametrize(
-    ("response", "answer", "wanted"),
+    ("response", "answer", "expected"),
     [
         (r"so \boxed{42}", "42", 1),
         (r"\boxed{41}", "42", 0),
@@ -42,20 +42,20 @@ def sample(response: str, answer: str | None = "42", finish_reason: str = "stop"
         ("no answer", "42", 0),
     ],
 )
-def test_math(response: str, answer: str, wanted: float) -> None:
-    assert REWARDS["math"](sample(response, answer)) == wanted
+def test_math_grades_boxed_answers(response: str, answer: str, expected: float) -> None:
+    assert REWARDS["math"](sample(response, answer)) == expected
 
 
 @pytest.mark.parametrize(
-    ("response", "finish_reason", "wanted"),
+    ("response", "finish_reason", "expected"),
     [("42", "stop", 1), (" 42 ", "stop", 1), ("12,3>42", "stop", 1), ("42>12", "stop", 0), ("42", "length", 0)],
 )
-def test_exact_match_after_a_mark(response: str, finish_reason: str, wanted: float) -> None:
-    assert REWARDS["exact_match"](sample(response, finish_reason=finish_reason), after=">") == wanted
+def test_exact_match_grades_the_text_after_a_mark(response: str, finish_reason: str, expected: float) -> None:
+    assert REWARDS["exact_match"](sample(response, finish_reason=finish_reason), after=">") == expected
 
 
 @pytest.mark.parametrize(
-    ("response", "wanted"),
+    ("response", "expected"),
     [
         ("<think>a</think><answer>b</answer>", 1),
         ("<think>a\nb</think>\n<answer>c</answer>\n", 1),
@@ -64,13 +64,13 @@ def test_exact_match_after_a_mark(response: str, finish_reason: str, wanted: flo
         ("<think>a</think><answer>b</answer>x", 0),
     ],
 )
-def test_format(response: str, wanted: float) -> None:
-    assert REWARDS["format"](sample(response)) == wanted
+def test_format_requires_the_tags_and_nothing_around_them(response: str, expected: float) -> None:
+    assert REWARDS["format"](sample(response)) == expected
 
 
-@pytest.mark.parametrize(("length", "wanted"), [(0, 0), (6, 0), (7, -0.25), (9, -0.75), (10, -1), (25, -1)])
-def test_soft_overlong(length: int, wanted: float) -> None:
-    assert REWARDS["soft_overlong"](sample("x" * length), max_tokens=10, buffer_tokens=4) == wanted
+@pytest.mark.parametrize(("length", "expected"), [(0, 0), (6, 0), (7, -0.25), (9, -0.75), (10, -1), (25, -1)])
+def test_soft_overlong_penalizes_the_last_tokens(length: int, expected: float) -> None:
+    assert REWARDS["soft_overlong"](sample("x" * length), max_tokens=10, buffer_tokens=4) == expected
 
 
 def test_soft_overlong_needs_a_buffer_that_fits() -> None:
@@ -79,7 +79,7 @@ def test_soft_overlong_needs_a_buffer_that_fits() -> None:
 
 
 @pytest.mark.parametrize(
-    ("answer", "numbers", "target", "wanted"),
+    ("answer", "numbers", "target", "expected"),
     [
         ("2 * 3 * 4", [2, 3, 4], 24, 1.0),
         ("2+3+4", [2, 3, 4], 24, 0.1),
@@ -97,19 +97,21 @@ def test_soft_overlong_needs_a_buffer_that_fits() -> None:
         ("(" * 300 + "1" + ")" * 300, [1], 1, 0.1),
     ],
 )
-def test_countdown(answer: str, numbers: list[int], target: float, wanted: float) -> None:
-    assert REWARDS["countdown"](sample(f"<answer>{answer}</answer>", nums=numbers, target=target)) == wanted
+def test_countdown_grades_the_answered_expression(
+    answer: str, numbers: list[int], target: float, expected: float
+) -> None:
+    assert REWARDS["countdown"](sample(f"<answer>{answer}</answer>", nums=numbers, target=target)) == expected
     assert REWARDS["countdown"](sample(answer, nums=numbers, target=target)) == 0
 
 
-def test_arithmetic_refuses_what_is_not_arithmetic() -> None:
+def test_evaluate_rejects_everything_but_arithmetic() -> None:
     assert evaluate("-(3 - 5) / 4")[0] * 2 == 1
     for text in ("a", "1 if 2 else 3", "f(1)", "True", "1 < 2", "1" + "+1" * 400):
         with pytest.raises(ValueError):
             evaluate(text)
 
 
-def test_weights_sum_and_unknown_names() -> None:
+def test_weighted_rewards_are_summed_and_unknown_names_rejected() -> None:
     grader = build_grader([RewardFunctionSection(name="math"), RewardFunctionSection(name="format", weight=0.5)])
     assert grader(sample(r"<think>x</think><answer>\boxed{42}</answer>")) == (1.5, {"math": 1.0, "format": 1.0})
     with pytest.raises(ConfigError, match="Did you mean format"):
@@ -120,7 +122,7 @@ def test_weights_sum_and_unknown_names() -> None:
         build_grader([RewardFunctionSection(name="tests.own_rewards:absent")])
 
 
-OWN = {
+CUSTOM_REWARDS = {
     name: [RewardFunctionSection(name=f"tests.own_rewards:{name}")]
     for name in ("digit_share", "raises", "hangs_on", "exits", "nothing")
 }
@@ -129,7 +131,7 @@ OWN = {
 class TestPool:
     @pytest.fixture(scope="class")
     def pool(self) -> Iterator[RewardPool]:
-        pool = RewardPool(RewardSection(timeout_s=60, num_workers=2), OWN)
+        pool = RewardPool(RewardSection(timeout_s=60, num_workers=2), CUSTOM_REWARDS)
         yield pool
         pool.close()
 
@@ -143,25 +145,25 @@ class TestPool:
         assert (result.status, result.message) == ("reward_error", "ZeroDivisionError: this reward is broken")
         assert result.total != result.total
 
-    def test_no_number_is_an_error(self, pool: RewardPool) -> None:
+    def test_a_reward_without_a_number_is_an_error(self, pool: RewardPool) -> None:
         (result,) = pool.submit("nothing", [sample("x")]).result(LIMIT_S)
         assert result.status == "reward_error"
 
     def test_a_hanging_sample_is_killed_and_the_others_are_graded(self) -> None:
-        pool = RewardPool(RewardSection(timeout_s=8), OWN)
-        asked = [sample("a"), sample("hang"), sample("b"), sample("hang"), sample("c")]
-        found = pool.submit("hangs_on", asked).result(LIMIT_S)
+        pool = RewardPool(RewardSection(timeout_s=8), CUSTOM_REWARDS)
+        samples = [sample("a"), sample("hang"), sample("b"), sample("hang"), sample("c")]
+        results = pool.submit("hangs_on", samples).result(LIMIT_S)
         pool.close()
-        assert [r.status for r in found] == ["ok", "reward_timeout", "ok", "reward_timeout", "ok"]
+        assert [r.status for r in results] == ["ok", "reward_timeout", "ok", "reward_timeout", "ok"]
 
     def test_a_dying_worker_is_replaced(self, pool: RewardPool) -> None:
-        found = pool.submit("exits", [sample("a"), sample("b")]).result(LIMIT_S)
-        assert [r.status for r in found] == ["reward_error", "reward_error"]
+        results = pool.submit("exits", [sample("a"), sample("b")]).result(LIMIT_S)
+        assert [r.status for r in results] == ["reward_error", "reward_error"]
         assert pool.submit("digit_share", [sample("11")]).result(LIMIT_S)[0].total == 1.0
 
 
 def test_a_tower_of_powers_times_out() -> None:
     pool = RewardPool(RewardSection(timeout_s=8), {"train": [RewardFunctionSection(name="math")]})
-    found = pool.submit("train", [sample("$9^{9^{9^9}}$", "1"), sample(r"\boxed{42}")]).result(LIMIT_S)
-    assert [r.status for r in found] == ["reward_timeout", "ok"]
+    results = pool.submit("train", [sample("$9^{9^{9^9}}$", "1"), sample(r"\boxed{42}")]).result(LIMIT_S)
+    assert [r.status for r in results] == ["reward_timeout", "ok"]
     pool.close()

@@ -1,4 +1,4 @@
-"""Hostile programs do no harm, and each gets the status that it deserves."""
+"""Hostile programs do no harm, and each gets the expected status."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from megatron_rl.rewards.types import RewardInput
 from megatron_rl.sandbox import Limits, isolation_error, run, run_program
 
 LIMITS = Limits(seconds=60)
-SOON = Limits(seconds=5)
+SHORT_LIMITS = Limits(seconds=5)
 
 # name -> program, status, part of the message
 PROGRAMS = {
@@ -70,38 +70,38 @@ PROGRAMS = {
 }
 
 
-def test_programs_can_be_shut_in_here() -> None:
+def test_this_machine_can_isolate_programs() -> None:
     assert isolation_error() == ""
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_each_program_ends_as_it_should(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_program_gets_its_expected_status(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import socket
 
     monkeypatch.setenv("SECRET", "x")
     before = set(os.listdir("/"))
     with socket.create_server(("127.0.0.1", 0)) as listening:
         text, status, message = PROGRAMS[name]
-        limits = SOON if status == "timed out" else LIMITS
+        limits = SHORT_LIMITS if status == "timed out" else LIMITS
         outcome = run_program(text.replace("PORT", str(listening.getsockname()[1])), limits)
     assert (outcome.status, message in outcome.message) == (status, True), outcome
     assert set(os.listdir("/")) == before
     assert not Path("/tmp/evil").exists()
-    assert not any(str(run.JAIL) in line for line in running())
+    assert not any(str(run.JAIL) in line for line in command_lines())
 
 
-def running() -> list[str]:
-    """Command lines of all processes."""
-    found = []
+def command_lines() -> list[str]:
+    """Return the command lines of all processes."""
+    lines = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            found.append(path.read_text())
+            lines.append(path.read_text())
         except OSError:
             continue
-    return found
+    return lines
 
 
-def test_a_program_is_a_nobody() -> None:
+def test_a_program_runs_without_privileges() -> None:
     text = "import os; print(os.getuid(), len([p for p in os.listdir('/proc') if p.isdigit()]), os.listdir('.'))"
     uid, processes, *files = run_program(text, LIMITS).output.split()
     assert int(uid) > 0
@@ -109,7 +109,7 @@ def test_a_program_is_a_nobody() -> None:
     assert files == ["['.python']"] if os.getuid() == 0 else ["[]"]
 
 
-def test_programs_run_beside_each_other() -> None:
+def test_programs_run_concurrently() -> None:
     outcomes: list[str] = []
 
     def one(number: int) -> None:
@@ -124,7 +124,7 @@ def test_programs_run_beside_each_other() -> None:
     assert sorted(outcomes) == list("012345")
 
 
-def test_where_nothing_shuts_it_in_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_programs_are_rejected_where_they_cannot_be_isolated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "isolation_error", lambda: "namespaces: Operation not permitted")
     with pytest.raises(RewardError, match=r"\(namespaces: Operation not permitted\).*allow_unisolated=true"):
         run_program("pass", LIMITS)
@@ -139,7 +139,7 @@ def problem(response: str, **columns: object) -> RewardInput:
     )
 
 
-def test_code_is_the_last_fenced_block_that_defines_it() -> None:
+def test_code_is_the_last_fenced_block_with_the_definition() -> None:
     assert fenced("a\n```python\nx = 1\n```\nb\n```\ny = 2\n```", "def ") == "y = 2"
     assert fenced("```python3\ndef f(): 1\n```\nUsage:\n```python\nf()\n```", "def f(") == "def f(): 1"
     assert fenced("```bash\npip\n```\n```py\nx = 1\n", "def ") == "x = 1\n"
@@ -147,7 +147,7 @@ def test_code_is_the_last_fenced_block_that_defines_it() -> None:
     assert fenced("x = 1", "def ") is None
 
 
-def test_a_problems_imports_and_helpers_stay() -> None:
+def test_imports_and_helpers_of_the_prompt_are_kept() -> None:
     prompt = (
         'from typing import List\n\ndef helper(x):\n    return x + 1\n\n\ndef f(x: List[int]) -> int:\n    """?"""\n'
     )
@@ -157,7 +157,7 @@ def test_a_problems_imports_and_helpers_stay() -> None:
     assert code_tests(problem("    return x", **columns)) == 0
 
 
-def test_a_limit_above_the_workers_own_is_that(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_limit_above_that_of_the_worker_is_lowered_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     assert hard >= 64
     text = "import resource; print(resource.getrlimit(resource.RLIMIT_AS)[1])"
@@ -171,7 +171,7 @@ def test_a_limit_above_the_workers_own_is_that(monkeypatch: pytest.MonkeyPatch) 
     assert str(2**31) in done.stdout
 
 
-def test_a_sandbox_that_does_not_close_is_no_verdict(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_sandbox_that_cannot_be_set_up_raises(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     broken = tmp_path / "jail.py"
     broken.write_text("import sys; sys.stdin.readline(); sys.exit('namespaces: no')")
     monkeypatch.setattr(run, "JAIL", broken)
@@ -179,8 +179,8 @@ def test_a_sandbox_that_does_not_close_is_no_verdict(monkeypatch: pytest.MonkeyP
         run_program("pass", LIMITS)
 
 
-def test_it_holds_without_root_too() -> None:
-    """As another user, in a user namespace, where the program could undo its mounts if it kept its capabilities."""
+def test_isolation_holds_without_root() -> None:
+    """Run as another user in a user namespace, where a program with its capabilities could undo the mounts."""
     with tempfile.TemporaryDirectory(dir="/tmp") as name:
         folder = Path(name)
         shutil.copy(run.JAIL, folder / "jail.py")
@@ -196,7 +196,7 @@ def test_it_holds_without_root_too() -> None:
             "assert int(open('/proc/self/status').read().split('CapEff:')[1].split()[0], 16) == 0\n"
             f"try:\n    open({str(folder / 'kept')!r}, 'w')\n    raise ValueError\nexcept OSError:\n    pass",
         }  # fmt: skip
-        readable = Path("/usr/bin/python3")  # the tests' own may be in root's home
+        readable = Path("/usr/bin/python3")  # the Python of the tests may be in root's home
         done = subprocess.run(
             [str(readable) if readable.exists() else sys.executable, "-I", "-S", str(folder / "jail.py")],
             input=json.dumps(order) + "\n", capture_output=True, text=True, check=False, cwd="/",

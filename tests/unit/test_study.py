@@ -1,4 +1,4 @@
-"""Curves of several runs, and the tool that makes them."""
+"""Tables and plots of the curves of several runs, and the tool that launches the runs."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 CURVES = {"GRPO": [{0: 0.25, 10: 0.5, 20: 0.75}, {0: 0.25, 10: 0.7}], "A & B": [{0: 0.25, 10: 0.1}, {0: 0.25, 10: 0.3}]}
 
 
-def test_table_of_the_steps_that_all_runs_have() -> None:
+def test_the_table_has_the_steps_that_all_runs_have() -> None:
     rows = curve_table("run", CURVES)
     assert rows == [
         ["run", "step 0", "step 10"],
@@ -26,20 +26,20 @@ def test_table_of_the_steps_that_all_runs_have() -> None:
     assert curve_table("run", {"x": [{0: -1.5}]})[1] == ["x", "-1.5"]
 
 
-def test_page_has_every_run() -> None:
+def test_the_page_has_every_run() -> None:
     page = render_study("a study", "val/exact_match", CURVES)
     assert page.count("<svg") == 1
     assert "A &amp; B" in page
 
 
-def test_a_metric_that_was_not_measured_is_named_with_those_that_were() -> None:
+def test_a_missing_metric_is_reported_with_similar_ones() -> None:
     rows = [{"step": 0, "val/exact_match": 0.5}, {"step": 1, "val/exact_match": None}]
     assert curve_of(rows, "val/exact_match") == {0: 0.5}
     with pytest.raises(DataError, match=r"no row has val/f1\. Similar metrics: val/exact_match"):
         curve_of(rows, "val/f1")
 
 
-def test_the_tool_makes_the_runs_and_compares_them(toy_model, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_the_tool_launches_the_runs_and_compares_them(toy_model, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     config = write_config(tmp_path, toy_model("qwen2"))
     study = tmp_path / "toys.yaml"
     study.write_text(
@@ -63,6 +63,6 @@ def test_the_tool_makes_the_runs_and_compares_them(toy_model, tmp_path: Path) ->
     resolved = (tmp_path / "runs" / "RLOO" / "seed_3" / "config.yaml").read_text()
     assert "advantage: rloo" in resolved
     assert "seed: 3" in resolved
-    wrong = subprocess.run([*command, "--only", "PPO"], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert wrong.returncode == 1
-    assert "has no run 'PPO'. It has: GRPO, RLOO." in wrong.stderr
+    unknown_run = subprocess.run([*command, "--only", "PPO"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert unknown_run.returncode == 1
+    assert "has no run 'PPO'. It has: GRPO, RLOO." in unknown_run.stderr

@@ -1,4 +1,4 @@
-"""Where the rewards of a step end up: at tokens, in steps, among the groups that are trained on."""
+"""Advantages in the trainer: rewards of tokens and steps, critic estimates, and the selection of groups."""
 
 import pytest
 import torch
@@ -47,64 +47,64 @@ def group(index: int, rewards: list[float]) -> RolloutGroup:
 
 
 @pytest.mark.parametrize(
-    ("given", "wanted"),
+    ("sample", "expected"),
     [
         (rollout(1.0), {6: 1.0}),
         (rollout(1.0, {2: 0.25, 6: 0.75}), {2: 0.25, 6: 0.75}),
-        (rollout(1.5, {2: 0.25, 6: 0.75}), {2: 0.25, 6: 1.25}),  # a reward of the whole on top
+        (rollout(1.5, {2: 0.25, 6: 0.75}), {2: 0.25, 6: 1.25}),  # plus a reward of the whole response
         (rollout(0.5, {2: 0.5}), {2: 0.5}),
         (rollout(0.0), {6: 0.0}),
         (rollout(float("nan"), status="reward_error"), {}),
     ],
 )
-def test_rewards_are_at_the_tokens_that_earned_them(given: Rollout, wanted: dict[int, float]) -> None:
-    assert rewards_by_token(given) == wanted
-    assert {place: x for place, x in enumerate(to_sequence(given).rewards.tolist()) if x} == {
-        place: x for place, x in wanted.items() if x
+def test_rewards_are_at_the_last_token_of_the_response_or_step(sample: Rollout, expected: dict[int, float]) -> None:
+    assert rewards_by_token(sample) == expected
+    assert {position: x for position, x in enumerate(to_sequence(sample).rewards.tolist()) if x} == {
+        position: x for position, x in expected.items() if x
     }
 
 
-def test_rewards_of_steps_are_kept_with_the_rollouts(tmp_path) -> None:  # type: ignore[no-untyped-def]
-    given = rollout(1.0, {2: 0.25, 6: 0.75})
-    one = RolloutGroup(index=0, prompt=group(0, []).prompt, rollouts=[given])
-    write_groups(tmp_path / "step.jsonl", 1, [one])
+def test_step_rewards_are_saved_with_the_rollouts(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    sample = rollout(1.0, {2: 0.25, 6: 0.75})
+    saved = RolloutGroup(index=0, prompt=group(0, []).prompt, rollouts=[sample])
+    write_groups(tmp_path / "step.jsonl", 1, [saved])
     (line,) = read_rollouts(tmp_path / "step.jsonl")
     assert rollout_from_json(line).step_rewards == {2: 0.25, 6: 0.75}
 
 
-def test_rewards_of_steps_are_compared_with_all_of_the_group() -> None:
-    """The worked example of the formula: three steps, and two."""
+def test_step_rewards_are_normalized_over_all_steps_of_the_group() -> None:
+    """Check a worked example with one response of three steps and one of two."""
     steps = [{3: 1.0, 5: 0.0, 8: 1.0}, {4: 0.0, 6: 0.0}]
     values = torch.tensor([1.0, 0, 1, 0, 0])
-    found = process_advantages(steps, AdvantageSettings(epsilon=1e-6))
+    advantages = process_advantages(steps, AdvantageSettings(epsilon=1e-6))
     high, low = ((x - 0.4) / (float(values.std()) + 1e-6) for x in (1, 0))
-    assert [list(one) for one in found] == [[3, 5, 8], [4, 6]]
-    assert [x for one in found for x in one.values()] == pytest.approx([high, low, high, low, low])
+    assert [list(one) for one in advantages] == [[3, 5, 8], [4, 6]]
+    assert [x for one in advantages for x in one.values()] == pytest.approx([high, low, high, low, low])
     mask = torch.arange(9) >= 2
-    row = rewards_to_go(found[0], mask)
+    row = rewards_to_go(advantages[0], mask)
     assert row.tolist() == pytest.approx([0, 0, *[2 * high + low] * 2, *[high + low] * 2, *[high] * 3], rel=1e-6)
     centred = process_advantages(steps, AdvantageSettings(normalize_by_std=False))
     assert [x for one in centred for x in one.values()] == pytest.approx([0.6, -0.4, 0.6, -0.4, -0.4])
     assert process_advantages([{3: 1.0}], AdvantageSettings()) == [{3: 0.0}]
 
 
-def test_turns_end_where_the_mask_ends_and_not_where_a_reward_is() -> None:
+def test_turns_are_bounded_by_the_mask_and_not_by_rewards() -> None:
     assert turns(MASK) == [(1, 3), (5, 7)]
     values = torch.linspace(0.1, 0.8, 8, dtype=torch.float64)
     settings = GaeSettings(gamma=1.0, lam=1.0, turn_gamma=1.0, turn_lam=1.0)
     early = torch.zeros(8, dtype=torch.float64)
-    early[1] = 1.0  # inside of a turn
+    early[1] = 1.0  # inside a turn
     for estimate in (gae, turn_gae, bi_level_gae):
-        nothing, _ = estimate(torch.zeros_like(values), values, MASK, settings)
-        found, returns = estimate(early, values, MASK, settings)
-        assert (nothing[MASK] != 0).all(), "turns without a reward are turns"
-        assert (found[~MASK] == 0).all()
+        without_reward, _ = estimate(torch.zeros_like(values), values, MASK, settings)
+        advantages, returns = estimate(early, values, MASK, settings)
+        assert (without_reward[MASK] != 0).all(), "turns without a reward have advantages"
+        assert (advantages[~MASK] == 0).all()
         assert (returns[~MASK] == 0).all()
     together, _ = turn_gae(early, values, MASK, settings)
     assert together.tolist() == pytest.approx([0, 0.8, 0.8, 0, 0, -0.6, -0.6, 0])
 
 
-def test_without_discounts_a_return_is_what_is_earned_later() -> None:
+def test_undiscounted_returns_are_sums_of_later_rewards() -> None:
     settings = GaeSettings(gamma=1.0, lam=1.0, turn_gamma=1.0, turn_lam=1.0)
     rewards = torch.tensor([0, 0.1, 0.2, 0, 0, 0.3, 0.4, 0], dtype=torch.float64)
     values = torch.rand(8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -115,33 +115,33 @@ def test_without_discounts_a_return_is_what_is_earned_later() -> None:
 def test_value_loss_is_clipped_around_the_old_value() -> None:
     values = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64, requires_grad=True)
     old, returns = torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
-    found = value_loss(values, old, returns, clip=0.2)
-    assert found.loss.tolist() == pytest.approx([0.5, 0.32, 0.32])
-    assert found.clipped.tolist() == [False, True, True]
-    found.loss.sum().backward()
+    clipped_loss = value_loss(values, old, returns, clip=0.2)
+    assert clipped_loss.loss.tolist() == pytest.approx([0.5, 0.32, 0.32])
+    assert clipped_loss.clipped.tolist() == [False, True, True]
+    clipped_loss.loss.sum().backward()
     assert values.grad is not None
     assert values.grad.tolist() == [-1, 0, 0]
-    free = value_loss(values, old, returns, clip=None)
-    assert free.loss.tolist() == pytest.approx([0.5, 0.125, 0])
-    assert not free.clipped.any()
+    unclipped_loss = value_loss(values, old, returns, clip=None)
+    assert unclipped_loss.loss.tolist() == pytest.approx([0.5, 0.125, 0])
+    assert not unclipped_loss.clipped.any()
 
 
-def test_explained_variance_adds_up_over_ranks() -> None:
+def test_explained_variance_merges_over_ranks() -> None:
     generator = torch.Generator().manual_seed(0)
     targets = torch.randn(100, generator=generator)
-    guesses = targets + 0.5 * torch.randn(100, generator=generator) + 3  # a constant error explains as much
-    wanted = float(1 - (targets - guesses).var(correction=0) / targets.var(correction=0))
-    parts = [explained_variance(guesses[part], targets[part]) for part in (slice(0, 30), slice(30, 100))]
-    assert parts[0].merge(parts[1]).result() == pytest.approx(wanted, rel=1e-5)
+    predictions = targets + 0.5 * torch.randn(100, generator=generator) + 3  # a constant error does not change it
+    expected = float(1 - (targets - predictions).var(correction=0) / targets.var(correction=0))
+    parts = [explained_variance(predictions[part], targets[part]) for part in (slice(0, 30), slice(30, 100))]
+    assert parts[0].merge(parts[1]).result() == pytest.approx(expected, rel=1e-5)
     assert ExplainedVariance(0, 0, 0, 0, 0).result() != ExplainedVariance(0, 0, 0, 0, 0).result()  # NaN
 
 
 @pytest.mark.parametrize(
-    ("kl", "wanted"),
+    ("kl", "expected"),
     [(2.0, 0.1 * (1 + 0.2 * 0.1)), (1.1, 0.1 * (1 + 0.1 * 0.1)), (1.0, 0.1), (0.0, 0.1 * (1 - 0.2 * 0.1))],
 )
-def test_the_kl_penalty_adapts(kl: float, wanted: float) -> None:
-    assert adapted_coef(0.1, kl, target=1.0, num_responses=100, horizon=1000) == pytest.approx(wanted)
+def test_the_kl_coefficient_adapts_towards_the_target(kl: float, expected: float) -> None:
+    assert adapted_coef(0.1, kl, target=1.0, num_responses=100, horizon=1000) == pytest.approx(expected)
 
 
 def test_the_groups_with_the_highest_reward_std_are_kept() -> None:

@@ -35,7 +35,7 @@ def test_shards_hold_every_element_once(family: str, tied: bool, tp_size: int, t
     assert all(torch.equal(back[name], hf[name]) for name in hf)
 
 
-def test_a_gap_in_what_the_ranks_hold_is_named(toy_model: Callable[..., Path]) -> None:
+def test_elements_that_no_rank_holds_are_reported(toy_model: Callable[..., Path]) -> None:
     table = layout_table(read_model_spec(toy_model("qwen2")), 2)
     names = list(table)
     places = [Place(tp_rank=rank, tp_size=2, etp_rank=rank, etp_size=2) for rank in range(2)]
@@ -44,7 +44,7 @@ def test_a_gap_in_what_the_ranks_hold_is_named(toy_model: Callable[..., Path]) -
         plan_export([(names, places[0])], table)
 
 
-def test_too_many_tensor_parallel_ranks(toy_model: Callable[..., Path]) -> None:
+def test_an_indivisible_tensor_parallel_size_is_rejected(toy_model: Callable[..., Path]) -> None:
     layout = layout_table(read_model_spec(toy_model("qwen2")), 4)["decoder.layers.0.self_attention.linear_qkv.weight"]
     with pytest.raises(ConversionError, match="is not divisible by tensor parallel size 4"):
         layout.slices(0, 4)
@@ -61,33 +61,33 @@ class TestFolders:
         spec = read_model_spec(folder)
         check_against_table(HFReader(folder), hf_shapes(layout_table(spec, 1)), ignored_names(spec))
 
-    def test_written_in_shards_and_read_by_transformers(self, folder: Path, toy_model: Callable[..., Path]) -> None:
+    def test_a_sharded_folder_is_read_by_transformers(self, folder: Path, toy_model: Callable[..., Path]) -> None:
         from transformers import AutoModelForCausalLM
 
         assert len(list(folder.glob("*.safetensors"))) > 2
         self.check(folder)
-        read = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
-        wanted = load_file(toy_model("qwen2", tied=False) / "model.safetensors")
-        assert all(torch.equal(read[name], tensor) for name, tensor in wanted.items())
+        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+        expected = load_file(toy_model("qwen2", tied=False) / "model.safetensors")
+        assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
         assert load_tokenizer(str(folder)).eos_token == "<eos>"
 
-    def test_nothing_is_overwritten(self, folder: Path) -> None:
+    def test_existing_files_are_not_overwritten(self, folder: Path) -> None:
         with pytest.raises(ConversionError, match="exists already"):
             write_hf_folder(folder, [], like=folder)
 
-    def test_truncated_shard(self, folder: Path) -> None:
+    def test_a_truncated_shard_is_reported(self, folder: Path) -> None:
         victim = sorted(folder.glob("*.safetensors"))[1]
         victim.write_bytes(victim.read_bytes()[:-100])
         with pytest.raises(ConversionError, match=f"{victim.name} is truncated"):
             self.check(folder)
 
-    def test_missing_shard(self, folder: Path) -> None:
+    def test_a_missing_shard_is_reported(self, folder: Path) -> None:
         victim = sorted(folder.glob("*.safetensors"))[1]
         victim.unlink()
         with pytest.raises(ConversionError, match=f"{victim.name} is missing"):
             self.check(folder)
 
-    def test_index_that_disagrees(self, folder: Path) -> None:
+    def test_a_wrong_index_is_reported(self, folder: Path) -> None:
         index = folder / "model.safetensors.index.json"
         content = json.loads(index.read_text())
         files = sorted(set(content["weight_map"].values()))
@@ -98,7 +98,7 @@ class TestFolders:
             self.check(folder)
 
     @pytest.mark.parametrize("fault", ["missing", "unmapped", "misshapen"])
-    def test_tensors_that_do_not_fit_the_config(
+    def test_tensors_that_do_not_fit_the_config_are_reported(
         self, fault: str, toy_model: Callable[..., Path], tmp_path: Path
     ) -> None:
         source = toy_model("qwen2")
@@ -116,7 +116,7 @@ class TestFolders:
         with pytest.raises(ConversionError, match=name):
             self.check(tmp_path)
 
-    def test_no_folder_no_weights_no_config(self, tmp_path: Path) -> None:
+    def test_a_missing_folder_weights_or_config_is_reported(self, tmp_path: Path) -> None:
         with pytest.raises(ConversionError, match="does not exist"):
             HFReader(tmp_path / "nowhere")
         with pytest.raises(ConversionError, match=r"neither model\.safetensors nor"):
@@ -135,7 +135,7 @@ class TestFolders:
         ({"hidden_size": None}, "hidden_size"),
     ],
 )
-def test_configs_that_are_refused(
+def test_unsupported_configs_are_rejected(
     change: dict[str, object], message: str, toy_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     config = json.loads((toy_model("qwen2") / "config.json").read_text()) | change

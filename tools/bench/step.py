@@ -56,9 +56,7 @@ def main() -> None:
     contenders["reference"] = ("contenders.reference", sys.executable)
     learners = {"overhead": ("contenders.overhead", sys.executable)}
     results = []
-    print(
-        f"{os.cpu_count()} cores ({platform.machine()}), load {os.getloadavg()[0]:.1f}; ± half the interquartile range\n"
-    )
+    print(f"{os.cpu_count()} cores ({platform.machine()}), load {os.getloadavg()[0]:.1f}; ± is half the IQR\n")
     for size in args.sizes:
         with tempfile.TemporaryDirectory() as folder:
             write_inputs(Path(folder), size, args.seed)

@@ -82,9 +82,11 @@ def choose(args: argparse.Namespace, config: RewardTrainingConfig, parallel: Par
         raise DataError(f"{args.rollouts}: no prompt has {args.n} graded responses. Lower --n, or sample more.")
     lines = [line for group in groups for line in group]
     rollouts = [rollout_from_json(line) for line in lines]
-    step_ends = [finder.scored_positions(one, config.data.step_separator if has_steps else None) for one in rollouts]
+    positions = [
+        finder.scored_positions(rollout, config.data.step_separator if has_steps else None) for rollout in rollouts
+    ]
     rows = model.scores(
-        [labelled_sequence(one.token_ids.tolist(), ends) for one, ends in zip(rollouts, step_ends, strict=True)]
+        [labelled_sequence(rollout.token_ids.tolist(), at) for rollout, at in zip(rollouts, positions, strict=True)]
     )
     for line, row in zip(lines, rows, strict=True):
         line["scores"] = (torch.sigmoid(row) if has_steps else row).tolist()
@@ -106,15 +108,15 @@ def table(groups: list[list[dict[str, Any]]], args: argparse.Namespace, *, has_s
         def chosen(index: int | None, right: list[float] = right) -> float:
             return 0.0 if index is None else right[index]
 
-        found = {"one response": sum(right) / len(right), "majority vote": chosen(majority(answers))}
+        outcome = {"one response": sum(right) / len(right), "majority vote": chosen(majority(answers))}
         for how in AGGREGATIONS if has_steps else LAST:
             scores = [aggregated(line["scores"], how) for line in group]
             name = f"reward model, {how}" if has_steps else "reward model"
-            found[name] = chosen(best(scores))
+            outcome[name] = chosen(best(scores))
             if has_steps:
-                found[f"majority weighted by {how}"] = chosen(majority(answers, scores))
-        found["any is right"] = max(right)
-        for name, value in found.items():
+                outcome[f"majority weighted by {how}"] = chosen(majority(answers, scores))
+        outcome["any is right"] = max(right)
+        for name, value in outcome.items():
             outcomes.setdefault(name, []).append(value)
     fewest = min(map(len, groups))
     rows = [[name, f"{mean(values):.1%} ± {standard_error(values):.1%}"] for name, values in outcomes.items()]

@@ -55,26 +55,27 @@ def curate(config: Any, config_folder: Path, parallel: Any) -> None:
 
     with raise_together(parallel):
         if parallel.is_main:
-            found = candidates(config, config_folder)
-            write_lines(folder.candidates, found.kept)
-            note(f"{len(found.kept)} candidates, dropped: {counted(found.dropped)}")
+            filtered = candidates(config, config_folder)
+            write_lines(folder.candidates, filtered.kept)
+            note(f"{len(filtered.kept)} candidates, dropped: {counted(filtered.dropped)}")
     if config.generate is not None:
         evaluation, task = evaluation_of(config.generate, config)
         evaluate(evaluation, [task], parallel, note)
     with raise_together(parallel):
         if parallel.is_main:
-            rated = filter_by_pass_rate(config, found.kept)
-            dropped = [*found.dropped, *rated.dropped]
-            write_lines(folder.curated, [OUTPUTS[config.output.schema](one) for one in rated.kept])
+            solved = filter_by_pass_rate(config, filtered.kept)
+            dropped = [*filtered.dropped, *solved.dropped]
+            write_lines(folder.curated, [OUTPUTS[config.output.schema](problem) for problem in solved.kept])
             write_lines(folder.dropped, dropped)
-            labels = dict(Counter(one.difficulty for one in rated.kept if one.difficulty is not None))
-            note(f"{len(rated.kept)} kept in {folder.curated} {json.dumps(labels)}; dropped: {counted(dropped)}")
+            labels = dict(Counter(problem.difficulty for problem in solved.kept if problem.difficulty is not None))
+            note(f"{len(solved.kept)} kept in {folder.curated} {json.dumps(labels)}; dropped: {counted(dropped)}")
 
 
 def counted(dropped: Sequence[Any]) -> str:
     """Number of dropped problems by stage, such as ``3 by contamination``; ``0`` if none."""
     return (
-        ", ".join(f"{number} by {stage}" for stage, number in Counter(one["stage"] for one in dropped).items()) or "0"
+        ", ".join(f"{number} by {stage}" for stage, number in Counter(problem["stage"] for problem in dropped).items())
+        or "0"
     )
 
 
