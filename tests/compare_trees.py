@@ -3,8 +3,9 @@
     python tests/compare_trees.py BEFORE AFTER --output DIR
 
 A refactoring changes no number. The same configurations run in both trees on this machine: both stages of the
-quickstart, PPO, LoRA, GSPO, multi-turn rollouts, and TP2 x PP2. All metrics of all steps must be equal, except for times
-and memory; ``RENAMED`` lists the metrics that have another name in AFTER. The exit status is 1 if a value differs.
+quickstart, PPO, LoRA, GSPO, multi-turn rollouts, and TP2 x PP2. All metrics of all steps must be equal, except times
+and memory. Metrics that CHANGELOG.md lists as renamed are compared under their new name. The exit status is 1 if a
+value differs.
 """
 
 import argparse
@@ -16,15 +17,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-RENAMED = {
-    "batch/num_teaching": "batch/num_trained_rollouts",
-    "rollout/given_up": "rollout/aborted",
-    "rollout/replaced_without_spread": "rollout/zero_std/replaced",
-}
-RENAMED_PREFIXES = {"eval/": "val/"}
 # metrics that depend on the clock or on the history of the process
-TIMED = ("memory/", "timing_s", "perf/time", "perf/throughput", "perf/tflops", "perf/mfu", "weight_sync/seconds")
-TIMED = (*TIMED, "weight_sync/gb_per_s")
+TIMED = (
+    "memory/",
+    *("timing_s", "perf/time", "perf/throughput", "perf/tflops", "perf/mfu"),
+    *("weight_sync/seconds", "weight_sync/gb_per_s"),
+)
+
+
+CHANGELOG = Path(__file__).parents[1] / "CHANGELOG.md"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,7 @@ class Case:
     """A run to compare; ``{run}`` in an override stands for the folder of the tree's runs."""
 
     config: str
+    """Name of a file in configs/quickstart or configs/algorithms."""
     num_ranks: int
     overrides: tuple[str, ...]
 
@@ -39,14 +41,14 @@ class Case:
 SFT = "model.path={run}/sft/checkpoints/step_001800/hf"
 STEPS = ("rollout.schedule=static", "run.num_steps=12")
 CASES = {
-    "sft": Case(config="quickstart/sft", num_ranks=2, overrides=("model.path={run}/init",)),
-    "grpo": Case(config="quickstart/grpo", num_ranks=2, overrides=(SFT, "rollout.schedule=static")),
-    "ppo": Case(config="algorithms/ppo", num_ranks=2, overrides=(SFT, *STEPS)),
-    "lora": Case(config="algorithms/lora", num_ranks=2, overrides=(SFT, *STEPS)),
-    "gspo": Case(config="algorithms/gspo", num_ranks=2, overrides=(SFT, *STEPS)),
-    "conversation": Case(config="algorithms/conversation", num_ranks=2, overrides=(SFT, *STEPS)),
+    "sft": Case(config="sft", num_ranks=2, overrides=("model.path={run}/init",)),
+    "grpo": Case(config="grpo", num_ranks=2, overrides=(SFT, "rollout.schedule=static")),
+    "ppo": Case(config="ppo", num_ranks=2, overrides=(SFT, "rollout.schedule=static", "run.num_steps=16")),
+    "lora": Case(config="lora", num_ranks=2, overrides=(SFT, *STEPS)),
+    "gspo": Case(config="gspo", num_ranks=2, overrides=(SFT, *STEPS)),
+    "conversation": Case(config="conversation", num_ranks=2, overrides=(SFT, *STEPS)),
     "tp2_pp2": Case(
-        config="quickstart/grpo",
+        config="grpo",
         num_ranks=4,
         overrides=(
             SFT,
@@ -59,11 +61,19 @@ CASES = {
 }
 
 
+def find_config(tree: Path, name: str) -> Path:
+    """Return the path of a config in a tree; both trees need not have it in the same folder."""
+    (path,) = (
+        path for folder in ("quickstart", "algorithms") for path in (tree / "configs" / folder).glob(f"{name}.yaml")
+    )
+    return path
+
+
 def run_case(tree: Path, case: Case, run: Path, name: str) -> None:
     """Run a case in a tree and write its output to a log beside the run folder."""
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={case.num_ranks}"),
-        *("-m", "megatron_rl.train", "--config", f"configs/{case.config}.yaml"),
+        *("-m", "megatron_rl.train", "--config", str(find_config(tree, case.config))),
         *(override.format(run=run) for override in case.overrides),
         *(f"run.output_dir={run / name}", "metrics.wandb=disabled", "metrics.console=plain"),
     ]
@@ -75,15 +85,25 @@ def run_case(tree: Path, case: Case, run: Path, name: str) -> None:
 def read_metrics(path: Path) -> list[dict[str, float]]:
     """Return the rows of a metrics.jsonl under the names of AFTER, without metrics that depend on the clock."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return [{new_name(name): value for name, value in row.items() if not name.startswith(TIMED)} for row in rows]
+    renamed = renamed_metrics()
+    return [
+        {new_name(name, renamed): value for name, value in row.items() if not name.startswith(TIMED)} for row in rows
+    ]
 
 
-def new_name(name: str) -> str:
+def renamed_metrics() -> dict[str, str]:
+    """Return the table of renamed metrics in the changelog; a name that ends in ``*`` is a prefix."""
+    _, table = CHANGELOG.read_text().split("| metric before | now |\n|---|---|\n")
+    rows = [line.split("`") for line in table.split("\n\n")[0].splitlines()]
+    return {row[1]: row[3] for row in rows}
+
+
+def new_name(name: str, renamed: Mapping[str, str]) -> str:
     """Return the name in AFTER of a metric of either tree."""
-    for old, new in RENAMED_PREFIXES.items():
-        if name.startswith(old):
-            name = new + name.removeprefix(old)
-    return RENAMED.get(name, name)
+    for old, new in renamed.items():
+        if old.endswith("*") and name.startswith(old[:-1]):
+            return new[:-1] + name.removeprefix(old[:-1])
+    return renamed.get(name, name)
 
 
 def differences(before: list[dict[str, float]], after: list[dict[str, float]]) -> list[str]:

@@ -29,7 +29,9 @@ def correct_rollout(batch: TrainBatch, correction: RolloutCorrection) -> tuple[T
     if not correction.needs_whole_responses:
         return batch, {}
     corrections = [
-        correction.correct_response(sequence.old_logprobs[sequence.loss_mask], sequence.rollout_logprobs[sequence.loss_mask])
+        correction.correct_response(
+            sequence.old_logprobs[sequence.loss_mask], sequence.rollout_logprobs[sequence.loss_mask]
+        )
         for sequence in batch.sequences
     ]
     sequences = [

@@ -106,7 +106,9 @@ def _close(context: ParallelContext) -> None:
     for value in context.record.values():
         groups += value if isinstance(value, list) else [value]
     gc.collect()  # frees models that hold groups
-    for group in {id(candidate): candidate for candidate in groups if isinstance(candidate, dist.ProcessGroup)}.values():
+    for group in {
+        id(candidate): candidate for candidate in groups if isinstance(candidate, dist.ProcessGroup)
+    }.values():
         if group is not dist.group.WORLD and group in distributed_c10d._world.pg_map:
             dist.destroy_process_group(group)
 
@@ -262,7 +264,9 @@ def engine_and_policy_logprobs(config: RunConfig, num_updates: int) -> list[tupl
         all_finished = [result for part in gather_objects(finished, parallel) for result in part]
         assert len(all_finished) == 12
         assert {result.completion.policy_version for result in all_finished} == {version}
-        rows = policy_logprobs(policy, [(requests[result.key].token_ids, result.completion.token_ids) for result in all_finished])
+        rows = policy_logprobs(
+            policy, [(requests[result.key].token_ids, result.completion.token_ids) for result in all_finished]
+        )
         results += [(result.completion, row) for result, row in zip(all_finished, rows, strict=True)]
     return results
 
@@ -580,10 +584,10 @@ def checkpoint_round_trip(config: RunConfig, folder: str, *, save: bool) -> tupl
             Path(folder).mkdir(parents=True)
         dist.barrier()
         save_learner(policy.learner, Path(folder))
-        continued = [_norm(policy, parallel) for _ in range(3)]
+        continued = [_norm(policy) for _ in range(3)]
     resumed = Policy(config, parallel)
     load_learner(resumed.learner, Path(folder))
-    return continued, [_norm(resumed, parallel) for _ in range(3)]
+    return continued, [_norm(resumed) for _ in range(3)]
 
 
 def train_and_save(config: RunConfig, folder: str) -> dict[str, torch.Tensor]:
@@ -650,7 +654,7 @@ def update_with_tokens_on_first_rank_only(config: RunConfig) -> float:
     return Policy(config, parallel).update(batch)["actor/grad_norm"].result()
 
 
-def _norm(policy: Policy, parallel: ParallelContext) -> float:
+def _norm(policy: Policy) -> float:
     return policy.update(batch_of())["actor/grad_norm"].result()
 
 

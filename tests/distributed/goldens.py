@@ -1,4 +1,4 @@
-"""Losses and advantages of the published reference responses, computed by the ranks of a gang."""
+"""Responses whose losses and advantages are published to six digits, and their computation on the ranks of a gang."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -31,7 +31,7 @@ def row(values: Sequence[float]) -> Tensor:
 
 
 def rollout(index: int) -> Rollout:
-    """Return reference response ``index``; ``rollout_logprobs`` holds the current log-probabilities, not an engine's."""
+    """Return response ``index``; ``rollout_logprobs`` holds the current log-probabilities, not those of an engine."""
     length = PROMPT + len(OLD[index])
     return Rollout(
         token_ids=torch.arange(length),
@@ -49,7 +49,7 @@ def rollout(index: int) -> Rollout:
 
 
 def estimates(configs: Sequence[RunConfig]) -> list[list[float]]:
-    """Return the advantages of a response's tokens by each configuration; its three siblings failed and have no loss."""
+    """Return the token advantages of a response by each configuration; its three siblings failed and have no loss."""
     return [advantages_of(config) for config in configs]
 
 

@@ -63,7 +63,9 @@ def test_benchmarks_run_on_schedule(
     )  # fmt: skip
     assert process.returncode == 0, process.stderr[-3000:]
     separate = read_answers(tmp_path / "alone/answers")
-    assert {key: answer.response for key, answer in separate.items()} == {key: answer.response for key, answer in steps[3].items()}
+    assert {key: answer.response for key, answer in separate.items()} == {
+        key: answer.response for key, answer in steps[3].items()
+    }
     before = {key: answer.response for key, answer in steps[0].items()}
     assert before != {key: answer.response for key, answer in steps[3].items()}, "training changes responses"
 
@@ -81,7 +83,7 @@ def test_benchmarks_run_on_schedule(
 def test_an_invalid_benchmark_suite_is_rejected_before_the_first_step(
     suite: Path, toy_model: Callable[..., Path], tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigError, match=r"benchmarks\.every=2.*benchmarks\.suite beside it"):
+    with pytest.raises(ConfigError, match=r"benchmarks\.every=2.*without benchmarks\.suite"):
         toy_config(tmp_path, toy_model("qwen2"), "benchmarks.every=2")
     (tmp_path / "choices.jsonl").write_text(
         json.dumps({"question": "1" * 600, "choices": ["1", "2"], "answer": 0}) + "\n"

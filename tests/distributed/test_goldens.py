@@ -65,7 +65,9 @@ def configs(parsed: Callable[[str], RunConfig], layout: str, split: str, goldens
 
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_losses_equal_the_published_ones(layout: str, split: str, gangs: Callable[[int], Gang], parsed: Callable[[str], RunConfig]) -> None:
+def test_losses_equal_the_published_ones(
+    layout: str, split: str, gangs: Callable[[int], Gang], parsed: Callable[[str], RunConfig]
+) -> None:
     size, text = layout.split(":")
     for actual in gangs(int(size)).call(goldens.losses, configs=configs(parsed, text, split, GOLDENS)):
         assert dict(zip(GOLDENS, actual, strict=True)) == pytest.approx(GOLDENS, abs=1e-6)
@@ -73,7 +75,9 @@ def test_losses_equal_the_published_ones(layout: str, split: str, gangs: Callabl
 
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_advantages_equal_the_published_ones(layout: str, split: str, gangs: Callable[[int], Gang], parsed: Callable[[str], RunConfig]) -> None:
+def test_advantages_equal_the_published_ones(
+    layout: str, split: str, gangs: Callable[[int], Gang], parsed: Callable[[str], RunConfig]
+) -> None:
     size, text = layout.split(":")
     for actual in gangs(int(size)).call(goldens.estimates, configs=configs(parsed, text, split, ESTIMATES)):
         for golden, row in zip(ESTIMATES.values(), actual, strict=True):

@@ -163,4 +163,6 @@ def test_a_rank_without_loss_tokens_takes_part(
 ) -> None:
     config = toy_config(tmp_path, toy_model("qwen2", tied=True))
     (alone,) = gangs(1).call(cases.update_with_tokens_on_first_rank_only, config=config)
-    assert gangs(2).call(cases.update_with_tokens_on_first_rank_only, config=config) == pytest.approx([alone, alone], rel=1e-5)
+    assert gangs(2).call(cases.update_with_tokens_on_first_rank_only, config=config) == pytest.approx(
+        [alone, alone], rel=1e-5
+    )

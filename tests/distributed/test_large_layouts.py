@@ -1,4 +1,4 @@
-"""Layouts of many nodes, one rank after another in one process: the real Megatron model on meta tensors."""
+"""Layouts of many nodes, rank by rank in one process: real Megatron models, meta tensors, fake process groups."""
 
 from collections import defaultdict
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from megatron_rl.config import load_config
 from megatron_rl.mcore.model.config import transformer_config
 from megatron_rl.mcore.model.gpt_model import build_chunks, global_parameters, place_of
-from megatron_rl.mcore.runtime.parallel import leave_world, build_layout
+from megatron_rl.mcore.runtime.parallel import build_layout, leave_world
 from megatron_rl.models import layout_table, read_model_spec
 from megatron_rl.models.engine_shards import engine_boxes
 from megatron_rl.planning.shares import stage_shares

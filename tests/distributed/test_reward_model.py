@@ -106,7 +106,9 @@ def test_initial_loss_is_log_2_for_every_schema(one_rank: dict[str, list[dict[st
         assert metrics[3]["reward_model/loss"] != metrics[1]["reward_model/loss"]
 
 
-def test_resume_continues_bit_for_bit_and_under_another_layout(gangs: Callable[[int], Gang], deep: Path, tmp_path: Path) -> None:
+def test_resume_continues_bit_for_bit_and_under_another_layout(
+    gangs: Callable[[int], Gang], deep: Path, tmp_path: Path
+) -> None:
     whole = train_metrics(gangs, 2, tmp_path / "whole", deep, *keys("tp2"), "run.num_steps=6")
     train_metrics(gangs, 2, tmp_path / "parts", deep, *keys("tp2"))
     parts = train_metrics(gangs, 2, tmp_path / "parts", deep, *keys("tp2"), "run.num_steps=6")
@@ -126,7 +128,10 @@ def test_a_saved_reward_model_loads_in_transformers(gangs: Callable[[int], Gang]
     config = reward_config(tmp_path, folder, *keys("tp2 sp"))
     assert config.data.validation is not None
     responses = [
-        response for (response,) in load_reward_dataset(config.data.validation, config.data, load_tokenizer(str(folder))).examples
+        response
+        for (response,) in load_reward_dataset(
+            config.data.validation, config.data, load_tokenizer(str(folder))
+        ).examples
     ]
     samples = [(list(response.token_ids), list(response.ends)) for response in responses]
     for actual in gangs(2).call(cases.reward_scores, config=config, samples=samples):

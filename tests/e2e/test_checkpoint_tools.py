@@ -87,7 +87,9 @@ def test_parity_names_the_module_with_a_wrong_mapping(
     assert f"The first difference that rounding does not explain is in: {place}." in output
 
 
-def test_parity_rejects_other_shapes_and_lengths(run: Callable[..., tuple[int, str]], toy_model: Callable[..., Path], tmp_path: Path) -> None:
+def test_parity_rejects_other_shapes_and_lengths(
+    run: Callable[..., tuple[int, str]], toy_model: Callable[..., Path], tmp_path: Path
+) -> None:
     model, other = toy_model("qwen2", tied=True), convert(toy_model("qwen3"), tmp_path / "m")
     status, output = run(check_parity.main, "--hf", model, "--megatron", other)
     assert status == 2

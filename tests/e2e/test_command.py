@@ -71,7 +71,7 @@ def test_a_run_writes_metrics_samples_checkpoint_and_report(
     ]
     assert start(config, *arguments) == 0
     printed = capsys.readouterr().out
-    assert "each step: 4 prompts x 4 = 16 sequences; each optimizer update: 8 sequences; 2 updates per step" in printed
+    assert "each step: 4 prompts x 4 = 16 sequences; mini-batches of 8 sequences; 2 optimizer updates" in printed
     assert "step 3/3" in printed
     last = printed.strip().splitlines()[-2:]
     assert "before" in last[0]

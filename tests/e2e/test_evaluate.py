@@ -45,7 +45,9 @@ def evaluate(folder: Path, model: Path, num_ranks: int = 1) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(toy_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+def uninterrupted(
+    toy_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("whole")
     return folder, evaluate(folder, toy_model())
 
@@ -168,13 +170,15 @@ def test_endpoint_responses_are_graded(endpoint: str, tmp_path: Path) -> None:
     answers = read_answers(tmp_path / "out/answers")
     assert len(answers) == 80
     requests = Endpoint.requests
-    assert {(request["path"], request["key"], request["max_tokens"]) for request in requests} == {("/v1/completions", "Bearer k", 12)}
+    assert {(request["path"], request["key"], request["max_tokens"]) for request in requests} == {
+        ("/v1/completions", "Bearer k", 12)
+    }
     assert len({(request["prompt"], request["seed"]) for request in requests}) == 80, "every sample has its own seed"
     odd = {request["prompt"] for request in requests if int(request["prompt"].split("+")[0]) % 2}
     assert scores_of(tmp_path, "hasty_addition")["response_length"] == 5
-    right = {key[1] for key, request in answers.items() if request.right}
+    right = {key[1] for key, answer in answers.items() if answer.right}
     assert 0 < len(right) <= len(odd)
-    assert all(request.right == (request.finish_reason == "stop" and request.shown != "0") for request in answers.values())
+    assert all(answer.right == (answer.finish_reason == "stop" and answer.shown != "0") for answer in answers.values())
 
 
 def test_requests_that_an_endpoint_rejects_are_recorded_and_repeated(endpoint: str, tmp_path: Path) -> None:

@@ -151,7 +151,8 @@ def test_unlogged_metrics_of_a_step_are_saved_with_the_checkpoint(config: Path, 
     if unlogged.exists():
         assert logged[-1] == int(latest.removeprefix("step_")) - 1
         assert json.loads(unlogged.read_text())["actor/grad_norm"][0] == "Max"
-        assert not unlogged.with_name("hf").exists()  # an export takes minutes for a large model, and the job is about to end
+        # an export takes minutes for a large model, and the job is about to end
+        assert not unlogged.with_name("hf").exists()
     again = begin(config, *overrides, world_size=1)
     printed, _ = again.communicate(timeout=LIMIT_S)
     assert again.returncode == 0, printed
@@ -233,7 +234,9 @@ def wait_for_end(process: subprocess.Popen[str]) -> None:
         time.sleep(0.2)
 
 
-def observed_beat(rank: int, host: str, phase: str, idle_s: float, at_s: float, *, is_over: bool = False) -> ObservedBeat:
+def observed_beat(
+    rank: int, host: str, phase: str, idle_s: float, at_s: float, *, is_over: bool = False
+) -> ObservedBeat:
     num_phases = {"gen": 4, "update_actor": 5}[phase]
     beat = Beat(
         rank=rank,

@@ -90,7 +90,7 @@ def kill(engine: Any, name: str) -> None:
 
 
 class DyingEngine:
-    """An engine that dies ``deaths`` times after two results of a generation, and ``deaths_in_pushes`` times in a push."""
+    """An engine that dies ``deaths`` times after two results, and ``deaths_in_pushes`` times during a push."""
 
     def __init__(self, engine: Any, name: str, deaths: int, deaths_in_pushes: int = 0) -> None:
         self._engine, self._name, self.deaths_left = engine, name, deaths

@@ -50,7 +50,7 @@ def collector_of(engine_of: EngineOf, folder: Path) -> Iterator[Callable[..., Co
     def get(engine: Engine | None = None, max_failures: int = 3) -> Collector:
         chosen = engine_of(folder) if engine is None else engine
         supervisor = EngineSupervisor(
-            chosen, single_rank(), max_failures=max_failures, push=lambda version: load_weights(chosen, folder, version)
+            chosen, single_rank(), max_failures=max_failures, push=lambda version: load_from(chosen, folder, version)
         )
         collector = Collector(
             supervisor,
@@ -67,7 +67,7 @@ def collector_of(engine_of: EngineOf, folder: Path) -> Iterator[Callable[..., Co
         collector.close()
 
 
-def load_weights(engine: Engine, folder: Path, version: int) -> dict[str, Reduction]:
+def load_from(engine: Engine, folder: Path, version: int) -> dict[str, Reduction]:
     engine.load_weights(weights(folder), version)
     return {}
 
@@ -143,8 +143,12 @@ def test_interrupted_samples_continue_where_they_stopped(
     partial_groups: Sequence[PartialGroup] = groups()
     for version, lengths in ((3, 10), (4, 20), (5, 24)):
         engine_of(folder).load_weights(weights(folder), version)  # the same weights as another version
-        partial_groups = collector.collect(job(partial_groups, f"part {version}", params=greedy, max_tokens_per_round=10))
-        sampled = [s.num_sampled if isinstance(s, PartialRollout) else 24 for group in partial_groups for s in group.samples]
+        partial_groups = collector.collect(
+            job(partial_groups, f"part {version}", params=greedy, max_tokens_per_round=10)
+        )
+        sampled = [
+            s.num_sampled if isinstance(s, PartialRollout) else 24 for group in partial_groups for s in group.samples
+        ]
         assert set(sampled) == {lengths}
     for rollout, expected in zip(finished_rollouts(partial_groups), uninterrupted, strict=True):
         assert rollout.token_ids.tolist() == expected.token_ids.tolist()
@@ -158,7 +162,7 @@ def test_interrupted_samples_continue_where_they_stopped(
 def test_surplus_samples_are_aborted_once_enough_groups_are_complete(
     collector_of: Callable[..., Collector], engine_of: EngineOf, folder: Path
 ) -> None:
-    stops = params(stop_token_ids=tuple(range(0, VOCAB, 7)), max_new_tokens=200)  # lengths of a long tail
+    stops = params(stop_token_ids=tuple(range(0, VOCAB, 7)), max_new_tokens=200)  # long-tailed lengths
     collector = collector_of(engine_of(folder, max_num_sequences=9))
     partial_groups = collector.collect(job(groups(count=12), params=stops, num_groups_needed=5))
     complete = [group for group in partial_groups if group.is_complete]
@@ -206,7 +210,9 @@ def test_multi_turn_rollouts_keep_their_tokens(
     collector, partial_groups = collector_of(), groups()
     changes = {"params": TURNS, "multi_turn": MultiTurn(environment=Echo(), max_turns=8, template="={observation}+")}
     for round_ in range(40):
-        partial_groups = collector.collect(job(partial_groups, f"round {round_}", max_tokens_per_round=budget, **changes))
+        partial_groups = collector.collect(
+            job(partial_groups, f"round {round_}", max_tokens_per_round=budget, **changes)
+        )
         if all(group.is_complete for group in partial_groups):
             break
     tokenizer = load_tokenizer(str(folder))
@@ -282,7 +288,8 @@ def test_an_engine_survives_signals_to_all_processes_of_a_rank(
 ) -> None:
     """Some schedulers signal all processes to stop a job."""
     engine: Any = engine_of(folder, max_num_sequences=6)
-    for process in engine._watch._processes if engine_name == "sglang" else ():  # the other engines have none of their own
+    # the other engines have no processes of their own
+    for process in engine._watch._processes if engine_name == "sglang" else ():
         for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
             os.kill(process.pid, number)
     finished_rollouts(collector_of(engine, max_failures=0).collect(job(groups(count=2), "signalled")))
@@ -308,9 +315,7 @@ def test_a_hanging_engine_is_restarted(
     assert re.search(r"gave no answer for \d+ s \(rollout\.engine_timeout_s\)", collector.supervisor.take_notes()[0])
 
 
-def test_partial_groups_are_serialized_exactly(
-    collector_of: Callable[..., Collector], tmp_path: Path
-) -> None:
+def test_partial_groups_are_serialized_exactly(collector_of: Callable[..., Collector], tmp_path: Path) -> None:
     prompt = Prompt(prompt_id="x", token_ids=torch.tensor([3, 4]), text="a\u2028b\x85", answer=None)
     partial_groups = [begin_group(prompt, [1, 2]), *groups(count=1)]
     partial_groups = collector_of().collect(job(partial_groups, "written", max_tokens_per_round=7))

@@ -52,7 +52,8 @@ def test_logprobs_are_those_of_the_sampled_distribution(
     changes: dict[str, float], engine_of: EngineOf, engine_name: str, toy_model: Callable[..., Path]
 ) -> None:
     folder = toy_model("qwen2", **SIZES)
-    if engine_name == "sglang" and {"top_k", "top_p"} & set(changes):  # SGLang reports log-probs of the distribution without top-k and top-p
+    # SGLang reports log-probs of the distribution without top-k and top-p
+    if engine_name == "sglang" and {"top_k", "top_p"} & set(changes):
         with pytest.raises(EngineError, match=r"Set rollout\.top_p=1 and rollout\.top_k=0"):
             list(engine_of(folder).generate(iter(requests()), params(**changes), max_requests=5))
         return
@@ -136,7 +137,8 @@ def test_a_sample_depends_on_its_seed_and_not_on_other_requests(
     folder, batch = toy_model("qwen3", **SIZES), requests(count=9)
     together = collect(engine_of(folder).generate(iter(batch), params(), max_requests=9))
     assert len({tuple(c.token_ids.tolist()) for c in together.values()}) > 20
-    if engine_name == "sglang":  # SGLang has one random state for all requests, so that repeated requests give other samples
+    # SGLang has one random state for all requests, so that repeated requests give other samples
+    if engine_name == "sglang":
         again = collect(engine_of(folder).generate(iter(batch), params(), max_requests=9))
         assert sum(again[k].token_ids.tolist() == together[k].token_ids.tolist() for k in again) < 10
         return
@@ -234,9 +236,7 @@ def test_a_sleeping_engine_holds_no_memory_and_wakes_part_by_part(
     assert {completion.policy_version for completion in after.values()} == {6}
 
 
-def test_sequences_may_be_as_long_as_the_engines_maximum(
-    engine_of: EngineOf, toy_model: Callable[..., Path]
-) -> None:
+def test_sequences_may_be_as_long_as_the_engines_maximum(engine_of: EngineOf, toy_model: Callable[..., Path]) -> None:
     engine = engine_of(toy_model("qwen2", **SIZES))
     for length in (500, 511):
         request = Request(key=0, token_ids=torch.full((length,), 5), seeds=(1,))
@@ -255,6 +255,6 @@ def test_an_interrupted_engine_stops_at_once_and_can_generate_again(
         collect(engine.generate(iter(batch), params(max_new_tokens=500, stop_token_ids=()), max_requests=4))
     INTERRUPTION.queries_left = math.inf
     completions = collect(engine.generate(iter(batch), params(max_new_tokens=3, stop_token_ids=()), max_requests=4))
-    assert {key_and_sample: completion.token_ids.numel() for key_and_sample, completion in completions.items()} == dict.fromkeys(
-        [(0, 0), (0, 1), (1, 0), (1, 1)], 3
-    )
+    assert {
+        key_and_sample: completion.token_ids.numel() for key_and_sample, completion in completions.items()
+    } == dict.fromkeys([(0, 0), (0, 1), (1, 0), (1, 1)], 3)

@@ -16,7 +16,8 @@ from tests.engines.contract import collect, params, requests, setup_of
 def test_reported_routing_equals_transformers(toy_model: Callable[..., Path]) -> None:
     folder = toy_model("qwen3_moe", tied=False)
     hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    engine = EmbeddedEngine(setup_of(folder, max_num_sequences=4), reports_routing=True)  # sequences join and leave the batch
+    # four sequences at a time, so that sequences join and leave the batch
+    engine = EmbeddedEngine(setup_of(folder, max_num_sequences=4), reports_routing=True)
     engine.load_weights(iter(load_file(folder / "model.safetensors").items()), version=0)
     batch = requests(count=6, samples=2)
     completions = collect(engine.generate(iter(batch), params(), max_requests=6))

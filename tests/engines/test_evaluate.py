@@ -37,10 +37,12 @@ def test_greedy_answers_equal_those_of_the_embedded_engine(
     engine_name: str, toy_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     model = toy_model("qwen2", hidden_size=128, head_dim=32, tied=True)
-    embedded = evaluate("embedded", tmp_path / "ours", model, 64)
-    other = evaluate(engine_name, tmp_path / "theirs", model, 5)
+    embedded = evaluate("embedded", tmp_path / "embedded", model, 64)
+    other = evaluate(engine_name, tmp_path / "other", model, 5)
     assert other["tasks"] == embedded["tasks"]
     assert "not installed" not in other["versions"].values()
     assert set(embedded["tasks"]) == {"hasty_addition", "choice"}
-    other_answers, embedded_answers = (read_answers(tmp_path / name / "out/answers") for name in ("theirs", "ours"))
-    assert {key: answer.response for key, answer in other_answers.items()} == {key: answer.response for key, answer in embedded_answers.items()}
+    other_answers, embedded_answers = (read_answers(tmp_path / name / "out/answers") for name in ("other", "embedded"))
+    assert {key: answer.response for key, answer in other_answers.items()} == {
+        key: answer.response for key, answer in embedded_answers.items()
+    }

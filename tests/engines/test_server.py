@@ -70,13 +70,15 @@ def evaluate(suite: Path, output: Path, *overrides: str) -> Path:
     return output / "answers"
 
 
-def test_answers_and_likelihoods_of_a_server_equal_the_embedded_engine(server: str, model: Path, tmp_path: Path) -> None:
+def test_answers_and_likelihoods_of_a_server_equal_the_embedded_engine(
+    server: str, model: Path, tmp_path: Path
+) -> None:
     write_choice_task(tmp_path, 24)
     suite = tmp_path / "suite.yaml"
     suite.write_text(SUITE.format(folder=tmp_path, model=model, tasks=ROOT / "configs/eval/tasks"))
-    embedded_answers = read_answers(evaluate(suite, tmp_path / "ours"))
+    embedded_answers = read_answers(evaluate(suite, tmp_path / "embedded"))
     server_answers = read_answers(
-        evaluate(suite, tmp_path / "theirs", "engine.name=openai", f"engine.url={server}", "model.path=toy")
+        evaluate(suite, tmp_path / "server", "engine.name=openai", f"engine.url={server}", "model.path=toy")
     )
     assert len(embedded_answers) == len(server_answers) == 48
     for key, answer in server_answers.items():

@@ -1,4 +1,4 @@
-"""Everything here needs a GPU; elsewhere it is skipped with the reason."""
+"""Skips the tests of this folder, with a reason, where a GPU or Transformer Engine is missing."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What only a GPU can show: python -m pytest tests/gpu."""
+"""Tests that need a GPU: python -m pytest tests/gpu."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -36,7 +36,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def policy(parallel: ParallelContext, model: Path, tmp_path: Path) -> Callable[..., Policy]:
-    """A function from overrides to a policy."""
+    """Return a function that builds a policy from overrides."""
 
     def build(*overrides: str) -> Policy:
         return Policy(toy_config(tmp_path, model, *overrides), parallel)
@@ -48,7 +48,7 @@ def batch(num_updates: int = 1) -> TrainBatch:
     return given_batch(sequences(LENGTHS), [[0, 1], [2, 3]], num_updates=num_updates)
 
 
-def scores(policy: Policy) -> torch.Tensor:
+def logprobs(policy: Policy) -> torch.Tensor:
     return torch.cat(policy.logprobs(batch()))
 
 
@@ -63,18 +63,18 @@ def test_variable_length_kernel_equals_padded_attention(parallel: ParallelContex
     key, value = torch.randn(2, ends[-1], 2, 64, dtype=torch.bfloat16, device="cuda")
     kernel = variable_length_kernel(query.device, query.dtype)
     assert kernel is not None
-    found = kernel(query, key, value, torch.tensor(ends, dtype=torch.int32, device="cuda"), max(LENGTHS), None)
+    actual = kernel(query, key, value, torch.tensor(ends, dtype=torch.int32, device="cuda"), max(LENGTHS), None)
     for group in group_by_length(ends, query.device):
         q, k, v = (x[group.padded_rows].transpose(1, 2) for x in (query, key, value))
-        wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        rows = wanted.transpose(1, 2).flatten(0, 1)[group.real]
-        torch.testing.assert_close(found[group.packed_rows], rows, rtol=2e-2, atol=2e-2)
+        expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        rows = expected.transpose(1, 2).flatten(0, 1)[group.real]
+        torch.testing.assert_close(actual[group.packed_rows], rows, rtol=2e-2, atol=2e-2)
 
 
-def test_sixteen_bits_are_near_thirty_two(policy: Callable[..., Policy]) -> None:
-    wanted = scores(policy("model.implementation=local"))
-    found = scores(policy("model.implementation=local", "model.dtype=bf16"))
-    assert (found - wanted).abs().mean() < 0.05
+def test_bf16_is_near_fp32(policy: Callable[..., Policy]) -> None:
+    expected = logprobs(policy("model.implementation=local"))
+    actual = logprobs(policy("model.implementation=local", "model.dtype=bf16"))
+    assert (actual - expected).abs().mean() < 0.05
 
 
 @pytest.mark.transformer_engine
@@ -83,9 +83,9 @@ def test_transformer_engine_equals_the_local_modules(packed: str, policy: Callab
     common = ("model.dtype=bf16", f"batching.packed={packed}")
     local = policy("model.implementation=local", *common)
     engine = policy("model.implementation=transformer_engine", *common)
-    assert (scores(local) - scores(engine)).abs().mean() < 0.02
+    assert (logprobs(local) - logprobs(engine)).abs().mean() < 0.02
     assert norm(engine) == pytest.approx(norm(local), rel=0.05)
-    exported = [{name: tensor.float() for name, tensor in one.export()} for one in (local, engine)]
+    exported = [{name: tensor.float() for name, tensor in model_.export()} for model_ in (local, engine)]
     assert set(exported[0]) == set(exported[1])
 
 
@@ -98,20 +98,20 @@ def test_fp8_is_near_bf16(recipe: str, params: str, policy: Callable[..., Policy
         choose_implementation(toy_config(tmp_path, model, *overrides))
     except ConfigError as error:
         pytest.skip(str(error))
-    plain, eight = policy("model.dtype=bf16"), policy(*overrides)
-    assert (scores(plain) - scores(eight)).abs().mean() < 0.2
-    assert norm(eight) == pytest.approx(norm(plain), rel=0.2)
-    assert all(torch.isfinite(tensor).all() for _, tensor in eight.export())
+    plain, fp8 = policy("model.dtype=bf16"), policy(*overrides)
+    assert (logprobs(plain) - logprobs(fp8)).abs().mean() < 0.2
+    assert norm(fp8) == pytest.approx(norm(plain), rel=0.2)
+    assert all(torch.isfinite(tensor).all() for _, tensor in fp8.export())
 
 
 @pytest.mark.transformer_engine
-def test_layers_that_stay_in_sixteen_bits(policy: Callable[..., Policy], model: Path, tmp_path: Path) -> None:
+def test_bf16_layers_equal_a_bf16_model(policy: Callable[..., Policy], model: Path, tmp_path: Path) -> None:
     overrides = ("model.dtype=bf16", "precision.fp8=tensorwise", "precision.bf16_first_layers=4")
     try:
         choose_implementation(toy_config(tmp_path, model, *overrides))
     except ConfigError as error:
         pytest.skip(str(error))
-    torch.testing.assert_close(scores(policy(*overrides)), scores(policy("model.dtype=bf16")), rtol=0, atol=1e-6)
+    torch.testing.assert_close(logprobs(policy(*overrides)), logprobs(policy("model.dtype=bf16")), rtol=0, atol=1e-6)
 
 
 @pytest.mark.transformer_engine
@@ -125,65 +125,65 @@ def test_fused_adam_equals_torch(policy: Callable[..., Policy], monkeypatch: pyt
     plain = policy("model.dtype=bf16")
     norm(fused, 4)
     norm(plain, 4)
-    theirs = dict(plain.export())
+    plain_weights = dict(plain.export())
     for name, tensor in fused.export():
-        torch.testing.assert_close(tensor.float(), theirs[name].float(), rtol=2e-2, atol=1e-3)
+        torch.testing.assert_close(tensor.float(), plain_weights[name].float(), rtol=2e-2, atol=1e-3)
 
 
 @pytest.mark.transformer_engine
 @pytest.mark.parametrize("states", ["bf16", "fp8"])
-def test_smaller_optimizer_states(states: str, policy: Callable[..., Policy]) -> None:
+def test_low_precision_optimizer_states_are_near_fp32(states: str, policy: Callable[..., Policy]) -> None:
     common = ("model.dtype=bf16",)
     assert norm(policy(*common, f"optimizer.states_dtype={states}"), 3) == pytest.approx(
         norm(policy(*common), 3), rel=0.05
     )
 
 
-def test_the_optimizer_on_the_host(policy: Callable[..., Policy]) -> None:
+def test_an_optimizer_on_the_host_is_near_one_on_the_device(policy: Callable[..., Policy]) -> None:
     common = ("model.dtype=bf16",)
     device, host = policy(*common), policy(*common, "optimizer.cpu_offload_fraction=1.0")
     norm(device, 3)
     norm(host, 3)
-    assert (scores(device) - scores(host)).abs().mean() < 0.02
+    assert (logprobs(device) - logprobs(host)).abs().mean() < 0.02
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_offload_frees_device_memory_and_changes_nothing(dtype: str, policy: Callable[..., Policy]) -> None:
     common = (f"model.dtype={dtype}", "model.implementation=local")
-    away, home = policy(*common, "memory.offload=[params,grads,optimizer]"), policy(*common)
-    assert norm(away) == norm(home)
+    offloaded, resident = policy(*common, "memory.offload=[params,grads,optimizer]"), policy(*common)
+    assert norm(offloaded) == norm(resident)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
-    freed = away.learner.to_host()
+    freed = offloaded.learner.to_host()
     assert before - torch.cuda.memory_allocated() >= freed > 0
-    away.learner.to_device()
-    assert norm(away) == norm(home)
-    assert torch.equal(scores(away), scores(home))
+    offloaded.learner.to_device()
+    assert norm(offloaded) == norm(resident)
+    assert torch.equal(logprobs(offloaded), logprobs(resident))
 
 
 def test_a_hosted_reference_costs_no_device_memory(policy: Callable[..., Policy], model: Path) -> None:
     learner = policy("model.dtype=bf16")
-    before = scores(learner)
+    before = logprobs(learner)
     torch.cuda.synchronize()
     allocated = torch.cuda.memory_allocated()
     reference = HostReference(learner, str(model))
     assert torch.cuda.memory_allocated() == allocated
     norm(learner)
-    changed = scores(learner)
+    changed = logprobs(learner)
     assert torch.equal(torch.cat(reference.logprobs(batch())), before)
-    assert torch.equal(scores(learner), changed)
+    assert torch.equal(logprobs(learner), changed)
 
 
 @pytest.mark.parametrize("modules", ["core_attn", "core_attn,layernorm,mlp"])
 def test_recomputation_changes_nothing(modules: str, policy: Callable[..., Policy]) -> None:
     common = ("model.dtype=bf16",)
     selective = policy(*common, "memory.recompute=selective", f"memory.recompute_modules=[{modules}]")
-    wanted = norm(policy(*common))
-    assert norm(selective) == pytest.approx(wanted, rel=1e-2)
-    assert norm(policy(*common, "memory.recompute=full")) == pytest.approx(wanted, rel=1e-2)
+    expected = norm(policy(*common))
+    assert norm(selective) == pytest.approx(expected, rel=1e-2)
+    assert norm(policy(*common, "memory.recompute=full")) == pytest.approx(expected, rel=1e-2)
 
 
 def test_chunks_of_logits_change_nothing(policy: Callable[..., Policy]) -> None:
     whole = policy("model.implementation=local", "batching.logprob_chunk_tokens=100000")
     chunked = policy("model.implementation=local", "batching.logprob_chunk_tokens=7")
-    torch.testing.assert_close(scores(whole), scores(chunked), rtol=0, atol=1e-4)
+    torch.testing.assert_close(logprobs(whole), logprobs(chunked), rtol=0, atol=1e-4)

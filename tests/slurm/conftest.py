@@ -1,4 +1,4 @@
-"""A real Slurm of two nodes on this machine, and jobs of it."""
+"""A real Slurm cluster of two nodes on this machine, and the submission of jobs."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Two nodes with more processors and memory than there are, so that jobs need not wait."""
+    """Start two nodes that claim more CPUs and memory than the machine has, so that jobs do not wait."""
     folder = tmp_path_factory.mktemp("slurm")
     command = [sys.executable, str(ROOT / "tools/cluster/local_slurm.py")]
     started = subprocess.run(
@@ -29,7 +29,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.fixture
 def submit(cluster: Cluster, tmp_path: Path, toy_model: Callable[..., Path]) -> Callable[..., "object"]:
-    """A function that submits a script of slurm/ in a copy of the repository's scripts, with a toy recipe."""
+    """Return a function that submits a script of slurm/ with a toy recipe, from a folder like the repository."""
     from tests.slurm.jobs import Site
 
     return Site(cluster, tmp_path, toy_model("qwen2")).submit

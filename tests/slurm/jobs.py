@@ -1,4 +1,4 @@
-"""Submitting jobs and waiting for what they do."""
+"""Submission of jobs, and waits for their progress."""
 
 import os
 import subprocess
@@ -13,20 +13,20 @@ from tests.limits import LIMIT_S
 from tests.toys import TIMED, complete_rows, without, write_config
 
 ROOT = Path(__file__).parents[2]
-# in the place of what the scripts ask for: this machine has no GPUs and nodes share it
+# instead of the resources that the scripts request: the machine has no GPUs and all nodes share it
 SMALL = ("--nodes=2", "--gpus-per-node=0", "--cpus-per-task=1", "--mem=2000", "--oversubscribe", "--time=30")
 
 
 def wait_for(what: str, is_so: Callable[[], bool]) -> None:
     deadline = time.monotonic() + LIMIT_S
     while not is_so():
-        assert time.monotonic() < deadline, f"not within {LIMIT_S} s: {what}"
+        assert time.monotonic() < deadline, f"{what}: not within {LIMIT_S} s"
         time.sleep(0.05)
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """Commands to a cluster."""
+    """A cluster, and commands to it."""
 
     config: Path
 
@@ -39,7 +39,7 @@ class Cluster:
         return done.stdout
 
     def state(self, job: str) -> str:
-        """Of a job; empty where a busy controller gives no answer."""
+        """State of a job; empty if the controller is busy and does not answer."""
         try:
             fields = self.run("scontrol", "show", "job", job, "--oneliner").split()
         except AssertionError:
@@ -55,9 +55,9 @@ class Job:
     number: str
     name: str
     folder: Path
-    """Where it was submitted."""
+    """Folder from which it was submitted."""
     output_dir: Path | None = None
-    """Where it writes, if not where the scripts say."""
+    """Folder of the run; None: the default of the scripts."""
 
     @property
     def run(self) -> Path:
@@ -73,7 +73,7 @@ class Job:
         return complete_rows(path) if path.exists() else []
 
     def untimed(self) -> list[dict[str, Any]]:
-        """What two runs must have in common, bit for bit."""
+        """Return the metrics that two equal runs share bit for bit."""
         return without(TIMED, self.rows())
 
     def reach(self, step: int) -> None:
@@ -81,28 +81,28 @@ class Job:
 
     def finish(self, state: str = "COMPLETED") -> None:
         ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-        found = ""
+        state_now = ""
 
         def is_over() -> bool:
-            nonlocal found
-            found = self.cluster.state(self.number)
-            return found in ended
+            nonlocal state_now
+            state_now = self.cluster.state(self.number)
+            return state_now in ended
 
-        wait_for(f"an end of job {self.number}", is_over)
-        assert found == state, self.output[-3000:]
+        wait_for(f"the end of job {self.number}", is_over)
+        assert state_now == state, self.output[-3000:]
 
     def pids(self) -> list[int]:
-        """Of its ranks, which run on this machine."""
+        """Process ids of its ranks, which all run on this machine."""
         return self._processes(b"megatron_rl.train", b"--config", without=b"rank.sh")
 
     def shells(self) -> list[int]:
-        """Of the shells around them, the first process of each task."""
-        found = self._processes(b"slurm/rank.sh", b"bash")
-        parents = {pid: int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]) for pid in found}
-        return [pid for pid, parent in parents.items() if parent not in found]
+        """Process ids of the shells that start the ranks, the first process of each task."""
+        pids = self._processes(b"slurm/rank.sh", b"bash")
+        parents = {pid: int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]) for pid in pids}
+        return [pid for pid, parent in parents.items() if parent not in pids]
 
     def _processes(self, *words: bytes, without: bytes = b"\n") -> list[int]:
-        found = []
+        pids = []
         for path in Path("/proc").glob("[0-9]*/environ"):
             try:
                 variables = path.read_bytes().split(b"\0")
@@ -110,16 +110,16 @@ class Job:
             except OSError:
                 continue
             is_task = f"SLURM_JOB_ID={self.number}".encode() in variables and any(
-                one.startswith(b"SLURM_PROCID=") for one in variables
+                variable.startswith(b"SLURM_PROCID=") for variable in variables
             )
             if is_task and all(word in command for word in words) and without not in command:
-                found.append(int(path.parent.name))
-        return sorted(found)
+                pids.append(int(path.parent.name))
+        return sorted(pids)
 
 
 @dataclass(frozen=True)
 class Site:
-    """A folder that jobs are submitted from: the scripts, and a toy recipe."""
+    """A folder from which jobs are submitted, with the scripts and a toy recipe."""
 
     cluster: Cluster
     folder: Path
@@ -134,14 +134,14 @@ class Site:
         output_dir: Path | None = None,
         **environment: str,
     ) -> Job:
-        """Submit a script with arguments; a training reads the toy recipe, and no doctor comes first."""
+        """Submit a script with arguments; training jobs read the toy recipe, and the doctor is skipped."""
         if not (self.folder / "slurm").exists():
             for part in ("slurm", "tests", "tools"):
                 (self.folder / part).symlink_to(ROOT / part)
             (self.folder / "logs/slurm").mkdir(parents=True)  # as in a clone
         recipe = write_config(self.folder, self.model)
-        where = (f"run.output_dir={output_dir}",) if output_dir is not None else ()
-        own = {
+        output = (f"run.output_dir={output_dir}",) if output_dir is not None else ()
+        variables = {
             "MEGATRON_RL_CONFIG": str(recipe),
             "MEGATRON_RL_DOCTOR": "skip",
             "PYTHONPATH": str(ROOT),
@@ -149,5 +149,5 @@ class Site:
             **environment,
         }
         command = ("sbatch", "--parsable", *SMALL, f"--job-name={name}", *options, f"slurm/{script}")
-        said = self.cluster.run(*command, *arguments, *where, cwd=self.folder, **own)
-        return Job(self.cluster, said.strip(), name, self.folder, output_dir)
+        job_id = self.cluster.run(*command, *arguments, *output, cwd=self.folder, **variables)
+        return Job(self.cluster, job_id.strip(), name, self.folder, output_dir)

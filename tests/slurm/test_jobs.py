@@ -1,4 +1,4 @@
-"""The job scripts on a real Slurm: two nodes, interruption, failure, and what is left afterwards."""
+"""The job scripts on a real Slurm cluster of two nodes: interruptions, failures, and the files that remain."""
 
 import os
 import signal
@@ -22,7 +22,7 @@ STEPS = (
     "checkpoint.every=2",
     "reward.functions=[{name: 'tests.own_rewards:slow_digit_share'}]",
 )
-# responses that take most of a step's time
+# responses so long that generation takes most of a step
 LONG = (
     "rollout.max_new_tokens=3000",
     "rollout.temperature=0.2",
@@ -35,8 +35,8 @@ AT_A_TIME = 3
 
 
 @pytest.fixture
-def whole(submit: Submit) -> Job:
-    """The run that nobody disturbs."""
+def undisturbed(submit: Submit) -> Job:
+    """Run an undisturbed job and return it."""
     job = submit("grpo_7b.sh", *LAYOUT, *STEPS, options=FOUR_RANKS, name="whole", MEGATRON_RL_DOCTOR="")
     job.finish()
     return job
@@ -44,7 +44,7 @@ def whole(submit: Submit) -> Job:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of a few checkpoints."""
+    """Mount a file system that holds a few checkpoints."""
     folder = tmp_path / "small"
     folder.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", str(folder)], check=True)
@@ -52,21 +52,23 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-def test_a_run_over_two_nodes_and_its_interruptions(submit: Submit, whole: Job, small_disk: Path) -> None:
-    """Tensor parallel inside a node, data parallel across; disturbed in every way, and the same in the end."""
-    assert [row["step"] for row in whole.rows()] == list(range(9))
-    assert "TP2 x PP1 x DP2" in whole.output
-    assert "all-reduce over 4 ranks" in whole.output  # the doctor came first
-    assert (whole.run / "checkpoints/step_000008").exists()
+def test_disturbed_runs_over_two_nodes_log_the_metrics_of_an_undisturbed_run(
+    submit: Submit, undisturbed: Job, small_disk: Path
+) -> None:
+    """Tensor parallel inside a node, data parallel across nodes; no kind of disturbance changes the metrics."""
+    assert [row["step"] for row in undisturbed.rows()] == list(range(9))
+    assert "TP2 x PP1 x DP2" in undisturbed.output
+    assert "all-reduce over 4 ranks" in undisturbed.output  # the doctor ran first
+    assert (undisturbed.run / "checkpoints/step_000008").exists()
     names_of_all = list(DISTURBANCES)
     for start in range(0, len(names_of_all), AT_A_TIME):
         names = names_of_all[start : start + AT_A_TIME]
         jobs = {name: begin(submit, name, small_disk) for name in names}
-        with ThreadPoolExecutor() as pool:  # none waits for another, which may take so long that it would be over
+        with ThreadPoolExecutor() as pool:  # in parallel, or a job could end while another one is disturbed
             list(pool.map(disturb, jobs.items()))
         for name, job in jobs.items():
             job.finish()
-            assert job.untimed() == whole.untimed(), name
+            assert job.untimed() == undisturbed.untimed(), name
             assert "resumed from step_00000" in job.output, name
             assert ("interrupted; job" in job.output) == (name in ("usr1", "shells")), job.output
             failed = name in ("killed", "step", "truncated", "full")
@@ -74,49 +76,49 @@ def test_a_run_over_two_nodes_and_its_interruptions(submit: Submit, whole: Job, 
             assert ("IS DAMAGED" in job.output) == (name == "truncated"), job.output
 
 
-def disturb(named: tuple[str, Job]) -> None:
-    """While it waits for rewards: it must not be over before it is disturbed."""
-    name, job = named
-    job.reach(4 if name == "truncated" else 3)  # which needs two checkpoints
+def disturb(name_and_job: tuple[str, Job]) -> None:
+    """Disturb a job while its rewards are held back, so that it cannot end before."""
+    name, job = name_and_job
+    job.reach(4 if name == "truncated" else 3)  # truncation needs two checkpoints
     hold_of(job).touch()
     DISTURBANCES[name](job)
     hold_of(job).unlink(missing_ok=True)
 
 
 def hold_of(job: Job) -> Path:
-    """While this file is there, no reward comes."""
+    """File that holds back the rewards of a job while it exists."""
     return job.folder / f"hold-{job.name}"
 
 
 def begin(submit: Submit, name: str, small_disk: Path) -> Job:
-    where: Mapping[str, Path] = {"output_dir": small_disk / "run"} if name == "full" else {}
+    output: Mapping[str, Path] = {"output_dir": small_disk / "run"} if name == "full" else {}
     function = f"{{name: 'tests.own_rewards:slow_digit_share', options: {{hold: 'hold-{name}'}}}}"
     held = ("reward.timeout_s=600", f"reward.functions=[{function}]")
     return submit(
-        "grpo_7b.sh", *LAYOUT, *STEPS, *held, options=FOUR_RANKS, name=name, **where,
-        MEGATRON_RL_MAX_RESTARTS="30",  # as often as it takes to make room
+        "grpo_7b.sh", *LAYOUT, *STEPS, *held, options=FOUR_RANKS, name=name, **output,
+        MEGATRON_RL_MAX_RESTARTS="30",  # enough for all failures until the disk is freed
     )  # fmt: skip
 
 
-def test_told_in_the_middle_of_generation(submit: Submit, toy_model: Callable[..., Path]) -> None:
+def test_signals_in_the_middle_of_generation_requeue_the_job(submit: Submit, toy_model: Callable[..., Path]) -> None:
     arguments = (*LAYOUT, *STEPS, *LONG, f"model.path={toy_model('qwen2', max_position_embeddings=4096)}")
     submit = partial(submit, "grpo_7b.sh", *arguments, options=FOUR_RANKS)
-    whole = submit(name="long")
-    whole.finish()
+    undisturbed = submit(name="long")
+    undisturbed.finish()
     job = submit(name="cut")
     cut = 0
     for step in (1, 2):
         job.reach(step)
         wait_for("its ranks", lambda: len(job.pids()) == 4)
-        time.sleep(0.3)  # of a step whose generation takes far longer
+        time.sleep(0.3)  # generation takes far longer
         finished = len(job.rows())
         usr1(job)
-        wait_for("it goes back to the queue", lambda step=step: job.output.count("goes back") >= 1 + (step > 1))  # type: ignore[misc]
-        cut += len(job.rows()) == finished  # it did not wait for the end of that step
-    assert cut > 0  # one of them may have come between two generations
+        wait_for("a requeue", lambda step=step: job.output.count("goes back") >= 1 + (step > 1))  # type: ignore[misc]
+        cut += len(job.rows()) == finished  # the run stopped before the end of the step
+    assert cut > 0  # one of the two signals may arrive between two generations
     job.finish()
-    assert job.untimed() == whole.untimed()
-    # and by Slurm, for a job that goes first: TERM, and a kill after a time of grace
+    assert job.untimed() == undisturbed.untimed()
+    # preemption by a job with higher priority: Slurm sends TERM, and KILL after a grace period
     job = submit(name="preempted")
     job.reach(1)
     run = job.cluster.run
@@ -127,13 +129,13 @@ def test_told_in_the_middle_of_generation(submit: Submit, toy_model: Callable[..
     assert "interrupted; job" in job.output
     job.finish()
     assert job.output.count("resumed from step_") == 1
-    assert job.untimed() == whole.untimed()
+    assert job.untimed() == undisturbed.untimed()
 
 
-def test_a_job_whose_time_is_up_goes_on_in_the_next(submit: Submit) -> None:
-    """Told by Slurm, and by the clock alone."""
-    # Slurm may tell up to a minute before that
-    ways = {"told": ("--signal=B:USR1@60", ()), "clock": ("--signal=B:USR1@0", ("run.stop_margin_s=90",))}
+def test_a_job_at_its_time_limit_is_requeued_and_resumes(submit: Submit) -> None:
+    """Because of Slurm's signal, or of the clock alone."""
+    # Slurm may send the signal up to a minute earlier
+    ways = {"signal": ("--signal=B:USR1@60", ()), "clock": ("--signal=B:USR1@0", ("run.stop_margin_s=90",))}
     jobs = [
         submit(
             "grpo_7b.sh", *STEPS, *arguments, "run.num_steps=100000", name=name,
@@ -142,7 +144,7 @@ def test_a_job_whose_time_is_up_goes_on_in_the_next(submit: Submit) -> None:
         for name, (signal_option, arguments) in ways.items()
     ]  # fmt: skip
     for job in jobs:
-        wait_for("it goes on", lambda job=job: "resumed from step_" in job.output)  # type: ignore[misc]
+        wait_for("a resume", lambda job=job: "resumed from step_" in job.output)  # type: ignore[misc]
         assert "interrupted; job" in job.output
         logged = [row["step"] for row in job.rows()]
         assert logged == list(range(len(logged)))
@@ -161,8 +163,8 @@ def test_a_cancelled_job_stays_cancelled(submit: Submit) -> None:
     assert "goes back to the queue" not in job.output
 
 
-def usr1_to_the_shells_alone(job: Job) -> None:
-    """As sites do whose Slurm signals nothing but a task's first process."""
+def usr1_to_the_shells_only(job: Job) -> None:
+    """Signal the first process of each task only, as Slurm does at some sites."""
     for pid in job.shells():
         os.kill(pid, signal.SIGUSR1)
 
@@ -172,7 +174,7 @@ def requeue(job: Job) -> None:
 
 
 def usr1(job: Job) -> None:
-    """As --signal=B:USR1@… does it."""
+    """Signal the batch script, as --signal=B:USR1@… does."""
     job.cluster.run("scancel", "--batch", "--signal=USR1", job.number)
 
 
@@ -181,7 +183,7 @@ def kill_a_rank(job: Job) -> None:
 
 
 def kill(job: Job, count: int) -> None:
-    """One of so many ranks."""
+    """Kill one of ``count`` ranks."""
     pids = job.pids()
     assert len(pids) == count
     os.kill(pids[-1], signal.SIGKILL)
@@ -192,11 +194,11 @@ def cancel_the_step(job: Job) -> None:
 
 
 def truncate_the_latest(job: Job) -> None:
-    """And kill, so that it is wanted."""
+    """Truncate the latest checkpoint and kill the ranks, so that the restart would resume from it."""
     checkpoints = job.run / "checkpoints"
     assert len(list(checkpoints.glob("step_*[0-9]"))) > 1
     for pid in job.pids():
-        os.kill(pid, signal.SIGSTOP)  # or another checkpoint would be the latest by then
+        os.kill(pid, signal.SIGSTOP)  # no rank may write a newer checkpoint meanwhile
     latest = checkpoints / (checkpoints / "latest").read_text()
     largest = max((latest / "policy").iterdir(), key=lambda path: path.stat().st_size)
     os.truncate(largest, largest.stat().st_size // 2)
@@ -205,7 +207,7 @@ def truncate_the_latest(job: Job) -> None:
 
 
 def fill_the_disk(job: Job) -> None:
-    """Until a save has failed."""
+    """Keep the disk full until a save has failed."""
     filler = job.run.parent / "filler"
     with filler.open("wb") as file:
         try:
@@ -216,8 +218,8 @@ def fill_the_disk(job: Job) -> None:
             pass
     hold_of(job).unlink()
     wait_for("a failure", lambda: "starting again from" in job.output)
-    kept = (job.run / "checkpoints/latest").read_text()
-    assert (job.run / "checkpoints" / kept / "trainer.json").exists()
+    latest = (job.run / "checkpoints/latest").read_text()
+    assert (job.run / "checkpoints" / latest / "trainer.json").exists()
     filler.unlink()
 
 
@@ -225,14 +227,14 @@ DISTURBANCES: dict[str, Callable[[Job], None]] = {
     "usr1": usr1,
     "killed": kill_a_rank,
     "requeued": requeue,
-    "shells": usr1_to_the_shells_alone,
+    "shells": usr1_to_the_shells_only,
     "step": cancel_the_step,
     "truncated": truncate_the_latest,
     "full": fill_the_disk,
 }
 
 
-def test_one_rank_on_each_node_and_weights_for_others(submit: Submit) -> None:
+def test_one_rank_on_each_node_writes_an_hf_export(submit: Submit) -> None:
     job = submit("grpo_7b.sh", "checkpoint.save_hf=true", "metrics.console=plain", options=("--ntasks-per-node=1",))
     job.finish()
     assert "TP1 x PP1 x DP2" in job.output
@@ -242,8 +244,8 @@ def test_one_rank_on_each_node_and_weights_for_others(submit: Submit) -> None:
     assert sorted(path.name for path in logs.glob("rank_*.log")) == ["rank_0.log", "rank_1.log"]
 
 
-def test_a_beginning_that_is_said_is_that_of_the_first_attempt(submit: Submit) -> None:
-    """And the doctor hears of it; killed before there is a checkpoint, and going on from another run's."""
+def test_the_resume_option_applies_to_the_first_attempt_only(submit: Submit) -> None:
+    """The doctor gets the option too. One job starts over after a kill; another resumes the first."""
     rare = (*STEPS, "checkpoint.every=100")
     one = ("--ntasks-per-node=1",)
     job = submit("grpo_7b.sh", *rare, "--resume", "never", options=one, name="never", MEGATRON_RL_DOCTOR="")
@@ -262,8 +264,8 @@ def test_a_beginning_that_is_said_is_that_of_the_first_attempt(submit: Submit) -
     assert [row["step"] for row in further.rows()] == [9, 10]
 
 
-def test_a_rank_that_hangs_is_named_with_the_stacks_of_all(submit: Submit) -> None:
-    """Slurm kills what is left of a step when a rank has ended."""
+def test_a_hanging_rank_is_reported_with_the_stacks_of_all_ranks(submit: Submit) -> None:
+    """Although Slurm kills the remaining ranks of a step once one has exited."""
     job = submit(
         "grpo_7b.sh", "metrics.console=plain", "run.hang_timeout_s=60",
         "algorithm.advantage=tests.own_advantages:hangs_on_the_second_rank",
@@ -279,7 +281,7 @@ def test_a_rank_that_hangs_is_named_with_the_stacks_of_all(submit: Submit) -> No
     assert "giving up" in job.output
 
 
-def test_a_run_that_cannot_start_gives_up(submit: Submit) -> None:
+def test_a_run_that_cannot_start_fails_after_the_restarts(submit: Submit) -> None:
     job = submit(
         "grpo_7b.sh", "model.path=nowhere", options=("--ntasks-per-node=1", "--export=ALL,MEGATRON_RL_MAX_RESTARTS=1")
     )
@@ -289,7 +291,7 @@ def test_a_run_that_cannot_start_gives_up(submit: Submit) -> None:
     assert "nowhere" in job.output
 
 
-def test_the_doctor_refuses_a_run_that_cannot_start(submit: Submit) -> None:
+def test_the_doctor_rejects_a_run_that_cannot_start(submit: Submit) -> None:
     job = submit("grpo_7b.sh", "model.path=nowhere", options=("--ntasks-per-node=1",), MEGATRON_RL_DOCTOR="")
     job.finish("FAILED")
     assert "error   model" in job.output
@@ -297,31 +299,31 @@ def test_the_doctor_refuses_a_run_that_cannot_start(submit: Submit) -> None:
     assert "starting again" not in job.output
 
 
-def test_other_work_than_training(submit: Submit, tmp_path: Path, toy_model: Callable[..., Path]) -> None:
-    """Conversion there and back, and an evaluation."""
+def test_conversion_and_evaluation_jobs(submit: Submit, tmp_path: Path, toy_model: Callable[..., Path]) -> None:
+    """A conversion to Megatron and back, and an evaluation."""
     model, converted, back = toy_model("qwen2"), tmp_path / "converted", tmp_path / "back"
-    there = submit(
+    to_megatron = submit(
         "convert.sh", "hf_to_megatron", "--input", str(model), "--output", str(converted),
         options=("--nodes=1",), name="there",
     )  # fmt: skip
-    there.finish()
-    again = submit(
+    to_megatron.finish()
+    to_hf = submit(
         "convert.sh", "megatron_to_hf", "--input", str(converted), "--output", str(back),
-        options=("--nodes=1", f"--dependency=afterok:{there.number}"), name="back",
+        options=("--nodes=1", f"--dependency=afterok:{to_megatron.number}"), name="back",
     )  # fmt: skip
-    again.finish()
+    to_hf.finish()
     assert (back / "config.json").exists()
     (tmp_path / "rows.jsonl").write_text('{"question": "1+1=", "answer": "2"}\n' * 4)
     (tmp_path / "task.yaml").write_text(TASK.format(folder=tmp_path))
     (tmp_path / "suite.yaml").write_text(
         "run: {name: suite, output_dir: unused}\nmodel:\n  path: ???\n  dtype: fp32\ntasks: [task.yaml]\n"
     )
-    asked = submit(
-        "eval.sh", f"model.path={model}", options=("--ntasks-per-node=1",), name="asked",
+    evaluation = submit(
+        "eval.sh", f"model.path={model}", options=("--ntasks-per-node=1",), name="evaluation",
         MEGATRON_RL_CONFIG=str(tmp_path / "suite.yaml"), MEGATRON_RL_ENGINE="embedded",
     )  # fmt: skip
-    asked.finish()
-    assert (tmp_path / f"runs/eval/asked-{asked.number}/report.html").exists()
+    evaluation.finish()
+    assert (tmp_path / f"runs/eval/evaluation-{evaluation.number}/report.html").exists()
 
 
 TASK = """

@@ -1,4 +1,4 @@
-"""The job scripts by themselves: their shell, and what Slurm says to them on nodes as large as they ask for."""
+"""The job scripts without running jobs: their shell functions, and Slurm's check of the resources they request."""
 
 import os
 import subprocess
@@ -17,7 +17,7 @@ JOBS = sorted(path for path in (ROOT / "slurm").glob("*.sh") if "\n#SBATCH" in p
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Eight nodes that claim to have eight GPUs each."""
+    """Start eight nodes that claim to have eight GPUs each."""
     folder = tmp_path_factory.mktemp("large")
     command = [sys.executable, str(ROOT / "tools/cluster/local_slurm.py")]
     size = ["--nodes", "8", "--cpus", "96", "--memory-mb", "1000000", "--gpus", "8"]
@@ -28,7 +28,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 def shell(folder: Path, text: str) -> subprocess.CompletedProcess[str]:
-    """Run it with the functions of the scripts, and programs that a folder has in the place of Slurm's."""
+    """Run a command with the functions of the job scripts; programs in ``folder`` replace those of Slurm."""
     environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
     begins = f"source {ROOT}/slurm/common.sh; CONTROLLER_RETRY_S=0; requeued={folder}/requeued_at; "
     return subprocess.run(
@@ -36,68 +36,68 @@ def shell(folder: Path, text: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def pretend(folder: Path, name: str, text: str) -> None:
+def fake_program(folder: Path, name: str, text: str) -> None:
     path = folder / name
     path.write_text(f"#!/bin/bash\n{text}\n")
     path.chmod(0o755)
 
 
-BUSY = "n=$(cat {count} 2>/dev/null || echo 0); echo $((n + 1)) >{count}; ((n < 3)) && exit 1; echo {says}"
+BUSY = "n=$(cat {count} 2>/dev/null || echo 0); echo $((n + 1)) >{count}; ((n < 3)) && exit 1; echo {output}"
 
 
-def test_a_controller_that_is_busy_is_asked_again(tmp_path: Path) -> None:
+def test_queries_to_a_busy_controller_are_repeated(tmp_path: Path) -> None:
     for state, status in (("RUNNING", 0), ("CANCELLED", 1)):
-        pretend(tmp_path, "squeue", BUSY.format(count=tmp_path / state, says=state))
+        fake_program(tmp_path, "squeue", BUSY.format(count=tmp_path / state, output=state))
         assert shell(tmp_path, "is_running").returncode == status
         assert (tmp_path / state).read_text() == "4\n"
-    pretend(tmp_path, "squeue", "exit 1")
-    assert shell(tmp_path, "is_running").returncode == 0  # nobody has said that it is not
-    pretend(tmp_path, "squeue", "echo RUNNING")
-    pretend(tmp_path, "scontrol", BUSY.format(count=tmp_path / "requeue", says="$@"))
+    fake_program(tmp_path, "squeue", "exit 1")
+    assert shell(tmp_path, "is_running").returncode == 0  # without an answer the job counts as running
+    fake_program(tmp_path, "squeue", "echo RUNNING")
+    fake_program(tmp_path, "scontrol", BUSY.format(count=tmp_path / "requeue", output="$@"))
     done = shell(tmp_path, "requeue step_000004")
     assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "requeue 7")
 
 
-def test_a_job_that_comes_no_further_is_not_requeued_for_ever(tmp_path: Path) -> None:
-    pretend(tmp_path, "squeue", "echo RUNNING")
-    pretend(tmp_path, "scontrol", "exit 0")
+def test_a_job_without_progress_is_not_requeued_forever(tmp_path: Path) -> None:
+    fake_program(tmp_path, "squeue", "echo RUNNING")
+    fake_program(tmp_path, "scontrol", "exit 0")
     for _ in range(3):
         assert shell(tmp_path, "requeue step_000004").returncode == 0
     assert shell(tmp_path, "requeue step_000005").returncode == 0
     for _ in range(3):
         assert shell(tmp_path, "requeue step_000004").returncode == 0
-    given_up = shell(tmp_path, "requeue step_000004")
-    assert given_up.returncode == 1
-    assert "interrupted 4 times at 'step_000004': giving up" in given_up.stderr
+    last = shell(tmp_path, "requeue step_000004")
+    assert last.returncode == 1
+    assert "interrupted 4 times at 'step_000004': giving up" in last.stderr
     (tmp_path / "requeued_at").unlink()
-    (tmp_path / "requeued_at").mkdir()  # nothing can be written
+    (tmp_path / "requeued_at").mkdir()  # the file cannot be written
     assert shell(tmp_path, "requeue step_000004").returncode == 0
 
 
-def test_an_end_that_slurm_does_not_say_is_none(tmp_path: Path) -> None:
-    for said, end in (("exit 1", ""), ("echo N/A", ""), ("echo 2026-11-22T00:00:10", "10")):
-        pretend(tmp_path, "squeue", said)
+def test_an_unknown_end_of_the_job_is_empty(tmp_path: Path) -> None:
+    for program, end in (("exit 1", ""), ("echo N/A", ""), ("echo 2026-11-22T00:00:10", "10")):
+        fake_program(tmp_path, "squeue", program)
         done = shell(tmp_path, "set_environment; echo $SLURM_JOB_END_TIME")
         assert done.returncode == 0
         assert done.stdout.strip()[-2:] == end
 
 
 @pytest.mark.parametrize(
-    ("arguments", "restarts", "latest", "further"),
+    ("arguments", "restarts", "latest", "expected"),
     [
         ("--resume auto", 1, "new", "--resume auto"),
         ("--resume elsewhere", 0, "old", ""),
-        ("--resume elsewhere", 1, "old", ""),  # which is not this job's
+        ("--resume elsewhere", 1, "old", ""),  # the checkpoint is older than the job
         ("--resume elsewhere", 1, "new", "--resume auto"),
         ("--resume never", 0, "", ""),
         ("--resume never", 1, "", "--resume auto"),
         ("--resume=never", 1, "", "--resume auto"),
     ],
 )
-def test_a_job_goes_on_from_its_own_checkpoint(
-    arguments: str, restarts: int, latest: str, further: str, tmp_path: Path
+def test_a_restarted_job_resumes_from_its_own_checkpoint(
+    arguments: str, restarts: int, latest: str, expected: str, tmp_path: Path
 ) -> None:
-    pretend(tmp_path, "squeue", "exit 1")
+    fake_program(tmp_path, "squeue", "exit 1")
     age = {"": "true", "old": "touch -d 2000-01-01", "new": "touch -d 2100-01-01"}
     done = shell(
         tmp_path,
@@ -106,19 +106,19 @@ def test_a_job_goes_on_from_its_own_checkpoint(
         "run_doctor() { :; }; run_until_done() { extra_arguments; }; "
         f"train config.yaml run.output_dir=out {arguments}",
     )
-    assert (done.returncode, done.stdout.split()) == (0, further.split()), done.stderr
+    assert (done.returncode, done.stdout.split()) == (0, expected.split()), done.stderr
 
 
 @pytest.mark.parametrize("script", SHELL, ids=lambda path: path.name)
-def test_shell_is_sound(script: Path) -> None:
+def test_scripts_pass_shellcheck(script: Path) -> None:
     subprocess.run(["bash", "-n", str(script)], check=True)
     done = subprocess.run(["shellcheck", "-x", str(script)], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
 
 
-def test_all_scripts_are_there() -> None:
-    wanted = ("convert", "eval", "grpo_30b_a3b", "grpo_32b", "grpo_70b", "grpo_7b", "ppo_7b", "sft")
-    assert [path.stem for path in JOBS] == list(wanted)
+def test_all_job_scripts_exist() -> None:
+    expected = ("convert", "eval", "grpo_30b_a3b", "grpo_32b", "grpo_70b", "grpo_7b", "ppo_7b", "sft")
+    assert [path.stem for path in JOBS] == list(expected)
     for script in JOBS:
         assert os.access(script, os.X_OK), script
 
@@ -128,13 +128,13 @@ def test_slurm_accepts_every_script(script: Path, large: Cluster) -> None:
     large.run("sbatch", "--test-only", f"slurm/{script.name}", "hf_to_megatron")
 
 
-def test_slurm_refuses_more_nodes_than_there_are(large: Cluster) -> None:
+def test_slurm_rejects_more_nodes_than_exist(large: Cluster) -> None:
     with pytest.raises(AssertionError, match="Requested node configuration is not available"):
         large.run("sbatch", "--test-only", "--nodes=9", "slurm/grpo_70b.sh")
 
 
 @pytest.mark.parametrize("script", JOBS, ids=lambda path: path.name)
-def test_dry_runs_say_what_would_be_submitted(script: Path) -> None:
+def test_dry_runs_print_the_submission(script: Path) -> None:
     environment = {**os.environ, "SBATCH_PARTITION": "gpu", "MEGATRON_RL_RUNTIME": "apptainer"}
     done = subprocess.run(
         [str(script), "--dry-run", "algorithm.kl_coef=0.001"],
