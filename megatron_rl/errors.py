@@ -57,3 +57,5 @@ class Interrupted(MegatronRLError):
 
     num_prompts = 0
     """Prompts that the interrupted step took from the data and carries over."""
+    is_saved = False
+    """Whether a checkpoint of the interrupted state has been saved."""

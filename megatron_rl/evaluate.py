@@ -28,18 +28,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from megatron_rl.config.parallel import ParallelSection
         from megatron_rl.evaluation.report import results_table
         from megatron_rl.evaluation.run import evaluate
-        from megatron_rl.mcore.runtime.parallel import init_parallel, leave_world
+        from megatron_rl.mcore.runtime.parallel import joined_world
 
         def note(text: str) -> None:
             if command.is_main and config.console != "silent":
                 print(text, flush=True)
 
-        try:
-            results = evaluate(
-                config, tasks, init_parallel(ParallelSection(timeout_minutes=COLLECTIVE_TIMEOUT_MINUTES)), note
-            )
-        finally:
-            leave_world()
+        with joined_world(ParallelSection(timeout_minutes=COLLECTIVE_TIMEOUT_MINUTES)) as parallel:
+            results = evaluate(config, tasks, parallel, note)
         if command.is_main:
             print(results_table(results), flush=True)
             print(f"report: {config.run.output_dir}/report.html", flush=True)

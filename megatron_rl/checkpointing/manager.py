@@ -270,10 +270,10 @@ class CheckpointManager:
         kept = written[-self._config.checkpoint.keep_last :]
         for path in written[: -len(kept)]:
             shutil.rmtree(path)
-        self.references.remove_unused(map(reference_name, kept))
+        self.references.remove_unused(map(_reference_name, kept))
 
 
-def reference_name(path: Path) -> str | None:
+def _reference_name(path: Path) -> str | None:
     """Name of a checkpoint's reference model; None: the configuration's, or the checkpoint is damaged."""
     try:
         return TrainState(**read_trainer(path)["state"]).reference

@@ -39,7 +39,7 @@ class ReferenceStore:
         return None if state.reference is None else str(self._folder / state.reference)
 
     def fetch(self, state: TrainState, checkpoint: Path) -> None:
-        """Copy the reference of a checkpoint of another run into this run.
+        """Copy the reference of a checkpoint of another run into this run; on the first rank only.
 
         Raises:
             CheckpointError: the reference no longer exists.

@@ -1,12 +1,13 @@
 """Reward functions by name, and their weighted sum."""
 
 import functools
+import inspect
 import math
 from collections.abc import Callable, Sequence
 
 from megatron_rl.config.plugins import load_symbol
 from megatron_rl.config.reward import RewardFunctionSection
-from megatron_rl.errors import RewardError
+from megatron_rl.errors import ConfigError, RewardError
 from megatron_rl.rewards.code import code_tests
 from megatron_rl.rewards.coin_flip import coin_flip
 from megatron_rl.rewards.countdown import countdown
@@ -41,16 +42,9 @@ def build_grader(functions: Sequence[RewardFunctionSection]) -> Grader:
     """Return a function that computes the weighted sum of reward functions and the value of each.
 
     Raises:
-        ConfigError: a reward function is unknown or cannot be imported.
+        ConfigError: a reward function is unknown, cannot be imported, or does not take its options.
     """
-    loaded = [
-        (
-            section.name,
-            section.weight,
-            functools.partial(load_symbol(section.name, REWARDS, "reward.functions name"), **section.options),
-        )
-        for section in functions
-    ]
+    loaded = [(section.name, section.weight, load_function(section)) for section in functions]
 
     def grade(sample: RewardInput) -> tuple[float, dict[str, float]]:
         parts = {}
@@ -64,3 +58,22 @@ def build_grader(functions: Sequence[RewardFunctionSection]) -> Grader:
         return total, parts
 
     return grade
+
+
+def load_function(section: RewardFunctionSection) -> RewardFunction:
+    """Return a reward function with its options bound.
+
+    Raises:
+        ConfigError: it is unknown, cannot be imported, or does not take its options.
+    """
+    function = load_symbol(section.name, REWARDS, "reward.functions name")
+    try:
+        inspect.signature(function).bind(None, **section.options)
+    except ValueError:
+        pass  # a callable in C may have no signature to check
+    except TypeError as error:
+        raise ConfigError(
+            f"reward.functions name={section.name!r}, options={section.options}: {error}. "
+            f"The function is called as {section.name}(sample, **options)."
+        ) from error
+    return functools.partial(function, **section.options)

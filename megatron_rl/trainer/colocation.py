@@ -33,24 +33,27 @@ def models_offloaded(
 
 @contextmanager
 def trainer_offloaded(trainer: Trainer, step: Step) -> Iterator[None]:
-    """Offload the trainer during the body; an engine that is interrupted meanwhile sleeps before it comes back."""
+    """Offload the trainer during the body; put the engine to sleep before the trainer returns from an interruption."""
     with models_offloaded(trainer.models, trainer.config, step.timer):
         try:
             yield
         except Interrupted:
             if trainer.config.rollout.sleep_engine:
                 with raise_together(trainer.parallel):
-                    trainer.engines.engine.sleep()
+                    trainer.supervisor.engine.sleep()
             raise
 
 
 @contextmanager
 def engine_awake(trainer: Trainer) -> Iterator[None]:
-    """Give the engine its KV cache during the body, where ``rollout.sleep_engine`` takes it away otherwise."""
+    """Give the engine its KV cache during the body, where ``rollout.sleep_engine`` takes it away otherwise.
+
+    After an interruption ``trainer_offloaded`` puts the engine to sleep.
+    """
     if not trainer.config.rollout.sleep_engine:
         yield
         return
-    engine = trainer.engines.engine
+    engine = trainer.supervisor.engine
     with raise_together(trainer.parallel):
         engine.wake("kv_cache")
     yield
@@ -60,11 +63,11 @@ def engine_awake(trainer: Trainer) -> Iterator[None]:
 
 @contextmanager
 def policy_in_engine(trainer: Trainer, state: TrainState, step: Step) -> Iterator[dict[str, Reduction]]:
-    """Push the policy of ``state`` for an evaluation in the body; yields the metrics of the push."""
-    trainer.rollouts.drain(version=state.step)
+    """Push the policy of ``state`` to the engine for use in the body; yields the metrics of the push."""
+    trainer.rollout_source.drain(version=state.step)
     with trainer_offloaded(trainer, step):
-        pushed = trainer.engines.push(version=state.step)
+        pushed = trainer.supervisor.push(version=state.step)
         with engine_awake(trainer):
             yield pushed
-    for note in trainer.engines.take_notes():
+    for note in trainer.supervisor.take_notes():
         trainer.log.note(note)

@@ -23,14 +23,17 @@ from megatron_rl.types import ParallelContext
 
 
 class Step:
-    """Timers and metrics of one step on this rank."""
+    """Timers and metrics of one step on this rank.
+
+    ``TrainState.step`` is the last step that is done: ``number - 1`` before the end of a step, ``number`` after it.
+    """
 
     def __init__(self, number: int, on_phase: Callable[[str], None], metrics: Metrics | None = None) -> None:
         """
         Args:
             number: 1 for the first step; 0 before it.
             on_phase: called with the name of every timer as it starts.
-            metrics: metrics of this step that an interrupted process has already measured.
+            metrics: metrics of this step that a process has measured before it was stopped.
         """
         self.number = number
         self.metrics: dict[str, Reduction] = dict(metrics or {})
@@ -59,8 +62,9 @@ class Trainer:
 
     config: RunConfig
     models: RunModels
-    engines: EngineSupervisor
-    rollouts: RolloutSource
+    supervisor: EngineSupervisor
+    """Of this rank's engine."""
+    rollout_source: RolloutSource
     reward_model: RewardModelScorer | None
     """None without ``reward.model``."""
     validator: Validator | None
@@ -84,7 +88,7 @@ class Trainer:
 
     @contextmanager
     def begin_step(self, number: int) -> Iterator[Step]:
-        """A new step; its body is profiled if ``profiling.steps`` names it."""
+        """A new step, which outlives the body; the body is profiled if ``profiling`` selects step and rank."""
         self.heartbeat.begin_step(number)
         with profiled(self.config.profiling, self.log.profile_folder, number, self.parallel):
             yield self.new_step(number)

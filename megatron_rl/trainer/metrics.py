@@ -14,7 +14,7 @@ from megatron_rl.types import ParallelContext, RolloutGroup, TrainBatch, UpdateP
 
 
 def rollout_metrics(
-    rollouts: RolloutBatch, version: int, *, has_rewards: bool, parallel: ParallelContext
+    rollouts: RolloutBatch, *, version: int, has_rewards: bool, parallel: ParallelContext
 ) -> dict[str, Reduction]:
     """Metrics of a step's rollouts, on the first rank; empty on the others, which hold the same rollouts.
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megatron_rl.checkpointing.export import Export, value_export
+from megatron_rl.distributed.collectives import raise_together
 from megatron_rl.mcore.critic import Critic
 from megatron_rl.mcore.learner import Learner
 from megatron_rl.mcore.logprob_model import LogProbModel
@@ -11,6 +12,7 @@ from megatron_rl.mcore.lora import LoraAdapters
 from megatron_rl.mcore.policy import Policy
 from megatron_rl.mcore.reference import AdapterFreeReference, HostReference
 from megatron_rl.mcore.reward_model import RewardModel
+from megatron_rl.types import ParallelContext
 
 Reference = HostReference | LogProbModel | AdapterFreeReference
 
@@ -60,3 +62,11 @@ class RewardTrainingModels:
     @property
     def adapters(self) -> LoraAdapters | None:
         return None
+
+
+def load_reference(reference: Reference | None, path: str | None, parallel: ParallelContext) -> None:
+    """Load the weights of an earlier policy into the reference, if the run has replaced it."""
+    if reference is not None and path is not None:
+        assert not isinstance(reference, AdapterFreeReference), "validate rejects resets of this reference"
+        with raise_together(parallel):
+            reference.load(path)

@@ -24,7 +24,7 @@ from megatron_rl.mcore.model.gpt_model import check_weights
 from megatron_rl.mcore.model.precision import choose_implementation
 from megatron_rl.mcore.optimizer import check_optimizer
 from megatron_rl.mcore.reward_model import LOSS, RewardModel, pairwise_loss_reader, read_binary_loss
-from megatron_rl.mcore.runtime.parallel import describe_layout, init_parallel, launcher_world, leave_world
+from megatron_rl.mcore.runtime.parallel import describe_layout, joined_world, launcher_world
 from megatron_rl.metrics.metric import Mean, Reduction, merge
 from megatron_rl.metrics.timing import Stopwatch
 from megatron_rl.models import read_model_spec
@@ -104,10 +104,8 @@ def run(config: RewardTrainingConfig, resume: str) -> bool:
     """
     _, world_size, _ = launcher_world()
     validate_reward_training(config, world_size)
-    try:
-        return run_in_world(config, resume, init_parallel(config.parallel))
-    finally:
-        leave_world()
+    with joined_world(config.parallel) as parallel:
+        return run_in_world(config, resume, parallel)
 
 
 def run_in_world(config: RewardTrainingConfig, resume: str, parallel: ParallelContext) -> bool:

@@ -5,12 +5,14 @@ from contextlib import closing, contextmanager
 
 from megatron_rl.checkpointing.manager import CheckpointManager
 from megatron_rl.config import RunConfig, validate
+from megatron_rl.config.validate import sequences_per_step
 from megatron_rl.distributed.collectives import raise_together
 from megatron_rl.distributed.heartbeat import Heartbeat, seconds_until_stuck
 from megatron_rl.distributed.signals import StopRequest
 from megatron_rl.errors import Interrupted
-from megatron_rl.mcore.runtime.parallel import describe_layout, init_parallel, launcher_world, leave_world
+from megatron_rl.mcore.runtime.parallel import describe_layout, joined_world, launcher_world
 from megatron_rl.metrics.metric import Metrics
+from megatron_rl.metrics.timing import Stopwatch
 from megatron_rl.planning.this_machine import plan_on_this_machine
 from megatron_rl.rollout.engines.base import Engine
 from megatron_rl.run_folder import RunFolder
@@ -25,18 +27,16 @@ from megatron_rl.trainer.build import (
     build_validator,
 )
 from megatron_rl.trainer.colocation import models_offloaded, policy_in_engine
-from megatron_rl.trainer.context import Step, Trainer
+from megatron_rl.trainer.context import Trainer
 from megatron_rl.trainer.inputs import Inputs, read_inputs
+from megatron_rl.trainer.interruption import checkpoint_on_abort, save_on_stop
 from megatron_rl.trainer.logger import RunLogger, build_log, device_peak
 from megatron_rl.trainer.loop import finish_step, train
 from megatron_rl.trainer.memory_tracker import MemoryTracker
-from megatron_rl.trainer.models import RunModels
+from megatron_rl.trainer.models import RunModels, load_reference
 from megatron_rl.trainer.periodic import (
     are_benchmarks_due,
-    checkpoint_if_stopped,
     is_validation_due,
-    load_reference,
-    save_on_stop,
 )
 from megatron_rl.trainer.state import initial_state
 from megatron_rl.types import ParallelContext, TrainState
@@ -56,10 +56,8 @@ def run(config: RunConfig, resume: str) -> bool:
     """
     _, world_size, _ = launcher_world()
     validate(config, world_size)
-    try:
-        return run_in_world(config, resume, init_parallel(config.parallel))
-    finally:
-        leave_world()
+    with joined_world(config.parallel) as parallel:
+        return run_in_world(config, resume, parallel)
 
 
 def run_in_world(config: RunConfig, resume: str, parallel: ParallelContext) -> bool:
@@ -71,7 +69,9 @@ def run_in_world(config: RunConfig, resume: str, parallel: ParallelContext) -> b
     ):
         try:
             state = train(trainer, resume_step(trainer, state, unlogged))
-        except Interrupted:
+        except Interrupted as interruption:
+            if not interruption.is_saved:
+                raise AssertionError("the engines were used outside of checkpoint_on_abort") from interruption
             return stop.should_requeue()
         trainer.checkpoints.finish()
         if state.step < config.run.num_steps:
@@ -97,10 +97,10 @@ def push_as_before_stop(trainer: Trainer, state: TrainState) -> None:
     was_pushed = (trainer.validator is not None and is_validation_due(trainer, state.step)) or (
         trainer.benchmarks is not None and are_benchmarks_due(trainer, state.step)
     )
-    if trainer.rollouts.uses_engine and was_pushed:
+    if trainer.rollout_source.uses_engine and was_pushed:
         step = trainer.new_step(state.step)
         with (
-            checkpoint_if_stopped(trainer, state),
+            checkpoint_on_abort(trainer, state),
             step.timer("update_weights"),
             policy_in_engine(trainer, state, step),
         ):
@@ -132,13 +132,13 @@ def open_trainer(
     heartbeat.enter("restore")
     state = checkpoints.restore(checkpoint, models) if checkpoint else initial_state(parallel)
     load_reference(models.reference, checkpoints.references.path_of(state), parallel)
-    engines = build_supervisor(config, engine, models.policy)
+    supervisor = build_supervisor(config, engine, models.policy)
     with raise_together(parallel):
-        collector = build_collector(config, inputs, engines, models.policy)
+        collector = build_collector(config, inputs, supervisor, models.policy)
     with closing(engine), closing(collector):
         with raise_together(parallel):
-            rollouts = build_rollout_source(config, inputs, collector, parallel)
-            rollouts.resume(checkpoints.in_flight(checkpoint) if checkpoint else ())
+            rollout_source = build_rollout_source(config, inputs, collector, parallel)
+            rollout_source.resume(checkpoints.in_flight(checkpoint) if checkpoint else ())
             unlogged = checkpoints.unlogged(checkpoint) if checkpoint else None
         validator = build_validator(config, inputs, collector)
         with raise_together(parallel):
@@ -153,7 +153,7 @@ def open_trainer(
             device_peak(config, parallel),
             keep_rollouts_every=config.metrics.keep_rollouts_every,
             # without validation there are no held-out samples to show
-            show_rollout_every=config.metrics.log_every if validator is None and rollouts.has_rewards else 0,
+            show_rollout_every=config.metrics.log_every if validator is None and rollout_source.has_rewards else 0,
         )
         with closing(logger) as log:
             resumed = checkpoint.name if checkpoint else None
@@ -161,11 +161,11 @@ def open_trainer(
             trainer = Trainer(
                 config=config,
                 models=models,
-                engines=engines,
-                rollouts=rollouts,
+                supervisor=supervisor,
+                rollout_source=rollout_source,
                 reward_model=build_reward_model_scorer(config, inputs, models),
                 validator=validator,
-                benchmarks=build_benchmark_evaluator(config, inputs, engines, models.policy, log.note),
+                benchmarks=build_benchmark_evaluator(config, inputs, supervisor, models.policy, log.note),
                 checkpoints=checkpoints,
                 log=log,
                 memory=MemoryTracker(models, engine),
@@ -184,7 +184,7 @@ def start_colocated_engine(
         heartbeat.progress()  # an engine that polls is working
         return stop.poll()
 
-    with models_offloaded(models, config, Step(0, heartbeat.enter).timer):
+    with models_offloaded(models, config, Stopwatch().span):
         engine = build_engine(config, models.policy, inputs.benchmarks, is_interrupted)
         if config.rollout.sleep_engine:
             with raise_together(models.policy.parallel):
@@ -196,13 +196,14 @@ def describe(config: RunConfig, inputs: Inputs, parallel: ParallelContext, resum
     """Summary of the run for the console, in a few lines."""
     rollout, batching = config.rollout, config.batching
     group = rollout.group_size if rollout.source != "demonstrations" else 1
-    sequences = rollout.num_prompts_per_step * group
+    sampled, trained = rollout.num_prompts_per_step * group, sequences_per_step(config)
+    selected = "" if trained == sampled else f", {trained} of them trained on"
     lines = [
         f"{config.run.name}: {config.model.path} in {config.model.dtype}, "
         f"{describe_layout(parallel)} on {parallel.device.type}, "
         f"{config.run.num_steps} steps" + (f", resumed from {resumed}" if resumed else ""),
-        f"each step: {rollout.num_prompts_per_step} prompts x {group} = {sequences} sequences; mini-batches of "
-        f"{sequences // batching.num_mini_batches} sequences; "
+        f"each step: {rollout.num_prompts_per_step} prompts x {group} = {sampled} sequences{selected}; mini-batches of "
+        f"{trained // batching.num_mini_batches} sequences; "
         f"{batching.num_mini_batches * batching.num_epochs} optimizer updates",
     ]
     held_out = inputs.validation.num_overlong if inputs.validation else 0

@@ -116,6 +116,8 @@ def test_weighted_rewards_are_summed_and_unknown_names_rejected() -> None:
     assert grader(sample(r"<think>x</think><answer>\boxed{42}</answer>")) == (1.5, {"math": 1.0, "format": 1.0})
     with pytest.raises(ConfigError, match="Did you mean format"):
         build_grader([RewardFunctionSection(name="formats")])
+    with pytest.raises(ConfigError, match=r"name='soft_overlong', options={'longest': 3}: missing a required argument"):
+        build_grader([RewardFunctionSection(name="soft_overlong", options={"longest": 3})])
     with pytest.raises(ConfigError, match="module nowhere cannot be imported"):
         build_grader([RewardFunctionSection(name="nowhere:reward")])
     with pytest.raises(ConfigError, match="has no 'absent'"):

@@ -79,7 +79,7 @@ def add_verdicts(responses: Sequence[ResponseRecord], args: argparse.Namespace) 
     from megatron_rl.config.schema import ModelSection
     from megatron_rl.data.templates import load_tokenizer
     from megatron_rl.evaluation.backend_setup import start_backend
-    from megatron_rl.mcore.runtime.parallel import init_parallel, leave_world
+    from megatron_rl.mcore.runtime.parallel import joined_world
     from megatron_rl.weights.open import find_model_folder
 
     config = EvalConfig(
@@ -93,14 +93,13 @@ def add_verdicts(responses: Sequence[ResponseRecord], args: argparse.Namespace) 
     judge = LLMJudge(args.output / "judged.jsonl", args.judge_model)
     requests = [judge.pending_questions(responses, VERDICTS[name], tokenizer) for name in args.verdicts]
     with_verdicts = list(responses)
-    try:
-        parallel = init_parallel(ParallelSection())
-        with closing(start_backend(config, config_folder, requests, tokenizer, parallel)) as backend:
-            for name, (task, questions) in zip(args.verdicts, requests, strict=True):
-                judge.query(task, questions, backend, lambda text: print(text, flush=True))
-                with_verdicts = judge.with_categories(with_verdicts, name, VERDICTS[name])
-    finally:
-        leave_world()
+    with (
+        joined_world(ParallelSection()) as parallel,
+        closing(start_backend(config, config_folder, requests, tokenizer, parallel)) as backend,
+    ):
+        for name, (task, questions) in zip(args.verdicts, requests, strict=True):
+            judge.query(task, questions, backend, lambda text: print(text, flush=True))
+            with_verdicts = judge.with_categories(with_verdicts, name, VERDICTS[name])
     return with_verdicts
 
 

@@ -181,6 +181,15 @@ def _restore_state(state: Mapping[str, Any]) -> None:
 _INITIAL_STATE = _parallel_state()
 
 
+@contextmanager
+def joined_world(config: ParallelSection) -> Iterator[ParallelContext]:
+    """Join the world for the body, and leave it in any case."""
+    try:
+        yield init_parallel(config)
+    finally:
+        leave_world()
+
+
 def leave_world() -> None:
     """Undo ``init_parallel``, even if it failed part of the way."""
     if parallel_state.is_initialized():

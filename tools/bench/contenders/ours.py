@@ -92,7 +92,7 @@ class OurLoop:
             self.policy.logprobs(batch)
         with clock.phase("update"):
             metrics = self.policy.update(batch)
-        metrics |= rollout_metrics(rollout_batch, self._steps, has_rewards=True, parallel=self.parallel)
+        metrics |= rollout_metrics(rollout_batch, version=self._steps, has_rewards=True, parallel=self.parallel)
         metrics |= batch_metrics(batch, self.policy.spec, self.parallel)
         rollouts = [rollout for group in rollout_batch.groups for rollout in group.rollouts]
         return {
