@@ -32,9 +32,9 @@ def main() -> None:
     grpo, control = curves("grpo"), curves("coin_flip")
     if not grpo or not control:
         sys.exit(f"{RUNS} has no finished runs. Run `make quickstart-seeds` first.")
-    title = f"Quickstart: held-out accuracy over GRPO steps, % (mean and range of {len(grpo)} seeds)"
+    title = f"Held-out accuracy in % (mean and range of {len(grpo)} seeds)"
     PICTURE.parent.mkdir(parents=True, exist_ok=True)
-    picture = band_plot(title, {"reward: right answer": grpo, "control: coin-flip reward": control})
+    picture = band_plot(title, {"GRPO, rewarded for right answers": grpo, "control, coin-flip rewards": control})
     head, rest = picture.split(">", 1)
     PICTURE.write_text(f'{head}><rect width="100%" height="100%" fill="white"/>{rest}')  # readable on dark pages too
     print(PICTURE)
