@@ -33,6 +33,7 @@ TIMINGS = (
     "old_log_prob",
     "ref",
     "values",
+    "adv",
     "update_critic",
     "update_actor",
     "update_reward_model",

@@ -170,8 +170,8 @@ def summary(plan: Plan) -> str:
     memory = plan.memory
     phase = memory.fullest
     return (
-        f"plan: {memory.total(phase) / 1e9:.1f} of {plan.hardware.device_gb:.1f} GB on a rank of stage {memory.stage} "
-        f"at most ({phase}), {sum(memory.host.values()) / 1e9:.1f} of {plan.hardware.host_gb:.1f} GB of a host"
+        f"plan: at most {memory.total(phase) / 1e9:.1f} of {plan.hardware.device_gb:.1f} GB per rank (pipeline stage "
+        f"{memory.stage}, {phase}), {sum(memory.host.values()) / 1e9:.1f} of {plan.hardware.host_gb:.1f} GB per host"
     )
 
 

@@ -59,9 +59,9 @@ def render(config: RunConfig | RewardTrainingConfig, rows: Rows, samples: Sequen
         line_plot("Reward model score", rows, {"reward_model/score/mean": "mean"}),
         line_plot("Gradient norm", rows, {"actor/grad_norm": "policy", "reward_model/grad_norm": "reward model"}),
         line_plot(
-            "Trainer and engine log-probabilities",
+            "Log-prob mismatch of trainer and engine (nats)",
             rows,
-            {"train_rollout_logprob_abs_diff/mean": "mean abs difference"},
+            {"train_rollout_logprob_abs_diff/mean": "mean absolute difference"},
         ),
         line_plot("Value loss", rows, {"critic/vf_loss": "loss"}),
         line_plot("Explained variance of the returns", rows, {"critic/vf_explained_var": "share"}),
