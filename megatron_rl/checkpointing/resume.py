@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rl.config import RunConfig
+from megatron_rl.config.foreign_names import present_name
 from megatron_rl.config.load import defaults, flatten
 from megatron_rl.config.reward_training import RewardTrainingConfig
 from megatron_rl.errors import CheckpointError, ConfigError
@@ -85,8 +86,14 @@ def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any], path: P
     Keys that did not exist when the checkpoint was written count as having their defaults.
 
     Raises:
-        ConfigError: keys differ; the message names them.
+        ConfigError: keys differ, or have been renamed since the checkpoint was written; the message names them.
     """
+    renamed = [f"{key} is now {present_name(key)}" for key in sorted(saved) if present_name(key)]
+    if renamed:
+        raise ConfigError(
+            f"cannot resume {path}: it was written when configuration keys had other names ({'; '.join(renamed)}). "
+            "Export its weights with tools/convert_megatron_to_hf.py, and start a new run.output_dir from them (model.path)."
+        )
     saved = _with_critic_layout({**{key: value for key, value in defaults().items() if key in current}, **saved})
     current = _with_critic_layout(current)
     differing = [

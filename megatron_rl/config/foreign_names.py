@@ -222,7 +222,7 @@ def suggest(key: str, known: list[str]) -> str | None:
         key: the unknown dotted key.
         known: all dotted keys of the configuration.
     """
-    renamed = _renamed(key)
+    renamed = present_name(key)
     if renamed is not None:
         near = difflib.get_close_matches(renamed, known, n=1, cutoff=0.75)
         if near:
@@ -231,7 +231,7 @@ def suggest(key: str, known: list[str]) -> str | None:
     same_last = [name for name in known if name.rsplit(".", 1)[-1] == last]
     if same_last:
         return min(same_last, key=_depth)
-    if last in FOREIGN_NAMES:
+    if FOREIGN_NAMES.get(last) in known:
         return FOREIGN_NAMES[last]
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
     if near:
@@ -251,8 +251,8 @@ def suggest_value(key: str, value: object) -> str | None:
     return FOREIGN_VALUES.get(key, {}).get(str(value).replace("-", "_").lower())
 
 
-def _renamed(key: str) -> str | None:
-    """The present name of a former key, or of a key in a former section; None for any other key."""
+def present_name(key: str) -> str | None:
+    """Return the present name of a former key, or of a key in a former section; None for any other key."""
     parts = key.split(".")
     for count in range(len(parts), 0, -1):  # a key with a new name of its own before its section
         present = RENAMED_KEYS.get(".".join(parts[:count]))

@@ -289,6 +289,13 @@ def test_config_keys_that_a_checkpoint_lacks_count_as_defaults(config: Path) -> 
         check_same_run(older, current | {"algorithm.pass_k": 7}, Path("a checkpoint"))
 
 
+def test_a_checkpoint_with_former_keys_is_rejected_with_their_new_names(config: Path) -> None:
+    current = flatten_plain(load_config(config))
+    former = {key: value for key, value in current.items() if key != "batching.num_mini_batches"}
+    with pytest.raises(ConfigError, match=r"cannot resume .*batching\.num_updates is now batching\.num_mini_batches"):
+        check_same_run(former | {"batching.num_updates": 2}, current, Path("a checkpoint"))
+
+
 def test_resume_rejects_more_steps_if_the_learning_rate_decays_to_the_end(
     config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
