@@ -92,7 +92,7 @@ def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any], path: P
     if renamed:
         raise ConfigError(
             f"cannot resume {path}: it was written when configuration keys had other names ({'; '.join(renamed)}). "
-            "Export its weights with tools/convert_megatron_to_hf.py, and start a new run.output_dir from them (model.path)."
+            "Export its weights with tools/convert_megatron_to_hf.py and start a new run from them (model.path)."
         )
     saved = _with_critic_layout({**{key: value for key, value in defaults().items() if key in current}, **saved})
     current = _with_critic_layout(current)
