@@ -1,11 +1,11 @@
 """README and docs: links resolve, commands parse, configuration keys exist, generated pages are up to date."""
 
-import ast
+import functools
 import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,7 @@ from megatron_rl.config.reference import field_texts, render, sections
 from megatron_rl.config.reward_training import RewardTrainingConfig
 from megatron_rl.config.schema import RunConfig
 from megatron_rl.config.study import load_study
+from megatron_rl.train import main as train
 from tests.limits import LIMIT_S
 
 ROOT = Path(__file__).parents[2]
@@ -75,84 +76,97 @@ def is_command(word: str) -> bool:
     )
 
 
-def targets() -> set[str]:
-    return set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+def run(*command: str) -> str:
+    """Output of a command at the root of the repository, which has to succeed."""
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+    assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+    return done.stdout
 
 
-def options_of(script: Path) -> set[str]:
-    """Options that a script's source mentions, and those of the parsers that it shares."""
-    shared = [ROOT / "megatron_rl/conversion/cli.py"] if "conversion.cli" in script.read_text() else []
-    return {
-        node.value
-        for path in (script, *shared)
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("-")
-    } | {"--help"}
+@functools.cache
+def options_of(script: str) -> set[str]:
+    """Options that ``--help`` of a script lists."""
+    return set(re.findall(r"--[\w-]+", run(sys.executable, script, "--help")))
 
 
-def options_in_help(script: Path) -> set[str]:
-    """Options that ``--help`` lists; slower, for scripts that make option names from others."""
-    command = [sys.executable, str(script), "--help"]
-    text = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S, check=True).stdout
-    return set(re.findall(r"--[\w-]+", text))
+class DryRun:
+    """Runs a documented command as far as this machine can: without its effects, its GPUs and its downloads."""
 
+    def __init__(self, model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._model, self._folder, self._monkeypatch = model, folder, monkeypatch
 
-def check(words: list[str]) -> None:
-    """Assert that a command would be understood."""
-    if words[0] in ("torchrun", "srun"):
-        rest = words[1:]
-        starts = [i for i, word in enumerate(rest) if word == "-m" or word.endswith(".py") or word == "python"]
-        words = ["python", *rest[starts[0] :]] if rest[starts[0]] != "python" else rest[starts[0] :]
-    if words[0].endswith("bin/python") or words[0] == "python":
-        check_python(words[1:])
-    elif words[0] == "make":
-        wanted = [word for word in words[1:] if "=" not in word]
-        assert set(wanted) <= targets(), words
-    elif words[0] == "sbatch" or words[0].startswith("slurm/"):
-        script = next(word for word in words if word.startswith("slurm/"))
-        assert (ROOT / script).exists(), words
-        overrides = [word for word in words[words.index(script) + 1 :] if "=" in word]
-        if overrides and Path(script).name in RECIPES:
-            load_config(ROOT / "configs/recipes/production" / RECIPES[Path(script).name], overrides)
-    elif words[0].startswith("tools/"):
-        assert (ROOT / words[0]).exists(), words
-    else:
-        assert words[0] in SHELL, words
+    def __call__(self, words: list[str]) -> None:
+        first, num_ranks = words[0], 1
+        if first in ("torchrun", "srun"):
+            if "--nproc-per-node" in words:
+                num_ranks = int(words[words.index("--nproc-per-node") + 1])
+            starts = (i for i, word in enumerate(words) if word == "-m" or word.endswith(".py") or word == "python")
+            words = words[next(starts) :]
+            words = words[1:] if words[0] == "python" else words
+            self._python(words, num_ranks)
+        elif first == "python" or first.endswith("bin/python"):
+            self._python(words[1:], num_ranks)
+        elif first == "make":
+            run("make", "--dry-run", "--silent", *words[1:])
+        elif first == "sbatch" or first.startswith("slurm/"):
+            script = next(word for word in words if word.startswith("slurm/"))
+            arguments = [word for word in words[words.index(script) + 1 :] if word != "--dry-run"]
+            assert "each rank runs" in run("bash", script, "--dry-run", *arguments)
+            if arguments and Path(script).name in RECIPES:
+                load_config(ROOT / "configs/recipes/production" / RECIPES[Path(script).name], arguments)
+        else:
+            assert first in SHELL or (ROOT / first).exists(), words
 
+    def _python(self, words: list[str], num_ranks: int) -> None:
+        overrides = [word for word in words if re.match(r"^[a-z_]+(\.[a-z_]+)+=", word)]
+        config = words[words.index("--config") + 1] if "--config" in words else None
+        is_given = config is not None and not PLACEHOLDER.match(config)
+        if words[:2] == ["-m", "megatron_rl.train"] and is_given:
+            self._train(str(config), overrides, num_ranks)
+        elif words[:2] == ["-m", "megatron_rl.evaluate"] and is_given:
+            load_evaluation(ROOT / str(config), overrides)
+        elif words[:2] == ["-m", "megatron_rl.train_reward_model"] and is_given:
+            load_as(RewardTrainingConfig, ROOT / str(config), overrides)
+        elif words[0] == "-m":
+            assert words[1] in {"pip", "pytest", *ENTRY_POINTS}, words
+            assert all((ROOT / word).exists() for word in words[2:] if word.startswith("tests/")), words
+        else:
+            self._tool(words, str(config) if is_given else None, overrides)
 
-def check_python(words: list[str]) -> None:
-    overrides = [word for word in words if re.match(r"^[a-z_]+(\.[a-z_]+)+=", word)]
-    config = words[words.index("--config") + 1] if "--config" in words else None
-    if words[0] == "-m" and words[1] in ENTRY_POINTS:
-        assert config is not None, words
-        if not PLACEHOLDER.match(config):
-            load = {
-                "megatron_rl.train": load_config,
-                "megatron_rl.evaluate": load_evaluation,
-                "megatron_rl.train_reward_model": lambda path, keys: load_as(RewardTrainingConfig, path, keys),
-            }[words[1]]
-            load(ROOT / config, overrides)
-    elif words[0] == "-m":
-        module = words[1]
-        assert module in ("pip", "pytest") or (ROOT / f"{module.replace('.', '/')}.py").exists(), words
-        assert all((ROOT / word).exists() for word in words[2:] if word.startswith("tests/")), words
-    else:
-        script = ROOT / words[0]
-        assert script.exists(), words
+    def _train(self, config: str, overrides: list[str], num_ranks: int) -> None:
+        """Dry-run a training on generated problems, with a toy model; of one on data of the hub load the config."""
+        if load_config(ROOT / config, overrides).data.train.kind != "task":
+            return
+        for name, value in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", num_ranks)):
+            self._monkeypatch.setenv(name, str(value))
+        self._monkeypatch.chdir(ROOT)
+        own = [f"model.path={self._model}", f"run.output_dir={self._folder}/run"]
+        others = [one for one in overrides if not one.startswith(("model.path=", "run.output_dir="))]
+        assert train(["--config", config, "--dry-run", *others, *own]) == 0
+
+    def _tool(self, words: list[str], config: str | None, overrides: list[str]) -> None:
+        script = words[0]
         used = {word.partition("=")[0] for word in words[1:] if word.startswith("--")}
-        assert used <= options_of(script) or used <= options_in_help(script), words
-        if config is not None and not PLACEHOLDER.match(config) and words[0] != "tools/data/curate.py":
-            load_config(ROOT / config, overrides)
-        elif words[0] == "tools/data/curate.py" and config is not None:
+        assert used <= options_of(script), words
+        if script in ("tools/plan.py", "tools/cluster/plan_weight_sync.py") and (config or "--model" in words):
+            run(sys.executable, *words)
+        elif script == "tools/data/curate.py" and config is not None:
             load_as(CurationConfig, ROOT / config, overrides)
-        if words[0] == "tools/analysis/ablate.py" and not PLACEHOLDER.match(words[1]):
+        elif script == "tools/analysis/ablate.py" and not PLACEHOLDER.match(words[1]):
             load_study(ROOT / words[1])
+        else:
+            configs = [word for word in words if word.startswith("configs/") and word.endswith(".yaml")]
+            for name in configs:
+                load_config(ROOT / name, overrides)
 
 
 @pytest.mark.parametrize("path", PAGES, ids=page_id)
-def test_commands_are_understood(path: Path) -> None:
+def test_commands_run_or_dry_run(
+    path: Path, toy_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dry_run = DryRun(toy_model("qwen2"), tmp_path, monkeypatch)
     for words in commands(path.read_text()):
-        check(words)
+        dry_run(words)
 
 
 def test_the_readme_has_commands_to_check() -> None:
