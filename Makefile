@@ -16,6 +16,10 @@ BENCH ?=
 UNPINNED ?=
 CONSTRAINTS := $(if $(UNPINNED),,--constraint constraints.txt)
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest
+# processes that run tests; each has a file at a time
+WORKERS ?= 2
+PARALLEL := --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 NEWEST := .megatron-newest
 # tests that decide whether a version of Megatron-Core is supported
 GATES := $(addprefix tests/distributed/test_,layouts.py checkpoint.py model.py memory.py conversion.py critic.py lora.py reward_model.py)
@@ -36,7 +40,7 @@ TORCH := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 'torch>=2.11,<2.1
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help install freeze format lint docs quickstart-curve test test-vllm test-sglang test-newest test-slurm clean \
+.PHONY: help install freeze format lint docs quickstart-curve test test-all test-durations test-vllm test-sglang test-newest test-slurm clean \
 	quickstart quickstart-seeds check-quickstart eval-quickstart \
 	bench-algorithms bench-star bench-reward-models bench-engines bench-step bench-memory bench-grading bench-convert \
 	bench-plan bench-weight-sync
@@ -143,13 +147,19 @@ $(TRL_INSTALLED):
 	$(TRL_VENV)/bin/python -m pip install --quiet trl==1.16.0
 	touch $@
 
-test: $(INSTALLED) ## run all tests except those of Slurm
-	$(BIN)/python -m pytest --ignore tests/slurm
+test: $(INSTALLED) ## run the tests: all but those of Slurm and the cases that test-all adds (WORKERS=)
+	$(PYTEST) --ignore tests/slurm -m 'not exhaustive' $(PARALLEL)
+
+test-all: $(INSTALLED) ## run the tests with every case of their matrices (WORKERS=)
+	$(PYTEST) --ignore tests/slurm $(PARALLEL)
 
 test-slurm: $(INSTALLED) ## test the job scripts on a real two-node Slurm here (needs root; uses apt-get)
 	command -v slurmctld munged shellcheck > /dev/null || PATH="$$PATH:/usr/sbin" command -v slurmctld munged shellcheck > /dev/null || \
 		(apt-get update --quiet && DEBIAN_FRONTEND=noninteractive apt-get install --quiet --yes slurm-wlm munge shellcheck)
 	$(BIN)/python -m pytest tests/slurm
+
+test-durations: $(INSTALLED) ## run the tests of make test and write where the time goes, by file, to test_durations.md
+	$(PYTEST) --ignore tests/slurm -m 'not exhaustive' $(PARALLEL) --durations-table test_durations.md
 
 test-vllm: $(VLLM_INSTALLED) ## run the engine tests on vLLM
 	$(VLLM_VENV)/bin/python -m pytest tests/engines --engine vllm

@@ -52,6 +52,7 @@ setup(
             "peft>=0.18,<1",
             "einops",
             "pytest>=8.3.3,<10",
+            "pytest-xdist>=3.6,<4",
             "ruff>=0.14,<0.18",
             "mypy>=1.18,<3",
             "types-PyYAML",

@@ -12,13 +12,47 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # a test that requests anything from the hub
 
 import pytest
 
+from tests.durations import Durations
 from tests.gang import Gang
 from tests.toys import write_model
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add ``--engine``, the engine that the tests of tests/engines run on."""
+    """Add ``--engine``, the engine that the tests of tests/engines run on, and ``--durations-table``."""
     parser.addoption("--engine", choices=("embedded", "vllm", "sglang"), default="embedded")
+    parser.addoption("--durations-table", type=Path, help="write a table of where the time goes, by file")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Measure durations where a table is asked for."""
+    if table := config.getoption("--durations-table"):
+        config.pluginmanager.register(Durations(table))
+
+
+# files that take longest, about in the order of their seconds: they come first, so that all workers end together
+LONGEST = (
+    *(
+        "distributed/test_layouts",
+        "e2e/test_interruptions",
+        "distributed/test_checkpoint",
+        "distributed/test_reward_model",
+    ),
+    *("e2e/test_torchrun", "distributed/test_sampling", "distributed/test_invariance", "distributed/test_lora"),
+    *("distributed/test_critic", "distributed/test_plan", "e2e/test_evaluate", "e2e/test_checkpoint_tools"),
+    *(
+        "e2e/test_command",
+        "distributed/test_weight_transfer",
+        "engines/test_with_policy",
+        "distributed/test_benchmarks",
+    ),
+    *("unit/test_rewards", "unit/test_sandbox", "distributed/test_large_layouts", "distributed/test_conversion"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Sort the files by how long they take."""
+    first = {f"tests/{name}.py": index for index, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: first.get(item.nodeid.partition("::")[0], len(first)))
 
 
 def pytest_report_header() -> str:

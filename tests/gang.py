@@ -1,11 +1,12 @@
-"""Worker processes that outlive a test, because importing Megatron takes longer than most tests."""
+"""Ranks that outlive a test, because joining a world takes longer than most tests."""
 
-import multiprocessing
+import socket
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+from tests import forked
 from tests.limits import LIMIT_S
 
 
@@ -14,16 +15,13 @@ class Gang:
 
     def __init__(self, world_size: int) -> None:
         self.world_size = world_size
-        context = multiprocessing.get_context("spawn")
         self._pipes: list[Connection] = []
-        self._processes = []
+        self._processes: list[forked.Forked] = []
         for rank in range(world_size):
-            parent_end, child_end = context.Pipe()
-            process = context.Process(target=_work, args=(rank, world_size, child_end))
-            process.start()
+            parent_end, child_end = socket.socketpair()
+            self._processes.append(forked.call(_work, rank, world_size, fds=[child_end.fileno()]))
             child_end.close()
-            self._pipes.append(parent_end)
-            self._processes.append(process)
+            self._pipes.append(Connection(parent_end.detach()))
         port = self._pipes[0].recv()
         for pipe in self._pipes[1:]:
             pipe.send(port)
@@ -52,15 +50,13 @@ class Gang:
         for pipe in self._pipes:
             pipe.close()
         for process in self._processes:
-            process.join(10)
-            process.kill()
+            process.end(grace_s=10)
 
 
-def _work(rank: int, world_size: int, pipe: Connection) -> None:
+def _work(rank: int, world_size: int, fd: int) -> None:
     import torch.distributed as dist
 
-    import megatron_rl.mcore  # noqa: F401  prepares Megatron-Core for the CPU
-
+    pipe = Connection(fd)
     if rank == 0:
         store = dist.TCPStore("127.0.0.1", 0, world_size, is_master=True, wait_for_workers=False)
         pipe.send(store.port)

@@ -1,8 +1,8 @@
 """Converted checkpoints in Megatron-Core, and conversion of checkpoints that Megatron-LM and training write."""
 
-import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from megatron_rl.models import layout_table, read_model_spec
 from megatron_rl.models.toy import FAMILIES
 from megatron_rl.weights.hf_files import HFReader
 from megatron_rl.weights.layout import fill_shard
+from tests.covering import matrix
 from tests.distributed import cases
 from tests.distributed.test_model import MOE, reference_logits
 from tests.gang import Gang
@@ -54,38 +55,51 @@ def assert_same(actual: dict[str, torch.Tensor], model: Path) -> None:
         assert torch.equal(actual[name], tensor), name
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("family", FAMILIES)
+def is_valid(row: Mapping[str, Any]) -> bool:
+    """Only experts are distributed by expert parallelism."""
+    return row["family"] in MOE or "ep2" not in row["layout"]
+
+
+@matrix(is_valid, family=[*FAMILIES], tied=[True, False], layout=[*MOE_LAYOUTS], loaded_by=["this", "Megatron"])
 def test_a_converted_checkpoint_loads_under_every_layout(
-    family: str, tied: bool, gangs: Callable[[int], Gang], toy_model: Callable[..., Path], tmp_path: Path
+    family: str,
+    tied: bool,
+    layout: str,
+    loaded_by: str,
+    gangs: Callable[[int], Gang],
+    toy_model: Callable[..., Path],
+    tmp_path: Path,
 ) -> None:
     """By Megatron's own loader and as ``model.path``; the logits equal those of transformers."""
     model = toy_model(family, tied=tied)
     converted = to_megatron(model, tmp_path / "megatron")
-    expected = reference_logits(model)
-    for overrides in (MOE_LAYOUTS if family in MOE else LAYOUTS).values():
-        config = toy_config(tmp_path, converted, *overrides)
-        for checkpoint in (None, str(converted / "release")):
-            actual = gangs(ranks_of(overrides)).call(cases.logits, config=config, checkpoint=checkpoint)
-            for logits in filter(lambda x: x is not None, actual):
-                torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+    expected, overrides = reference_logits(model), MOE_LAYOUTS[layout]
+    checkpoint = str(converted / "release") if loaded_by == "Megatron" else None
+    config = toy_config(tmp_path, converted, *overrides)
+    actual = gangs(ranks_of(overrides)).call(cases.logits, config=config, checkpoint=checkpoint)
+    last_stage = [logits for logits in actual if logits is not None]
+    assert last_stage
+    for logits in last_stage:
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("metadata", [{}, {"non_homogeneous_layers": True}, {"singleton_local_shards": True}], ids=str)
-@pytest.mark.parametrize(
-    ("family", "layout"),
-    [*itertools.product(["qwen2", "llama", "qwen3_moe"], ["tp1", "tp2-pp2"]), ("qwen3_moe", "pp2-ep2")],
+@matrix(
+    is_valid,
+    family=["qwen2", "llama", "qwen3_moe"],
+    layout=["tp1", "tp2-pp2", "pp2-ep2"],
+    option=["", "non_homogeneous_layers", "singleton_local_shards"],
 )
 def test_converts_checkpoints_of_megatron_lm(
     family: str,
     layout: str,
-    metadata: dict[str, bool],
+    option: str,
     gangs: Callable[[int], Gang],
     toy_model: Callable[..., Path],
     tmp_path: Path,
 ) -> None:
     """Stacked layers, separate layers, and separate experts and gates; saved under several layouts."""
     model, overrides = toy_model(family, tied=family == "qwen2"), MOE_LAYOUTS[layout]
+    metadata = {option: True} if option else {}
     config = toy_config(tmp_path, model, *overrides)
     gangs(ranks_of(overrides)).call(cases.save_as_megatron_lm, config=config, folder=str(tmp_path / "lm"), **metadata)
     assert_same(to_hf(tmp_path / "lm", tmp_path / "hf", like=model), model)

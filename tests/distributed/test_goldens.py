@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from megatron_rl.config import RunConfig
+from tests.covering import matrix
 from tests.distributed import goldens
-from tests.distributed.test_layouts import keys
+from tests.distributed.layouts import keys, num_ranks
 from tests.gang import Gang
 from tests.toys import toy_config
 
@@ -41,12 +42,11 @@ ESTIMATES = {
     ],
     "algorithm.advantage=turn_gae algorithm.turn_gamma=0.95": [1.85] * 5 + [0.4] * 5,
 }
-SPLITS = [
-    f"batching.micro_batch_size={size} batching.packed={packed}" for size in (1, 2, 4) for packed in ("true", "false")
-]
-LAYOUTS = ["1:", "2:", "4:", "2:tp2", "2:pp2", "2:cp2", "4:tp2 cp2", "4:cp2"]
-
-
+SPLITS = {
+    "layout": ["dp1", "dp2", "dp4", "tp2", "pp2", "cp2", "tp2 cp2", "dp2 cp2"],
+    "micro_batch_size": [1, 2, 4],
+    "packed": [True, False],
+}
 COMMON = "batching.num_mini_batches=1 algorithm.kl_coef=0 algorithm.entropy_coef=0 algorithm.constant_length=8"
 
 
@@ -57,28 +57,37 @@ def parsed(toy_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFact
     return functools.cache(lambda text: toy_config(folder, model, *keys(f"{COMMON} {text}")))
 
 
-def configs(parsed: Callable[[str], RunConfig], layout: str, split: str, goldens: Iterable[str]) -> list[RunConfig]:
+def configs(
+    parsed: Callable[[str], RunConfig], layout: str, micro_batch_size: int, packed: bool, goldens: Iterable[str]
+) -> list[RunConfig]:
     """Return the configuration of each golden under a layout and a batching."""
+    split = f"batching.micro_batch_size={micro_batch_size} batching.packed={packed}"
     parallel, batching = parsed(layout).parallel, parsed(split).batching
     return [replace(parsed(golden), parallel=parallel, batching=batching) for golden in goldens]
 
 
-@pytest.mark.parametrize("split", SPLITS)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@matrix(**SPLITS)
 def test_losses_equal_the_published_ones(
-    layout: str, split: str, gangs: Callable[[int], Gang], parsed: Callable[[str], RunConfig]
+    layout: str,
+    micro_batch_size: int,
+    packed: bool,
+    gangs: Callable[[int], Gang],
+    parsed: Callable[[str], RunConfig],
 ) -> None:
-    size, text = layout.split(":")
-    for actual in gangs(int(size)).call(goldens.losses, configs=configs(parsed, text, split, GOLDENS)):
+    own = configs(parsed, layout, micro_batch_size, packed, GOLDENS)
+    for actual in gangs(num_ranks(layout)).call(goldens.losses, configs=own):
         assert dict(zip(GOLDENS, actual, strict=True)) == pytest.approx(GOLDENS, abs=1e-6)
 
 
-@pytest.mark.parametrize("split", SPLITS)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@matrix(**SPLITS)
 def test_advantages_equal_the_published_ones(
-    layout: str, split: str, gangs: Callable[[int], Gang], parsed: Callable[[str], RunConfig]
+    layout: str,
+    micro_batch_size: int,
+    packed: bool,
+    gangs: Callable[[int], Gang],
+    parsed: Callable[[str], RunConfig],
 ) -> None:
-    size, text = layout.split(":")
-    for actual in gangs(int(size)).call(goldens.estimates, configs=configs(parsed, text, split, ESTIMATES)):
+    own = configs(parsed, layout, micro_batch_size, packed, ESTIMATES)
+    for actual in gangs(num_ranks(layout)).call(goldens.estimates, configs=own):
         for golden, row in zip(ESTIMATES.values(), actual, strict=True):
             assert row == pytest.approx(golden, abs=1e-6)

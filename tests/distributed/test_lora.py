@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM
 
 from megatron_rl.errors import ConfigError, ConversionError
 from megatron_rl.trainer.inputs import load_inputs
+from tests.covering import chosen
 from tests.distributed import cases
+from tests.distributed.layouts import OVERLAP, PADDED, keys, layouts
 from tests.distributed.test_invariance import rows
-from tests.distributed.test_layouts import OVERLAP, keys
 from tests.gang import Gang
 from tests.toys import CHANGED_BY_RESUME, sequences, toy_config, without
 
@@ -25,20 +26,14 @@ LORA = (
     *("lora.rank=4", "lora.alpha=8", "optimizer.lr=0.02", "batching.num_mini_batches=1"),
     *("algorithm.kl_coef=0", "optimizer.adam_eps=1e-4"),
 )
-LAYOUTS = [
-    (1, "batching.packed=false batching.micro_batch_size=3"),
-    (1, "memory.recompute=full"),
-    (2, ""),
-    (2, "tp2"),
-    (2, "tp2 sp"),
-    (2, "pp2"),
-    (2, "pp2 vpp2"),
-    (2, "cp2"),
-    (4, "tp2 pp2 sp"),
-    (4, "tp2 cp2 memory.recompute=full"),
-    (2, OVERLAP),
-    (4, f"pp2 vpp2 {OVERLAP}"),
-]
+MODEL_SPLITS = (("", "tp2", "tp2 sp"), ("", "pp2", "pp2 vpp2"), ("", "cp2"), ("", "dp2"))
+OPTIONS = (
+    ("", f"{PADDED} batching.micro_batch_size=3"),
+    ("", "memory.recompute=full"),
+    ("", OVERLAP),
+)
+FEW = [case for case in layouts(*MODEL_SPLITS, *OPTIONS) if case != (1, "")]
+EVERY = dict.fromkeys([*FEW, *layouts(*MODEL_SPLITS, *OPTIONS, strength=3)])
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +71,7 @@ def test_only_adapters_are_trained(
     assert one_rank.trainable_bytes < 0.3 * whole.trainable_bytes
 
 
-@pytest.mark.parametrize(("world_size", "layout"), LAYOUTS)
+@pytest.mark.parametrize(("world_size", "layout"), chosen(EVERY, FEW))
 def test_adapter_updates_are_equal_under_every_layout(
     world_size: int,
     layout: str,

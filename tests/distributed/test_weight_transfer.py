@@ -15,6 +15,7 @@ from megatron_rl.weight_sync.host_memory import PeerAccess, expose_host_memory, 
 from megatron_rl.weight_sync.placement import parameters_by_rank
 from megatron_rl.weight_sync.shared_folder import expose_in_folder
 from megatron_rl.weights.layout import box_index
+from tests.covering import matrix
 from tests.distributed import cases
 from tests.gang import Gang
 from tests.toys import toy_config
@@ -30,21 +31,22 @@ LAYOUTS: dict[str, tuple[str, list[str]]] = {
     "ep2": ("qwen3_moe", [EP2]),
     "ep2-pp2": ("mixtral", [EP2, PP2]),
 }
-ONE_NODE, TWO_NODES = [0, 0, 0, 0], [0, 0, 1, 1]
+NODES = {"one node": [0, 0, 0, 0], "two nodes": [0, 0, 1, 1]}
 
 
-@pytest.mark.parametrize(
-    ("nodes", "way"),
-    [(ONE_NODE, "memory"), (ONE_NODE, "messages"), (TWO_NODES, "memory"), (TWO_NODES, "messages"), (ONE_NODE, "disk")],
-    ids=["one node", "one node by messages", "two nodes", "two nodes by messages", "disk"],
+@matrix(
+    name=[*LAYOUTS],
+    engine_tp=[1, 2, 4],
+    nodes=[*NODES],
+    way=["memory", "messages", "disk"],
+    bucket_elements=[1, 10**6],
 )
-@pytest.mark.parametrize("engine_tp", [1, 2, 4])
-@pytest.mark.parametrize("name", LAYOUTS)
 def test_every_rank_receives_what_its_engine_reads(
     name: str,
     engine_tp: int,
-    nodes: list[int],
+    nodes: str,
     way: str,
+    bucket_elements: int,
     gangs: Callable[[int], Gang],
     toy_model: Callable[..., Path],
     tmp_path: Path,
@@ -56,24 +58,23 @@ def test_every_rank_receives_what_its_engine_reads(
     model = toy_model(family, tied=family == "qwen2", num_hidden_layers=4)
     weights, spec = load_file(model / "model.safetensors"), read_model_spec(model)
     shapes = {key: tuple(tensor.shape) for key, tensor in weights.items()}
-    for bucket_elements in (1, 10**6):
-        arguments = {
-            "engine_tp": engine_tp,
-            "nodes": nodes,
-            "bucket_elements": bucket_elements,
-            "peer_access": peer_access,
-        }
-        transfers = gangs(4).call(cases.run_transfer, config=toy_config(tmp_path, model, *overrides), **arguments)
-        for rank, (tensors, traffic) in enumerate(transfers):
-            assert set(tensors) == set(weights)
-            boxes = engine_boxes(spec, shapes, tp_rank=rank % engine_tp, tp_size=engine_tp)
-            for key, tensor in tensors.items():
-                expected = torch.full_like(tensor, float("nan"))
-                expected[box_index(boxes[key])] = weights[key][box_index(boxes[key])]
-                assert torch.equal(tensor.nan_to_num(7e7), expected.nan_to_num(7e7)), key
-            assert traffic["received"] == traffic["planned"] == traffic["least"]
-            assert traffic["sent"] == traffic["planned to send"]
-        assert sum(traffic["received"] for _, traffic in transfers) == sum(traffic["sent"] for _, traffic in transfers)
+    arguments = {
+        "engine_tp": engine_tp,
+        "nodes": NODES[nodes],
+        "bucket_elements": bucket_elements,
+        "peer_access": peer_access,
+    }
+    transfers = gangs(4).call(cases.run_transfer, config=toy_config(tmp_path, model, *overrides), **arguments)
+    for rank, (tensors, traffic) in enumerate(transfers):
+        assert set(tensors) == set(weights)
+        boxes = engine_boxes(spec, shapes, tp_rank=rank % engine_tp, tp_size=engine_tp)
+        for key, tensor in tensors.items():
+            expected = torch.full_like(tensor, float("nan"))
+            expected[box_index(boxes[key])] = weights[key][box_index(boxes[key])]
+            assert torch.equal(tensor.nan_to_num(7e7), expected.nan_to_num(7e7)), key
+        assert traffic["received"] == traffic["planned"] == traffic["least"]
+        assert traffic["sent"] == traffic["planned to send"]
+    assert sum(traffic["received"] for _, traffic in transfers) == sum(traffic["sent"] for _, traffic in transfers)
     assert not list(tmp_path.glob("*.safetensors"))
 
 

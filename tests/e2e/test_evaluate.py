@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import pytest
 
 from megatron_rl.evaluation.answers import read_answers
+from tests import forked
 from tests.limits import LIMIT_S
 from tests.serving import JsonHandler, serving
 
@@ -38,7 +39,7 @@ def command(folder: Path, model: Path, num_ranks: int = 1) -> list[str]:
 
 
 def evaluate(folder: Path, model: Path, num_ranks: int = 1) -> dict[str, Any]:
-    done = subprocess.run(command(folder, model, num_ranks), capture_output=True, text=True, cwd=ROOT, check=False)
+    done = forked.run(command(folder, model, num_ranks))
     assert done.returncode == 0, done.stderr
     assert "| hasty_chain | 300 x 4 |" in done.stdout
     return json.loads((folder / "out/results.json").read_text())["tasks"]
@@ -61,7 +62,7 @@ def test_ten_kills_leave_the_answers_unchanged_and_without_duplicates(
 ) -> None:
     total = 2 * 300 * 4
     for kill in range(1, KILLS + 1):
-        process = subprocess.Popen(command(tmp_path, toy_model()), stdout=subprocess.DEVNULL, cwd=ROOT)
+        process = forked.start(command(tmp_path, toy_model()))
         until = time.monotonic() + LIMIT_S
         while process.poll() is None and time.monotonic() < until:
             if (tmp_path / "out/answers").exists() and len(answer_lines(tmp_path)) >= kill * total // (KILLS + 4):
@@ -95,9 +96,7 @@ def test_two_ranks_give_the_same_answers(
 def test_invalid_configurations_give_a_single_error_line(
     override: str, message: str, uninterrupted: tuple[Path, dict[str, Any]], toy_model: Callable[..., Path]
 ) -> None:
-    done = subprocess.run(
-        [*command(uninterrupted[0], toy_model()), override], capture_output=True, text=True, cwd=ROOT, check=False
-    )
+    done = forked.run([*command(uninterrupted[0], toy_model()), override])
     assert done.returncode == 1
     errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert len(errors) == 1
@@ -150,10 +149,10 @@ def evaluate_endpoint(url: str, model: str, folder: Path, task: str, *more: str)
         f"run: {{name: x, output_dir: {folder}/out}}\nmodel: {{path: {model}}}\ntasks: [{task}]\nlimit: 40\n"
         f"engine: {{name: openai, url: '{url}', max_num_sequences: 4}}\n"
     )
-    return subprocess.run(
+    return forked.run(
         [sys.executable, "-m", "megatron_rl.evaluate", "--config", str(suite), *more],
-        capture_output=True, text=True, cwd=ROOT, env=os.environ | {"OPENAI_API_KEY": "k"}, check=False,
-    )  # fmt: skip
+        env=os.environ | {"OPENAI_API_KEY": "k"},
+    )
 
 
 def scores_of(folder: Path, task: str) -> dict[str, float]:

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,6 +13,7 @@ import pytest
 
 from megatron_rl.distributed.heartbeat import Beat, ObservedBeat, describe
 from megatron_rl.distributed.signals import EXIT_REQUEUE, deadline
+from tests import forked
 from tests.e2e.test_torchrun import command, rows, untimed
 from tests.limits import LIMIT_S
 from tests.toys import write_config
@@ -29,28 +29,24 @@ LONG = (
 PLAIN = ("metrics.console=plain",)
 
 
-def begin(config: Path, *overrides: str, world_size: int = 2, **environment: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        command(world_size, config, *PLAIN, *overrides),
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, **environment},
-    )  # fmt: skip
+def begin(config: Path, *overrides: str, world_size: int = 2, **environment: str) -> forked.Forked:
+    return forked.start(command(world_size, config, *PLAIN, *overrides), merge=True, env={**os.environ, **environment})
 
 
-def ranks_of(process: subprocess.Popen[str]) -> list[int]:
-    """Return the process ids of the ranks that torchrun has started."""
-    pids = []
+def ranks_of(process: forked.Forked) -> list[int]:
+    """Return the process ids of the ranks that torchrun has started, by rank."""
+    started = []
     for entry in Path("/proc").glob("[0-9]*/stat"):
         try:
-            parent = int(entry.read_text().rpartition(")")[2].split()[1])
-            is_rank = b"megatron_rl.train" in entry.with_name("cmdline").read_bytes()
+            fields = entry.read_text().rpartition(")")[2].split()
         except OSError:
             continue
-        if parent == process.pid and is_rank:
-            pids.append(int(entry.parent.name))
-    return sorted(pids)
+        if int(fields[1]) == process.pid:
+            started.append((int(fields[19]), int(entry.parent.name)))
+    return [pid for _, pid in sorted(started)]
 
 
-def wait_for(is_so: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+def wait_for(is_so: Callable[[], bool], process: forked.Forked) -> None:
     end = time.monotonic() + LIMIT_S
     while not is_so():
         assert process.poll() is None, process.communicate()[0]
@@ -63,7 +59,7 @@ def lines_of(run: Path) -> int:
     return path.read_text().count("\n") if path.exists() else 0
 
 
-def handle_usr1(process: subprocess.Popen[str]) -> bool:
+def handle_usr1(process: forked.Forked) -> bool:
     """Whether both ranks have installed their handler of USR1."""
     pids = ranks_of(process)
     return len(pids) == 2 and all(_catches(pid, signal.SIGUSR1) for pid in pids)
@@ -187,8 +183,7 @@ def test_the_deadline_is_the_end_of_the_job_minus_the_margin(monkeypatch: pytest
 def test_a_stopped_rank_is_reported_and_the_run_ends(config: Path, tmp_path: Path) -> None:
     process = begin(config, "run.num_steps=100000", "run.hang_timeout_s=30")
     wait_for(lambda: lines_of(tmp_path / "run") > 3, process)
-    first, second = ranks_of(process)
-    by_rank = {int(environment(pid)["RANK"]): pid for pid in (first, second)}
+    by_rank = dict(enumerate(ranks_of(process)))
     os.kill(by_rank[1], signal.SIGSTOP)
     try:
         wait_for_end(process)
@@ -221,12 +216,7 @@ def test_a_rank_without_progress_is_reported_with_its_stack(config: Path) -> Non
     assert "hangs_on_the_second_rank" in printed
 
 
-def environment(pid: int) -> dict[str, str]:
-    pairs = (line.partition("=") for line in Path(f"/proc/{pid}/environ").read_text().split("\0") if "=" in line)
-    return {name: value for name, _, value in pairs}
-
-
-def wait_for_end(process: subprocess.Popen[str]) -> None:
+def wait_for_end(process: forked.Forked) -> None:
     end = time.monotonic() + LIMIT_S
     pids = ranks_of(process)
     while len(ranks_of(process)) == len(pids):

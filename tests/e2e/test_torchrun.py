@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests import forked
 from tests.limits import LIMIT_S
 from tests.toys import TIMED, complete_rows, without, write_config
 
@@ -42,7 +43,7 @@ def untimed(run: Path) -> list[dict[str, Any]]:
 
 
 def start(world_size: int, config: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(world_size, config, *overrides), capture_output=True, text=True, timeout=LIMIT_S)
+    return forked.run(command(world_size, config, *overrides))
 
 
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(toy_model: Callable[..., Path], tmp_path: Path) -> None:
@@ -67,8 +68,9 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(toy_model: Callable
             os.kill(pid, signal.SIGKILL)
         process.wait()
     assert 9 <= rows(killed)[-1]["step"] < 40
-    done = start(2, config, *common, f"run.output_dir={killed}")
-    assert done.returncode == 0, done.stderr[-3000:]
+    resume = command(2, config, *common, f"run.output_dir={killed}")
+    again = subprocess.run(resume, capture_output=True, text=True, timeout=LIMIT_S)
+    assert again.returncode == 0, again.stderr[-3000:]
 
     assert untimed(killed) == untimed(uninterrupted)
     weights = [load_file(run / "checkpoints/step_000040/hf/model.safetensors") for run in (uninterrupted, killed)]
@@ -107,15 +109,13 @@ def test_a_failed_run_prints_a_single_error_message(toy_model: Callable[..., Pat
 
 def test_a_signal_to_the_process_group_stops_with_a_checkpoint(toy_model: Callable[..., Path], tmp_path: Path) -> None:
     config = write_config(tmp_path, toy_model("qwen2"))
-    process = subprocess.Popen(
+    process = forked.start(
         [
             *(sys.executable, "-m", "megatron_rl.train", "--config", str(config)),
             *("run.num_steps=100000", "metrics.console=plain", "reward.max_failure_fraction=0"),
         ],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
+        merge=True,
+        new_session=True,
     )
     deadline = time.monotonic() + LIMIT_S
     while not (tmp_path / "run/metrics.jsonl").exists() or len(rows(tmp_path / "run")) < 3:

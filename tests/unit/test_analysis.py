@@ -1,8 +1,6 @@
 """Behaviour of saved responses: reflection keywords, LLM judges, rates, prompt templates and HTML pages."""
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -23,6 +21,7 @@ from megatron_rl.rewards.math import math_answer
 from megatron_rl.rewards.types import RewardInput
 from megatron_rl.rollout.serialization import step_file, write_groups
 from megatron_rl.types import Prompt, Rollout, RolloutGroup
+from tests import forked
 from tests.serving import JsonHandler, serving
 from tools.analysis import analyze_responses
 
@@ -247,10 +246,7 @@ def test_the_r1_template_requires_its_tags(response: str, right: int) -> None:
 
 def test_one_command_compares_templates_on_a_base_model(toy_model: Any, judge_url: str, tmp_path: Path) -> None:
     suite = suite_in(tmp_path, str(toy_model("qwen2", tied=False, hidden_size=64)))
-    done = subprocess.run(
-        [sys.executable, "-m", "megatron_rl.evaluate", "--config", str(suite)],
-        capture_output=True, text=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False,
-    )  # fmt: skip
+    done = forked.run([sys.executable, "-m", "megatron_rl.evaluate", "--config", str(suite)])
     assert done.returncode == 0, done.stderr[-3000:]
     page = (tmp_path / "out/report.html").read_text()
     assert page.count("Right by temperature") == 1

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import multiprocessing
 import os
 import pickle
 import random
@@ -34,7 +33,7 @@ from megatron_rl.weights.hf_files import HFReader, write_hf_folder
 from megatron_rl.weights.layout import check_each_once
 from megatron_rl.weights.megatron_files import MegatronReader
 from megatron_rl.weights.open import find_model_folder
-from tests.limits import LIMIT_S
+from tests import forked
 
 ROOT = Path(__file__).parents[2]
 ALONE = Ranks(rank=0, size=1)
@@ -359,24 +358,14 @@ def test_too_little_free_disk_is_reported(tmp_path: Path) -> None:
 
 
 def in_child(work: Callable[..., object], *arguments: object, kill_when: Callable[[], bool] | None = None) -> int:
-    """Run `work` in a child process and return its exit status, negative if a signal ended it.
-
-    The child is forked from a fork server without threads: in a fork of this process, a lock of torch that another
-    thread holds would never be released.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    process = context.Process(target=work, args=arguments)
-    process.start()
+    """Run `work` in a process of its own and return its exit status, negative if a signal ended it."""
+    process = forked.call(work, *arguments)
     if kill_when is not None:
-        while process.is_alive() and not kill_when():
+        while process.poll() is None and not kill_when():
             time.sleep(0.0005)
-        assert process.pid is not None
         with contextlib.suppress(ProcessLookupError):
             os.kill(process.pid, signal.SIGKILL)
-    process.join()
-    assert process.exitcode is not None
-    return process.exitcode
+    return process.wait()
 
 
 def num_recorded(target: Path) -> int:
@@ -507,7 +496,7 @@ def test_a_second_conversion_to_the_same_folder_is_rejected(larger: tuple[Path, 
 def tool(name: str, *arguments: object, ranks: int = 1) -> subprocess.CompletedProcess[str]:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     command = [sys.executable, *launcher, str(ROOT / "tools" / name), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
+    return forked.run(command)
 
 
 def test_the_commands_convert_both_ways_on_one_and_two_ranks(larger: tuple[Path, Path], tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from megatron_rl.config.reward_training import RewardTrainingConfig
 from megatron_rl.config.schema import RunConfig
 from megatron_rl.config.study import load_study
 from megatron_rl.train import main as train
+from tests import forked
 from tests.limits import LIMIT_S
 
 ROOT = Path(__file__).parents[2]
@@ -78,7 +79,10 @@ def is_command(word: str) -> bool:
 
 def run(*command: str) -> str:
     """Output of a command at the root of the repository, which has to succeed."""
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+    if command[0] == sys.executable:
+        done = forked.run(command, cwd=ROOT)
+    else:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S, check=False)
     assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
     return done.stdout
 

@@ -14,6 +14,7 @@ from megatron_rl.doctor import host
 from megatron_rl.doctor.finding import error, ok, report, warning, worst
 from megatron_rl.doctor.speeds import Speeds, check_speeds
 from megatron_rl.planning.hardware import read_hardware
+from tests import forked
 from tests.toys import write_config
 
 ROOT = Path(__file__).parents[2]
@@ -81,9 +82,7 @@ def test_the_command_reports_whether_a_run_can_start(toy_model: Callable[..., Pa
 
     def doctor(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "tools/doctor.py", "--config", str(config), *arguments]
-        return subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, check=False, env={**os.environ, **environment}
-        )
+        return forked.run(command, env={**os.environ, **environment})
 
     fine = doctor("--measure", str(tmp_path / "here.yaml"))
     assert fine.returncode == 0, fine.stderr + fine.stdout

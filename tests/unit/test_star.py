@@ -1,8 +1,6 @@
 """STaR: which responses are kept, which prompts are sampled again with a hint, and how the hint is removed."""
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +8,7 @@ from typing import Any
 
 from megatron_rl.curation.star import as_steps, hinted_row, select_correct, unsolved, without_hint
 from megatron_rl.rollout.serialization import read_rollouts, rollout_from_json
+from tests import forked
 from tests.toys import write_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -84,9 +83,7 @@ def test_rounds_train_the_base_model_and_keep_only_correct_responses(
         "0.6", "data.train.limit=8", "algorithm.kl_coef=0", "batching.num_mini_batches=1",
         "rollout.num_prompts_per_step=2",
     ]  # fmt: skip
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = forked.run(command)
     logs = "".join(log.read_text()[-3000:] for log in (tmp_path / "star").rglob("*.log"))
     assert done.returncode == 0, done.stderr + logs
     assert len(done.stdout.splitlines()) == 4, done.stdout

@@ -1,7 +1,5 @@
 """Tables and plots of the curves of several runs, and the tool that launches the runs."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -9,6 +7,7 @@ import pytest
 
 from megatron_rl.errors import DataError
 from megatron_rl.reporting.study import curve_of, curve_table, markdown, render_study
+from tests import forked
 from tests.toys import write_config
 
 ROOT = Path(__file__).parents[2]
@@ -46,7 +45,6 @@ def test_the_tool_launches_the_runs_and_compares_them(toy_model, tmp_path: Path)
         f"metric: critic/score/mean\nseeds: [0, 1]\noverrides: [run.num_steps=1]\n"
         f"runs: {{GRPO: {{config: {config}}}, RLOO: {{config: {config}, overrides: [algorithm.advantage=rloo]}}}}\n"
     )
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     command = [
         sys.executable,
         "tools/analysis/ablate.py",
@@ -56,13 +54,13 @@ def test_the_tool_launches_the_runs_and_compares_them(toy_model, tmp_path: Path)
         "--folder",
         str(tmp_path / "runs"),
     ]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = forked.run(command)
     assert done.returncode == 0, done.stderr
     assert [line.split(" | ")[0] for line in done.stdout.splitlines()[:4]] == ["| run", "| ---", "| GRPO", "| RLOO"]
     assert "RLOO" in (tmp_path / "runs" / "report.html").read_text()
     resolved = (tmp_path / "runs" / "RLOO" / "seed_3" / "config.yaml").read_text()
     assert "advantage: rloo" in resolved
     assert "seed: 3" in resolved
-    unknown_run = subprocess.run([*command, "--only", "PPO"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    unknown_run = forked.run([*command, "--only", "PPO"])
     assert unknown_run.returncode == 1
     assert "has no run 'PPO'. It has: GRPO, RLOO." in unknown_run.stderr

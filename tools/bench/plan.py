@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate, combinations
 from pathlib import Path
@@ -21,9 +22,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from megatron_rl.planning.hardware import Hardware
 
-PROMPT, RESPONSE = 16, 1008
+PROMPT, RESPONSE = 16, 496
 NUM_SEQUENCES = 4
-DENSE = {"hidden_size": 512, "num_hidden_layers": 6, "intermediate_size": 1536, "vocab_size": 16384}
+DENSE = {"hidden_size": 512, "num_hidden_layers": 6, "intermediate_size": 1536, "vocab_size": 8192}
 HEADS: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -33,7 +34,7 @@ HEADS: dict[str, Any] = {
 EXPERTS = {
     "hidden_size": 256,
     "num_hidden_layers": 4,
-    "vocab_size": 16384,
+    "vocab_size": 8192,
     "moe_intermediate_size": 256,
     "head_dim": 64,
     "num_experts": 8,
@@ -46,7 +47,7 @@ model: {{path: {folder}/{family}, dtype: fp32}}
 data: {{train: {{kind: task, path: hasty_addition, demonstration_field: demonstration}}, max_prompt_tokens: {prompt}}}
 rollout: {{source: demonstrations, num_prompts_per_step: {sequences}, group_size: 1, max_new_tokens: {response}}}
 algorithm: {{loss: nll}}
-batching: {{max_tokens_per_micro_batch: 4096}}
+batching: {{max_tokens_per_micro_batch: 2048}}
 """
 
 
@@ -60,7 +61,7 @@ class Case:
     family: str = "qwen2"
 
 
-ONE_EACH = "batching.max_tokens_per_micro_batch=1024"
+ONE_EACH = "batching.max_tokens_per_micro_batch=512"
 TP2 = ("parallel.tensor_parallel_size=2", "parallel.sequence_parallel=true")
 PP2 = "parallel.pipeline_parallel_size=2"
 CASES = (
@@ -89,6 +90,7 @@ LAYOUTS = (
     Case("PP2, one micro-batch", (PP2,), 2),
 )
 ROUNDS = 2
+Run = Callable[[list[str]], "subprocess.CompletedProcess[str]"]
 
 
 def write_models(folder: Path) -> None:
@@ -149,13 +151,21 @@ def seconds_of_updates(config_file: Path, overrides: list[str], count: int) -> l
     return durations
 
 
-def measured_mb(folder: Path, case: Case) -> float:
+def run_captured(command: list[str]) -> "subprocess.CompletedProcess[str]":
+    """Run a command and return its exit status and output."""
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def measured_mb(folder: Path, case: Case, run: Run = run_captured) -> float:
     """Measured peak in MB of the rank that needs most.
+
+    Args:
+        run: runs a command.
 
     Raises:
         RuntimeError: a rank fails.
     """
-    return max(result["peak_mb"] for result in measure_ranks(folder, case, "memory"))
+    return max(result["peak_mb"] for result in measure_ranks(folder, case, "memory", run))
 
 
 def measured_seconds(folder: Path, case: Case) -> float:
@@ -167,11 +177,12 @@ def measured_seconds(folder: Path, case: Case) -> float:
     return max(min(result["seconds"][1:]) for result in measure_ranks(folder, case, "time"))
 
 
-def measure_ranks(folder: Path, case: Case, what: str) -> list[dict[str, Any]]:
+def measure_ranks(folder: Path, case: Case, what: str, run: Run = run_captured) -> list[dict[str, Any]]:
     """Run a case under torchrun; the figures that each rank prints.
 
     Args:
         what: ``memory`` or ``time``.
+        run: runs a command.
 
     Raises:
         RuntimeError: a rank fails.
@@ -180,7 +191,7 @@ def measure_ranks(folder: Path, case: Case, what: str) -> list[dict[str, Any]]:
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={case.world_size}"),
         *(__file__, "--measure", what, str(folder / f"{case.family}.yaml"), *case.overrides),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run(command)
     results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"')]
     if done.returncode or len(results) != case.world_size:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
