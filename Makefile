@@ -40,7 +40,7 @@ TORCH := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 'torch>=2.11,<2.1
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help install freeze format lint docs quickstart-curve test test-all test-durations test-vllm test-sglang test-newest test-slurm clean \
+.PHONY: help install freeze format lint docs quickstart-curve test test-all test-durations test-mutations test-vllm test-sglang test-newest test-slurm clean \
 	quickstart quickstart-seeds check-quickstart eval-quickstart \
 	bench-algorithms bench-star bench-reward-models bench-engines bench-step bench-memory bench-grading bench-convert \
 	bench-plan bench-weight-sync
@@ -156,20 +156,23 @@ test-all: $(INSTALLED) ## run the tests with every case of their matrices (WORKE
 test-slurm: $(INSTALLED) ## test the job scripts on a real two-node Slurm here (needs root; uses apt-get)
 	command -v slurmctld munged shellcheck > /dev/null || PATH="$$PATH:/usr/sbin" command -v slurmctld munged shellcheck > /dev/null || \
 		(apt-get update --quiet && DEBIAN_FRONTEND=noninteractive apt-get install --quiet --yes slurm-wlm munge shellcheck)
-	$(BIN)/python -m pytest tests/slurm
+	$(PYTEST) tests/slurm
+
+test-mutations: $(INSTALLED) ## plant the faults of tests/faults.yaml and report which the tests catch; about an hour (BENCH=)
+	$(BIN)/python -m tests.mutations $(BENCH)
 
 test-durations: $(INSTALLED) ## run the tests of make test and write where the time goes, by file, to test_durations.md
 	$(PYTEST) --ignore tests/slurm -m 'not exhaustive' $(PARALLEL) --durations-table test_durations.md
 
 test-vllm: $(VLLM_INSTALLED) ## run the engine tests on vLLM
-	$(VLLM_VENV)/bin/python -m pytest tests/engines --engine vllm
+	$(VLLM_VENV)/bin/python -m pytest tests/engines --engine vllm -m 'not exhaustive'
 
 test-sglang: $(SGLANG_INSTALLED) ## run the engine tests on SGLang
-	$(SGLANG_VENV)/bin/python -m pytest tests/engines --engine sglang
+	$(SGLANG_VENV)/bin/python -m pytest tests/engines --engine sglang -m 'not exhaustive'
 
 # `make install` gets the newest Megatron-Core for this version of Python; a newer one is supported
 test-newest: $(INSTALLED) $(NEWEST)/.installed ## run the main distributed tests on the newest supported Megatron-Core
-	PYTHONPATH="$(abspath $(NEWEST))" $(BIN)/python -m pytest $(GATES)
+	PYTHONPATH="$(abspath $(NEWEST))" $(PYTEST) -m 'not exhaustive' $(GATES)
 
 # its metadata requires Python 3.12, although there are builds for 3.11; it imports triton even if nothing uses it
 $(NEWEST)/.installed:

@@ -86,25 +86,28 @@ def peak():
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 share, vocabulary, hidden_size = int(sys.argv[1]), 152064, 16
 tokens = 8 * 2048 // share
-hidden = torch.randn(tokens, hidden_size, requires_grad=True)
 weight = torch.randn(vocabulary, hidden_size, requires_grad=True)
-labels = torch.randint(0, vocabulary, (tokens,))
 group = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
+def forward_and_backward(tokens):
+    hidden = torch.randn(tokens, hidden_size, requires_grad=True)
+    labels = torch.randint(0, vocabulary, (tokens,))
+    logprobs, entropy = linear_logprobs(
+        hidden, weight, labels, group, temperature=1.0, vocab_size=vocabulary,
+        chunk_tokens=default_chunk_tokens(vocabulary) // share,
+    )
+    (logprobs + 0.1 * entropy).sum().backward()
+forward_and_backward(4)  # what is allocated once does not count
 before = peak()
-logprobs, entropy = linear_logprobs(
-    hidden, weight, labels, group, temperature=1.0, vocab_size=vocabulary,
-    chunk_tokens=default_chunk_tokens(vocabulary) // share,
-)
-(logprobs + 0.1 * entropy).sum().backward()
+forward_and_backward(tokens)
 print((peak() - before) / (4 * tokens * vocabulary))
 """
 
 
-@pytest.mark.parametrize("share", chosen([1, 8], [8]))
+@pytest.mark.parametrize("share", chosen([1, 4], [4]))
 def test_peak_memory_of_a_large_vocabulary(share: int) -> None:
     """Forward and backward of [8 x 2048] tokens and 152k entries need under 0.2 of the memory of the fp32 logits.
 
-    ``make test`` takes an eighth of the tokens, in chunks of an eighth of the default.
+    ``make test`` takes a quarter of the tokens, in chunks of a quarter of the default.
     """
     command = [sys.executable, "-c", MEASURE, str(share)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=True)
