@@ -339,13 +339,18 @@ def failed_push(config: RunConfig) -> str:
     return ""
 
 
-def faulty_push(config: RunConfig, fault: str) -> str | None:
-    """Return the error of a push in which rank 1's engine or transfer has a fault; None without an error."""
+def faulty_push(config: RunConfig, fault: str, *, is_first: bool = False) -> str | None:
+    """Return the error of a push in which rank 1's engine or transfer has a fault; None without an error.
+
+    Args:
+        is_first: the fault is in the first push of the run; otherwise one without it comes first.
+    """
     parallel = world(config)
     policy = Policy(config, parallel)
     engine: Any = build_engine(config, policy)
     sync = WeightSync(policy, engine, config)
-    sync.push(0)
+    if not is_first:
+        sync.push(0)
     if parallel.rank == 1:
         engine.__class__, engine.fault = FaultyEngine, fault
         if fault == "changed on the way":
@@ -385,8 +390,10 @@ def choose_best(config: RewardTrainingConfig, arguments: list[str]) -> str:
 
 
 def run_training(config: RunConfig, resume: str = "auto") -> None:
-    """Run a whole training."""
-    run_in_world(config, resume, world(config))
+    """Run a whole training, with the random state of a new process."""
+    parallel = world(config)
+    torch.manual_seed(0)
+    run_in_world(config, resume, parallel)
 
 
 def batch_of(*micro_batches: list[int]) -> TrainBatch:

@@ -75,7 +75,9 @@ def test_unfinished_samples_are_carried_over_and_trained_on_once(world_size: int
 
 
 def test_resume_with_carried_over_samples_continues_bit_for_bit(run: Callable[..., Path]) -> None:
-    options = (*LONG, *PARTIAL, "rollout.max_num_sequences=8")
+    """Advantages with noise depend on torch's random state, which is restored as well."""
+    noise = "algorithm.advantage=tests.own_advantages:with_noise"
+    options = (*LONG, *PARTIAL, "rollout.max_num_sequences=8", noise)
     whole = run(1, *options, name="whole")
     run(1, *options, "run.num_steps=3", name="parts")
     assert (whole.parent / "parts/checkpoints/step_000003/in_flight.jsonl").exists()

@@ -136,3 +136,13 @@ def test_push_faults_are_reported_by_every_rank(
     for error in gangs(2).call(cases.faulty_push, config=config, fault=fault):
         assert error is not None
         assert re.search(message, error), error
+
+
+def test_the_first_push_is_verified_whatever_the_interval(
+    gangs: Callable[[int], Gang], toy_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    never = ("weight_sync.verify_every=0", "weight_sync.probe_tokens=0")
+    config = toy_config(tmp_path, toy_model("qwen2", tied=False), TP2, *never)
+    for is_first, is_detected in ((True, True), (False, False)):
+        errors = gangs(2).call(cases.faulty_push, config=config, fault="changed on the way", is_first=is_first)
+        assert [error is not None for error in errors] == [is_detected] * 2

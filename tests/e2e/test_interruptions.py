@@ -13,6 +13,8 @@ import pytest
 
 from megatron_rl.distributed.heartbeat import Beat, ObservedBeat, describe
 from megatron_rl.distributed.signals import EXIT_REQUEUE, deadline
+from megatron_rl.rollout.serialization import group_from_json, read_lines, read_rollouts
+from megatron_rl.types import Rollout
 from tests import forked
 from tests.e2e.test_torchrun import command, rows, untimed
 from tests.limits import LIMIT_S
@@ -59,10 +61,10 @@ def lines_of(run: Path) -> int:
     return path.read_text().count("\n") if path.exists() else 0
 
 
-def handle_usr1(process: forked.Forked) -> bool:
-    """Whether both ranks have installed their handler of USR1."""
+def handle_usr1(process: forked.Forked, num_ranks: int = 2) -> bool:
+    """Whether all ranks have installed their handler of USR1."""
     pids = ranks_of(process)
-    return len(pids) == 2 and all(_catches(pid, signal.SIGUSR1) for pid in pids)
+    return len(pids) == num_ranks and all(_catches(pid, signal.SIGUSR1) for pid in pids)
 
 
 def _catches(pid: int, number: signal.Signals) -> bool:
@@ -96,6 +98,35 @@ def test_signals_during_generation_or_evaluation_do_not_change_the_metrics(confi
     printed, _ = done.communicate(timeout=LIMIT_S)
     assert done.returncode == 0, printed
     assert untimed(cut) == untimed(whole)
+
+
+def test_finished_samples_of_an_interrupted_generation_are_trained_on(config: Path, tmp_path: Path) -> None:
+    """With partial rollouts the prompts of an interrupted step count as used, so its samples must not be lost."""
+    run, num_steps = tmp_path / "run", 8
+    overrides = (
+        *LONG, "validation.every=0", "rollout.partial_rollout=true", "rollout.max_staleness=3", "checkpoint.every=100",
+        "metrics.keep_rollouts_every=1", "rollout.num_prompts_per_step=16", f"run.num_steps={num_steps}",
+    )  # fmt: skip
+    saved: dict[int, list[int]] = {}  # tokens of the samples that were finished at the interruption, by seed
+    while not saved:  # the signal may also come in an update
+        process = begin(config, *overrides, world_size=1)
+        num_rows = lines_of(run)
+        wait_for(lambda n=num_rows: lines_of(run) > n, process)
+        time.sleep(0.05)
+        os.kill(ranks_of(process)[0], signal.SIGUSR1)
+        printed, _ = process.communicate(timeout=LIMIT_S)
+        assert f"exitcode  : {EXIT_REQUEUE}" in printed, printed
+        in_flight = run / "checkpoints" / (run / "checkpoints/latest").read_text() / "in_flight.jsonl"
+        groups = [group_from_json(line) for line in read_lines(in_flight)] if in_flight.exists() else []
+        samples = [sample for group in groups for sample in group.samples if isinstance(sample, Rollout)]
+        saved = {sample.seed: sample.token_ids.tolist() for sample in samples}
+    done = begin(config, *overrides, world_size=1)
+    printed, _ = done.communicate(timeout=LIMIT_S)
+    assert done.returncode == 0, printed
+    lines = [line for path in sorted((run / "rollouts").glob("*.jsonl")) for line in read_rollouts(path)]
+    tokens = {line["seed"]: line["token_ids"] for line in lines}
+    assert len(tokens) == len(lines) == num_steps * 16 * 4
+    assert saved.items() <= tokens.items()
 
 
 def test_the_push_of_a_resume_is_not_logged_with_the_next_step(config: Path, tmp_path: Path) -> None:
