@@ -3,11 +3,14 @@
 import socket
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from tests import forked
 from tests.limits import LIMIT_S
+
+GRACE_S = 10.0
+"""How long the other ranks may take to answer after one has failed, in seconds."""
 
 
 class Gang:
@@ -31,26 +34,37 @@ class Gang:
         """Return the results of ``function(**arguments)`` by rank; an exception on any rank fails the test."""
         for pipe in self._pipes:
             pipe.send((function, arguments))
-        results, failures = [], []
-        for rank, pipe in enumerate(self._pipes):
-            if not pipe.poll(LIMIT_S if not failures else 10):
-                failures.append(f"rank {rank} did not answer")
+        results: dict[int, Any] = {}
+        failures: list[str] = []
+        waiting = {pipe: rank for rank, pipe in enumerate(self._pipes)}
+        while waiting:
+            # after a failure the other ranks may wait for the failed one
+            ready = wait(list(waiting), LIMIT_S if not failures else GRACE_S)
+            if not ready:
+                failures += [f"rank {rank} did not answer" for rank in waiting.values()]
                 self.is_open = False  # the next call would otherwise receive the late answer to this one
-                continue
-            status, value = pipe.recv()
-            if status == "ok":
-                results.append(value)
-            else:
-                failures.append(f"rank {rank}:\n{value}")
+                break
+            for pipe in ready:
+                assert isinstance(pipe, Connection)
+                rank = waiting.pop(pipe)
+                try:
+                    status, value = pipe.recv()
+                except EOFError:
+                    status, value = "error", "the process has ended"
+                    self.is_open = False
+                if status == "ok":
+                    results[rank] = value
+                else:
+                    failures.append(f"rank {rank}:\n{value}")
         assert not failures, "\n".join(failures)
-        return results
+        return [results[rank] for rank in range(self.world_size)]
 
     def close(self) -> None:
         """End the processes."""
         for pipe in self._pipes:
             pipe.close()
         for process in self._processes:
-            process.end(grace_s=10)
+            process.end(grace_s=GRACE_S if self.is_open else 0.0)
 
 
 def _work(rank: int, world_size: int, fd: int) -> None:

@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
-from tests import forked
+from tests import forked, gang
 from tests.covering import covering
 from tests.distributed.layouts import keys, layouts, num_ranks
 
@@ -64,6 +65,22 @@ def test_torchrun_reports_the_status_of_its_forked_ranks(tmp_path: Path) -> None
     assert sorted(printed.splitlines()) == [f"rank {rank} {process.pid}" for rank in range(2)]
     assert "exitcode  : 1" in errors
     assert process.returncode == 1
+
+
+def fails_on_the_second_rank() -> None:
+    """Fail on rank 1, for which rank 0 waits."""
+    if dist.get_rank() == 1:
+        raise ValueError("wrong")
+    dist.barrier()
+
+
+def test_a_failed_rank_is_reported_while_others_wait_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gang, "GRACE_S", 0.5)
+    ranks = gang.Gang(2)
+    with pytest.raises(AssertionError, match=r"(?s)rank 1:.*ValueError: wrong.*rank 0 did not answer"):
+        ranks.call(fails_on_the_second_rank)
+    assert not ranks.is_open
+    ranks.close()
 
 
 def test_a_covering_array_has_every_valid_pair() -> None:
