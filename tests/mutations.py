@@ -99,7 +99,7 @@ def first_failure(tree: Path, arguments: Sequence[str]) -> str | None:
     done = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False)
     if done.returncode in (0, pytest.ExitCode.NO_TESTS_COLLECTED):
         return None
-    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+    failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", done.stdout, re.MULTILINE)
     if done.returncode not in (1, 2) or failed is None:
         raise RuntimeError(
             f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
