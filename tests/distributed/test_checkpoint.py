@@ -26,7 +26,8 @@ TP2_PP2 = ["parallel.tensor_parallel_size=2", "parallel.pipeline_parallel_size=2
 def test_resume_continues_bit_for_bit(
     distributed: str, dtype: str, gangs: Callable[[int], Gang], toy_model: Callable[..., Path], tmp_path: Path
 ) -> None:
-    overrides = [f"model.dtype={dtype}", f"parallel.distributed_optimizer={distributed}"]
+    schedule = ["optimizer.lr_warmup_updates=4", "optimizer.lr_decay_style=cosine"]
+    overrides = [f"model.dtype={dtype}", f"parallel.distributed_optimizer={distributed}", *schedule]
     config = toy_config(tmp_path, toy_model("qwen2", tied=True), *overrides)
     for continued, resumed in gangs(2).call(
         cases.checkpoint_round_trip, config=config, folder=str(tmp_path / "ck"), save=True
