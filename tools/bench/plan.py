@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from megatron_rl.planning.hardware import Hardware
 
-PROMPT, RESPONSE = 16, 496
+PROMPT, RESPONSE = 16, 1008
 NUM_SEQUENCES = 4
-DENSE = {"hidden_size": 512, "num_hidden_layers": 6, "intermediate_size": 1536, "vocab_size": 8192}
+DENSE = {"hidden_size": 512, "num_hidden_layers": 6, "intermediate_size": 1536, "vocab_size": 16384}
 HEADS: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -34,7 +34,7 @@ HEADS: dict[str, Any] = {
 EXPERTS = {
     "hidden_size": 256,
     "num_hidden_layers": 4,
-    "vocab_size": 8192,
+    "vocab_size": 16384,
     "moe_intermediate_size": 256,
     "head_dim": 64,
     "num_experts": 8,
@@ -47,7 +47,7 @@ model: {{path: {folder}/{family}, dtype: fp32}}
 data: {{train: {{kind: task, path: hasty_addition, demonstration_field: demonstration}}, max_prompt_tokens: {prompt}}}
 rollout: {{source: demonstrations, num_prompts_per_step: {sequences}, group_size: 1, max_new_tokens: {response}}}
 algorithm: {{loss: nll}}
-batching: {{max_tokens_per_micro_batch: 2048}}
+batching: {{max_tokens_per_micro_batch: 4096}}
 """
 
 
@@ -61,7 +61,7 @@ class Case:
     family: str = "qwen2"
 
 
-ONE_EACH = "batching.max_tokens_per_micro_batch=512"
+ONE_EACH = "batching.max_tokens_per_micro_batch=1024"
 TP2 = ("parallel.tensor_parallel_size=2", "parallel.sequence_parallel=true")
 PP2 = "parallel.pipeline_parallel_size=2"
 CASES = (
