@@ -29,6 +29,7 @@ from megatron_rl.rollout.multi_turn import MultiTurn
 from megatron_rl.rollout.partial import PartialGroup, PartialRollout, begin_group
 from megatron_rl.rollout.serialization import group_from_json, group_to_json, read_lines, write_lines
 from megatron_rl.types import ParallelContext, Prompt, Rollout
+from tests.covering import chosen
 from tests.engines.contract import SIZES, DyingEngine, kill, params
 from tests.toys import VOCAB
 
@@ -249,20 +250,21 @@ def test_an_environment_that_raises_fails_its_samples(collector_of: Callable[...
     assert "no such thing" in rollouts[0].failure
 
 
-def test_results_are_unchanged_when_the_engine_dies_ten_times(
-    engine_of: EngineOf, engine_name: str, collector_of: Callable[..., Collector], folder: Path
+@pytest.mark.parametrize("deaths", chosen([3, 10], [3]))
+def test_results_are_unchanged_when_the_engine_dies_many_times(
+    deaths: int, engine_of: EngineOf, engine_name: str, collector_of: Callable[..., Collector], folder: Path
 ) -> None:
     # SGLang has no seed per sample, so that only its greedy tokens are reproducible
     sampling = replace(ENDLESS, max_new_tokens=60, temperature=0.0 if engine_name == "sglang" else 1.0)
     engine = engine_of(folder, max_num_sequences=6)
     undisturbed = finished_rollouts(collector_of(engine).collect(job(groups(count=40), params=sampling)))
-    dying_engine = DyingEngine(engine, engine_name, deaths=10)
-    collector = collector_of(dying_engine, max_failures=10)
+    dying_engine = DyingEngine(engine, engine_name, deaths=deaths)
+    collector = collector_of(dying_engine, max_failures=deaths)
     with closing(collector):
         rollouts = finished_rollouts(collector.collect(job(groups(count=40), params=sampling)))
     assert dying_engine.deaths_left == 0
-    assert collector.supervisor.num_failures == 10
-    assert len(collector.supervisor.take_notes()) == 10
+    assert collector.supervisor.num_failures == deaths
+    assert len(collector.supervisor.take_notes()) == deaths
     assert [r.token_ids.tolist() for r in rollouts] == [r.token_ids.tolist() for r in undisturbed]
     assert [r.seed for r in rollouts] == [r.seed for r in undisturbed]
 
