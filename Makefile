@@ -19,7 +19,9 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest
 # processes that run tests; each has a file at a time
 WORKERS ?= 2
-PARALLEL := --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
+PARALLEL := --ignore tests/slurm --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
+# without the cases that test-all adds
+FEW := -m 'not exhaustive'
 NEWEST := .megatron-newest
 # tests that decide whether a version of Megatron-Core is supported
 GATES := $(addprefix tests/distributed/test_,layouts.py checkpoint.py model.py memory.py conversion.py critic.py lora.py reward_model.py)
@@ -40,7 +42,8 @@ TORCH := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 'torch>=2.11,<2.1
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help install freeze format lint docs quickstart-curve test test-all test-durations test-mutations test-vllm test-sglang test-newest test-slurm clean \
+.PHONY: help install freeze format lint docs quickstart-curve test test-all test-durations \
+	test-mutations test-vllm test-sglang test-newest test-slurm clean \
 	quickstart quickstart-seeds check-quickstart eval-quickstart \
 	bench-algorithms bench-star bench-reward-models bench-engines bench-step bench-memory bench-grading bench-convert \
 	bench-plan bench-weight-sync
@@ -148,10 +151,10 @@ $(TRL_INSTALLED):
 	touch $@
 
 test: $(INSTALLED) ## run the tests: all but those of Slurm and the cases that test-all adds (WORKERS=)
-	$(PYTEST) --ignore tests/slurm -m 'not exhaustive' $(PARALLEL)
+	$(PYTEST) $(FEW) $(PARALLEL)
 
 test-all: $(INSTALLED) ## run the tests with every case of their matrices (WORKERS=)
-	$(PYTEST) --ignore tests/slurm $(PARALLEL)
+	$(PYTEST) $(PARALLEL)
 
 test-slurm: $(INSTALLED) ## test the job scripts on a real two-node Slurm here (needs root; uses apt-get)
 	command -v slurmctld munged shellcheck > /dev/null || PATH="$$PATH:/usr/sbin" command -v slurmctld munged shellcheck > /dev/null || \
@@ -162,17 +165,17 @@ test-mutations: $(INSTALLED) ## plant the faults of tests/faults.yaml and report
 	$(BIN)/python -m tests.mutations $(BENCH)
 
 test-durations: $(INSTALLED) ## run the tests of make test and write where the time goes, by file, to test_durations.md
-	$(PYTEST) --ignore tests/slurm -m 'not exhaustive' $(PARALLEL) --durations-table test_durations.md
+	$(PYTEST) $(FEW) $(PARALLEL) --durations-table test_durations.md
 
 test-vllm: $(VLLM_INSTALLED) ## run the engine tests on vLLM
-	$(VLLM_VENV)/bin/python -m pytest tests/engines --engine vllm -m 'not exhaustive'
+	$(VLLM_VENV)/bin/python -m pytest tests/engines --engine vllm $(FEW)
 
 test-sglang: $(SGLANG_INSTALLED) ## run the engine tests on SGLang
-	$(SGLANG_VENV)/bin/python -m pytest tests/engines --engine sglang -m 'not exhaustive'
+	$(SGLANG_VENV)/bin/python -m pytest tests/engines --engine sglang $(FEW)
 
 # `make install` gets the newest Megatron-Core for this version of Python; a newer one is supported
 test-newest: $(INSTALLED) $(NEWEST)/.installed ## run the main distributed tests on the newest supported Megatron-Core
-	PYTHONPATH="$(abspath $(NEWEST))" $(PYTEST) -m 'not exhaustive' $(GATES)
+	PYTHONPATH="$(abspath $(NEWEST))" $(PYTEST) $(FEW) $(GATES)
 
 # its metadata requires Python 3.12, although there are builds for 3.11; it imports triton even if nothing uses it
 $(NEWEST)/.installed:

@@ -30,23 +30,28 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 # files that take longest, about in the order of their seconds: they come first, so that all workers end together
-LONGEST = (
-    *(
-        "distributed/test_layouts",
-        "e2e/test_interruptions",
-        "distributed/test_checkpoint",
-        "distributed/test_reward_model",
-    ),
-    *("e2e/test_torchrun", "distributed/test_sampling", "distributed/test_invariance", "distributed/test_lora"),
-    *("distributed/test_critic", "distributed/test_plan", "e2e/test_evaluate", "e2e/test_checkpoint_tools"),
-    *(
-        "e2e/test_command",
-        "distributed/test_weight_transfer",
-        "engines/test_with_policy",
-        "distributed/test_benchmarks",
-    ),
-    *("unit/test_rewards", "unit/test_sandbox", "distributed/test_large_layouts", "distributed/test_conversion"),
-)
+LONGEST = [
+    "distributed/test_layouts",
+    "e2e/test_interruptions",
+    "distributed/test_checkpoint",
+    "distributed/test_reward_model",
+    "e2e/test_torchrun",
+    "distributed/test_sampling",
+    "distributed/test_invariance",
+    "distributed/test_lora",
+    "distributed/test_critic",
+    "distributed/test_plan",
+    "e2e/test_evaluate",
+    "e2e/test_checkpoint_tools",
+    "e2e/test_command",
+    "distributed/test_weight_transfer",
+    "engines/test_with_policy",
+    "distributed/test_benchmarks",
+    "unit/test_rewards",
+    "unit/test_sandbox",
+    "distributed/test_large_layouts",
+    "distributed/test_conversion",
+]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -38,6 +38,7 @@ IMPORTS = (
     *("megatron_rl.conversion.to_hf", "megatron_rl.conversion.to_megatron", "megatron_rl.reporting.run_report"),
     *("megatron_rl.rollout.engines.embedded", "tests.gang"),
 )
+ROOT = Path(__file__).parents[1]
 LAUNCHER = "torch.distributed.run"
 ARGUMENTS = inspect.signature(subprocess.Popen._execute_child)  # type: ignore[attr-defined]
 PIPE_ENDS = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
@@ -88,7 +89,7 @@ class Forked:
 def start(
     command: Sequence[object],
     *,
-    cwd: Path | None = None,
+    cwd: Path = ROOT,
     env: dict[str, str] | None = None,
     merge: bool = False,
     new_session: bool = False,
@@ -103,7 +104,7 @@ def start(
     assert interpreter == sys.executable
     stdout, stderr = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
     streams = [stdout.fileno(), stdout.fileno() if merge else stderr.fileno()]
-    options = {"cwd": str(cwd or Path.cwd()), "env": env or dict(os.environ), "new_session": new_session}
+    options = {"cwd": str(cwd), "env": env or dict(os.environ), "new_session": new_session}
     pid, status = server().fork(_run_as_main, (arguments, options), streams)
     return Forked(pid, status, stdout, stderr)
 
@@ -135,7 +136,7 @@ class ForkServer:
         self._socket, theirs = socket.socketpair()
         self._requests = Connection(os.dup(self._socket.fileno()))
         command = [sys.executable, "-m", "tests.forked", str(theirs.fileno())]
-        self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], cwd=Path(__file__).parents[1])
+        self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], cwd=ROOT)
         theirs.close()
         self._requests.send_bytes(bytes(multiprocessing.current_process().authkey))  # to exchange tensors
         assert self._requests.recv() == "ready"

@@ -1,9 +1,12 @@
 """Parallel layouts in a shorthand, "tp2 pp2 sp"."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import prod
+from typing import Any
 
-from tests.covering import covering
+import pytest
+
+from tests.covering import chosen, covering
 
 SIZES = {
     "tp": "tensor_parallel",
@@ -61,3 +64,18 @@ def layouts(*options: Sequence[str], max_ranks: int = 4, strength: int = 2) -> l
     rows = covering({str(index): values for index, values in enumerate(options)}, is_valid, strength=strength)
     texts = (" ".join(filter(None, row.values())) for row in rows)
     return [(num_ranks(text), text) for text in texts]
+
+
+def layout_cases(
+    *options: Sequence[str], also: Iterable[tuple[int, str]] = (), beyond: Iterable[tuple[int, str]] = ()
+) -> Any:
+    """Parametrize a test by ``world_size`` and ``layout``.
+
+    Args:
+        options: as for ``layouts``; all pairs are tested, all triples are exhaustive, and the defaults left out.
+        also: further cases.
+        beyond: further exhaustive cases.
+    """
+    few = [case for case in [*layouts(*options), *also] if case != (1, "")]
+    every = dict.fromkeys([*few, *layouts(*options, strength=3), *beyond])
+    return pytest.mark.parametrize(("world_size", "layout"), chosen(every, few))

@@ -2,16 +2,15 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from tests.covering import chosen
 from tests.distributed import cases
-from tests.distributed.layouts import FIRST_3, OVERLAP, PADDED, keys, layouts
+from tests.distributed.layouts import FIRST_3, OVERLAP, PADDED, keys, layout_cases
 from tests.gang import Gang
 from tests.toys import sequences, toy_config
 
@@ -35,6 +34,7 @@ LARGE_DENSE = [(8, "tp2 pp2 cp2 sp")]
 MORE_DENSE = [
     (4, "cp4"),
     (4, "pp4"),
+    (2, "cp2 memory.recompute=selective"),
     (4, "tp2 pp2 sp memory.recompute=full memory.recompute_num_layers=2"),
     (2, f"memory.offload=[optimizer] {PLAIN_OPTIMIZER}"),
 ]
@@ -51,15 +51,6 @@ EXPERTS = (
 )
 LARGE_EXPERTS = [(8, "tp2 pp2 sp ep4 etp1")]
 RESPONSES = (("", "tp2 sp"), ("", "pp2", "pp2 vpp2"), ("", "cp2"), ("", "dp2"), PACKING, MICRO_BATCHES)
-
-
-def cases_of(
-    options: Sequence[Sequence[str]], also: Iterable[tuple[int, str]] = (), beyond: Iterable[tuple[int, str]] = ()
-) -> Any:
-    """Parametrize a test by a covering array of pairs and ``also``; triples and ``beyond`` are exhaustive."""
-    few = [case for case in [*layouts(*options), *also] if case != (1, "")]
-    every = dict.fromkeys([*few, *layouts(*options, strength=3), *beyond])
-    return pytest.mark.parametrize(("world_size", "text"), chosen(every, few))
 
 
 def outcome(
@@ -120,22 +111,22 @@ def alone(
 Alone = Callable[[Path, str], cases.Outcome]
 
 
-@cases_of(DENSE, LARGE_DENSE, MORE_DENSE)
+@layout_cases(*DENSE, also=LARGE_DENSE, beyond=MORE_DENSE)
 def test_dense_updates_are_equal_under_every_layout(
-    world_size: int, text: str, alone: Alone, gangs: Callable[[int], Gang], dense: Path, tmp_path: Path
+    world_size: int, layout: str, alone: Alone, gangs: Callable[[int], Gang], dense: Path, tmp_path: Path
 ) -> None:
     expected = alone(dense, "")
     assert expected.norms[0] > 0.1
-    assert_same(outcome(gangs, world_size, text, dense, tmp_path), expected)
+    assert_same(outcome(gangs, world_size, layout, dense, tmp_path), expected)
 
 
-@cases_of(EXPERTS, LARGE_EXPERTS)
+@layout_cases(*EXPERTS, also=LARGE_EXPERTS)
 def test_moe_updates_are_equal_under_every_layout(
-    world_size: int, text: str, alone: Alone, gangs: Callable[[int], Gang], experts: Path, tmp_path: Path
+    world_size: int, layout: str, alone: Alone, gangs: Callable[[int], Gang], experts: Path, tmp_path: Path
 ) -> None:
     expected = alone(experts, "")
     assert expected.norms[0] > 0.1
-    assert_same(outcome(gangs, world_size, text, experts, tmp_path), expected)
+    assert_same(outcome(gangs, world_size, layout, experts, tmp_path), expected)
 
 
 ROUTER_LOSSES = f"moe.aux_loss=sequence moe.aux_loss_coef=0.1 moe.z_loss_coef=0.01 {PADDED}"
@@ -165,9 +156,9 @@ CORRECTION = (
 GSPO = "algorithm.loss=gspo algorithm.clip_ratio_low=0.6 algorithm.clip_ratio_high=2.0"
 
 
-@cases_of(RESPONSES)
+@layout_cases(*RESPONSES, beyond=[(4, "cp4 batching.micro_batch_size=2")])
 def test_response_level_corrections_and_ratios_are_equal_under_every_layout(
-    world_size: int, text: str, alone: Alone, gangs: Callable[[int], Gang], dense: Path, tmp_path: Path
+    world_size: int, layout: str, alone: Alone, gangs: Callable[[int], Gang], dense: Path, tmp_path: Path
 ) -> None:
     """The weight, the rejection and the GSPO ratio of a response depend on all its tokens, whichever rank has them."""
     uncorrected = alone(dense, "")
@@ -186,11 +177,11 @@ def test_response_level_corrections_and_ratios_are_equal_under_every_layout(
         rel=1e-4,
     )
     assert expected.norms != pytest.approx(uncorrected.norms, rel=1e-2)
-    assert_same(outcome(gangs, world_size, f"{CORRECTION} {text}", dense, tmp_path, engine_logprobs), expected)
+    assert_same(outcome(gangs, world_size, f"{CORRECTION} {layout}", dense, tmp_path, engine_logprobs), expected)
     expected = alone(dense, GSPO)
     assert expected.norms[0] > 0.1
     assert expected.norms != pytest.approx(uncorrected.norms, rel=1e-2)
-    assert_same(outcome(gangs, world_size, f"{GSPO} {text}", dense, tmp_path), expected)
+    assert_same(outcome(gangs, world_size, f"{GSPO} {layout}", dense, tmp_path), expected)
 
 
 WHITENED = [(1, ""), (2, "dp2"), (4, "dp4"), (2, "tp2"), (2, "pp2"), (2, "cp2"), (4, "tp2 dp2"), (4, "pp2 cp2")]

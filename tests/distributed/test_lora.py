@@ -14,9 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from megatron_rl.errors import ConfigError, ConversionError
 from megatron_rl.trainer.inputs import load_inputs
-from tests.covering import chosen
 from tests.distributed import cases
-from tests.distributed.layouts import OVERLAP, PADDED, keys, layouts
+from tests.distributed.layouts import OVERLAP, PADDED, keys, layout_cases
 from tests.distributed.test_invariance import rows
 from tests.gang import Gang
 from tests.toys import CHANGED_BY_RESUME, sequences, toy_config, without
@@ -32,8 +31,6 @@ OPTIONS = (
     ("", "memory.recompute=full"),
     ("", OVERLAP),
 )
-FEW = [case for case in layouts(*MODEL_SPLITS, *OPTIONS) if case != (1, "")]
-EVERY = dict.fromkeys([*FEW, *layouts(*MODEL_SPLITS, *OPTIONS, strength=3)])
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +68,7 @@ def test_only_adapters_are_trained(
     assert one_rank.trainable_bytes < 0.3 * whole.trainable_bytes
 
 
-@pytest.mark.parametrize(("world_size", "layout"), chosen(EVERY, FEW))
+@layout_cases(*MODEL_SPLITS, *OPTIONS)
 def test_adapter_updates_are_equal_under_every_layout(
     world_size: int,
     layout: str,

@@ -17,9 +17,8 @@ from megatron_rl.data.reward_model_data import load_reward_dataset
 from megatron_rl.data.templates import load_tokenizer
 from megatron_rl.models.toy import make_model, make_tokenizer
 from megatron_rl.rollout.serialization import read_rollouts, step_file, write_lines
-from tests.covering import chosen
 from tests.distributed import cases
-from tests.distributed.layouts import OVERLAP, PADDED, keys, layouts
+from tests.distributed.layouts import OVERLAP, PADDED, keys, layout_cases
 from tests.distributed.test_invariance import rows
 from tests.gang import Gang
 from tests.toys import CHANGED_BY_RESUME, toy_config, without
@@ -43,8 +42,6 @@ OPTIONS = (
     *(("", PADDED), ("", "batching.micro_batch_size=2"), ("", OVERLAP)),
     *(("data.schema=stepwise", "data.schema=pairwise"),),
 )
-FEW = layouts(*OPTIONS)
-EVERY = dict.fromkeys([*FEW, *layouts(*OPTIONS, strength=3)])
 
 
 def reward_config(folder: Path, model: Path, *overrides: str) -> RewardTrainingConfig:
@@ -77,7 +74,7 @@ def one_rank(
     }
 
 
-@pytest.mark.parametrize(("world_size", "layout"), chosen(EVERY, FEW))
+@layout_cases(*OPTIONS)
 def test_metrics_are_equal_under_every_layout(
     world_size: int,
     layout: str,

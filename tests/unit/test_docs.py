@@ -80,7 +80,7 @@ def is_command(word: str) -> bool:
 def run(*command: str) -> str:
     """Output of a command at the root of the repository, which has to succeed."""
     if command[0] == sys.executable:
-        done = forked.run(command, cwd=ROOT)
+        done = forked.run(command)
     else:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S, check=False)
     assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
