@@ -5,12 +5,10 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from torch.distributed.checkpoint import FileSystemReader
 
-from megatron_rl.config import RunConfig
 from tests.covering import chosen
 from tests.distributed import cases
 from tests.distributed.layouts import keys, num_ranks
@@ -47,10 +45,9 @@ EXPERTS = {
 }
 
 
-def reshards(layouts: dict[str, tuple[list[str], list[str]]]) -> Any:
-    few = [(saved, loaded) for saved, (often, _) in layouts.items() for loaded in often]
-    every = [*few, *((saved, loaded) for saved, (_, rarely) in layouts.items() for loaded in rarely)]
-    return pytest.mark.parametrize(("saved_at", "layout"), chosen(every, few))
+LAYOUTS = [("qwen2", *item) for item in DENSE.items()] + [("qwen3_moe", *item) for item in EXPERTS.items()]
+FEW = [(family, saved, loaded) for family, saved, (often, _) in LAYOUTS for loaded in often]
+RARE = [(family, saved, loaded) for family, saved, (_, rarely) in LAYOUTS for loaded in rarely]
 
 
 Saved = Callable[[Path, str], tuple[Path, list[float]]]
@@ -71,8 +68,9 @@ def saved(gangs: Callable[[int], Gang], tmp_path_factory: pytest.TempPathFactory
     return save
 
 
-@reshards(DENSE)
-def test_checkpoint_loads_under_another_layout(
+@pytest.mark.parametrize(("family", "saved_at", "layout"), chosen([*FEW, *RARE], FEW))
+def test_updates_after_a_load_under_another_layout_equal_those_after_the_save(
+    family: str,
     saved_at: str,
     layout: str,
     saved: Saved,
@@ -80,28 +78,9 @@ def test_checkpoint_loads_under_another_layout(
     toy_model: Callable[..., Path],
     tmp_path: Path,
 ) -> None:
-    model = toy_model("qwen2", tied=True, num_hidden_layers=4)
-    check_reshard(*saved(model, saved_at), layout, gangs, toy_config(tmp_path, model, *keys(layout)))
-
-
-@reshards(EXPERTS)
-def test_expert_checkpoint_loads_under_another_layout(
-    saved_at: str,
-    layout: str,
-    saved: Saved,
-    gangs: Callable[[int], Gang],
-    toy_model: Callable[..., Path],
-    tmp_path: Path,
-) -> None:
-    model = toy_model("qwen3_moe", tied=False, num_hidden_layers=4)
-    check_reshard(*saved(model, saved_at), layout, gangs, toy_config(tmp_path, model, *keys(layout)))
-
-
-def check_reshard(
-    folder: Path, continued: list[float], layout: str, gangs: Callable[[int], Gang], config: RunConfig
-) -> None:
-    """Assert that updates after a load under a layout equal those that followed the save."""
-    options = {"config": config, "folder": str(folder), "save": False}
+    model = toy_model(family, tied=family == "qwen2", num_hidden_layers=4)
+    folder, continued = saved(model, saved_at)
+    options = {"config": toy_config(tmp_path, model, *keys(layout)), "folder": str(folder), "save": False}
     for _, resumed in gangs(num_ranks(layout)).call(cases.checkpoint_round_trip, **options):
         assert resumed == pytest.approx(continued, rel=1e-5)
 
