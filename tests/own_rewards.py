@@ -19,6 +19,12 @@ def slow_digit_share(sample: RewardInput, hold: str = "") -> float:
     return digit_share(sample)
 
 
+def marked_digit_share(sample: RewardInput, mark: str) -> float:
+    """``digit_share``; each call creates the file ``mark``."""
+    Path(mark).touch()
+    return digit_share(sample)
+
+
 def begins_with_a_digit(sample: RewardInput) -> float:
     """1 if the response begins with a digit, else 0."""
     return float(sample.response[:1].isdigit())

@@ -102,24 +102,25 @@ def test_signals_during_generation_or_evaluation_do_not_change_the_metrics(confi
 
 def test_finished_samples_of_an_interrupted_generation_are_trained_on(config: Path, tmp_path: Path) -> None:
     """With partial rollouts the prompts of an interrupted step count as used, so its samples must not be lost."""
-    run, num_steps = tmp_path / "run", 8
+    run, num_steps, mark = tmp_path / "run", 2, tmp_path / "graded"
     overrides = (
         *LONG, "validation.every=0", "rollout.partial_rollout=true", "rollout.max_staleness=3", "checkpoint.every=100",
         "metrics.keep_rollouts_every=1", "rollout.num_prompts_per_step=16", f"run.num_steps={num_steps}",
+        "rollout.max_num_sequences=4",  # most of the 64 samples are left when the first ones are graded
+        f"reward.functions=[{{name: 'tests.own_rewards:marked_digit_share', options: {{mark: {mark}}}}}]",
     )  # fmt: skip
-    saved: dict[int, list[int]] = {}  # tokens of the samples that were finished at the interruption, by seed
-    while not saved:  # the signal may also come in an update
-        process = begin(config, *overrides, world_size=1)
-        num_rows = lines_of(run)
-        wait_for(lambda n=num_rows: lines_of(run) > n, process)
-        time.sleep(0.05)
-        os.kill(ranks_of(process)[0], signal.SIGUSR1)
-        printed, _ = process.communicate(timeout=LIMIT_S)
-        assert f"exitcode  : {EXIT_REQUEUE}" in printed, printed
-        in_flight = run / "checkpoints" / (run / "checkpoints/latest").read_text() / "in_flight.jsonl"
-        groups = [group_from_json(line) for line in read_lines(in_flight)] if in_flight.exists() else []
-        samples = [sample for group in groups for sample in group.samples if isinstance(sample, Rollout)]
-        saved = {sample.seed: sample.token_ids.tolist() for sample in samples}
+    process = begin(config, *overrides, world_size=1)
+    wait_for(lambda: bool(lines_of(run)), process)
+    mark.unlink()  # of the validation before the first step
+    wait_for(mark.exists, process)
+    os.kill(ranks_of(process)[0], signal.SIGUSR1)
+    printed, _ = process.communicate(timeout=LIMIT_S)
+    assert f"exitcode  : {EXIT_REQUEUE}" in printed, printed
+    in_flight = run / "checkpoints" / (run / "checkpoints/latest").read_text() / "in_flight.jsonl"
+    groups = [group_from_json(line) for line in read_lines(in_flight)]
+    samples = [sample for group in groups for sample in group.samples if isinstance(sample, Rollout)]
+    saved = {sample.seed: sample.token_ids.tolist() for sample in samples}
+    assert 0 < len(saved) < 64
     done = begin(config, *overrides, world_size=1)
     printed, _ = done.communicate(timeout=LIMIT_S)
     assert done.returncode == 0, printed
